@@ -1,0 +1,111 @@
+"""In-tree PEP 517 backend: setuptools, plus the search for a torch to build against.
+
+The library is built on torch's stable ABI: compiled against the headers of any torch from 2.10 on,
+it loads into every torch from 2.10 on. So `pip install .` should use the torch that is installed
+already, and download one only where there is none. The search goes
+
+1. $IMAML_TORCH_DIR;
+2. what this Python imports (no build isolation);
+3. the environment that pip installs into: pip's isolation takes it off sys.path but leaves
+   sys.prefix, and with it sysconfig, as they were;
+4. ./.venv and the environments on PATH, since uv builds in an environment of its own;
+5. else torch becomes a build requirement.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import site
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from setuptools import build_meta
+
+MINIMUM_TORCH = (2, 10)
+
+
+def _is_usable(torch: Path) -> bool:
+    try:
+        text = (torch / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    found = re.search(r"__version__ = ['\"](\d+)\.(\d+)", text)
+    headers = torch / "include" / "torch" / "csrc" / "stable" / "library.h"
+    return bool(found) and tuple(map(int, found.groups())) >= MINIMUM_TORCH and headers.is_file()
+
+
+def _site_packages() -> Iterator[Path]:
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        yield Path(spec.origin).parent.parent
+    yield from (Path(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
+    configuration = Path(sys.prefix) / "pyvenv.cfg"
+    if not configuration.is_file() or "include-system-site-packages = true" in (
+        configuration.read_text(encoding="utf-8").lower()
+    ):
+        yield from map(Path, site.getsitepackages([sys.base_prefix]))
+        yield Path(site.getusersitepackages())
+    environments = [Path.cwd() / ".venv"]
+    environments += [Path(entry).parent for entry in os.environ.get("PATH", "").split(os.pathsep)]
+    for environment in environments:
+        if (environment / "pyvenv.cfg").is_file() or (environment / "conda-meta").is_dir():
+            yield from environment.glob("lib/python3*/site-packages")
+
+
+def find_torch() -> Path | None:
+    """The directory of a torch package that can be built against."""
+    chosen = os.environ.get("IMAML_TORCH_DIR")
+    if chosen:
+        if not _is_usable(Path(chosen)):
+            raise SystemExit(f"IMAML_TORCH_DIR={chosen}: there is no torch>=2.10 with headers")
+        return Path(chosen)
+    return next((d / "torch" for d in _site_packages() if _is_usable(d / "torch")), None)
+
+
+@contextlib.contextmanager
+def _temporary_build_folders() -> Iterator[None]:
+    """Keep build/ and *.egg-info, which go stale, out of the source tree."""
+    with tempfile.TemporaryDirectory(prefix="imaml-build-") as folder:
+        configuration = Path(folder) / "extra.cfg"
+        configuration.write_text(
+            f"[build]\nbuild_base = {folder}/build\n"
+            f"[bdist_wheel]\nbdist_dir = {folder}/bdist\n[egg_info]\negg_base = {folder}\n",
+            encoding="utf-8",
+        )
+        os.environ["DIST_EXTRA_CONFIG"] = str(configuration)
+        try:
+            yield
+        finally:
+            del os.environ["DIST_EXTRA_CONFIG"]
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    required = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    if find_torch() is None:
+        required.append("torch>={}.{}".format(*MINIMUM_TORCH))
+    return required
+
+
+def get_requires_for_build_sdist(config_settings=None):
+    return []
+
+
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    with _temporary_build_folders():
+        return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    with _temporary_build_folders():
+        return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+build_sdist = build_meta.build_sdist
+get_requires_for_build_editable = get_requires_for_build_wheel
+prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
+build_editable = build_meta.build_editable

@@ -1,0 +1,47 @@
+# Decides about the CUDA kernels. Sets IMAML_HAS_CUDA and, with it, enables the CUDA language for
+# CMAKE_CUDA_ARCHITECTURES. Whether this machine has a GPU plays no part.
+set(IMAML_HAS_CUDA OFF)
+string(TOLOWER "${IMAML_CUDA}" _wanted)
+if(NOT _wanted MATCHES "^(auto|on|off)$")
+  message(FATAL_ERROR "imaml_ext: IMAML_CUDA must be auto, on or off, got '${IMAML_CUDA}'")
+endif()
+
+if(_wanted STREQUAL "on" OR (_wanted STREQUAL "auto" AND TORCH_cuda))
+  if(DEFINED ENV{CUDACXX})
+    set(_nvcc "$ENV{CUDACXX}")
+  else()
+    file(GLOB _installed /usr/local/cuda /usr/local/cuda-*)
+    find_program(_nvcc nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS ${_installed}
+      PATH_SUFFIXES bin NO_CACHE)
+  endif()
+  if(_nvcc)
+    set(CMAKE_CUDA_COMPILER "${_nvcc}")
+    if(IMAML_CUDA_ARCHITECTURES)
+      set(CMAKE_CUDA_ARCHITECTURES "${IMAML_CUDA_ARCHITECTURES}")
+    else()
+      # One machine code per generation that this nvcc knows, and PTX of the last for what follows.
+      execute_process(COMMAND "${_nvcc}" --list-gpu-arch OUTPUT_VARIABLE _known)
+      foreach(_architecture IN ITEMS 75 80 86 89 90 100 120)
+        if(_known MATCHES "compute_${_architecture}[\n\r]")
+          list(APPEND CMAKE_CUDA_ARCHITECTURES ${_architecture}-real)
+          set(_last ${_architecture})
+        endif()
+      endforeach()
+      list(APPEND CMAKE_CUDA_ARCHITECTURES ${_last}-virtual)
+    endif()
+    enable_language(CUDA)
+    set(IMAML_HAS_CUDA ON)
+    string(REGEX MATCH "^[0-9]+" _torch_major "${TORCH_cuda}")
+    if(_torch_major AND NOT CMAKE_CUDA_COMPILER_VERSION MATCHES "^${_torch_major}\\.")
+      message(WARNING "imaml_ext: nvcc ${CMAKE_CUDA_COMPILER_VERSION} builds for a torch with CUDA "
+        "${TORCH_cuda}: the driver must know both")
+    endif()
+  elseif(_wanted STREQUAL "on")
+    message(FATAL_ERROR "imaml_ext: IMAML_CUDA=on, but there is no nvcc: install the CUDA toolkit, "
+      "or set CUDACXX or CUDA_HOME")
+  else()
+    message(WARNING "imaml_ext: torch has CUDA ${TORCH_cuda}, but there is no nvcc: "
+      "building for the CPU alone")
+  endif()
+endif()
+message(STATUS "imaml_ext: CUDA kernels: ${IMAML_HAS_CUDA} ${CMAKE_CUDA_ARCHITECTURES}")

@@ -1,0 +1,215 @@
+// Checks of the operators' arguments, and the kernels' arguments made from them. Shared by the CPU
+// and the CUDA side; an error is a RuntimeError that names the operator and what it got.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/formulas.h"
+
+namespace imaml {
+
+using std::int64_t;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream text;
+  text << op << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string shape(const Tensor& t) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t k = 0; k < t.dim(); ++k) text << (k ? ", " : "") << t.size(k);
+  text << "]";
+  return text.str();
+}
+
+// Names an operator's arguments while it checks them against the first, which must be [B, D].
+class Checker {
+ public:
+  Checker(const char* op, const char* name, const Tensor& first)
+      : op_(op), first_name_(name), first_(first) {
+    if (first.dim() != 2) fail(op, name, " must be [B, D], got ", shape(first));
+    if (first.scalar_type() != ScalarType::Float && first.scalar_type() != ScalarType::Double)
+      fail(op, name, " must be float32 or float64, got ", toString(first.scalar_type()));
+    contiguous(name, first);
+  }
+
+  int64_t rows() const { return first_.size(0); }
+  int64_t dim() const { return first_.size(1); }
+
+  const Checker& same(const char* name, const Tensor& t) const {
+    if (t.dim() != 2 || t.size(0) != rows() || t.size(1) != dim())
+      fail(op_, name, " must have ", first_name_, "'s shape ", shape(first_), ", got ", shape(t));
+    return like(name, t);
+  }
+
+  const Checker& vector(const char* name, const Tensor& t) const {
+    if (t.dim() != 1 || t.size(0) != dim())
+      fail(op_, name, " must be [", dim(), "], got ", shape(t));
+    return like(name, t);
+  }
+
+  // [1]: a scalar; [D]: a diagonal.
+  const Checker& scalar_or_vector(const char* name, const Tensor& t) const {
+    if (t.dim() != 1 || (t.size(0) != 1 && t.size(0) != dim()))
+      fail(op_, name, " must be [1] or [", dim(), "], got ", shape(t));
+    return like(name, t);
+  }
+
+  const Checker& per_row(const char* name, const Tensor& t, ScalarType type) const {
+    if (t.dim() != 1 || t.size(0) != rows())
+      fail(op_, name, " must be [", rows(), "], got ", shape(t));
+    if (t.scalar_type() != type)
+      fail(op_, name, " must be ", toString(type), ", got ", toString(t.scalar_type()));
+    return placed(name, t);
+  }
+
+ private:
+  const Checker& like(const char* name, const Tensor& t) const {
+    if (t.scalar_type() != first_.scalar_type())
+      fail(op_, name, " must be ", toString(first_.scalar_type()), " as ", first_name_, ", got ",
+           toString(t.scalar_type()));
+    return placed(name, t);
+  }
+
+  const Checker& placed(const char* name, const Tensor& t) const {
+    if (t.device() != first_.device())
+      fail(op_, name, " must be on the device of ", first_name_);
+    contiguous(name, t);
+    return *this;
+  }
+
+  void contiguous(const char* name, const Tensor& t) const {
+    if (!t.is_contiguous()) fail(op_, name, " must be contiguous");
+  }
+
+  const char* op_;
+  const char* first_name_;
+  const Tensor& first_;
+};
+
+// Calls body(float{}) or body(double{}). The type has been checked.
+template <typename Body>
+void dispatch(const Tensor& t, const Body& body) {
+  if (t.scalar_type() == ScalarType::Float)
+    body(float{});
+  else
+    body(double{});
+}
+
+inline int64_t stride_of(const Tensor& lam) { return lam.size(0) == 1 ? 0 : 1; }
+
+// The arguments of cg_step_, in the order of its schema.
+struct CgTensors {
+  Tensor &x, &r, &p;
+  const Tensor &hp, &lam;
+  double damping;
+  Tensor& rr;
+  const Tensor& tol2;
+  Tensor &status, &steps, &curvature, &beta;
+
+  void check() const {
+    Checker("cg_step_", "x", x)
+        .same("r", r)
+        .same("p", p)
+        .same("hp", hp)
+        .scalar_or_vector("lam", lam)
+        .per_row("rr", rr, ScalarType::Double)
+        .per_row("tol2", tol2, ScalarType::Double)
+        .per_row("status", status, ScalarType::Int)
+        .per_row("steps", steps, ScalarType::Int)
+        .per_row("curvature", curvature, ScalarType::Double)
+        .per_row("beta", beta, ScalarType::Double);
+  }
+
+  template <typename T>
+  CgArgs<T> args() const {
+    CgArgs<T> a{};
+    a.x = x.mutable_data_ptr<T>();
+    a.r = r.mutable_data_ptr<T>();
+    a.p = p.mutable_data_ptr<T>();
+    a.hp = hp.const_data_ptr<T>();
+    a.lam = lam.const_data_ptr<T>();
+    a.lam_stride = stride_of(lam);
+    a.damping = static_cast<T>(damping);
+    a.rr = rr.mutable_data_ptr<double>();
+    a.tol2 = tol2.const_data_ptr<double>();
+    a.status = status.mutable_data_ptr<std::int32_t>();
+    a.steps = steps.mutable_data_ptr<std::int32_t>();
+    a.curvature = curvature.mutable_data_ptr<double>();
+    a.beta = beta.mutable_data_ptr<double>();
+    a.rows = x.size(0);
+    a.dim = x.size(1);
+    return a;
+  }
+};
+
+// What prox_gd_ and prox_norms share. `phi` is written by the first alone.
+struct ProxTensors {
+  const Tensor &phi, &grad, &theta, &lam;
+
+  Checker check(const char* op) const {
+    Checker checker(op, "phi", phi);
+    checker.same("grad", grad).vector("theta", theta).scalar_or_vector("lam", lam);
+    return checker;
+  }
+
+  template <typename T>
+  ProxArgs<T> args() const {
+    ProxArgs<T> a{};
+    a.phi = const_cast<T*>(phi.const_data_ptr<T>());
+    a.grad = grad.const_data_ptr<T>();
+    a.theta = theta.const_data_ptr<T>();
+    a.lam = lam.const_data_ptr<T>();
+    a.lam_stride = stride_of(lam);
+    a.rows = phi.size(0);
+    a.dim = phi.size(1);
+    return a;
+  }
+};
+
+struct DescentTensors {
+  ProxTensors prox;
+  const std::optional<Tensor>& velocity;
+  double lr;
+  double momentum;
+  bool nesterov;
+  const std::optional<Tensor>& status;
+
+  void check() const {
+    const Checker checker = prox.check("prox_gd_");
+    if (velocity) checker.same("velocity", *velocity);
+    if (!velocity && momentum != 0) fail("prox_gd_", "momentum needs a velocity buffer");
+    if (status) checker.per_row("status", *status, ScalarType::Int);
+  }
+
+  template <typename T>
+  ProxArgs<T> args() const {
+    ProxArgs<T> a = prox.args<T>();
+    a.velocity = velocity ? velocity->mutable_data_ptr<T>() : nullptr;
+    a.lr = static_cast<T>(lr);
+    a.momentum = static_cast<T>(momentum);
+    a.nesterov = nesterov;
+    a.status = status ? status->const_data_ptr<std::int32_t>() : nullptr;
+    return a;
+  }
+};
+
+inline Tensor new_doubles(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Double);
+}
+
+}  // namespace imaml

@@ -1,0 +1,181 @@
+// One CG iteration reads and writes, per element:
+//   cg_curvature  reads p, hp;        cg_update  reads p, hp, x, r and writes x, r;
+//   cg_redirect   reads r, p and writes p.
+// The driver runs the three over one row before it takes the next, so that what one pass read the
+// next finds in cache: 7 passes reach memory when a row's four vectors fit, 11 when they do not.
+#include "cpu_kernels.h"
+
+#include "isa.h"
+
+namespace imaml::cpu {
+namespace {
+
+constexpr int kLanes = 16;
+
+// Calls element(i, lane) for i in [begin, end), lane = (i - begin) % kLanes. Constant inner bounds
+// make the compiler vectorise over lanes.
+template <typename Element>
+IMAML_INLINE void for_lanes(int64_t begin, int64_t end, const Element& element) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) element(i + lane, lane);
+  for (int lane = 0; i + lane < end; ++lane) element(i + lane, lane);
+}
+
+IMAML_INLINE double sum_lanes(const double* lanes) {
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+  return total;
+}
+
+template <typename T>
+IMAML_INLINE double square(T value) {
+  return static_cast<double>(value) * static_cast<double>(value);
+}
+
+// `kDiagonal` is a compile-time flag, since lam[i * stride] with a run-time stride of 0 or 1 would
+// be a gather.
+template <bool kDiagonal, typename T>
+IMAML_INLINE CgSums curvature(const CgArgs<T>& a, int64_t row, int64_t begin, int64_t end) {
+  const T* __restrict p = a.p + row * a.dim;
+  const T* __restrict hp = a.hp + row * a.dim;
+  const T* __restrict lam = a.lam;
+  const T damping = a.damping, lam0 = lam[0];
+  double pap[kLanes] = {}, pp[kLanes] = {}, apap[kLanes] = {};
+  for_lanes(begin, end, [&](int64_t i, int lane) {
+    const T ap = cg_operator(hp[i], kDiagonal ? lam[i] : lam0, damping, p[i]);
+    pap[lane] += static_cast<double>(p[i]) * static_cast<double>(ap);
+    pp[lane] += square(p[i]);
+    apap[lane] += square(ap);
+  });
+  return {sum_lanes(pap), sum_lanes(pp), sum_lanes(apap)};
+}
+
+template <bool kDiagonal, typename T>
+IMAML_INLINE double update(const CgArgs<T>& a, const CgStep& step, int64_t row, int64_t begin,
+                           int64_t end) {
+  const T* __restrict p = a.p + row * a.dim;
+  const T* __restrict hp = a.hp + row * a.dim;
+  T* __restrict x = a.x + row * a.dim;
+  T* __restrict r = a.r + row * a.dim;
+  const T* __restrict lam = a.lam;
+  const T damping = a.damping, lam0 = lam[0], alpha = static_cast<T>(step.alpha);
+  double rr[kLanes] = {};
+  const auto move = [&](const CgStep& how, int64_t i, int lane) {
+    const T lam_i = kDiagonal ? lam[i] : lam0;
+    r[i] = cg_move(how, alpha, p[i], cg_operator(hp[i], lam_i, damping, p[i]), lam_i, x[i], r[i]);
+    rr[lane] += square(r[i]);
+  };
+  // The common action as a constant, so that its loop has no branch and vectorises.
+  if (step.action == kAdvance)
+    for_lanes(begin, end, [&](int64_t i, int lane) { move({kAdvance, kRunning, 0.0}, i, lane); });
+  else
+    for_lanes(begin, end, [&](int64_t i, int lane) { move(step, i, lane); });
+  return sum_lanes(rr);
+}
+
+template <typename T>
+IMAML_INLINE void redirect(const CgArgs<T>& a, const CgDirection& next, int64_t row, int64_t begin,
+                           int64_t end) {
+  T* __restrict p = a.p + row * a.dim;
+  T* __restrict x = a.x + row * a.dim;
+  const T* __restrict r = a.r + row * a.dim;
+  const T beta = static_cast<T>(next.beta);
+  if (next.action == kAdvance)
+    for (int64_t i = begin; i < end; ++i) p[i] = r[i] + beta * p[i];
+  else if (next.action == kClear)
+    for (int64_t i = begin; i < end; ++i) x[i] = T(0);
+}
+
+template <bool kDiagonal, bool kMomentum, typename T>
+IMAML_INLINE void descend(const ProxArgs<T>& a, int64_t row, int64_t begin, int64_t end) {
+  T* __restrict phi = a.phi + row * a.dim;
+  T* __restrict velocity = kMomentum ? a.velocity + row * a.dim : nullptr;
+  const T* __restrict grad = a.grad + row * a.dim;
+  const T* __restrict theta = a.theta;
+  const T* __restrict lam = a.lam;
+  const T lam0 = lam[0], lr = a.lr, momentum = a.momentum;
+  const bool nesterov = a.nesterov;
+  for (int64_t i = begin; i < end; ++i) {
+    const T g = prox_gradient(phi[i], grad[i], theta[i], kDiagonal ? lam[i] : lam0);
+    phi[i] -= lr * (kMomentum ? momentum_direction(g, momentum, nesterov, velocity[i]) : g);
+  }
+}
+
+template <bool kDiagonal, typename T>
+IMAML_INLINE ProxSums sums(const ProxArgs<T>& a, int64_t row, int64_t begin, int64_t end) {
+  const T* __restrict phi = a.phi + row * a.dim;
+  const T* __restrict grad = a.grad + row * a.dim;
+  const T* __restrict theta = a.theta;
+  const T* __restrict lam = a.lam;
+  const T lam0 = lam[0];
+  double norm2[kLanes] = {}, penalty[kLanes] = {};
+  for_lanes(begin, end, [&](int64_t i, int lane) {
+    const T lam_i = kDiagonal ? lam[i] : lam0;
+    norm2[lane] += square(prox_gradient(phi[i], grad[i], theta[i], lam_i));
+    penalty[lane] += static_cast<double>(lam_i) * square(phi[i] - theta[i]);
+  });
+  return {sum_lanes(norm2), sum_lanes(penalty)};
+}
+
+template <typename T>
+IMAML_INLINE double dot_body(const T* __restrict a, const T* __restrict b, int64_t begin,
+                             int64_t end) {
+  double total[kLanes] = {};
+  for_lanes(begin, end, [&](int64_t i, int lane) {
+    total[lane] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  });
+  return sum_lanes(total);
+}
+
+template <typename T>
+IMAML_INLINE void descend_any(const ProxArgs<T>& a, int64_t row, int64_t begin, int64_t end) {
+  if (a.status != nullptr && a.status[row] != kRunning) return;
+  if (a.velocity == nullptr)
+    a.lam_stride ? descend<true, false>(a, row, begin, end) : descend<false, false>(a, row, begin, end);
+  else
+    a.lam_stride ? descend<true, true>(a, row, begin, end) : descend<false, true>(a, row, begin, end);
+}
+
+}  // namespace
+
+// target_clones works on functions, not on templates: one plain function per element type.
+#define IMAML_DEFINE(T)                                                                           \
+  IMAML_MULTIVERSION CgSums cg_curvature(const CgArgs<T>& a, int64_t row, int64_t begin,          \
+                                         int64_t end) {                                           \
+    return a.lam_stride ? curvature<true>(a, row, begin, end)                                     \
+                        : curvature<false>(a, row, begin, end);                                   \
+  }                                                                                               \
+  IMAML_MULTIVERSION double cg_update(const CgArgs<T>& a, const CgStep& step, int64_t row,        \
+                                      int64_t begin, int64_t end) {                               \
+    return a.lam_stride ? update<true>(a, step, row, begin, end)                                  \
+                        : update<false>(a, step, row, begin, end);                                \
+  }                                                                                               \
+  IMAML_MULTIVERSION void cg_redirect(const CgArgs<T>& a, const CgDirection& next, int64_t row,   \
+                                      int64_t begin, int64_t end) {                               \
+    redirect(a, next, row, begin, end);                                                           \
+  }                                                                                               \
+  IMAML_MULTIVERSION void prox_gd(const ProxArgs<T>& a, int64_t row, int64_t begin, int64_t end) { \
+    descend_any(a, row, begin, end);                                                              \
+  }                                                                                               \
+  IMAML_MULTIVERSION ProxSums prox_sums(const ProxArgs<T>& a, int64_t row, int64_t begin,         \
+                                        int64_t end) {                                            \
+    return a.lam_stride ? sums<true>(a, row, begin, end) : sums<false>(a, row, begin, end);       \
+  }                                                                                               \
+  IMAML_MULTIVERSION double dot(const T* a, const T* b, int64_t begin, int64_t end) {             \
+    return dot_body(a, b, begin, end);                                                            \
+  }
+IMAML_DEFINE(float)
+IMAML_DEFINE(double)
+#undef IMAML_DEFINE
+
+const char* instruction_set() {
+#if defined(IMAML_HAS_MULTIVERSION)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
+#endif
+  return "baseline";
+}
+
+}  // namespace imaml::cpu

@@ -1,0 +1,79 @@
+// What the CUDA kernels share: launch geometry, block sums, and one way to launch.
+//
+// The kernels include this and nothing else of CUDA. A host compiler gets csrc/tests/cuda_shim.h
+// instead, which runs the same code thread by thread, so that CI executes it without a GPU.
+#pragma once
+#include <cstdint>
+
+#include "formulas.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#else
+#include "cuda_shim.h"
+#endif
+
+namespace imaml::cuda {
+
+using std::int64_t;
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kItems = 8;               // elements per thread that one block is worth
+constexpr int64_t kMaxBlocksPerRow = 512;
+
+// Blocks that share a row. Depends on the row's length alone, never on the device or the batch, so
+// that sums have the same bits everywhere.
+inline int64_t blocks_per_row(int64_t dim) {
+  const int64_t wanted = (dim + kThreads * kItems - 1) / (kThreads * kItems);
+  return wanted < 1 ? 1 : (wanted > kMaxBlocksPerRow ? kMaxBlocksPerRow : wanted);
+}
+
+// A block's place: blocks are numbered row by row.
+struct Place {
+  int64_t row;
+  int64_t block;
+  __device__ explicit Place(int64_t blocks) : row(blockIdx.x / blocks), block(blockIdx.x % blocks) {}
+  __device__ int64_t first() const { return block * kThreads + threadIdx.x; }
+  __device__ static int64_t stride(int64_t blocks) { return blocks * kThreads; }
+};
+
+// Replaces value[k] by its sum over the block's threads, in every thread. Fixed order.
+template <int N>
+__device__ void block_sum(double (&value)[N]) {
+  __shared__ double warp_sum[N][kWarps];
+  for (int k = 0; k < N; ++k) {
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+      value[k] += __shfl_xor_sync(0xffffffffu, value[k], offset);
+    if (threadIdx.x % kWarp == 0) warp_sum[k][threadIdx.x / kWarp] = value[k];
+  }
+  __syncthreads();
+  for (int k = 0; k < N; ++k) {
+    value[k] = 0;
+    for (int w = 0; w < kWarps; ++w) value[k] += warp_sum[k][w];
+  }
+  __syncthreads();  // before the next call overwrites warp_sum
+}
+
+// total[k] = sum over j < count of partial[j * N + k], in every thread. Fixed order.
+template <int N>
+__device__ void sum_partials(const double* partial, int64_t count, double (&total)[N]) {
+  for (int k = 0; k < N; ++k) {
+    total[k] = 0;
+    for (int64_t j = threadIdx.x; j < count; j += kThreads) total[k] += partial[j * N + k];
+  }
+  block_sum(total);
+}
+
+#if defined(__CUDACC__)
+using Stream = cudaStream_t;
+
+template <typename... Params, typename... Args>
+int launch(void (*kernel)(Params...), int64_t blocks, Stream stream, Args... args) {
+  kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream>>>(args...);
+  return static_cast<int>(cudaGetLastError());
+}
+#endif
+
+}  // namespace imaml::cuda

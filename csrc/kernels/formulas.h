@@ -1,0 +1,170 @@
+// The arithmetic of one row or one element, shared by the CPU and the CUDA kernels.
+//
+// Torch-free and CUDA-free. Whatever decides something about a task (a step length, a status, a
+// direction) is decided here, once, in float64, whatever the element type.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define IMAML_INLINE __host__ __device__ __forceinline__
+#else
+#define IMAML_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace imaml {
+
+// imaml_ext.Status in Python; a test compares the two.
+enum Status : std::int32_t {
+  kRunning = 0,
+  kConverged = 1,
+  kMaxIter = 2,
+  kNegativeCurvature = 3,
+  kNonfinite = 4,
+};
+
+// One CG iteration on `rows` independent systems (H_i + diag(lam) + damping I) x_i = b_i, with
+// hp = H p already computed. All buffers are [rows, dim], contiguous; one entry per row below.
+template <typename T>
+struct CgArgs {
+  T* x;
+  T* r;
+  T* p;
+  const T* hp;
+  const T* lam;             // [1] or [dim]
+  std::int64_t lam_stride;  // 0 for [1], 1 for [dim]
+  T damping;
+  double* rr;               // r.r, kept by the recurrence
+  const double* tol2;       // squared absolute tolerance
+  std::int32_t* status;
+  std::int32_t* steps;
+  double* curvature;        // out: p.Ap / r.r, the inverse step length (0 for a frozen row)
+  double* beta;             // out: new r.r / old r.r (0 for a frozen row)
+  std::int64_t rows;
+  std::int64_t dim;
+};
+
+// phi <- phi - lr d, where g = grad + lam (phi - theta) and d is g, or follows from the velocity.
+template <typename T>
+struct ProxArgs {
+  T* phi;                   // [rows, dim]
+  T* velocity;              // [rows, dim], or null: no momentum
+  const T* grad;            // [rows, dim]
+  const T* theta;           // [dim]
+  const T* lam;             // [1] or [dim]
+  std::int64_t lam_stride;
+  T lr;
+  T momentum;
+  bool nesterov;
+  const std::int32_t* status;  // [rows], or null; a row that is not kRunning is left alone
+  std::int64_t rows;
+  std::int64_t dim;
+};
+
+template <typename T>
+inline constexpr double kEpsilon = std::numeric_limits<T>::epsilon();
+
+IMAML_INLINE bool is_finite(double value) { return value - value == 0.0; }
+
+// ---- conjugate gradient ----------------------------------------------------------------------
+
+struct CgSums {
+  double pap = 0;   // p.Ap
+  double pp = 0;    // p.p
+  double apap = 0;  // Ap.Ap
+};
+
+enum CgAction : std::int32_t {
+  kFreeze,  // leave the row alone
+  kAdvance, // x += alpha p, r -= alpha Ap
+  kDropH,   // x += p / lam: the step of a system whose H is left out
+  kClear,   // x = 0: the row is not finite
+};
+
+struct CgStep {
+  CgAction action;
+  std::int32_t status;
+  double alpha;
+};
+
+// How the row moves, given p.Ap.
+//
+// Curvature counts as not positive when p.Ap <= epsilon |p| |Ap|. Unlike an absolute threshold this
+// does not depend on the scale of A, and a positive definite A passes unless its condition number
+// is near 4 / epsilon^2 (Kantorovich's inequality). T is the element type.
+template <typename T>
+IMAML_INLINE CgStep cg_step_length(const CgSums& s, double rr, std::int32_t status,
+                                   std::int32_t steps) {
+  if (status != kRunning) return {kFreeze, status, 0.0};
+  if (!is_finite(s.pap) || !is_finite(s.apap)) return {kClear, kNonfinite, 0.0};
+  if (s.pap <= kEpsilon<T> * std::sqrt(s.pp) * std::sqrt(s.apap))
+    return {steps == 0 ? kDropH : kFreeze, kNegativeCurvature, 0.0};
+  const double alpha = rr / s.pap;
+  if (!is_finite(alpha)) return {kClear, kNonfinite, 0.0};
+  return {kAdvance, kRunning, alpha};
+}
+
+struct CgDirection {
+  CgAction action;  // kAdvance: p = r + beta p. kClear: x = 0. Otherwise nothing.
+  std::int32_t status;
+  double beta;
+};
+
+// Where the row goes next, given the r.r of its updated residual.
+IMAML_INLINE CgDirection cg_direction(const CgStep& step, double rr_new, double rr_old,
+                                      double tol2) {
+  if (step.action == kClear) return {kClear, step.status, 0.0};
+  if (step.action != kAdvance) return {kFreeze, step.status, 0.0};
+  if (!is_finite(rr_new)) return {kClear, kNonfinite, 0.0};
+  const double beta = rr_new / rr_old;
+  if (rr_new <= tol2) return {kFreeze, kConverged, beta};
+  return {kAdvance, kRunning, beta};
+}
+
+// Writes the row's entries. `rr_old` is what rr[row] held when the iteration began.
+template <typename T>
+IMAML_INLINE void cg_record(const CgArgs<T>& a, std::int64_t row, const CgSums& s,
+                            const CgStep& step, const CgDirection& next, double rr_new,
+                            double rr_old) {
+  const bool measured = a.status[row] == kRunning;
+  a.curvature[row] = measured ? s.pap / rr_old : 0.0;
+  a.beta[row] = next.beta;
+  if (step.action == kAdvance) a.rr[row] = rr_new;
+  if (next.action == kClear) a.rr[row] = NAN;  // the residual is not known
+  if (step.action == kAdvance && next.action != kClear) a.steps[row] += 1;
+  a.status[row] = next.status;
+}
+
+template <typename T>
+IMAML_INLINE T cg_operator(T hp, T lam, T damping, T p) {
+  return hp + (lam + damping) * p;
+}
+
+// Second pass, one element: moves x and r and returns the new r.
+template <typename T>
+IMAML_INLINE T cg_move(const CgStep& step, T alpha, T p, T ap, T lam, T& x, T r) {
+  if (step.action == kAdvance) {
+    x += alpha * p;
+    return r - alpha * ap;
+  }
+  if (step.action == kDropH && lam > T(0)) x += p / lam;
+  if (step.action == kClear) x = T(0);
+  return r;
+}
+
+// ---- proximal steps --------------------------------------------------------------------------
+
+template <typename T>
+IMAML_INLINE T prox_gradient(T phi, T grad, T theta, T lam) {
+  return grad + lam * (phi - theta);
+}
+
+// The direction of gradient descent with (Nesterov) momentum, as torch.optim.SGD defines it.
+template <typename T>
+IMAML_INLINE T momentum_direction(T gradient, T momentum, bool nesterov, T& velocity) {
+  velocity = momentum * velocity + gradient;
+  return nesterov ? gradient + momentum * velocity : velocity;
+}
+
+}  // namespace imaml

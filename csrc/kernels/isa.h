@@ -1,0 +1,15 @@
+// IMAML_MULTIVERSION makes the compiler emit one clone of a function per instruction set and choose
+// when the library is loaded (ifunc), so a wheel built anywhere runs AVX-512 where there is one.
+// GCC >= 12 and Clang >= 17 on x86-64 with glibc; elsewhere it is empty and the baseline runs.
+#pragma once
+#include <cstdint>  // defines __GLIBC__
+
+#if !defined(IMAML_NO_MULTIVERSION) && defined(__x86_64__) && defined(__ELF__) && \
+    defined(__GLIBC__) &&                                                        \
+    ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
+#define IMAML_MULTIVERSION \
+  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#define IMAML_HAS_MULTIVERSION 1
+#else
+#define IMAML_MULTIVERSION
+#endif

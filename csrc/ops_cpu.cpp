@@ -1,0 +1,66 @@
+// The operators on the CPU: check, then run the kernels under torch's thread pool.
+#include <torch/csrc/stable/library.h>
+
+#include "checks.h"
+#include "kernels/cpu_drivers.h"
+
+namespace imaml {
+namespace {
+
+constexpr auto parallel_for = [](int64_t n, int64_t grain, const auto& body) {
+  torch::stable::parallel_for(0, n, grain, body);
+};
+
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void cg_step_(Tensor x, Tensor r, Tensor p, const Tensor& hp, const Tensor& lam, double damping,
+              Tensor rr, const Tensor& tol2, Tensor status, Tensor steps, Tensor curvature,
+              Tensor beta) {
+  const CgTensors tensors{x, r, p, hp, lam, damping, rr, tol2, status, steps, curvature, beta};
+  tensors.check();
+  dispatch(x, [&](auto zero) {
+    cpu::cg_step(tensors.args<decltype(zero)>(), threads(), parallel_for);
+  });
+}
+
+void prox_gd_(Tensor phi, std::optional<Tensor> velocity, const Tensor& grad, const Tensor& theta,
+              const Tensor& lam, double lr, double momentum, bool nesterov,
+              std::optional<Tensor> status) {
+  const DescentTensors tensors{{phi, grad, theta, lam}, velocity, lr, momentum, nesterov, status};
+  tensors.check();
+  dispatch(phi, [&](auto zero) {
+    cpu::prox_gd_step(tensors.args<decltype(zero)>(), threads(), parallel_for);
+  });
+}
+
+Tensor prox_norms(const Tensor& phi, const Tensor& grad, const Tensor& theta, const Tensor& lam) {
+  const ProxTensors tensors{phi, grad, theta, lam};
+  tensors.check("prox_norms");
+  Tensor out = new_doubles(phi, {phi.size(0), 2});
+  dispatch(phi, [&](auto zero) {
+    cpu::prox_norms(tensors.args<decltype(zero)>(), out.mutable_data_ptr<double>(), threads(),
+                    parallel_for);
+  });
+  return out;
+}
+
+Tensor row_dot(const Tensor& a, const Tensor& b) {
+  Checker("row_dot", "a", a).same("b", b);
+  Tensor out = new_doubles(a, {a.size(0)});
+  dispatch(a, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::row_dot(a.const_data_ptr<T>(), b.const_data_ptr<T>(), out.mutable_data_ptr<double>(),
+                 a.size(0), a.size(1), threads(), parallel_for);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace imaml
+
+STABLE_TORCH_LIBRARY_IMPL(imaml, CPU, m) {
+  m.impl("cg_step_", TORCH_BOX(&imaml::cg_step_));
+  m.impl("prox_gd_", TORCH_BOX(&imaml::prox_gd_));
+  m.impl("prox_norms", TORCH_BOX(&imaml::prox_norms));
+  m.impl("row_dot", TORCH_BOX(&imaml::row_dot));
+}

@@ -1,0 +1,97 @@
+// The operators on CUDA: check, choose the device and the current stream, launch, check the launch.
+// Host code only; the kernels are behind kernels/cuda_launch.h.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "checks.h"
+#include "kernels/cuda_launch.h"
+
+// Lives in libtorch_cuda, which a CPU build of torch lacks: weak, so that this library loads there.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(std::int32_t device_index, void** stream);
+
+namespace imaml {
+namespace {
+
+// Makes the tensor's device current while it lives.
+class Device {
+ public:
+  Device(const char* op, const Tensor& t) : op_(op), guard_(t.get_device_index()) {
+    if (&aoti_torch_get_current_cuda_stream == nullptr) fail(op, "this build of torch has no CUDA");
+    if (aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_) != 0)
+      fail(op, "no current CUDA stream");
+  }
+
+  void* stream() const { return stream_; }
+
+  void check(int error) const {
+    if (error != 0) fail(op_, "CUDA error: ", cuda::error_string(error));
+  }
+
+ private:
+  const char* op_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+void cg_step_(Tensor x, Tensor r, Tensor p, const Tensor& hp, const Tensor& lam, double damping,
+              Tensor rr, const Tensor& tol2, Tensor status, Tensor steps, Tensor curvature,
+              Tensor beta) {
+  const CgTensors tensors{x, r, p, hp, lam, damping, rr, tol2, status, steps, curvature, beta};
+  tensors.check();
+  const Device device("cg_step_", x);
+  Tensor workspace = new_doubles(x, {cuda::cg_step_workspace(x.size(0), x.size(1))});
+  dispatch(x, [&](auto zero) {
+    device.check(cuda::cg_step_on(tensors.args<decltype(zero)>(),
+                                  workspace.mutable_data_ptr<double>(), device.stream()));
+  });
+}
+
+void prox_gd_(Tensor phi, std::optional<Tensor> velocity, const Tensor& grad, const Tensor& theta,
+              const Tensor& lam, double lr, double momentum, bool nesterov,
+              std::optional<Tensor> status) {
+  const DescentTensors tensors{{phi, grad, theta, lam}, velocity, lr, momentum, nesterov, status};
+  tensors.check();
+  const Device device("prox_gd_", phi);
+  dispatch(phi, [&](auto zero) {
+    device.check(cuda::prox_gd_on(tensors.args<decltype(zero)>(), device.stream()));
+  });
+}
+
+Tensor prox_norms(const Tensor& phi, const Tensor& grad, const Tensor& theta, const Tensor& lam) {
+  const ProxTensors tensors{phi, grad, theta, lam};
+  tensors.check("prox_norms");
+  const Device device("prox_norms", phi);
+  Tensor out = new_doubles(phi, {phi.size(0), 2});
+  Tensor workspace = new_doubles(phi, {cuda::sums_workspace(phi.size(0), phi.size(1), 2)});
+  dispatch(phi, [&](auto zero) {
+    device.check(cuda::prox_norms_on(tensors.args<decltype(zero)>(), out.mutable_data_ptr<double>(),
+                                     workspace.mutable_data_ptr<double>(), device.stream()));
+  });
+  return out;
+}
+
+Tensor row_dot(const Tensor& a, const Tensor& b) {
+  Checker("row_dot", "a", a).same("b", b);
+  const Device device("row_dot", a);
+  Tensor out = new_doubles(a, {a.size(0)});
+  Tensor workspace = new_doubles(a, {cuda::sums_workspace(a.size(0), a.size(1), 1)});
+  dispatch(a, [&](auto zero) {
+    using T = decltype(zero);
+    device.check(cuda::row_dot_on(a.const_data_ptr<T>(), b.const_data_ptr<T>(),
+                                  out.mutable_data_ptr<double>(),
+                                  workspace.mutable_data_ptr<double>(), a.size(0), a.size(1),
+                                  device.stream()));
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace imaml
+
+STABLE_TORCH_LIBRARY_IMPL(imaml, CUDA, m) {
+  m.impl("cg_step_", TORCH_BOX(&imaml::cg_step_));
+  m.impl("prox_gd_", TORCH_BOX(&imaml::prox_gd_));
+  m.impl("prox_norms", TORCH_BOX(&imaml::prox_norms));
+  m.impl("row_dot", TORCH_BOX(&imaml::row_dot));
+}

@@ -1,0 +1,271 @@
+"""Command line: `imaml-ext train [sinusoid|omniglot]` and `imaml-ext eval CHECKPOINT`."""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from imaml_ext import plots
+from imaml_ext._version import __version__
+from imaml_ext.checkpoint import load_checkpoint
+from imaml_ext.presets import PRESETS, Config, Experiment, build
+from imaml_ext.trainer import Evaluation, NonfiniteError, Trainer, evaluate, restore
+
+_HELP = {
+    "method": "meta-learning method",
+    "way": "classes of a task",
+    "shot": "support examples per class (or of a regression task)",
+    "query": "query examples per class in training",
+    "eval_query": "query examples per class in evaluation",
+    "tasks": "tasks of one meta-step",
+    "lam": "proximal strength",
+    "inner_lr": "step size of the inner solver",
+    "inner_steps": "steps of the inner solver",
+    "cg_steps": "conjugate-gradient iterations of a meta-gradient",
+    "damping": "added to the diagonal in conjugate gradient",
+    "curvature": "hessian, or ggn: generalised Gauss-Newton",
+    "meta_lr": "learning rate of the outer Adam",
+    "meta_steps": "meta-steps in all",
+    "seed": "of the model's start and of the training tasks",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, NonfiniteError) as error:
+        print(f"imaml-ext: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("imaml-ext: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="imaml-ext", description="Meta-learning with implicit gradients."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="meta-train, then evaluate on unseen tasks",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    train.set_defaults(run=_train)
+    train.add_argument("dataset", nargs="?", choices=list(PRESETS), default="sinusoid")
+    _add_common(train)
+    train.add_argument("--download", action="store_true", help="fetch the data if it is not there")
+    train.add_argument("--out", type=Path, help="folder of the run; default runs/DATASET-TIME")
+    train.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    train.add_argument("--eval-every", type=int, default=250, help="meta-steps between validations")
+
+    test = commands.add_parser(
+        "eval", help="evaluate a checkpoint on unseen tasks",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    test.set_defaults(run=_eval)
+    test.add_argument("checkpoint", type=Path)
+    test.add_argument("--split", choices=["val", "test"], default="test")
+    _add_common(test)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=Path("data"), help="root of the data sets")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--eval-tasks", type=int, default=600, help="tasks of the final evaluation")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
+    group = parser.add_argument_group("experiment (default: the data set's preset)")
+    for field in dataclasses.fields(Config):
+        if field.name != "dataset":
+            kind = {"lam": float, "method": str, "curvature": str}.get(
+                field.name, type(field.default)
+            )
+            group.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                type=kind,
+                default=argparse.SUPPRESS,
+                help=_HELP[field.name],
+            )
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """The experiment's settings that were given on the command line."""
+    given = vars(options)
+    return {
+        field.name: given[field.name]
+        for field in dataclasses.fields(Config)
+        if field.name in given and field.name != "dataset"
+    }
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _train(options: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    overrides = _overrides(options)
+    out = options.out or Path("runs") / f"{options.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    checkpoint = out / "checkpoint.pt"
+    if options.resume:
+        config = _resumed_config(checkpoint, options.dataset, overrides)
+    else:
+        if checkpoint.exists():
+            raise ValueError(f"{checkpoint} exists: add --resume to go on, or choose another --out")
+        config = dataclasses.replace(PRESETS[options.dataset], **overrides)
+    experiment = build(
+        config, data=options.data, device=_device(options), download=options.download
+    )
+    trainer = experiment.trainer()
+    if options.resume:
+        trainer.load(checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    _run(trainer, experiment, checkpoint, options.eval_every)
+
+    result = evaluate(
+        experiment.method, experiment.sources["test"], experiment.metrics, tasks=options.eval_tasks
+    )
+    pictures = [
+        plots.learning_curves(trainer.history, trainer.validation, out / "learning_curves.png")
+    ]
+    if config.dataset == "sinusoid":
+        pictures.append(
+            plots.sinusoid_fits(
+                experiment.method, experiment.loss, experiment.sources["test"], out / "fits.png"
+            )
+        )
+    _report(
+        options, result, time.perf_counter() - start, meta_steps=trainer.steps,
+        checkpoint=checkpoint, plots=pictures,
+    )  # fmt: skip
+
+
+def _resumed_config(path: Path, dataset: str, overrides: dict[str, Any]) -> Config:
+    saved = Config(**load_checkpoint(path)["config"])
+    if saved.dataset != dataset:
+        raise ValueError(f"{path} was trained on {saved.dataset}, not on {dataset}")
+    for name, value in overrides.items():
+        if name != "meta_steps" and getattr(saved, name) != value:
+            raise ValueError(
+                f"{path} was trained with {name}={getattr(saved, name)}, got {value}: "
+                "a resumed run keeps its settings, but for --meta-steps"
+            )
+    return dataclasses.replace(saved, **overrides)
+
+
+def _run(trainer: Trainer, experiment: Experiment, checkpoint: Path, eval_every: int) -> None:
+    """Train to the end, validating and saving every `eval_every` steps and when interrupted."""
+    config = experiment.config
+    if eval_every < 1:
+        raise ValueError(f"--eval-every must be at least 1, got {eval_every}")
+    saved = dataclasses.asdict(config)
+    progress = tqdm(
+        total=config.meta_steps, initial=trainer.steps, desc=config.dataset, unit="step",
+        mininterval=1.0, dynamic_ncols=True,
+    )  # fmt: skip
+    try:
+        while trainer.steps < config.meta_steps:
+            record = trainer.step()
+            progress.set_postfix(_postfix(record, trainer), refresh=False)
+            progress.update()
+            if trainer.steps % eval_every == 0 or trainer.steps == config.meta_steps:
+                trainer.validate(experiment.sources["val"], experiment.metrics, tasks=100)
+                trainer.save(checkpoint, saved)
+    except KeyboardInterrupt:
+        trainer.save(checkpoint, saved)
+        progress.write(f"saved {checkpoint} at meta-step {trainer.steps}; --resume goes on from it")
+        raise
+    finally:
+        progress.close()
+
+
+def _postfix(record: dict[str, float], trainer: Trainer) -> dict[str, str]:
+    recent = trainer.history[-20:]
+    shown = {"loss": f"{sum(r['loss'] for r in recent) / len(recent):.3f}"}
+    if "accuracy" in record:
+        shown["acc"] = f"{100 * sum(r['accuracy'] for r in recent) / len(recent):.1f}%"
+    shown["cg"] = f"{record['cg_residual']:.1e}"
+    if record["negative_curvature"] > 0:
+        shown["negative"] = f"{100 * record['negative_curvature']:.0f}%"
+    if trainer.validation and "accuracy" in record:
+        shown["val"] = f"{100 * trainer.validation[-1]['accuracy']:.1f}%"
+    return shown
+
+
+def _eval(options: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    state = load_checkpoint(options.checkpoint)
+    config = dataclasses.replace(Config(**state["config"]), **_overrides(options))
+    experiment = build(config, data=options.data, device=_device(options))
+    restore(experiment.method, state, options.checkpoint)
+    result = evaluate(
+        experiment.method,
+        experiment.sources[options.split],
+        experiment.metrics,
+        tasks=options.eval_tasks,
+    )
+    _report(
+        options, result, time.perf_counter() - start, meta_steps=state["steps"],
+        checkpoint=options.checkpoint, plots=[],
+    )  # fmt: skip
+
+
+def _report(
+    options: argparse.Namespace,
+    result: Evaluation,
+    seconds: float,
+    *,
+    meta_steps: int,
+    checkpoint: Path,
+    plots: list[Path],
+) -> None:
+    figures: dict[str, Any] = {}
+    if "accuracy" in result.mean:
+        figures["accuracy"] = 100 * result.mean["accuracy"]
+        figures["ci95"] = 100 * result.ci95["accuracy"]
+        print(f"accuracy  {figures['accuracy']:.2f} ± {figures['ci95']:.2f} %")
+    figures["loss"] = result.mean["loss"]
+    figures["loss_ci95"] = result.ci95["loss"]
+    print(f"loss      {figures['loss']:.4f} ± {figures['loss_ci95']:.4f}")
+    print(f"on        {result.tasks} unseen tasks, after {meta_steps} meta-steps")
+    print(f"saved     {checkpoint}")
+    for picture in plots:
+        print(f"drawn     {picture}")
+    if options.json:
+        figures |= {
+            "tasks": result.tasks,
+            "meta_steps": meta_steps,
+            "seconds": round(seconds, 1),
+            "checkpoint": str(checkpoint),
+            "plots": [str(picture) for picture in plots],
+        }
+        print(json.dumps({k: None if _is_nan(v) else v for k, v in figures.items()}))
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

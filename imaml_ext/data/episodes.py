@@ -1,0 +1,76 @@
+"""Few-shot classification tasks drawn by index from one tensor of images."""
+
+import torch
+from torch import Tensor
+
+from imaml_ext.data.random import random_bits
+from imaml_ext.tasks import TaskBatch
+
+_CLASSES, _IMAGES, _ROTATIONS = range(3)  # streams of random numbers
+
+
+class ImageEpisodes:
+    """`way`-way `shot`-shot tasks with `query` query images per class; labels are class positions.
+
+    A batch is a function of (seed, step) alone, drawn on the device of the images.
+
+    Args:
+        images: uint8 [classes, images per class, H, W].
+        tasks: B.
+        rotate: turn each drawn class as a whole by 0, 90, 180 or 270 degrees, at random.
+        dtype: of the images that are dealt, scaled to [0, 1].
+
+    Raises:
+        ValueError: more ways than classes, or more images asked for than a class has.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        *,
+        way: int,
+        shot: int,
+        query: int,
+        tasks: int,
+        seed: int = 0,
+        rotate: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if images.dim() != 4 or images.dtype != torch.uint8:
+            raise ValueError(
+                f"images must be uint8 [C, N, H, W], got {images.dtype} {images.shape}"
+            )
+        for name, value in (("way", way), ("shot", shot), ("query", query), ("tasks", tasks)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if way > images.shape[0]:
+            raise ValueError(f"way={way}, but there are {images.shape[0]} classes")
+        if shot + query > images.shape[1]:
+            raise ValueError(
+                f"shot={shot} and query={query} need {shot + query} images of a class, "
+                f"but there are {images.shape[1]}"
+            )
+        self.images = images
+        self.way, self.shot, self.query, self.tasks = way, shot, query, tasks
+        self.seed, self.rotate, self.dtype = seed, rotate, dtype
+
+    def sample(self, step: int) -> TaskBatch:
+        """Support and query (x [B, N, 1, H, W], y [B, N]) with N = way shot and way query."""
+        classes, per_class, height, width = self.images.shape
+        drawn = self._bits(step, _CLASSES, classes).topk(self.way).indices
+        chosen = self._bits(step, _IMAGES, self.way, per_class).topk(self.shot + self.query).indices
+        x = self.images[drawn[..., None], chosen]
+        if self.rotate:
+            turns = self._bits(step, _ROTATIONS, self.way)[..., None, None, None] % 4
+            x = sum(torch.rot90(x, k, (-2, -1)) * (turns == k) for k in range(4))
+        x = x.to(self.dtype) / 255
+        y = torch.arange(self.way, device=x.device).expand(self.tasks, -1)
+
+        def part(start: int, count: int) -> tuple[Tensor, Tensor]:
+            images = x[:, :, start : start + count].reshape(self.tasks, -1, 1, height, width)
+            return images, y.repeat_interleave(count, dim=1)
+
+        return TaskBatch(support=part(0, self.shot), query=part(self.shot, self.query))
+
+    def _bits(self, step: int, stream: int, *shape: int) -> Tensor:
+        return random_bits(self.seed, step, stream, self.tasks, shape, self.images.device)

@@ -1,0 +1,52 @@
+"""Sinusoid regression: tasks that need no data."""
+
+import math
+
+import torch
+
+from imaml_ext.data.random import uniform
+from imaml_ext.tasks import TaskBatch
+
+_TASK, _SUPPORT, _QUERY = range(3)  # streams of random numbers
+
+
+class Sinusoid:
+    """`y = a sin(x - b)` with a in [0.1, 5], b in [0, pi] and x in [-5, 5], uniform.
+
+    Args:
+        shot, query: points in the support and the query set.
+        tasks: B.
+
+    Source: Finn, Abbeel, Levine 2017, section 5.1.
+    """
+
+    def __init__(
+        self,
+        *,
+        shot: int = 10,
+        query: int = 10,
+        tasks: int = 25,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        for name, value in (("shot", shot), ("query", query), ("tasks", tasks)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.shot, self.query, self.tasks, self.seed = shot, query, tasks, seed
+        self.device, self.dtype = torch.device(device), dtype
+
+    def sample(self, step: int) -> TaskBatch:
+        """Support and query (x [B, N, 1], y [B, N, 1])."""
+        draw = self._uniform(step, _TASK, 2, 1, 1)
+        amplitude, phase = 0.1 + 4.9 * draw[:, 0], math.pi * draw[:, 1]
+
+        def part(stream: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+            x = 10 * self._uniform(step, stream, count, 1) - 5
+            y = amplitude * torch.sin(x - phase)
+            return x.to(self.dtype), y.to(self.dtype)
+
+        return TaskBatch(support=part(_SUPPORT, self.shot), query=part(_QUERY, self.query))
+
+    def _uniform(self, step: int, stream: int, *shape: int) -> torch.Tensor:
+        return uniform(self.seed, step, stream, self.tasks, shape, self.device)

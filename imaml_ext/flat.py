@@ -1,0 +1,109 @@
+"""The parameter layout: between named tensors and flat rows. Nothing else knows names and shapes."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Lam = float | Tensor | Mapping[str, Tensor]
+
+
+class Layout:
+    """The order and shapes of the parameters inside a flat vector of D scalars.
+
+    Raises:
+        TypeError: `params` is not a mapping of names to float32 or float64 tensors.
+        ValueError: there are no parameters, or they differ in dtype or device.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        if not isinstance(params, Mapping) or not all(
+            isinstance(t, Tensor) for t in params.values()
+        ):
+            raise TypeError("params must map names to tensors, as dict(model.named_parameters())")
+        if not params:
+            raise ValueError("params is empty: there is nothing to adapt")
+        first_name, first = next(iter(params.items()))
+        for name, tensor in params.items():
+            if tensor.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"params[{name!r}] must be float32 or float64, got {tensor.dtype}")
+            if tensor.dtype != first.dtype or tensor.device != first.device:
+                raise ValueError(
+                    f"params[{name!r}] is {tensor.dtype} on {tensor.device}, but "
+                    f"params[{first_name!r}] is {first.dtype} on {first.device}"
+                )
+        self.shapes = {name: tensor.shape for name, tensor in params.items()}
+        self.sizes = [tensor.numel() for tensor in params.values()]
+        self.dim = sum(self.sizes)
+        self.dtype = first.dtype
+        self.device = first.device
+
+    def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
+        """[D] from tensors of the parameters' shapes, or [B, D] from tensors [B, ...]."""
+        if params.keys() != self.shapes.keys():
+            raise ValueError(f"expected parameters {list(self.shapes)}, got {list(params)}")
+        name, shape = next(iter(self.shapes.items()))
+        batch = params[name].shape[: params[name].dim() - len(shape)]
+        for name, shape in self.shapes.items():
+            if params[name].shape != batch + shape:
+                raise ValueError(
+                    f"{name!r}: expected shape {[*batch, *shape]}, got {list(params[name].shape)}"
+                )
+        return torch.cat([params[name].reshape(*batch, -1) for name in self.shapes], dim=-1)
+
+    def unflatten(self, flat: Tensor) -> Params:
+        """{name: [..., *shape]} views of [..., D]. One split, whose backward is one concatenation."""
+        parts = flat.split(self.sizes, dim=-1)
+        batch = flat.shape[:-1]
+        return {
+            name: part.reshape(batch + shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def flatten_lam(self, lam: Any) -> Tensor:
+        """Λ as the kernels take it: [1] for a scalar, [D] for a diagonal; differentiable.
+
+        Values are checked here on the CPU. On CUDA that would synchronise: `implicit` marks the
+        tasks instead.
+
+        Raises:
+            TypeError, ValueError: not of a form or shape that is known, not positive, not finite.
+        """
+        if isinstance(lam, Mapping):
+            if lam.keys() != self.shapes.keys():
+                raise ValueError(f"lam must name {list(self.shapes)}, got {list(lam)}")
+            flat = torch.cat([self._diagonal_part(name, lam[name]) for name in self.shapes])
+        elif isinstance(lam, Tensor):
+            if lam.dim() != 0:
+                raise ValueError(f"a lam tensor must be 0-d, got shape {list(lam.shape)}")
+            flat = self._as_parameters("lam", lam).reshape(1)
+        elif isinstance(lam, (int, float)) and not isinstance(lam, bool):
+            if not (math.isfinite(lam) and lam > 0):
+                raise ValueError(f"lam must be positive and finite, got {lam}")
+            return torch.full((1,), float(lam), dtype=self.dtype, device=self.device)
+        else:
+            raise TypeError(f"lam must be a float, a tensor or a dict of tensors, got {type(lam)}")
+        if flat.device.type == "cpu" and not bool((flat.isfinite() & (flat > 0)).all()):
+            raise ValueError("lam must be positive and finite in every entry")
+        return flat
+
+    def _diagonal_part(self, name: str, lam: Tensor) -> Tensor:
+        shape = self.shapes[name]
+        if lam.dim() != 0 and lam.shape != shape:
+            raise ValueError(
+                f"lam[{name!r}] must be 0-d or of shape {list(shape)}, got {list(lam.shape)}"
+            )
+        return self._as_parameters(f"lam[{name!r}]", lam).expand(shape).reshape(-1)
+
+    def _as_parameters(self, label: str, lam: Tensor) -> Tensor:
+        if not isinstance(lam, Tensor):
+            raise TypeError(f"{label} must be a tensor, got {type(lam)}")
+        if lam.dtype != self.dtype or lam.device != self.device:
+            raise ValueError(
+                f"{label} is {lam.dtype} on {lam.device}, but the parameters are {self.dtype} "
+                f"on {self.device}"
+            )
+        return lam

@@ -1,0 +1,196 @@
+"""Losses of a whole batch of tasks, with their gradients and curvature, on [B, D] row buffers.
+
+Only the forward pass is vmapped. The per-task losses are summed, so one call of `autograd.grad` on
+the stacked rows gives every task's gradient: row i of the sum's gradient is task i's.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils import _pytree as pytree
+
+from imaml_ext.flat import Layout, Params
+from imaml_ext.solution import CurvatureKind, Matvec
+
+Loss = Callable[[Params, Any], Tensor]
+
+
+class ModuleLoss:
+    """`criterion(model(x), y)` as a function of the model's parameters, for one task."""
+
+    def __init__(self, model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.model = model
+        self.criterion = criterion
+
+    def outputs(self, params: Params, x: Any) -> Tensor:
+        return functional_call(self.model, params, (x,))
+
+    def __call__(self, params: Params, data: tuple[Any, Any]) -> Tensor:
+        x, y = data
+        return self.criterion(self.outputs(params, x), y)
+
+
+def module_loss(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]) -> ModuleLoss:
+    """`(params, (x, y)) -> criterion(model(x), y)`: a scalar, for one task.
+
+    `params` maps names of the model's parameters to tensors; a parameter that it leaves out keeps
+    the model's own value and is not adapted. The model runs in the mode it is in. Its buffers
+    cannot be written: use `nn.BatchNorm2d(..., track_running_stats=False)`.
+    """
+    return ModuleLoss(model, criterion)
+
+
+class Linearisation(NamedTuple):
+    """A batch of losses around one point."""
+
+    losses: Tensor  # [B]
+    gradient: Tensor  # [B, D]
+    matvec: Matvec
+
+
+class Objective:
+    """The loss of each of B tasks as a function of its row of parameters.
+
+    Args:
+        loss: `(params, data) -> scalar` for one task.
+        layout: of the rows.
+        data: pytree of [B, N, ...] tensors.
+        label: what messages call the data.
+
+    Raises:
+        TypeError: a leaf of the data is not a tensor, or of another floating dtype than the rows.
+        ValueError: there are no leaves, B or N is 0, leading sizes differ, or another device.
+    """
+
+    def __init__(self, loss: Loss, layout: Layout, data: Any, label: str = "data") -> None:
+        self.loss = loss
+        self.layout = layout
+        self.data = data
+        self.tasks = _count_tasks(layout, data, label)
+
+    def losses(self, rows: Tensor) -> Tensor:
+        """[B] from [B, D]."""
+        return vmap(self._one_loss, randomness="different")(rows, self.data)
+
+    def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [B] and gradients [B, D]."""
+        leaf, losses = self._record(self.losses, rows)
+        return losses.detach(), _vjp(losses, leaf, torch.ones_like(losses))
+
+    def linearise(self, rows: Tensor, kind: CurvatureKind) -> Linearisation:
+        """Losses, gradients and a curvature product.
+
+        The graph of the gradient is recorded once; each product is then one backward pass through
+        it. It lives as long as `matvec` does.
+        """
+        return self._hessian(rows) if kind == "hessian" else self._gauss_newton(rows)
+
+    def _hessian(self, rows: Tensor) -> Linearisation:
+        leaf, losses = self._record(self.losses, rows)
+        gradient = _vjp(losses, leaf, torch.ones_like(losses), create_graph=True)
+        return Linearisation(
+            losses.detach(),
+            gradient.detach(),
+            lambda vector: _vjp(gradient, leaf, vector, retain_graph=True),
+        )
+
+    def _gauss_newton(self, rows: Tensor) -> Linearisation:
+        """`J' H_out J`: J of the outputs by the parameters, H_out of the criterion by the outputs.
+
+        J is applied by differentiating `u -> J' u`, which is linear, by u.
+        Source: Schraudolph 2002.
+        """
+        if not isinstance(self.loss, ModuleLoss):
+            raise TypeError(
+                "curvature='ggn' needs to see the model's outputs: make the loss with module_loss"
+            )
+        x, y = self.data
+        leaf, outputs = self._record(lambda leaf: vmap(self._one_output)(leaf, x), rows)
+        z, losses = self._record(lambda z: vmap(self._one_criterion)(z, y), outputs)
+        slope = _vjp(losses, z, torch.ones_like(losses), create_graph=True)
+        gradient = _vjp(outputs, leaf, slope.detach(), retain_graph=True)
+        u = torch.zeros_like(outputs, requires_grad=True)
+        transposed = _vjp(outputs, leaf, u, create_graph=True)
+
+        def matvec(vector: Tensor) -> Tensor:
+            tangent = _vjp(transposed, u, vector, retain_graph=True)
+            bent = _vjp(slope, z, tangent, retain_graph=True)
+            return _vjp(outputs, leaf, bent, retain_graph=True)
+
+        return Linearisation(losses.detach(), gradient, matvec)
+
+    @staticmethod
+    def _record(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = at.detach().requires_grad_()
+        with torch.enable_grad():
+            return leaf, function(leaf)
+
+    def _one_loss(self, row: Tensor, data: Any) -> Tensor:
+        return _scalar(self.loss(self.layout.unflatten(row), data))
+
+    def _one_output(self, row: Tensor, x: Any) -> Tensor:
+        assert isinstance(self.loss, ModuleLoss)
+        return self.loss.outputs(self.layout.unflatten(row), x)
+
+    def _one_criterion(self, z: Tensor, y: Any) -> Tensor:
+        assert isinstance(self.loss, ModuleLoss)
+        return _scalar(self.loss.criterion(z, y))
+
+
+def _count_tasks(layout: Layout, data: Any, label: str) -> int:
+    leaves = pytree.tree_leaves(data)
+    if not leaves:
+        raise ValueError(f"{label} has no tensors")
+    for number, leaf in enumerate(leaves):
+        place = f"{label} (tensor {number})"
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{place} must be a tensor, got {type(leaf).__name__}")
+        if leaf.dim() == 0:
+            raise ValueError(f"{place} must be [B, ...], got a 0-d tensor")
+        if leaf.numel() == 0:
+            raise ValueError(f"{place} is empty: shape {list(leaf.shape)}")
+        if leaf.device != layout.device:
+            raise ValueError(f"{place} is on {leaf.device}, the parameters are on {layout.device}")
+        if leaf.is_floating_point() and leaf.dtype != layout.dtype:
+            raise TypeError(f"{place} is {leaf.dtype}, the parameters are {layout.dtype}")
+    sizes = [leaf.shape[0] for leaf in leaves]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"{label}: every tensor must have the same leading size B, got {sizes}")
+    return sizes[0]
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss must return a tensor, got {type(loss).__name__}")
+    if loss.dim() != 0:
+        raise ValueError(
+            f"the loss of one task must be a scalar, got shape {list(loss.shape)}: "
+            "take its mean or sum"
+        )
+    return loss
+
+
+def _vjp(
+    outputs: Tensor,
+    inputs: Tensor,
+    vector: Tensor,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool = False,
+) -> Tensor:
+    """`vector' d outputs / d inputs`; zero where `outputs` does not depend on `inputs`."""
+    if not outputs.requires_grad:
+        return torch.zeros_like(inputs)
+    with torch.set_grad_enabled(create_graph):
+        (product,) = torch.autograd.grad(
+            outputs,
+            inputs,
+            vector,
+            create_graph=create_graph,
+            retain_graph=create_graph or retain_graph,
+            materialize_grads=True,
+        )
+    return product

@@ -1,0 +1,162 @@
+"""The operators of the C++/CUDA extension, `torch.ops.imaml`, as Python functions.
+
+Importing this module loads the extension. Operators whose name ends in `_` write their arguments;
+none is differentiable. All work on contiguous [B, D] row buffers of float32 or float64, on the CPU
+and on CUDA, never synchronise, and give the same bits for the same input on the same device.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from imaml_ext._version import __version__
+
+
+def _load() -> ModuleType:
+    if hasattr(torch.ops.imaml, "row_dot"):
+        raise ImportError(
+            "imaml_ext: another copy of the extension is loaded in this process; import one only"
+        )
+    try:
+        from imaml_ext import _C
+    except ImportError as error:
+        raise ImportError(
+            f"imaml_ext: its C++ extension cannot be loaded ({error}). Build it against the torch "
+            f"of this environment ({torch.__version__}; 2.10 or newer is needed) by running "
+            "`pip install .` in the source folder, or `pip install -e .` to import the package "
+            "from the source folder itself."
+        ) from error
+    built = _C.build_info()["version"]
+    if built != __version__:
+        raise ImportError(
+            f"imaml_ext: the C++ extension is of version {built}, the Python files of "
+            f"{__version__}. Reinstall: `pip install --force-reinstall --no-deps .`"
+        )
+    return _C
+
+
+_extension = _load()
+
+
+def build_info() -> dict[str, str]:
+    """How the extension was built: versions, compiler, CUDA ("" without), instruction set."""
+    return dict(_extension.build_info())
+
+
+@torch.library.register_fake("imaml::cg_step_")
+def _(x, r, p, hp, lam, damping, rr, tol2, status, steps, curvature, beta):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("imaml::prox_gd_")
+def _(phi, velocity, grad, theta, lam, lr, momentum, nesterov, status):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("imaml::prox_norms")
+def _(phi, grad, theta, lam):  # type: ignore[no-untyped-def]
+    return phi.new_empty((phi.shape[0], 2), dtype=torch.float64)
+
+
+@torch.library.register_fake("imaml::row_dot")
+def _(a, b):  # type: ignore[no-untyped-def]
+    return a.new_empty((a.shape[0],), dtype=torch.float64)
+
+
+def _refuse_gradients(operator: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{operator}: not differentiable; call it under torch.no_grad() or detach its arguments"
+        )
+
+
+def cg_step_(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    hp: Tensor,
+    lam: Tensor,
+    *,
+    damping: float,
+    rr: Tensor,
+    tol2: Tensor,
+    status: Tensor,
+    steps: Tensor,
+    curvature: Tensor,
+    beta: Tensor,
+) -> None:
+    """One conjugate-gradient iteration on `(H_i + Λ + damping I) x_i = b_i`, for every row i.
+
+    With `Ap = hp + Λp + damping p`: `alpha = r·r / p·Ap`, `x += alpha p`, `r -= alpha Ap`,
+    `beta = r·r / old r·r`, `p = r + beta p`. A row moves only while its status is RUNNING. It
+    becomes CONVERGED when `r·r <= tol2`; NEGATIVE_CURVATURE when `p·Ap <= eps |p| |Ap|`, keeping x,
+    or in its first step `x += p / Λ` where Λ > 0; NONFINITE when a sum is not finite, with x = 0.
+
+    Args:
+        x, r, p: iterate, residual and direction, [B, D]; written.
+        hp: `H p`, [B, D].
+        lam: Λ, [1] for a scalar or [D] for a diagonal.
+        rr: r·r, [B] float64; written.
+        tol2: squared absolute tolerance, [B] float64.
+        status, steps: [B] int32; written.
+        curvature, beta: p·Ap / r·r and beta of this iteration, 0 for a frozen row, [B] float64;
+            written.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit.
+    """
+    _refuse_gradients("cg_step_", x, r, p, hp, lam)
+    torch.ops.imaml.cg_step_(x, r, p, hp, lam, damping, rr, tol2, status, steps, curvature, beta)
+    # The dispatcher does not do this for an operator defined in C++, and without it autograd would
+    # not notice that a tensor it saved has been overwritten.
+    torch.autograd.graph.increment_version((x, r, p, rr, status, steps, curvature, beta))
+
+
+def prox_gd_(
+    phi: Tensor,
+    grad: Tensor,
+    theta: Tensor,
+    lam: Tensor,
+    *,
+    lr: float,
+    velocity: Tensor | None = None,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    status: Tensor | None = None,
+) -> None:
+    """`phi -= lr g`, `g = grad + Λ (phi - theta)`: a gradient step on the proximal objective.
+
+    With a velocity buffer, momentum as in `torch.optim.SGD`: `velocity = momentum velocity + g`,
+    and the step is along the velocity, or along `g + momentum velocity` with `nesterov`.
+
+    Args:
+        phi: [B, D]; written.
+        grad: gradient of the loss alone, [B, D].
+        theta: [D], shared by all rows.
+        lam: Λ, [1] or [D].
+        velocity: [B, D]; written.
+        status: [B] int32; a row that is not RUNNING is left alone.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit.
+    """
+    _refuse_gradients("prox_gd_", phi, grad, theta, lam)
+    torch.ops.imaml.prox_gd_(phi, velocity, grad, theta, lam, lr, momentum, nesterov, status)
+    torch.autograd.graph.increment_version(phi if velocity is None else (phi, velocity))
+
+
+def prox_norms(phi: Tensor, grad: Tensor, theta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """`|grad + Λ (phi - theta)|²` and `(phi - theta)' Λ (phi - theta)` per row, [B] float64 each.
+
+    Args as in `prox_gd_`. Reads each operand once.
+    """
+    _refuse_gradients("prox_norms", phi, grad, theta, lam)
+    grad_norm2, penalty = torch.ops.imaml.prox_norms(phi, grad, theta, lam).unbind(1)
+    return grad_norm2, penalty
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """`a_i · b_i` for every row of two [B, D] buffers, [B] float64."""
+    _refuse_gradients("row_dot", a, b)
+    return torch.ops.imaml.row_dot(a, b)

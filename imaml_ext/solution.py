@@ -1,0 +1,127 @@
+"""What a batched solver returns: a value and, per task, how it went."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Matvec = Callable[[Tensor], Tensor]  # [B, D] -> [B, D], row i times the matrix of task i
+CurvatureKind = Literal["hessian", "ggn"]
+
+
+class Status(IntEnum):
+    """How a task's solve ended. The same numbers as in csrc/kernels/formulas.h."""
+
+    RUNNING = 0
+    CONVERGED = 1
+    MAX_ITER = 2
+    NEGATIVE_CURVATURE = 3
+    NONFINITE = 4
+
+
+_REMEDY = {
+    Status.MAX_ITER: "the tolerance was not reached: allow more iterations, or set a tolerance",
+    Status.NEGATIVE_CURVATURE: "H + Λ is not positive definite there: "
+    "raise lam or damping, or use curvature='ggn'",
+    Status.NONFINITE: "a loss, gradient or product is NaN or infinite: "
+    "lower the inner learning rate, or look at the data of these tasks",
+}
+
+
+@dataclass(frozen=True)
+class Lanczos:
+    """The tridiagonal matrix that conjugate gradient builds as it goes, one per task.
+
+    Its eigenvalues, the Ritz values, lie inside the spectrum of the operator: the smallest is an
+    upper estimate of the smallest eigenvalue, and the largest a lower one of the largest.
+
+    Attributes:
+        curvature: `p·Ap / r·r` of each iteration, [max_iter, B] float64.
+        beta: `r·r / old r·r` of each iteration, [max_iter, B] float64.
+        count: iterations whose curvature was measured, [B].
+        shift: added to every Ritz value, to speak of `A + shift I`.
+    """
+
+    curvature: Tensor
+    beta: Tensor
+    count: Tensor
+    shift: float = 0.0
+
+    def shifted(self, shift: float) -> "Lanczos":
+        return Lanczos(self.curvature, self.beta, self.count, self.shift + shift)
+
+    @cached_property
+    def ritz(self) -> Tensor:
+        """Ritz values, ascending, [B, max_iter]; the unused ones repeat a value inside the range.
+
+        NaN for a task without a measured product. Calls `torch.linalg.eigvalsh`, which synchronises
+        on CUDA: that is why it is computed when asked for.
+        """
+        c, beta = self.curvature.T, self.beta.T
+        iterations = torch.arange(c.shape[1], device=c.device)
+        used = iterations < self.count[:, None]
+        linked = iterations[1:] < self.count[:, None]  # k and k + 1 are both used
+        diagonal = c.clone()
+        diagonal[:, 1:] += beta[:, :-1] * c[:, :-1]
+        diagonal = torch.where(used, diagonal, diagonal[:, :1].nan_to_num())
+        link = torch.where(linked, beta[:, :-1].sqrt() * c[:, :-1], 0.0)
+        matrix = torch.diag_embed(diagonal) + torch.diag_embed(link, 1) + torch.diag_embed(link, -1)
+        values = torch.linalg.eigvalsh(matrix) + self.shift
+        return torch.where(self.count[:, None] > 0, values, torch.nan)
+
+    @property
+    def smallest(self) -> Tensor:
+        return self.ritz[:, 0]
+
+    @property
+    def largest(self) -> Tensor:
+        return self.ritz[:, -1]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of a batched solve; one entry per task, all on the device.
+
+    Attributes:
+        value: [B, D].
+        status: `Status`, [B] int32.
+        steps: updates made, [B] int32.
+        residual: norm of what should be zero at the solution, [B] float64: the recurrence's `|r|`
+            for a linear solve (the one before the fallback where curvature was negative at once),
+            `‖∇G_i(phi_i)‖` for an inner solve. NaN where the task is NONFINITE.
+        lanczos: curvature seen along the solve, of the matrix that `residual` refers to.
+    """
+
+    value: Tensor
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+    lanczos: Lanczos | None = None
+
+    @property
+    def error_bound(self) -> Tensor:
+        """`residual / mu`, mu the smallest Ritz value: how far `value` is from the solution, [B].
+
+        An estimate, since mu is at least the smallest eigenvalue. Infinite where mu <= 0, since
+        nothing is known then; NaN where no product was made. Synchronises on CUDA.
+        """
+        if self.lanczos is None:
+            raise ValueError("this solution carries no curvature: there is nothing to bound with")
+        mu = self.lanczos.smallest
+        return torch.where(mu <= 0, torch.inf, self.residual / mu)
+
+    def describe(self) -> str:
+        """One line per status that occurred: which tasks, and what to do. Synchronises on CUDA."""
+        status = self.status.tolist()
+        lines = []
+        for kind in Status:
+            tasks = [i for i, s in enumerate(status) if s == kind]
+            if tasks:
+                shown = ", ".join(map(str, tasks[:8])) + (", ..." if len(tasks) > 8 else "")
+                remedy = f" ({_REMEDY[kind]})" if kind in _REMEDY else ""
+                lines.append(f"{kind.name}: {len(tasks)} of {len(status)} tasks: {shown}{remedy}")
+        return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""Runs CMakeLists.txt, the one build definition, for pip. Settings are environment variables:
+
+IMAML_CUDA            auto (default), on or off
+TORCH_CUDA_ARCH_LIST  such as "9.0" or "8.0;9.0+PTX"; default: what nvcc knows
+IMAML_TORCH_DIR       the torch package to build against
+CMAKE_ARGS            more arguments for CMake
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCE = Path(__file__).resolve().parent
+sys.path.insert(0, str(SOURCE / "build_backend"))
+from imaml_build import find_torch  # noqa: E402
+
+
+def cmake_architectures(arch_list: str) -> str:
+    """Translate torch's notation to CMake's: '8.0;9.0+PTX' to '80-real;90'."""
+    names = []
+    for item in re.split(r"[;,\s]+", arch_list.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", item)
+        if match is None:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: cannot read {item!r}; expected such as 9.0+PTX"
+            )
+        names.append(match[1] + match[2] + ("" if match[3] else "-real"))
+    return ";".join(names)
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        torch = find_torch()
+        if torch is None:
+            raise SystemExit("imaml_ext: building needs torch>=2.10: pip install torch")
+        build = Path(self.build_temp).resolve()
+        destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        configure = [
+            "cmake", "-S", str(SOURCE), "-B", str(build), "-G", "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DIMAML_TORCH_DIR={torch}",
+            f"-DIMAML_CUDA={os.environ.get('IMAML_CUDA', 'auto')}",
+        ]  # fmt: skip
+        if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            architectures = cmake_architectures(os.environ["TORCH_CUDA_ARCH_LIST"])
+            configure.append(f"-DIMAML_CUDA_ARCHITECTURES={architectures}")
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        for command in (
+            configure,
+            ["cmake", "--build", str(build)],
+            ["cmake", "--install", str(build), "--prefix", str(destination)],
+        ):
+            print("+", shlex.join(command), flush=True)
+            subprocess.check_call(command)
+
+
+setup(ext_modules=[Extension("imaml_ext._C", [])], cmdclass={"build_ext": CMakeBuild})
