@@ -91,12 +91,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("experiment (default: the data set's preset)")
     for field in dataclasses.fields(Config):
         if field.name != "dataset":
-            kind = {"lam": float, "method": str, "curvature": str}.get(
-                field.name, type(field.default)
-            )
             group.add_argument(
                 f"--{field.name.replace('_', '-')}",
-                type=kind,
+                type=type(field.default),
                 default=argparse.SUPPRESS,
                 help=_HELP[field.name],
             )

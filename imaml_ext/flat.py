@@ -1,4 +1,4 @@
-"""The parameter layout: between named tensors and flat rows. Nothing else knows names and shapes."""
+"""The parameter layout: named tensors as flat rows. Nothing else knows names and shapes."""
 
 import math
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ class Layout:
         return torch.cat([params[name].reshape(*batch, -1) for name in self.shapes], dim=-1)
 
     def unflatten(self, flat: Tensor) -> Params:
-        """{name: [..., *shape]} views of [..., D]. One split, whose backward is one concatenation."""
+        """{name: [..., *shape]} from [..., D], by one split: its backward is one concatenation."""
         parts = flat.split(self.sizes, dim=-1)
         batch = flat.shape[:-1]
         return {

@@ -1,4 +1,4 @@
-"""Inner solvers: `phi_i = argmin G_i(phi)`, `G_i = L_i(phi) + 1/2 (phi - theta)' Λ (phi - theta)`."""
+"""Inner solvers: `phi_i = argmin L_i(phi) + 1/2 (phi - theta)' Λ (phi - theta)`, called `G_i`."""
 
 import math
 from abc import ABC, abstractmethod

@@ -1,5 +1,7 @@
 """The networks of the paper's experiments."""
 
+from itertools import pairwise
+
 from torch import nn
 
 
@@ -24,6 +26,6 @@ def conv4(way: int, *, channels: int = 1, filters: int = 64, image: int = 28) ->
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers of these sizes with ReLU between: mlp(1, 40, 40, 1) is the sinusoid's."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])

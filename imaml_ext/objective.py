@@ -26,7 +26,8 @@ class ModuleLoss:
         self.criterion = criterion
 
     def outputs(self, params: Params, x: Any) -> Tensor:
-        return functional_call(self.model, params, (x,))
+        outputs: Tensor = functional_call(self.model, params, (x,))
+        return outputs
 
     def __call__(self, params: Params, data: tuple[Any, Any]) -> Tensor:
         x, y = data
@@ -156,7 +157,7 @@ def _count_tasks(layout: Layout, data: Any, label: str) -> int:
             raise ValueError(f"{place} is on {leaf.device}, the parameters are on {layout.device}")
         if leaf.is_floating_point() and leaf.dtype != layout.dtype:
             raise TypeError(f"{place} is {leaf.dtype}, the parameters are {layout.dtype}")
-    sizes = [leaf.shape[0] for leaf in leaves]
+    sizes: list[int] = [leaf.shape[0] for leaf in leaves]
     if len(set(sizes)) > 1:
         raise ValueError(f"{label}: every tensor must have the same leading size B, got {sizes}")
     return sizes[0]

@@ -159,4 +159,5 @@ def prox_norms(phi: Tensor, grad: Tensor, theta: Tensor, lam: Tensor) -> tuple[T
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
     """`a_i · b_i` for every row of two [B, D] buffers, [B] float64."""
     _refuse_gradients("row_dot", a, b)
-    return torch.ops.imaml.row_dot(a, b)
+    product: Tensor = torch.ops.imaml.row_dot(a, b)
+    return product

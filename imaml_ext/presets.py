@@ -62,7 +62,7 @@ PRESETS = {
         cg_steps=3,
         curvature="ggn",
         meta_lr=2e-3,
-        meta_steps=2500,
+        meta_steps=3000,
     ),
 }
 

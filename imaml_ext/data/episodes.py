@@ -62,7 +62,8 @@ class ImageEpisodes:
         x = self.images[drawn[..., None], chosen]
         if self.rotate:
             turns = self._bits(step, _ROTATIONS, self.way)[..., None, None, None] % 4
-            x = sum(torch.rot90(x, k, (-2, -1)) * (turns == k) for k in range(4))
+            for k in (1, 2):  # a quarter turn and a half turn make up 0 to 3 quarters
+                x = torch.where(turns & k != 0, torch.rot90(x, k, (-2, -1)), x)
         x = x.to(self.dtype) / 255
         y = torch.arange(self.way, device=x.device).expand(self.tasks, -1)
 

@@ -37,7 +37,7 @@ class Omniglot:
     names: list[str]
 
     def split(self, seed: int = 0, *, train: int = 1100, val: int = 100) -> dict[str, Tensor]:
-        """Disjoint classes: `train`, `val`, and the 423 others for `test`, by a seeded permutation."""
+        """Classes, by a seeded permutation: `train`, `val`, and the 423 others as `test`."""
         scores = random_bits(seed, 0, 0, len(self.names), (), torch.device("cpu"))
         order = scores.argsort()
         parts = order.split([train, val, len(self.names) - train - val])
