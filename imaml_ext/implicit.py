@@ -114,10 +114,12 @@ def implicit_meta_grad(
 
     ok = ~_failed(solution, system, losses)
     to_theta, to_lam = _pull_back(system.value, phi, theta, flat_lam.detach(), ok)
+    # In theta's dtype: 1 / tasks as a 0-d float32 tensor would round a float64 gradient.
+    counted = ok.sum().to(theta.dtype)
     if nonfinite == "refuse":
-        scale = torch.where(ok.all(), 1.0 / tasks, torch.nan)
+        scale = torch.where(counted == tasks, 1 / counted, torch.nan)
     else:
-        scale = 1.0 / ok.sum().clamp_min(1)
+        scale = 1 / counted.clamp_min(1)
     return MetaGradient(
         params=layout.unflatten(to_theta * scale),
         lam=_lam_gradient(leaves, flat_lam, to_lam * scale),
@@ -201,8 +203,8 @@ class _Adapt(torch.autograd.Function):
         )
         ok = ~_failed(inner, system, inner.residual)
         to_theta, to_lam = _pull_back(system.value, phi, theta, lam, ok)
-        scale = torch.where(ok.all(), 1.0, torch.nan).to(theta.dtype)
-        return to_theta * scale, to_lam * scale, None
+        poison = torch.where(ok.all(), 0.0, torch.nan).to(theta.dtype)
+        return to_theta + poison, to_lam + poison, None
 
 
 def _given(phi: Tensor, tasks: int) -> Solution:

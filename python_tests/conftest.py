@@ -1,0 +1,44 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import imaml_ext
+
+CUDA = torch.cuda.is_available() and bool(imaml_ext.build_info()["cuda"])
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not CUDA, reason="no GPU, or built without CUDA")
+        ),
+    ]
+)
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request):
+    return request.param
+
+
+# The tests are small: a second thread would mostly wait for the first.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_every_test():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def omniglot_root():
+    """Folder of real data, in torchvision's layout, from the environment."""
+    root = os.environ.get("IMAML_TEST_DATA")
+    if root is None or not (Path(root) / "omniglot-py").is_dir():
+        pytest.skip("set IMAML_TEST_DATA to a folder that holds omniglot-py")
+    return Path(root)

@@ -1,0 +1,379 @@
+"""Implicit meta-gradients against dense solves, finite differences of the true bilevel objective,
+and the readable reference. Inner problems are solved to 1e-13 where the oracle assumes an optimum.
+"""
+
+import pytest
+import torch
+from problems import classification, regression
+
+from imaml_ext import (
+    ConjugateGradient,
+    GradientDescent,
+    Status,
+    adapt,
+    implicit_meta_grad,
+    reference,
+)
+
+EXACT = {
+    "inner": GradientDescent(lr=0.1, steps=5000, tol=1e-13),
+    "cg": ConjugateGradient(max_iter=200, rtol=1e-14),
+}
+FORMS = ["float", "0-d", "per tensor", "diagonal"]
+
+
+def make_lam(form, problem):
+    device = problem.layout.device
+    if form == "float":
+        return 1.5
+    if form == "0-d":
+        return torch.tensor(1.5, dtype=torch.float64, device=device)
+    if form == "per tensor":
+        return {
+            name: torch.tensor(1.0 + 0.3 * k, dtype=torch.float64, device=device)
+            for k, name in enumerate(problem.params)
+        }
+    return {name: 1 + torch.rand_like(tensor) for name, tensor in problem.params.items()}
+
+
+def flat_lam(problem, lam):
+    return problem.layout.flatten_lam(lam).expand(problem.layout.dim)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_agrees_with_a_dense_solve(form, device):
+    problem = regression(4, device)
+    lam = make_lam(form, problem)
+    got = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=lam, **EXACT
+    )
+    phi = problem.layout.flatten(got.adapted)
+    theta, diagonal = problem.layout.flatten(problem.params), flat_lam(problem, lam)
+    x = torch.linalg.solve(
+        problem.hessians(phi) + torch.diag(diagonal), problem.query_gradients(phi)
+    )
+    assert relative(problem.layout.flatten(got.params), (diagonal * x).mean(0)) < 1e-10
+    per_entry = -(x * (phi - theta)).mean(0)
+    if form == "float":
+        assert got.lam is None
+    elif form == "0-d":
+        assert relative(got.lam, per_entry.sum()) < 1e-9
+    else:
+        want = problem.layout.unflatten(per_entry)
+        for name, value in got.lam.items():
+            expected = want[name].sum() if form == "per tensor" else want[name]
+            assert relative(value, expected) < 1e-9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_agrees_with_finite_differences_of_the_bilevel_objective(form, device):
+    problem = regression(3, device)
+    lam = make_lam(form, problem)
+
+    def objective(params, lam):
+        return implicit_meta_grad(
+            problem.loss, params, problem.support, problem.query, lam=lam, **EXACT
+        ).query_loss.mean()
+
+    got = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=lam, **EXACT
+    )
+
+    def difference(value, direction, along):
+        # Richardson's extrapolation of the central difference: error of order h^4
+        def central(h):
+            up, down = along(value + h * direction), along(value - h * direction)
+            return (up - down) / (2 * h)
+
+        return (4 * central(1e-3) - central(2e-3)) / 3
+
+    for name, tensor in problem.params.items():
+        direction = torch.randn_like(tensor)
+        want = difference(
+            tensor, direction, lambda t, n=name: objective({**problem.params, n: t}, lam)
+        )
+        assert relative((got.params[name] * direction).sum(), want) < 1e-7
+    if form == "float":
+        want = difference(lam, 1.0, lambda value: objective(problem.params, value))
+        with_tensor = implicit_meta_grad(
+            problem.loss, problem.params, problem.support, problem.query,
+            lam=torch.tensor(lam, dtype=torch.float64, device=device), **EXACT,
+        )  # fmt: skip
+        assert relative(with_tensor.lam, want) < 1e-7
+    elif form == "0-d":
+        want = difference(lam, 1.0, lambda value: objective(problem.params, value))
+        assert relative(got.lam, want) < 1e-7
+    else:
+        for name, tensor in lam.items():
+            direction = torch.randn_like(tensor)
+            want = difference(
+                tensor, direction, lambda t, n=name: objective(problem.params, {**lam, n: t})
+            )
+            assert relative((got.lam[name] * direction).sum(), want) < 1e-7
+
+
+@pytest.mark.parametrize("form", ["float", "diagonal"])
+@pytest.mark.parametrize("inner_steps", [0, 1, 16])
+def test_agrees_with_the_reference_task_by_task(form, inner_steps, device):
+    problem = regression(4, device)
+    lam = make_lam(form, problem)
+    # H can be indefinite before convergence, where the reference knows no status: damp by lam
+    lam = 20.0 if form == "float" else {name: 20 * t for name, t in lam.items()}
+    got = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=lam,
+        inner=GradientDescent(lr=0.01, steps=inner_steps), cg=ConjugateGradient(max_iter=4),
+    )  # fmt: skip
+    assert (got.cg.status == Status.MAX_ITER).all()
+    theta, diagonal = problem.layout.flatten(problem.params), flat_lam(problem, lam)
+    settings = {"lr": 0.01, "inner_steps": inner_steps, "cg_steps": 4}
+    gradients = []
+    for task in range(4):
+        support, query = (tuple(t[task] for t in d) for d in (problem.support, problem.query))
+        gradients.append(
+            reference.implicit_meta_gradient(
+                problem.flat_loss, theta, support, query, diagonal, **settings
+            )[0]
+        )
+    want = torch.stack(gradients).mean(0)
+    assert relative(problem.layout.flatten(got.params), want) < 1e-10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adapt_puts_the_same_gradients_into_the_graph(form, device):
+    problem = regression(4, device)
+    lam = make_lam(form, problem)
+    want = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=lam, **EXACT
+    )
+    params = {name: t.clone().requires_grad_() for name, t in problem.params.items()}
+    tensors = [lam] if isinstance(lam, torch.Tensor) else []
+    tensors = list(lam.values()) if isinstance(lam, dict) else tensors
+    for tensor in tensors:
+        tensor.requires_grad_()
+    phi = adapt(problem.loss, params, problem.support, lam=lam, **EXACT)
+    torch.func.vmap(problem.loss)(phi, problem.query).mean().backward()
+    for name, tensor in params.items():
+        torch.testing.assert_close(tensor.grad, want.params[name])
+    parts = list(want.lam.values()) if isinstance(lam, dict) else [want.lam] * len(tensors)
+    for tensor, part in zip(tensors, parts, strict=True):
+        torch.testing.assert_close(tensor.grad, part)
+
+
+def test_adapt_works_inside_a_larger_graph(device):
+    # theta is itself a function: the gradient must reach what it is made of.
+    problem = regression(2, device)
+    scale = torch.tensor(0.7, dtype=torch.float64, device=device, requires_grad=True)
+
+    def total(scale):
+        params = {name: scale * t for name, t in problem.params.items()}
+        phi = adapt(problem.loss, params, problem.support, lam=1.5, **EXACT)
+        return torch.func.vmap(problem.loss)(phi, problem.query).sum()
+
+    total(scale).backward()
+    with torch.no_grad():
+        want = (total(scale + 1e-5) - total(scale - 1e-5)) / 2e-5
+    assert relative(scale.grad, want) < 1e-6
+
+
+def test_float32_is_close_to_float64(device):
+    problem = regression(8, device)
+    settings = {"inner": GradientDescent(lr=0.1, steps=100), "cg": ConjugateGradient(max_iter=20)}
+    single = problem.to(torch.float32)
+    got = implicit_meta_grad(
+        single.loss, single.params, single.support, single.query, lam=2.0, **settings
+    )
+    want = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=2.0, **settings
+    )
+    a, b = single.layout.flatten(got.params).double(), problem.layout.flatten(want.params)
+    assert relative(a, b) < 1e-4
+
+
+def test_gauss_newton_solves_with_the_gauss_newton_matrix(device):
+    problem = classification(3, device)
+    got = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=0.5,
+        inner=GradientDescent(lr=0.1, steps=5),
+        cg=ConjugateGradient(max_iter=200, rtol=1e-13, curvature="ggn"),
+    )  # fmt: skip
+    from imaml_ext.objective import Objective
+
+    phi = problem.layout.flatten(got.adapted)
+    matvec = Objective(problem.loss, problem.layout, problem.support).linearise(phi, "ggn").matvec
+    identity = torch.eye(problem.layout.dim, dtype=torch.float64, device=device)
+    columns = [matvec(e.expand(3, -1)) for e in identity]
+    matrix = torch.stack(columns, dim=2) + 0.5 * identity
+    want = 0.5 * torch.linalg.solve(matrix, problem.query_gradients(phi)).mean(0)
+    assert relative(problem.layout.flatten(got.params), want) < 1e-9
+    assert (got.cg.lanczos.smallest >= 0.5 - 1e-9).all()
+
+
+def test_negative_curvature_at_once_makes_the_meta_gradient_first_order(device):
+    layout_params = {"w": torch.randn(6, dtype=torch.float64, device=device)}
+
+    def concave(params, data):
+        return -50 * (params["w"] ** 2).sum() + 0 * data.sum()
+
+    def query(params, data):
+        return (params["w"] * data).sum()
+
+    data = torch.randn(3, 6, dtype=torch.float64, device=device)
+    got = implicit_meta_grad(
+        concave, layout_params, data, data, lam=2.0, query_loss=query,
+        inner=GradientDescent(steps=0), cg=ConjugateGradient(max_iter=5, damping=1.0),
+    )  # fmt: skip
+    assert (got.cg.status == Status.NEGATIVE_CURVATURE).all()
+    torch.testing.assert_close(got.params["w"], data.mean(0))
+
+
+def test_given_adapted_parameters_skip_the_inner_solve(device):
+    problem = regression(4, device)
+    first = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=1.5, **EXACT
+    )
+
+    class Unused(GradientDescent):
+        def solve(self, *arguments):
+            raise AssertionError("the inner solver ran")
+
+    again = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=1.5,
+        inner=Unused(), cg=EXACT["cg"], adapted=first.adapted,
+    )  # fmt: skip
+    for name in problem.params:
+        assert torch.equal(again.params[name], first.params[name])
+    assert (again.inner.steps == 0).all()
+
+
+def test_the_certificate_bounds_the_distance_to_the_optimum(device):
+    problem = regression(4, device)
+    lam = 5.0  # the objective is strongly convex all the way from theta
+    exact = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=lam,
+        inner=GradientDescent(lr=0.05, steps=5000, tol=1e-13), cg=EXACT["cg"],
+    )  # fmt: skip
+    for steps in (5, 20):
+        rough = implicit_meta_grad(
+            problem.loss, problem.params, problem.support, problem.query, lam=lam,
+            inner=GradientDescent(lr=0.05, steps=steps), cg=EXACT["cg"],
+        )  # fmt: skip
+        error = (rough.inner.value - exact.inner.value).norm(dim=1)
+        assert (error <= rough.inner.error_bound * 1.05).all()
+        assert (rough.inner.error_bound <= 20 * error).all()
+
+
+def poisoned(problem, task):
+    x, y = (t.clone() for t in problem.support)
+    y[task] = torch.nan
+    return x, y
+
+
+def test_a_task_that_is_not_finite_is_named_and_the_gradient_refused(device):
+    problem = regression(16, device)
+    got = implicit_meta_grad(
+        problem.loss, problem.params, poisoned(problem, 3), problem.query, lam=2.0
+    )
+    assert got.failed.nonzero().flatten().tolist() == [3]
+    assert got.inner.status[3] == Status.NONFINITE
+    assert all(tensor.isnan().all() for tensor in got.params.values())
+
+
+def test_skipping_leaves_the_mean_of_the_other_tasks(device):
+    problem = regression(16, device)
+    lam = torch.tensor(2.0, dtype=torch.float64, device=device)
+    got = implicit_meta_grad(
+        problem.loss, problem.params, poisoned(problem, 3), problem.query, lam=lam, nonfinite="skip"
+    )
+    keep = [task for task in range(16) if task != 3]
+    want = implicit_meta_grad(
+        problem.loss, problem.params, tuple(t[keep] for t in problem.support),
+        tuple(t[keep] for t in problem.query), lam=lam,
+    )  # fmt: skip
+    for name in problem.params:
+        torch.testing.assert_close(got.params[name], want.params[name])
+    torch.testing.assert_close(got.lam, want.lam)
+
+
+def test_adapt_with_a_task_that_is_not_finite_gives_nan(device):
+    problem = regression(4, device)
+    params = {name: t.clone().requires_grad_() for name, t in problem.params.items()}
+    phi = adapt(problem.loss, params, poisoned(problem, 1), lam=2.0)
+    sum(t[0].sum() for t in phi.values()).backward()
+    assert all(t.grad.isnan().all() for t in params.values())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (20, 1)])
+def test_one_task_and_one_parameter(shape, device):
+    tasks, dim = shape
+    data = torch.randn(tasks, dim, dtype=torch.float64, device=device)
+    theta = {"w": torch.randn(dim, dtype=torch.float64, device=device)}
+
+    def loss(params, target):
+        return 0.5 * ((params["w"] - target) ** 2).sum()
+
+    got = implicit_meta_grad(loss, theta, data, -data, lam=3.0, **EXACT)
+    phi = (data + 3 * theta["w"]) / 4  # the optimum of a quadratic, and H = I
+    torch.testing.assert_close(got.adapted["w"], phi)
+    torch.testing.assert_close(got.params["w"], (0.75 * (phi + data)).mean(0))
+
+
+BAD = [
+    ({"support": (torch.zeros(4, 3, 2), torch.zeros(3, 3, 1))}, ValueError, "same leading size B"),
+    ({"query": (torch.zeros(3, 5, 2), torch.zeros(3, 5, 1))}, ValueError, "support holds 4 tasks"),
+    ({"support": (torch.zeros(0, 3, 2), torch.zeros(0, 3, 1))}, ValueError, "is empty: shape"),
+    ({"support": (torch.zeros(4, 0, 2), torch.zeros(4, 0, 1))}, ValueError, "is empty: shape"),
+    ({"support": (1.0, 2.0)}, TypeError, "must be a tensor, got float"),
+    ({"support": ()}, ValueError, "support has no tensors"),
+    ({"support": torch.tensor(1.0)}, ValueError, r"must be \[B, ...\], got a 0-d tensor"),
+    ({"support": (torch.zeros(4, 3, 2).double(), torch.zeros(4, 3, 1))}, TypeError, "float64"),
+    ({"params": {}}, ValueError, "params is empty"),
+    ({"params": [torch.zeros(1)]}, TypeError, "params must map names to tensors"),
+    ({"params": {"w": torch.zeros(2, dtype=torch.int64)}}, TypeError, "must be float32 or float64"),
+    (
+        {"params": {"a": torch.zeros(2), "b": torch.zeros(2).double()}},
+        ValueError,
+        "is torch.float64",
+    ),
+    ({"lam": 0.0}, ValueError, "lam must be positive and finite, got 0.0"),
+    ({"lam": -1.0}, ValueError, "lam must be positive"),
+    ({"lam": float("nan")}, ValueError, "lam must be positive"),
+    ({"lam": torch.tensor(-1.0)}, ValueError, "lam must be positive and finite in every entry"),
+    ({"lam": torch.tensor(float("nan"))}, ValueError, "lam must be positive and finite in every"),
+    ({"lam": torch.ones(3)}, ValueError, r"a lam tensor must be 0-d, got shape \[3\]"),
+    ({"lam": {"weight": torch.tensor(1.0)}}, ValueError, "lam must name"),
+    (
+        {"lam": {"weight": torch.ones(3), "bias": torch.tensor(1.0)}},
+        ValueError,
+        r"lam\['weight'\] must be 0-d or of shape \[1, 2\]",
+    ),
+    ({"lam": "2"}, TypeError, "lam must be a float"),
+    ({"loss": lambda p, d: p["weight"] * 2}, ValueError, r"must be a scalar, got shape \[1, 2\]"),
+    ({"loss": lambda p, d: 1.0}, TypeError, "the loss must return a tensor, got float"),
+    ({"nonfinite": "ignore"}, ValueError, "nonfinite must be"),
+    (
+        {"adapted": {"weight": torch.zeros(2, 1, 2), "bias": torch.zeros(2, 1)}},
+        ValueError,
+        "adapted must hold 4 tasks",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_input_is_one_line_that_says_what_is_wrong(change, error, message):
+    model = torch.nn.Linear(2, 1)
+    from imaml_ext import module_loss
+
+    arguments = {
+        "loss": module_loss(model, torch.nn.functional.mse_loss),
+        "params": dict(model.named_parameters()),
+        "support": (torch.zeros(4, 3, 2), torch.zeros(4, 3, 1)),
+        "query": (torch.zeros(4, 5, 2), torch.zeros(4, 5, 1)),
+        "lam": 2.0,
+    } | change
+    with pytest.raises(error, match=message) as caught:
+        implicit_meta_grad(**arguments)
+    assert "\n" not in str(caught.value)
