@@ -86,8 +86,7 @@ class Checker {
   }
 
   const Checker& placed(const char* name, const Tensor& t) const {
-    if (t.device() != first_.device())
-      fail(op_, name, " must be on the device of ", first_name_);
+    if (t.device() != first_.device()) fail(op_, name, " must be on the device of ", first_name_);
     contiguous(name, t);
     return *this;
   }

@@ -18,9 +18,8 @@ void cg_step_(Tensor x, Tensor r, Tensor p, const Tensor& hp, const Tensor& lam,
               Tensor beta) {
   const CgTensors tensors{x, r, p, hp, lam, damping, rr, tol2, status, steps, curvature, beta};
   tensors.check();
-  dispatch(x, [&](auto zero) {
-    cpu::cg_step(tensors.args<decltype(zero)>(), threads(), parallel_for);
-  });
+  dispatch(
+      x, [&](auto zero) { cpu::cg_step(tensors.args<decltype(zero)>(), threads(), parallel_for); });
 }
 
 void prox_gd_(Tensor phi, std::optional<Tensor> velocity, const Tensor& grad, const Tensor& theta,

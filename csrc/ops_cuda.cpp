@@ -78,10 +78,9 @@ Tensor row_dot(const Tensor& a, const Tensor& b) {
   Tensor workspace = new_doubles(a, {cuda::sums_workspace(a.size(0), a.size(1), 1)});
   dispatch(a, [&](auto zero) {
     using T = decltype(zero);
-    device.check(cuda::row_dot_on(a.const_data_ptr<T>(), b.const_data_ptr<T>(),
-                                  out.mutable_data_ptr<double>(),
-                                  workspace.mutable_data_ptr<double>(), a.size(0), a.size(1),
-                                  device.stream()));
+    device.check(cuda::row_dot_on(
+        a.const_data_ptr<T>(), b.const_data_ptr<T>(), out.mutable_data_ptr<double>(),
+        workspace.mutable_data_ptr<double>(), a.size(0), a.size(1), device.stream()));
   });
   return out;
 }

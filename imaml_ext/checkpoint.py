@@ -1,6 +1,7 @@
 """Checkpoints: a dict of tensors and plain values, written whole or not at all."""
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if not zipfile.is_zipfile(path):  # nor let torch try its older formats
+        raise ValueError(f"{path} is truncated or not a checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is truncated or not a checkpoint") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a checkpoint of imaml_ext")

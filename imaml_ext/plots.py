@@ -53,16 +53,17 @@ def learning_curves(
 
 
 def sinusoid_fits(method: Method, loss: ModuleLoss, source: TaskSource, path: Path) -> Path:
-    """Four test tasks: the truth's points, the meta-learned start, and the adapted curves."""
+    """Up to four test tasks: the truth's points, the meta-learned start, and the adapted curves."""
     plt = _pyplot()
     batch = source.sample(0)
     phi = method.adapt(batch.support)
     example = next(iter(method.params.values()))
     grid = torch.linspace(-5, 5, 200, dtype=example.dtype, device=example.device)[:, None]
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.5), sharey=True)
+    shown = min(4, len(batch.query[0]))
+    figure, axes = plt.subplots(1, shown, figsize=(4 * shown, 3.5), sharey=True, squeeze=False)
     with torch.no_grad():
         start = loss.outputs(method.params, grid).cpu()
-        for task, axis in enumerate(axes):
+        for task, axis in enumerate(axes[0]):
             row = {name: tensor[task] for name, tensor in phi.items()}
             fit = loss.outputs(row, grid).cpu()
             x, y = (tensor[task, :, 0].cpu() for tensor in batch.query)
@@ -72,8 +73,8 @@ def sinusoid_fits(method: Method, loss: ModuleLoss, source: TaskSource, path: Pa
             axis.plot(grid.cpu(), fit, "--", label="adapted")
             axis.plot(*(t[task, :, 0].cpu() for t in batch.support), "k^", label="support")
             axis.set_xlabel("x")
-    axes[0].set_ylabel("y")
-    axes[0].legend()
+    axes[0, 0].set_ylabel("y")
+    axes[0, 0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

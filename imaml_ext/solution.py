@@ -24,7 +24,6 @@ class Status(IntEnum):
 
 
 _REMEDY = {
-    Status.MAX_ITER: "the tolerance was not reached: allow more iterations, or set a tolerance",
     Status.NEGATIVE_CURVATURE: "H + Λ is not positive definite there: "
     "raise lam or damping, or use curvature='ggn'",
     Status.NONFINITE: "a loss, gradient or product is NaN or infinite: "
@@ -115,13 +114,13 @@ class Solution:
         return torch.where(mu <= 0, torch.inf, self.residual / mu)
 
     def describe(self) -> str:
-        """One line per status that occurred: which tasks, and what to do. Synchronises on CUDA."""
+        """Which tasks ended how, and what to do about it, in one line. Synchronises on CUDA."""
         status = self.status.tolist()
-        lines = []
+        parts = []
         for kind in Status:
             tasks = [i for i, s in enumerate(status) if s == kind]
             if tasks:
                 shown = ", ".join(map(str, tasks[:8])) + (", ..." if len(tasks) > 8 else "")
                 remedy = f" ({_REMEDY[kind]})" if kind in _REMEDY else ""
-                lines.append(f"{kind.name}: {len(tasks)} of {len(status)} tasks: {shown}{remedy}")
-        return "\n".join(lines)
+                parts.append(f"{kind.name}: {len(tasks)} of {len(status)} tasks: {shown}{remedy}")
+        return "; ".join(parts)

@@ -28,9 +28,9 @@ struct CgRow {
 };
 
 struct CgWorkspace {
-  CgRow* row;       // [rows]
-  double* sums;     // [rows, blocks, 3]
-  double* rr;       // [rows, blocks]
+  CgRow* row;    // [rows]
+  double* sums;  // [rows, blocks, 3]
+  double* rr;    // [rows, blocks]
   int64_t blocks;
 };
 

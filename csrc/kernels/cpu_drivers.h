@@ -72,8 +72,7 @@ void cg_step(const CgArgs<T>& a, int threads, const ParallelFor& parallel_for) {
       return;
     }
     const CgSums sums = sum_chunks<CgSums>(
-        a.dim, within,
-        [&](int64_t begin, int64_t end) { return cg_curvature(a, row, begin, end); },
+        a.dim, within, [&](int64_t begin, int64_t end) { return cg_curvature(a, row, begin, end); },
         [](CgSums& total, const CgSums& part) {
           total.pap += part.pap;
           total.pp += part.pp;

@@ -132,38 +132,40 @@ template <typename T>
 IMAML_INLINE void descend_any(const ProxArgs<T>& a, int64_t row, int64_t begin, int64_t end) {
   if (a.status != nullptr && a.status[row] != kRunning) return;
   if (a.velocity == nullptr)
-    a.lam_stride ? descend<true, false>(a, row, begin, end) : descend<false, false>(a, row, begin, end);
+    a.lam_stride ? descend<true, false>(a, row, begin, end)
+                 : descend<false, false>(a, row, begin, end);
   else
-    a.lam_stride ? descend<true, true>(a, row, begin, end) : descend<false, true>(a, row, begin, end);
+    a.lam_stride ? descend<true, true>(a, row, begin, end)
+                 : descend<false, true>(a, row, begin, end);
 }
 
 }  // namespace
 
 // target_clones works on functions, not on templates: one plain function per element type.
-#define IMAML_DEFINE(T)                                                                           \
-  IMAML_MULTIVERSION CgSums cg_curvature(const CgArgs<T>& a, int64_t row, int64_t begin,          \
-                                         int64_t end) {                                           \
-    return a.lam_stride ? curvature<true>(a, row, begin, end)                                     \
-                        : curvature<false>(a, row, begin, end);                                   \
-  }                                                                                               \
-  IMAML_MULTIVERSION double cg_update(const CgArgs<T>& a, const CgStep& step, int64_t row,        \
-                                      int64_t begin, int64_t end) {                               \
-    return a.lam_stride ? update<true>(a, step, row, begin, end)                                  \
-                        : update<false>(a, step, row, begin, end);                                \
-  }                                                                                               \
-  IMAML_MULTIVERSION void cg_redirect(const CgArgs<T>& a, const CgDirection& next, int64_t row,   \
-                                      int64_t begin, int64_t end) {                               \
-    redirect(a, next, row, begin, end);                                                           \
-  }                                                                                               \
+#define IMAML_DEFINE(T)                                                                            \
+  IMAML_MULTIVERSION CgSums cg_curvature(const CgArgs<T>& a, int64_t row, int64_t begin,           \
+                                         int64_t end) {                                            \
+    return a.lam_stride ? curvature<true>(a, row, begin, end)                                      \
+                        : curvature<false>(a, row, begin, end);                                    \
+  }                                                                                                \
+  IMAML_MULTIVERSION double cg_update(const CgArgs<T>& a, const CgStep& step, int64_t row,         \
+                                      int64_t begin, int64_t end) {                                \
+    return a.lam_stride ? update<true>(a, step, row, begin, end)                                   \
+                        : update<false>(a, step, row, begin, end);                                 \
+  }                                                                                                \
+  IMAML_MULTIVERSION void cg_redirect(const CgArgs<T>& a, const CgDirection& next, int64_t row,    \
+                                      int64_t begin, int64_t end) {                                \
+    redirect(a, next, row, begin, end);                                                            \
+  }                                                                                                \
   IMAML_MULTIVERSION void prox_gd(const ProxArgs<T>& a, int64_t row, int64_t begin, int64_t end) { \
-    descend_any(a, row, begin, end);                                                              \
-  }                                                                                               \
-  IMAML_MULTIVERSION ProxSums prox_sums(const ProxArgs<T>& a, int64_t row, int64_t begin,         \
-                                        int64_t end) {                                            \
-    return a.lam_stride ? sums<true>(a, row, begin, end) : sums<false>(a, row, begin, end);       \
-  }                                                                                               \
-  IMAML_MULTIVERSION double dot(const T* a, const T* b, int64_t begin, int64_t end) {             \
-    return dot_body(a, b, begin, end);                                                            \
+    descend_any(a, row, begin, end);                                                               \
+  }                                                                                                \
+  IMAML_MULTIVERSION ProxSums prox_sums(const ProxArgs<T>& a, int64_t row, int64_t begin,          \
+                                        int64_t end) {                                             \
+    return a.lam_stride ? sums<true>(a, row, begin, end) : sums<false>(a, row, begin, end);        \
+  }                                                                                                \
+  IMAML_MULTIVERSION double dot(const T* a, const T* b, int64_t begin, int64_t end) {              \
+    return dot_body(a, b, begin, end);                                                             \
   }
 IMAML_DEFINE(float)
 IMAML_DEFINE(double)

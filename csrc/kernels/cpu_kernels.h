@@ -16,12 +16,12 @@ struct ProxSums {
   double penalty = 0;     // (phi - theta)' diag(lam) (phi - theta)
 };
 
-#define IMAML_DECLARE(T)                                                                        \
-  CgSums cg_curvature(const CgArgs<T>&, int64_t row, int64_t begin, int64_t end);               \
-  double cg_update(const CgArgs<T>&, const CgStep&, int64_t row, int64_t begin, int64_t end);   \
+#define IMAML_DECLARE(T)                                                                           \
+  CgSums cg_curvature(const CgArgs<T>&, int64_t row, int64_t begin, int64_t end);                  \
+  double cg_update(const CgArgs<T>&, const CgStep&, int64_t row, int64_t begin, int64_t end);      \
   void cg_redirect(const CgArgs<T>&, const CgDirection&, int64_t row, int64_t begin, int64_t end); \
-  void prox_gd(const ProxArgs<T>&, int64_t row, int64_t begin, int64_t end);                    \
-  ProxSums prox_sums(const ProxArgs<T>&, int64_t row, int64_t begin, int64_t end);              \
+  void prox_gd(const ProxArgs<T>&, int64_t row, int64_t begin, int64_t end);                       \
+  ProxSums prox_sums(const ProxArgs<T>&, int64_t row, int64_t begin, int64_t end);                 \
   double dot(const T* a, const T* b, int64_t begin, int64_t end);
 IMAML_DECLARE(float)
 IMAML_DECLARE(double)

@@ -1,25 +1,24 @@
 // Instantiates the kernels for float and double.
-#include "cuda_launch.h"
-
 #include "cg_step.cuh"
+#include "cuda_launch.h"
 #include "prox_gd.cuh"
 #include "row_sums.cuh"
 
 namespace imaml::cuda {
 
-#define IMAML_DEFINE(T)                                                                          \
-  int cg_step_on(const CgArgs<T>& a, void* workspace, void* stream) {                            \
-    return cg_step(a, workspace, static_cast<Stream>(stream));                                   \
-  }                                                                                              \
-  int prox_gd_on(const ProxArgs<T>& a, void* stream) {                                           \
-    return prox_gd(a, static_cast<Stream>(stream));                                              \
-  }                                                                                              \
-  int prox_norms_on(const ProxArgs<T>& a, double* out, double* workspace, void* stream) {        \
+#define IMAML_DEFINE(T)                                                                           \
+  int cg_step_on(const CgArgs<T>& a, void* workspace, void* stream) {                             \
+    return cg_step(a, workspace, static_cast<Stream>(stream));                                    \
+  }                                                                                               \
+  int prox_gd_on(const ProxArgs<T>& a, void* stream) {                                            \
+    return prox_gd(a, static_cast<Stream>(stream));                                               \
+  }                                                                                               \
+  int prox_norms_on(const ProxArgs<T>& a, double* out, double* workspace, void* stream) {         \
     return row_sums(ProxNorms<T>{a, a.rows, a.dim}, out, workspace, static_cast<Stream>(stream)); \
-  }                                                                                              \
-  int row_dot_on(const T* a, const T* b, double* out, double* workspace, std::int64_t rows,      \
-                 std::int64_t dim, void* stream) {                                               \
-    return row_sums(Dot<T>{a, b, rows, dim}, out, workspace, static_cast<Stream>(stream));       \
+  }                                                                                               \
+  int row_dot_on(const T* a, const T* b, double* out, double* workspace, std::int64_t rows,       \
+                 std::int64_t dim, void* stream) {                                                \
+    return row_sums(Dot<T>{a, b, rows, dim}, out, workspace, static_cast<Stream>(stream));        \
   }
 IMAML_DEFINE(float)
 IMAML_DEFINE(double)

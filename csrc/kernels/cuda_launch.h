@@ -8,18 +8,18 @@
 
 namespace imaml::cuda {
 
-#define IMAML_DECLARE(T)                                                                       \
-  int cg_step_on(const CgArgs<T>&, void* workspace, void* stream);                             \
-  int prox_gd_on(const ProxArgs<T>&, void* stream);                                            \
-  int prox_norms_on(const ProxArgs<T>&, double* out, double* workspace, void* stream);         \
-  int row_dot_on(const T* a, const T* b, double* out, double* workspace, std::int64_t rows,    \
+#define IMAML_DECLARE(T)                                                                    \
+  int cg_step_on(const CgArgs<T>&, void* workspace, void* stream);                          \
+  int prox_gd_on(const ProxArgs<T>&, void* stream);                                         \
+  int prox_norms_on(const ProxArgs<T>&, double* out, double* workspace, void* stream);      \
+  int row_dot_on(const T* a, const T* b, double* out, double* workspace, std::int64_t rows, \
                  std::int64_t dim, void* stream);
 IMAML_DECLARE(float)
 IMAML_DECLARE(double)
 #undef IMAML_DECLARE
 
-std::int64_t cg_step_workspace(std::int64_t rows, std::int64_t dim);           // doubles
-std::int64_t sums_workspace(std::int64_t rows, std::int64_t dim, int sums);    // doubles
+std::int64_t cg_step_workspace(std::int64_t rows, std::int64_t dim);         // doubles
+std::int64_t sums_workspace(std::int64_t rows, std::int64_t dim, int sums);  // doubles
 const char* error_string(int error);
 
 }  // namespace imaml::cuda

@@ -20,7 +20,7 @@ using std::int64_t;
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kItems = 8;               // elements per thread that one block is worth
+constexpr int kItems = 8;  // elements per thread that one block is worth
 constexpr int64_t kMaxBlocksPerRow = 512;
 
 // Blocks that share a row. Depends on the row's length alone, never on the device or the batch, so
@@ -34,7 +34,8 @@ inline int64_t blocks_per_row(int64_t dim) {
 struct Place {
   int64_t row;
   int64_t block;
-  __device__ explicit Place(int64_t blocks) : row(blockIdx.x / blocks), block(blockIdx.x % blocks) {}
+  __device__ explicit Place(int64_t blocks)
+      : row(blockIdx.x / blocks), block(blockIdx.x % blocks) {}
   __device__ int64_t first() const { return block * kThreads + threadIdx.x; }
   __device__ static int64_t stride(int64_t blocks) { return blocks * kThreads; }
 };

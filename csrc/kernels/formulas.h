@@ -35,12 +35,12 @@ struct CgArgs {
   const T* lam;             // [1] or [dim]
   std::int64_t lam_stride;  // 0 for [1], 1 for [dim]
   T damping;
-  double* rr;               // r.r, kept by the recurrence
-  const double* tol2;       // squared absolute tolerance
+  double* rr;          // r.r, kept by the recurrence
+  const double* tol2;  // squared absolute tolerance
   std::int32_t* status;
   std::int32_t* steps;
-  double* curvature;        // out: p.Ap / r.r, the inverse step length (0 for a frozen row)
-  double* beta;             // out: new r.r / old r.r (0 for a frozen row)
+  double* curvature;  // out: p.Ap / r.r, the inverse step length (0 for a frozen row)
+  double* beta;       // out: new r.r / old r.r (0 for a frozen row)
   std::int64_t rows;
   std::int64_t dim;
 };
@@ -48,11 +48,11 @@ struct CgArgs {
 // phi <- phi - lr d, where g = grad + lam (phi - theta) and d is g, or follows from the velocity.
 template <typename T>
 struct ProxArgs {
-  T* phi;                   // [rows, dim]
-  T* velocity;              // [rows, dim], or null: no momentum
-  const T* grad;            // [rows, dim]
-  const T* theta;           // [dim]
-  const T* lam;             // [1] or [dim]
+  T* phi;          // [rows, dim]
+  T* velocity;     // [rows, dim], or null: no momentum
+  const T* grad;   // [rows, dim]
+  const T* theta;  // [dim]
+  const T* lam;    // [1] or [dim]
   std::int64_t lam_stride;
   T lr;
   T momentum;
@@ -76,10 +76,10 @@ struct CgSums {
 };
 
 enum CgAction : std::int32_t {
-  kFreeze,  // leave the row alone
-  kAdvance, // x += alpha p, r -= alpha Ap
-  kDropH,   // x += p / lam: the step of a system whose H is left out
-  kClear,   // x = 0: the row is not finite
+  kFreeze,   // leave the row alone
+  kAdvance,  // x += alpha p, r -= alpha Ap
+  kDropH,    // x += p / lam: the step of a system whose H is left out
+  kClear,    // x = 0: the row is not finite
 };
 
 struct CgStep {

@@ -5,7 +5,7 @@
 #include <cstdint>  // defines __GLIBC__
 
 #if !defined(IMAML_NO_MULTIVERSION) && defined(__x86_64__) && defined(__ELF__) && \
-    defined(__GLIBC__) &&                                                        \
+    defined(__GLIBC__) &&                                                         \
     ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
 #define IMAML_MULTIVERSION \
   __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))

@@ -3,7 +3,8 @@
 // CPU chunk (4096), and the blocks of a row (512).
 //
 // Also: the same bits whatever the number of threads, and whatever order the emulated threads run
-// in. Buffers have exactly the size that a kernel may touch, so that AddressSanitizer sees the rest.
+// in. Buffers have exactly the size that a kernel may touch, so that AddressSanitizer sees the
+// rest.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -67,7 +68,8 @@ std::vector<T> normal(int64_t count, unsigned seed) {
 
 template <typename T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || !std::memcmp(a.data(), b.data(), a.size() * sizeof(T)));
+  return a.size() == b.size() &&
+         (a.empty() || !std::memcmp(a.data(), b.data(), a.size() * sizeof(T)));
 }
 
 // ---- cg_step ---------------------------------------------------------------------------------
@@ -99,7 +101,8 @@ struct CgState {
     status.assign(at(rows), kRunning);
     steps.assign(at(rows), 3);
     for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t i = 0; i < dim; ++i) rr[at(row)] += double(r[at(row * dim + i)]) * double(r[at(row * dim + i)]);
+      for (int64_t i = 0; i < dim; ++i)
+        rr[at(row)] += double(r[at(row * dim + i)]) * double(r[at(row * dim + i)]);
       const int64_t kind = row % 7;
       T* h = hp.data() + row * dim;
       if (kind == 1) status[at(row)] = kConverged;
@@ -115,9 +118,10 @@ struct CgState {
   static std::size_t at(int64_t i) { return static_cast<std::size_t>(i); }
 
   CgArgs<T> args() {
-    return {x.data(), r.data(), p.data(), hp.data(), lam.data(), lam.size() > 1 ? 1 : 0, damping,
-            rr.data(), tol2.data(), status.data(), steps.data(), curvature.data(), beta.data(),
-            rows, dim};
+    return {
+        x.data(),    r.data(),  p.data(),    hp.data(),     lam.data(),   lam.size() > 1 ? 1 : 0,
+        damping,     rr.data(), tol2.data(), status.data(), steps.data(), curvature.data(),
+        beta.data(), rows,      dim};
   }
 
   bool same(const CgState& o) const {
@@ -164,10 +168,12 @@ void check_cg(const CgState<T>& before, const CgState<T>& got) {
       const double r = double(before.r[j]) - change;
       const double direction = kind == 0 ? r + beta * double(p[i]) : double(p[i]);
       expect_close<T>(double(got.x[j]), x, std::abs(x) + std::abs(double(p[i]) * 2) + 1, "x");
-      expect_close<T>(double(got.r[j]), r, std::abs(double(before.r[j])) + std::abs(change) + 1, "r");
-      expect_close<T>(double(got.p[j]), direction, 4 * (std::abs(r) + std::abs(double(p[i])) + 1), "p");
+      expect_close<T>(double(got.r[j]), r, std::abs(double(before.r[j])) + std::abs(change) + 1,
+                      "r");
+      expect_close<T>(double(got.p[j]), direction, 4 * (std::abs(r) + std::abs(double(p[i])) + 1),
+                      "p");
     }
-    const std::int32_t ends[] = {kRunning, kConverged, kNegativeCurvature, kNegativeCurvature,
+    const std::int32_t ends[] = {kRunning,   kConverged, kNegativeCurvature, kNegativeCurvature,
                                  kNonfinite, kConverged, kNonfinite};
     expect(got.status[at(row)] == ends[kind], "status");
     expect(got.steps[at(row)] == before.steps[at(row)] + (moves ? 1 : 0), "steps");
@@ -200,7 +206,8 @@ void test_cg(int64_t rows, int64_t dim, bool diagonal) {
   for (auto order : {shim::Order::kForwards, shim::Order::kBackwards, shim::Order::kShuffled}) {
     shim::order = order;
     CgState<T> state = before;
-    std::vector<char> workspace(static_cast<std::size_t>(cuda::cg_workspace_bytes(rows, dim)), char(0xff));
+    std::vector<char> workspace(static_cast<std::size_t>(cuda::cg_workspace_bytes(rows, dim)),
+                                char(0xff));
     cuda::cg_step(state.args(), workspace.data(), nullptr);
     context = name + " cuda, order " + std::to_string(static_cast<int>(order));
     if (order == shim::Order::kForwards) {
@@ -233,7 +240,8 @@ void test_solve(int64_t dim) {
   }
   for (int k = 0; k < 8; ++k) {
     for (int64_t i = 0; i < rows * dim; ++i)
-      s.hp[CgState<T>::at(i)] = static_cast<T>(eigenvalues[CgState<T>::at(i % dim)]) * s.p[CgState<T>::at(i)];
+      s.hp[CgState<T>::at(i)] =
+          static_cast<T>(eigenvalues[CgState<T>::at(i % dim)]) * s.p[CgState<T>::at(i)];
     std::vector<char> workspace(static_cast<std::size_t>(cuda::cg_workspace_bytes(rows, dim)));
     cuda::cg_step(s.args(), workspace.data(), nullptr);
   }
@@ -241,7 +249,8 @@ void test_solve(int64_t dim) {
     expect(s.status[CgState<T>::at(row)] == kConverged, "five distinct eigenvalues, not converged");
   for (int64_t i = 0; i < rows * dim; ++i) {
     const double want = double(b[CgState<T>::at(i)]) / (1 + eigenvalues[CgState<T>::at(i % dim)]);
-    expect(std::abs(double(s.x[CgState<T>::at(i)]) - want) < (sizeof(T) == 4 ? 1e-4 : 1e-11), "solution");
+    expect(std::abs(double(s.x[CgState<T>::at(i)]) - want) < (sizeof(T) == 4 ? 1e-4 : 1e-11),
+           "solution");
   }
 }
 
@@ -262,21 +271,30 @@ void test_prox(int64_t rows, int64_t dim, bool diagonal, bool momentum) {
   const T lr = T(0.1), mu = T(0.9);
 
   auto arguments = [&](std::vector<T>& p, std::vector<T>& v) {
-    return ProxArgs<T>{p.data(), momentum ? v.data() : nullptr, grad.data(), theta.data(),
-                       lam.data(), diagonal && dim > 1 ? 1 : 0, lr, mu, /*nesterov=*/diagonal,
-                       status.data(), rows, dim};
+    return ProxArgs<T>{p.data(),
+                       momentum ? v.data() : nullptr,
+                       grad.data(),
+                       theta.data(),
+                       lam.data(),
+                       diagonal && dim > 1 ? 1 : 0,
+                       lr,
+                       mu,
+                       /*nesterov=*/diagonal,
+                       status.data(),
+                       rows,
+                       dim};
   };
   auto check = [&](const std::vector<T>& p, const std::vector<T>& v, const char* what) {
     for (int64_t i = 0; i < rows * dim; ++i) {
-      const double g = double(grad[at(i)]) +
-                       double(lam[diagonal ? at(i % dim) : 0]) *
-                           (double(phi[at(i)]) - double(theta[at(i % dim)]));
+      const double g = double(grad[at(i)]) + double(lam[diagonal ? at(i % dim) : 0]) *
+                                                 (double(phi[at(i)]) - double(theta[at(i % dim)]));
       const bool frozen = status[at(i / dim)] != kRunning;
       const double v_new = double(mu) * double(velocity[at(i)]) + g;
       double d = momentum ? (diagonal ? g + double(mu) * v_new : v_new) : g;
       if (frozen) d = 0;
       expect_close<T>(double(p[at(i)]), double(phi[at(i)]) - double(lr) * d, 16, what);
-      if (momentum) expect_close<T>(double(v[at(i)]), frozen ? double(velocity[at(i)]) : v_new, 16, what);
+      if (momentum)
+        expect_close<T>(double(v[at(i)]), frozen ? double(velocity[at(i)]) : v_new, 16, what);
     }
   };
   auto p1 = phi, v1 = velocity, p2 = phi, v2 = velocity, p3 = phi, v3 = velocity;
@@ -302,7 +320,8 @@ void test_prox(int64_t rows, int64_t dim, bool diagonal, bool momentum) {
     std::vector<double> two(at(cuda::row_sums_workspace(rows, dim, 2)), NAN);
     std::vector<double> one(at(cuda::row_sums_workspace(rows, dim, 1)), NAN);
     cuda::row_sums(cuda::ProxNorms<T>{args, rows, dim}, norms_cuda.data(), two.data(), nullptr);
-    cuda::row_sums(cuda::Dot<T>{phi.data(), grad.data(), rows, dim}, dots_cuda.data(), one.data(), nullptr);
+    cuda::row_sums(cuda::Dot<T>{phi.data(), grad.data(), rows, dim}, dots_cuda.data(), one.data(),
+                   nullptr);
     for (int64_t row = 0; row < rows; ++row) {
       long double norm2 = 0, penalty = 0, dot = 0, size = 0, penalty_size = 0;
       for (int64_t i = 0; i < dim; ++i) {

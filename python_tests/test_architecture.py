@@ -1,0 +1,71 @@
+"""Imports go down the floor plan, and nothing heavy is loaded before it is used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import imaml_ext
+
+# From the ground up; a room imports from rooms below it only.
+FLOORS = [
+    {"_version", "files"},
+    {"ops", "solution", "flat", "models", "checkpoint"},
+    {"objective", "cg"},
+    {"inner"},
+    {"implicit", "tasks"},
+    {"methods", "data.random"},
+    {"data.omniglot", "data.regression", "data.episodes"},
+    {"data"},
+    {"trainer"},
+    {"presets"},
+    {"plots"},
+    {"cli"},
+]
+APART = {"reference", "_C", "__init__"}
+
+
+def module_name(path):
+    parts = path.relative_to(imaml_ext.__path__[0]).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or "__init__"
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("imaml_ext"):
+            below = node.module.removeprefix("imaml_ext").removeprefix(".")
+            for alias in node.names:
+                yield below or alias.name
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("imaml_ext") for alias in node.names)
+
+
+def test_imports_point_down():
+    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
+    files = {module_name(p): p for p in Path(imaml_ext.__path__[0]).rglob("*.py")}
+    assert files.keys() - APART == floor.keys()
+    for name, path in files.items():
+        if name in APART:
+            continue
+        for other in imported(path):
+            if other in APART:
+                assert (name, other) == ("ops", "_C"), f"{name} imports {other}"
+            else:
+                assert floor[other] < floor[name], f"{name} imports {other}, which is not below it"
+
+
+def test_the_reference_stands_alone():
+    path = Path(imaml_ext.__path__[0]) / "reference.py"
+    assert not list(imported(path))
+
+
+def test_importing_the_package_loads_nothing_that_it_may_not_use():
+    code = (
+        "import sys, imaml_ext; "
+        "print([m for m in ('torchvision', 'matplotlib', 'PIL', 'tqdm') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    # torch itself may load tqdm
+    assert result.stdout.strip() in ("[]", "['tqdm']")

@@ -1,0 +1,106 @@
+"""The command line, as a user and as a script meet it."""
+
+import json
+
+import pytest
+
+from imaml_ext.cli import main
+
+QUICK = ["--meta-steps", "4", "--tasks", "3", "--inner-steps", "2", "--eval-tasks", "5"]
+
+
+def last_json(capsys):
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_train_and_eval_agree(tmp_path, capsys):
+    assert main(["train", *QUICK, "--device", "cpu", "--out", str(tmp_path / "run"), "--json"]) == 0
+    trained = last_json(capsys)
+    assert trained["tasks"] == 5
+    assert trained["meta_steps"] == 4
+    assert [path.rsplit("/", 1)[1] for path in trained["plots"]] == [
+        "learning_curves.png",
+        "fits.png",
+    ]
+    assert all((tmp_path / "run" / p.rsplit("/", 1)[1]).stat().st_size for p in trained["plots"])
+    arguments = ["eval", trained["checkpoint"], "--eval-tasks", "5", "--device", "cpu", "--json"]
+    assert main(arguments) == 0
+    assert last_json(capsys)["loss"] == trained["loss"]
+
+
+def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, capsys):
+    def train(out, *more):
+        arguments = ["train", "sinusoid", "--device", "cpu", "--out", str(tmp_path / out), "--json"]
+        assert main([*arguments, *more]) == 0
+        return last_json(capsys)["loss"]
+
+    whole = train("whole", *QUICK)
+    train("cut", *QUICK, "--eval-every", "2")
+    state = tmp_path / "cut" / "checkpoint.pt"
+    import torch
+
+    from imaml_ext.checkpoint import save_checkpoint
+    from imaml_ext.presets import PRESETS, Config, build
+
+    # What a run cut off after its second step leaves behind
+    saved = torch.load(state, weights_only=True)["config"]
+    trainer = build(Config(**saved)).trainer()
+    trainer.step()
+    trainer.step()
+    trainer.save(state, saved)
+    assert train("cut", "--resume", "--eval-tasks", "5") == whole
+    assert PRESETS["sinusoid"].dataset == "sinusoid"
+    assert save_checkpoint is not None
+
+
+def fails(arguments, capsys):
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert lines[-1].startswith("imaml-ext: error: ")
+    assert "Traceback" not in captured.err
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "omniglot", "--data", "nowhere"], "no Omniglot: expected nowhere/omniglot-py"),
+        (["train", "--lam", "-1"], "lam must be positive and finite, got -1.0"),
+        (["train", "--lam", "nan"], "lam must be positive and finite, got nan"),
+        (["train", "--inner-lr", "0"], "lr must be positive and finite, got 0.0"),
+        (["train", "--inner-steps", "-1"], "steps must not be negative"),
+        (["train", "--cg-steps", "0"], "max_iter must be at least 1"),
+        (["train", "--tasks", "0"], "tasks must be at least 1"),
+        (["train", "--meta-steps", "0"], "meta_steps must be at least 1"),
+        (["train", "--method", "magic"], "method must be 'imaml'"),
+        (["train", "--curvature", "none"], "curvature must be 'hessian' or 'ggn'"),
+        (["train", "--device", "abacus"], "--device abacus"),
+        (["train", "--resume"], "no checkpoint at"),
+        (["eval", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(arguments, capsys)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_run_is_not_overwritten(tmp_path, capsys):
+    out = ["--device", "cpu", "--out", str(tmp_path)]
+    assert main(["train", *QUICK, *out]) == 0
+    assert "add --resume to go on" in fails(["train", *QUICK, *out], capsys)
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path, capsys):
+    out = ["--device", "cpu", "--out", str(tmp_path)]
+    assert main(["train", *QUICK, *out]) == 0
+    message = fails(["train", *out, "--resume", "--lam", "9"], capsys)
+    assert "was trained with lam=0." in message
+    assert main(["train", *out, "--resume", "--meta-steps", "6", "--eval-tasks", "2"]) == 0
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out = ["--out", str(tmp_path / "file" / "run")]
+    assert "Not a directory" in fails(["train", *QUICK, *out], capsys)

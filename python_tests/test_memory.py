@@ -1,0 +1,54 @@
+"""Peak memory of a meta-gradient does not depend on how long its solvers run."""
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from imaml_ext import ConjugateGradient, GradientDescent, implicit_meta_grad, module_loss
+from imaml_ext.models import conv4
+
+
+def peak_bytes(device, inner_steps, cg_steps):
+    """Most bytes allocated at once during one meta-gradient, by torch's own accounting."""
+    torch.manual_seed(0)
+    model = conv4(5, filters=16).to(device)
+    loss = module_loss(model, nn.functional.cross_entropy)
+    x, y = torch.rand(4, 10, 1, 28, 28, device=device), torch.arange(5).repeat(4, 2).to(device)
+
+    def run():
+        return implicit_meta_grad(
+            loss, dict(model.named_parameters()), (x, y), (x, y), lam=2.0,
+            inner=GradientDescent(lr=0.01, steps=inner_steps),
+            cg=ConjugateGradient(max_iter=cg_steps, curvature="ggn"),
+        )  # fmt: skip
+
+    if device.type == "cuda":
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = run()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            out = run()
+        # recorded.events() leaves out the allocations inside operators; the raw events have all.
+        changes = sorted(
+            (event.start_ns(), event.nbytes())
+            for event in recorded.profiler.kineto_results.events()
+            if event.name() == "[memory]"
+        )
+        held = peak = 0
+        for _, change in changes:
+            held += change
+            peak = max(peak, held)
+    assert (out.cg.steps == cg_steps).all()  # the work was done
+    return peak
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the profiler's own
+def test_peak_memory_is_flat_in_inner_and_cg_steps(device):
+    base = peak_bytes(device, 1, 1)
+    assert base > 1_000_000
+    assert peak_bytes(device, 64, 1) <= 1.02 * base
+    assert peak_bytes(device, 1, 20) <= 1.02 * base

@@ -1,0 +1,210 @@
+"""The outer loop: it learns, it resumes bit for bit, it refuses what would poison it."""
+
+import pytest
+import torch
+from torch import nn
+
+from imaml_ext import IMAML, ConjugateGradient, GradientDescent, Trainer, evaluate, module_loss
+from imaml_ext.checkpoint import load_checkpoint, save_checkpoint
+from imaml_ext.data import Sinusoid
+from imaml_ext.files import write_atomically
+from imaml_ext.models import mlp
+from imaml_ext.trainer import NonfiniteError
+
+
+def make_method(device="cpu", *, lam=1.0, hidden=20, **settings):
+    torch.manual_seed(0)
+    model = mlp(1, hidden, 1).to(device)
+    loss = module_loss(model, nn.functional.mse_loss)
+    return IMAML(
+        loss,
+        dict(model.named_parameters()),
+        lam=lam,
+        inner=GradientDescent(lr=0.005, steps=5),
+        cg=ConjugateGradient(max_iter=3, curvature="ggn"),
+        **settings,
+    )
+
+
+def make_trainer(device="cpu", optimizer=torch.optim.Adam, lr=1e-2, decay=1.0, **settings):
+    method = make_method(device, **settings)
+    chosen = optimizer(method.learned().values(), lr=lr)
+    scheduler = torch.optim.lr_scheduler.StepLR(chosen, 4, decay)
+    return Trainer(method, Sinusoid(tasks=8, device=device), chosen, scheduler=scheduler)
+
+
+def state_of(trainer):
+    return {name: t.detach().clone() for name, t in trainer.method.learned().items()}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr"),
+    [(torch.optim.SGD, 1e-2), (torch.optim.Adam, 5e-3), (torch.optim.RMSprop, 3e-3)],
+)
+def test_training_lowers_the_loss_on_unseen_tasks(optimizer, lr, device):
+    trainer = make_trainer(device, optimizer, lr)
+    unseen = Sinusoid(tasks=50, seed=99, device=device)
+
+    def loss():
+        return evaluate(trainer.method, unseen, {"loss": trainer.method.loss}, tasks=50).mean[
+            "loss"
+        ]
+
+    before = loss()
+    for _ in range(120):
+        trainer.step()
+    assert loss() < 0.9 * before
+
+
+def test_lam_is_learned_when_it_requires_grad(device):
+    lam = torch.tensor(1.0, device=device, requires_grad=True)
+    trainer = make_trainer(device, lam=lam)
+    assert "lam" in trainer.method.learned()
+    trainer.step()
+    assert lam.grad is not None
+    assert lam.item() != 1.0
+
+
+def test_a_lam_per_parameter_is_learned_too(device):
+    start = make_method(device).params
+    lam = {name: torch.ones_like(t).requires_grad_() for name, t in start.items()}
+    trainer = make_trainer(device, lam=lam)
+    trainer.step()
+    assert all((tensor != 1).any() for tensor in lam.values())
+
+
+def test_resuming_is_bit_for_bit(tmp_path):
+    whole = make_trainer(lam=torch.tensor(1.0, requires_grad=True), decay=0.5)
+    for _ in range(10):
+        whole.step()
+    half = make_trainer(lam=torch.tensor(1.0, requires_grad=True), decay=0.5)
+    for _ in range(5):
+        half.step()
+    half.save(tmp_path / "c.pt", {"note": "kept"})
+
+    resumed = make_trainer(lam=torch.tensor(3.0, requires_grad=True), decay=0.5)
+    resumed.load(tmp_path / "c.pt")
+    for _ in range(5):
+        resumed.step()
+
+    a, b = state_of(whole), state_of(resumed)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    losses = [[record["loss"] for record in t.history] for t in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert load_checkpoint(tmp_path / "c.pt")["config"] == {"note": "kept"}
+
+
+class OnePoisonedTask:
+    """Deals good batches, but for task 2 of one step."""
+
+    def __init__(self, step):
+        self.step = step
+        self.good = Sinusoid(tasks=8)
+
+    def sample(self, step):
+        batch = self.good.sample(step)
+        if step == self.step:
+            batch.support[1][2] = torch.nan
+        return batch
+
+
+def test_a_step_that_is_not_finite_is_refused_and_changes_nothing():
+    trainer = make_trainer()
+    trainer.source = OnePoisonedTask(3)
+    for _ in range(3):
+        trainer.step()
+    before, optimizer = state_of(trainer), trainer.optimizer.state_dict()["state"]
+    moments = [s["exp_avg"].clone() for s in optimizer.values()]
+    with pytest.raises(NonfiniteError, match=r"meta-step 3: .* NONFINITE: 1 of 8 tasks: 2"):
+        trainer.step()
+    assert trainer.steps == 3
+    after = state_of(trainer)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    now = [s["exp_avg"] for s in trainer.optimizer.state_dict()["state"].values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, now, strict=True))
+
+
+def test_on_request_the_failing_task_is_skipped():
+    trainer = make_trainer(nonfinite="skip")
+    trainer.source = OnePoisonedTask(1)
+    trainer.step()
+    record = trainer.step()
+    assert record["failed"] == 1 / 8
+    assert all(t.isfinite().all() for t in state_of(trainer).values())
+
+
+def test_evaluation_reports_mean_and_interval(device):
+    method = make_method(device)
+    source = Sinusoid(tasks=8, device=device)
+    got = evaluate(method, source, {"loss": method.loss}, tasks=20)
+    values = []
+    for step in range(3):
+        batch = source.sample(step)
+        phi = method.adapt(batch.support)
+        values += torch.func.vmap(method.loss)(phi, batch.query).tolist()
+    values = torch.tensor(values[:20], dtype=torch.float64)
+    assert got.tasks == 20
+    assert got.mean["loss"] == pytest.approx(values.mean().item())
+    assert got.ci95["loss"] == pytest.approx(1.96 * values.std(correction=0).item() / 20**0.5)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------
+
+
+def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {"steps": 1})
+
+    def crash(file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, crash)
+    assert load_checkpoint(path)["steps"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "c.pt"
+    make_trainer().save(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"c.pt is truncated or not a checkpoint$"):
+        make_trainer().load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"text"])
+def test_a_foreign_file_is_refused(content, tmp_path):
+    path = tmp_path / "c.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"c.pt is truncated or not a checkpoint"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    path = tmp_path / "c.pt"
+    torch.save({"format": "imaml_ext checkpoint", "version": 1, "evil": Evil()}, path)
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        load_checkpoint(path)
+
+
+def test_another_version_is_refused(tmp_path):
+    path = tmp_path / "c.pt"
+    torch.save({"format": "imaml_ext checkpoint", "version": 99}, path)
+    with pytest.raises(ValueError, match="version 99 checkpoint, expected 1"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_loaded(tmp_path):
+    make_trainer(hidden=7).save(tmp_path / "c.pt")
+    trainer = make_trainer()
+    before = state_of(trainer)
+    with pytest.raises(ValueError, match="is of another model"):
+        trainer.load(tmp_path / "c.pt")
+    after = state_of(trainer)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert trainer.steps == 0
