@@ -25,7 +25,7 @@ from imaml_build import find_torch  # noqa: E402
 def cmake_architectures(arch_list: str) -> str:
     """Translate torch's notation to CMake's: '8.0;9.0+PTX' to '80-real;90'."""
     names = []
-    for item in re.split(r"[;,\s]+", arch_list.strip()):
+    for item in re.findall(r"[^;,\s]+", arch_list):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", item)
         if match is None:
             raise SystemExit(
@@ -40,6 +40,7 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         if torch is None:
             raise SystemExit("imaml_ext: building needs torch>=2.10: pip install torch")
+        cuda = os.environ.get("IMAML_CUDA", "auto")
         build = Path(self.build_temp).resolve()
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         configure = [
@@ -47,9 +48,9 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DIMAML_TORCH_DIR={torch}",
-            f"-DIMAML_CUDA={os.environ.get('IMAML_CUDA', 'auto')}",
+            f"-DIMAML_CUDA={cuda}",
         ]  # fmt: skip
-        if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        if os.environ.get("TORCH_CUDA_ARCH_LIST") and cuda.lower() != "off":
             architectures = cmake_architectures(os.environ["TORCH_CUDA_ARCH_LIST"])
             configure.append(f"-DIMAML_CUDA_ARCHITECTURES={architectures}")
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))

@@ -8,7 +8,7 @@ already, and download one only where there is none. The search goes
 2. what this Python imports (no build isolation);
 3. the environment that pip installs into: pip's isolation takes it off sys.path but leaves
    sys.prefix, and with it sysconfig, as they were;
-4. ./.venv and the environments on PATH, since uv builds in an environment of its own;
+4. the environments on PATH and ./.venv, since uv builds in an environment of its own;
 5. else torch becomes a build requirement.
 """
 
@@ -16,8 +16,8 @@ import contextlib
 import importlib.util
 import os
 import re
-import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -50,8 +50,8 @@ def _site_packages() -> Iterator[Path]:
     ):
         yield from map(Path, site.getsitepackages([sys.base_prefix]))
         yield Path(site.getusersitepackages())
-    environments = [Path.cwd() / ".venv"]
-    environments += [Path(entry).parent for entry in os.environ.get("PATH", "").split(os.pathsep)]
+    on_path = os.environ.get("PATH", "").split(os.pathsep)
+    environments = [*(Path(entry).parent for entry in on_path), Path.cwd() / ".venv"]
     for environment in environments:
         if (environment / "pyvenv.cfg").is_file() or (environment / "conda-meta").is_dir():
             yield from environment.glob("lib/python3*/site-packages")
@@ -84,8 +84,24 @@ def _temporary_build_folders() -> Iterator[None]:
             del os.environ["DIST_EXTRA_CONFIG"]
 
 
+def _version(tool: str) -> tuple[int, ...]:
+    """What the tool says; (0, 0) if it does not run, as PyPI's cmake whose package is hidden."""
+    try:
+        said = subprocess.run(
+            [tool, "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return (0, 0)
+    found = re.search(r"(\d+)\.(\d+)", said)
+    return tuple(map(int, found.groups())) if found else (0, 0)
+
+
 def get_requires_for_build_wheel(config_settings=None):
-    required = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    required = []
+    if _version("cmake") < (3, 22):
+        required.append("cmake>=3.22")
+    if _version("ninja") == (0, 0):
+        required.append("ninja")
     if find_torch() is None:
         required.append("torch>={}.{}".format(*MINIMUM_TORCH))
     return required

@@ -75,7 +75,8 @@ def conjugate_gradient(
         `value` is x and `residual` the recurrence's `|r|`. A row with `b = 0` is CONVERGED in 0
         steps. A row whose curvature `p·Ap` is not positive is NEGATIVE_CURVATURE and keeps the
         iterate before it; if that is its first, `x = x0 + r / Λ`, the solution without H, wherever
-        Λ > 0. A row with a non-finite entry is NONFINITE and its value is 0.
+        Λ > 0. A row with a non-finite entry is NONFINITE and its value is 0. Norms are squared in
+        float64 without scaling: float64 entries beyond 1e±150 overflow or vanish.
 
     Raises:
         TypeError, ValueError: `b`, `lam`, `x0` or a setting does not fit.
@@ -85,17 +86,17 @@ def conjugate_gradient(
     if b.dim() != 2 or b.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"b must be [B, D] float32 or float64, got {list(b.shape)} {b.dtype}")
     flat_lam = _flat_lam(lam, b)
+    b = b.detach().contiguous()
+    if x0 is None:
+        x, r = torch.zeros_like(b), b.clone()
+    else:
+        if x0.shape != b.shape or x0.dtype != b.dtype:
+            raise ValueError(
+                f"x0 must be {list(b.shape)} {b.dtype}, got {list(x0.shape)} {x0.dtype}"
+            )
+        x = x0.detach().clone(memory_format=torch.contiguous_format)
+        r = b - (matvec(x).detach() + (flat_lam + damping) * x)
     with torch.no_grad():
-        b = b.detach().contiguous()
-        if x0 is None:
-            x, r = torch.zeros_like(b), b.clone()
-        else:
-            if x0.shape != b.shape or x0.dtype != b.dtype:
-                raise ValueError(
-                    f"x0 must be {list(b.shape)} {b.dtype}, got {list(x0.shape)} {x0.dtype}"
-                )
-            x = x0.detach().clone(memory_format=torch.contiguous_format)
-            r = b - (matvec(x).detach() + (flat_lam + damping) * x)
         rr = row_dot(r, r)
         tol2 = (rtol * rtol * row_dot(b, b)).clamp_min(atol * atol)
         status = torch.full_like(rr, Status.RUNNING, dtype=torch.int32)

@@ -1,6 +1,5 @@
 """Checkpoints: a dict of tensors and plain values, written whole or not at all."""
 
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from imaml_ext.files import write_atomically
 
 _FORMAT = "imaml_ext checkpoint"
 _VERSION = 1
+_KEYS = {"config", "steps", "seconds", "history", "validation", "learned", "random"}
+_KEYS |= {"optimizer_class", "optimizer", "scheduler"}
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -31,10 +32,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is truncated or not a checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file can make the unpickler raise anything
         raise ValueError(f"{path} is truncated or not a checkpoint") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a checkpoint of imaml_ext")
-    if state["version"] != _VERSION:
-        raise ValueError(f"{path} is a version {state['version']} checkpoint, expected {_VERSION}")
+    if state.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} is a version {state.get('version')} checkpoint, expected {_VERSION}"
+        )
+    missing = _KEYS - state.keys()
+    if missing:
+        raise ValueError(f"{path} is not a whole checkpoint: it lacks {', '.join(sorted(missing))}")
     return state

@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import json
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from tqdm import tqdm
 from imaml_ext import plots
 from imaml_ext._version import __version__
 from imaml_ext.checkpoint import load_checkpoint
+from imaml_ext.ops import build_info
 from imaml_ext.presets import PRESETS, Config, Experiment, build
 from imaml_ext.trainer import Evaluation, NonfiniteError, Trainer, evaluate, restore
 
@@ -45,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, NonfiniteError) as error:
         print(f"imaml-ext: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("imaml-ext: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"imaml-ext: interrupted {interrupt}".rstrip(), file=sys.stderr)
         return 130
     return 0
 
@@ -110,18 +113,26 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _device(options: argparse.Namespace) -> torch.device:
+    has_kernels = bool(build_info()["cuda"])
     if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and has_kernels else "cpu")
     try:
         device = torch.device(options.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and not has_kernels:
+        raise ValueError("--device cuda: imaml_ext was built without CUDA: install it with nvcc")
     return device
 
 
 def _train(options: argparse.Namespace) -> None:
     start = time.perf_counter()
+    for name in ("eval_every", "eval_tasks"):
+        if getattr(options, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}"
+            )
     overrides = _overrides(options)
     out = options.out or Path("runs") / f"{options.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint = out / "checkpoint.pt"
@@ -158,8 +169,15 @@ def _train(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def _saved_config(state: dict[str, Any], path: Path) -> Config:
+    saved = json.loads(state["config"])
+    if saved.keys() != {field.name for field in dataclasses.fields(Config)}:
+        raise ValueError(f"{path} was not written by imaml-ext train: it does not say of what")
+    return Config(**saved)
+
+
 def _resumed_config(path: Path, dataset: str, overrides: dict[str, Any]) -> Config:
-    saved = Config(**load_checkpoint(path)["config"])
+    saved = _saved_config(load_checkpoint(path), path)
     if saved.dataset != dataset:
         raise ValueError(f"{path} was trained on {saved.dataset}, not on {dataset}")
     for name, value in overrides.items():
@@ -174,27 +192,27 @@ def _resumed_config(path: Path, dataset: str, overrides: dict[str, Any]) -> Conf
 def _run(trainer: Trainer, experiment: Experiment, checkpoint: Path, eval_every: int) -> None:
     """Train to the end, validating and saving every `eval_every` steps and when interrupted."""
     config = experiment.config
-    if eval_every < 1:
-        raise ValueError(f"--eval-every must be at least 1, got {eval_every}")
     saved = dataclasses.asdict(config)
     progress = tqdm(
         total=config.meta_steps, initial=trainer.steps, desc=config.dataset, unit="step",
         mininterval=1.0, dynamic_ncols=True,
     )  # fmt: skip
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:
-        while trainer.steps < config.meta_steps:
+        while trainer.steps < config.meta_steps and not interrupted.is_set():
             record = trainer.step()
             progress.set_postfix(_postfix(record, trainer), refresh=False)
             progress.update()
             if trainer.steps % eval_every == 0 or trainer.steps == config.meta_steps:
                 trainer.validate(experiment.sources["val"], experiment.metrics, tasks=100)
                 trainer.save(checkpoint, saved)
-    except KeyboardInterrupt:
-        trainer.save(checkpoint, saved)
-        progress.write(f"saved {checkpoint} at meta-step {trainer.steps}; --resume goes on from it")
-        raise
     finally:
+        signal.signal(signal.SIGINT, before)
         progress.close()
+    if trainer.steps < config.meta_steps:  # a step was finished before the loop was left
+        trainer.save(checkpoint, saved)
+        raise KeyboardInterrupt(f"saved {checkpoint}; add --resume --out to go on")
 
 
 def _postfix(record: dict[str, float], trainer: Trainer) -> dict[str, str]:
@@ -213,7 +231,7 @@ def _postfix(record: dict[str, float], trainer: Trainer) -> dict[str, str]:
 def _eval(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     state = load_checkpoint(options.checkpoint)
-    config = dataclasses.replace(Config(**state["config"]), **_overrides(options))
+    config = dataclasses.replace(_saved_config(state, options.checkpoint), **_overrides(options))
     experiment = build(config, data=options.data, device=_device(options))
     restore(experiment.method, state, options.checkpoint)
     result = evaluate(

@@ -41,17 +41,19 @@ class Layout:
         self.dtype = first.dtype
         self.device = first.device
 
-    def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
+    def flatten(self, params: Mapping[str, Tensor], label: str = "params") -> Tensor:
         """[D] from tensors of the parameters' shapes, or [B, D] from tensors [B, ...]."""
         if params.keys() != self.shapes.keys():
-            raise ValueError(f"expected parameters {list(self.shapes)}, got {list(params)}")
+            raise ValueError(f"{label} must name {list(self.shapes)}, got {list(params)}")
         name, shape = next(iter(self.shapes.items()))
         batch = params[name].shape[: params[name].dim() - len(shape)]
         for name, shape in self.shapes.items():
             if params[name].shape != batch + shape:
                 raise ValueError(
-                    f"{name!r}: expected shape {[*batch, *shape]}, got {list(params[name].shape)}"
+                    f"{label}[{name!r}] must be of shape {[*batch, *shape]}, "
+                    f"got {list(params[name].shape)}"
                 )
+            self._check_like_parameters(f"{label}[{name!r}]", params[name])
         return torch.cat([params[name].reshape(*batch, -1) for name in self.shapes], dim=-1)
 
     def unflatten(self, flat: Tensor) -> Params:
@@ -79,31 +81,34 @@ class Layout:
         elif isinstance(lam, Tensor):
             if lam.dim() != 0:
                 raise ValueError(f"a lam tensor must be 0-d, got shape {list(lam.shape)}")
-            flat = self._as_parameters("lam", lam).reshape(1)
+            self._check_like_parameters("lam", lam)
+            flat = lam.reshape(1)
         elif isinstance(lam, (int, float)) and not isinstance(lam, bool):
             if not (math.isfinite(lam) and lam > 0):
                 raise ValueError(f"lam must be positive and finite, got {lam}")
             return torch.full((1,), float(lam), dtype=self.dtype, device=self.device)
         else:
-            raise TypeError(f"lam must be a float, a tensor or a dict of tensors, got {type(lam)}")
+            raise TypeError(
+                f"lam must be a float, a tensor or a dict of tensors, got {type(lam).__name__}"
+            )
         if flat.device.type == "cpu" and not bool((flat.isfinite() & (flat > 0)).all()):
             raise ValueError("lam must be positive and finite in every entry")
         return flat
 
     def _diagonal_part(self, name: str, lam: Tensor) -> Tensor:
         shape = self.shapes[name]
+        self._check_like_parameters(f"lam[{name!r}]", lam)
         if lam.dim() != 0 and lam.shape != shape:
             raise ValueError(
                 f"lam[{name!r}] must be 0-d or of shape {list(shape)}, got {list(lam.shape)}"
             )
-        return self._as_parameters(f"lam[{name!r}]", lam).expand(shape).reshape(-1)
+        return lam.expand(shape).reshape(-1)
 
-    def _as_parameters(self, label: str, lam: Tensor) -> Tensor:
-        if not isinstance(lam, Tensor):
-            raise TypeError(f"{label} must be a tensor, got {type(lam)}")
-        if lam.dtype != self.dtype or lam.device != self.device:
+    def _check_like_parameters(self, label: str, tensor: Any) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{label} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype != self.dtype or tensor.device != self.device:
             raise ValueError(
-                f"{label} is {lam.dtype} on {lam.device}, but the parameters are {self.dtype} "
-                f"on {self.device}"
+                f"{label} is {tensor.dtype} on {tensor.device}, but the parameters are "
+                f"{self.dtype} on {self.device}"
             )
-        return lam

@@ -35,7 +35,9 @@ class MetaGradient:
         support_loss, query_loss: at phi, [B].
         adapted: phi, {name: [B, ...]}.
         inner: the inner solve; `residual` is `‖∇G_i(phi_i)‖` and `error_bound` estimates
-            `‖phi_i - phi_i*‖`: delta of the paper's Algorithm 2.
+            `‖phi_i - phi_i*‖`: delta of the paper's Algorithm 2. The bound needs the curvature of
+            G_i itself: there is none with `curvature="ggn"`, whose smallest value is lam or more
+            even at a saddle.
         cg: the linear solve; `error_bound` estimates `‖x_i - x_i*‖`, delta' of Algorithm 2, for the
             system that was solved, damping included.
     """
@@ -107,7 +109,7 @@ def implicit_meta_grad(
     if adapted is None:
         solution = problem.adapt(theta, flat_lam.detach())
     else:
-        solution = _given(layout.flatten(adapted).detach(), tasks)
+        solution = _given(layout.flatten(adapted, "adapted").detach(), tasks)
     phi = solution.value
     losses, v = judged.gradient(phi)
     support_loss, solution, system = problem.differentiate(solution, v, theta, flat_lam.detach())
@@ -180,9 +182,9 @@ class _Problem:
         status = judge(solution.status, residual, self.inner.tol)
         status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status).to(torch.int32)
         system = self.cg.solve(at_phi.matvec, v, lam)
-        assert system.lanczos is not None
-        curvature = system.lanczos.shifted(-self.cg.damping)
-        inner = replace(solution, status=status, residual=residual, lanczos=curvature)
+        inner = replace(solution, status=status, residual=residual)
+        if self.cg.curvature == "hessian" and system.lanczos is not None:
+            inner = replace(inner, lanczos=system.lanczos.shifted(-self.cg.damping))
         return at_phi.losses, inner, system
 
 
@@ -234,6 +236,7 @@ def _pull_back(
 
 def _lam_leaves(layout: Layout, lam: Lam) -> tuple[Any, Tensor]:
     """Copies of lam's tensors that record gradients, and Λ as a function of them."""
+    layout.flatten_lam(lam)  # its form, before anything is asked of its parts
     with torch.enable_grad():
         if isinstance(lam, Tensor):
             leaves: Any = lam.detach().requires_grad_()

@@ -82,8 +82,8 @@ class GradientDescent(InnerSolver):
 
 
 def judge(status: Tensor, residual: Tensor, tol: float | None) -> Tensor:
-    """RUNNING tasks become CONVERGED where `residual <= tol`, NONFINITE where it is not finite."""
-    running = status == Status.RUNNING
+    """RUNNING tasks become CONVERGED where `residual <= tol`; any is NONFINITE where it is not."""
     if tol is not None:
-        status = torch.where(running & (residual <= tol), Status.CONVERGED, status)
-    return torch.where(running & ~residual.isfinite(), Status.NONFINITE, status).to(torch.int32)
+        arrived = (status == Status.RUNNING) & (residual <= tol)
+        status = torch.where(arrived, Status.CONVERGED, status)
+    return torch.where(residual.isfinite(), status, Status.NONFINITE).to(torch.int32)

@@ -38,10 +38,14 @@ class IMAML(Method):
 
     Args:
         loss: `(params, data) -> scalar` for one task; see `module_loss`.
-        params: theta, {name: tensor}; updated in place by the outer optimizer.
+        params: theta, {name: tensor}; updated in place by the outer optimizer. A parameter of the
+            model that is not in it keeps the model's value: it is neither adapted nor learned.
         lam: proximal strength, as in `implicit_meta_grad`; its tensors that require grad are
             learned too.
         inner, cg, query_loss, nonfinite: as in `implicit_meta_grad`.
+
+    Raises:
+        ValueError: a tensor of `params` does not require grad, or is called as lam would be.
     """
 
     def __init__(
@@ -57,6 +61,14 @@ class IMAML(Method):
     ) -> None:
         self.loss = loss
         self.params = dict(params)
+        for name, tensor in self.params.items():
+            if not tensor.requires_grad:
+                raise ValueError(
+                    f"params[{name!r}] does not require grad: leave it out to keep it as it is, "
+                    "or call requires_grad_() to learn it"
+                )
+            if name == "lam" or name.startswith("lam."):
+                raise ValueError(f"params[{name!r}]: this name is taken by the proximal strength")
         self.lam = lam
         self.inner = GradientDescent() if inner is None else inner
         self.cg = ConjugateGradient() if cg is None else cg

@@ -109,8 +109,12 @@ class Objective:
                 "curvature='ggn' needs to see the model's outputs: make the loss with module_loss"
             )
         x, y = self.data
-        leaf, outputs = self._record(lambda leaf: vmap(self._one_output)(leaf, x), rows)
-        z, losses = self._record(lambda z: vmap(self._one_criterion)(z, y), outputs)
+        leaf, outputs = self._record(
+            lambda leaf: vmap(self._one_output, randomness="different")(leaf, x), rows
+        )
+        z, losses = self._record(
+            lambda z: vmap(self._one_criterion, randomness="different")(z, y), outputs
+        )
         slope = _vjp(losses, z, torch.ones_like(losses), create_graph=True)
         gradient = _vjp(outputs, leaf, slope.detach(), retain_graph=True)
         u = torch.zeros_like(outputs, requires_grad=True)
@@ -125,6 +129,9 @@ class Objective:
 
     @staticmethod
     def _record(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.is_inference_mode_enabled():
+            # Nothing is recorded in it, not even under enable_grad: gradients would be zero.
+            raise RuntimeError("imaml_ext cannot differentiate in inference mode: use no_grad")
         leaf = at.detach().requires_grad_()
         with torch.enable_grad():
             return leaf, function(leaf)

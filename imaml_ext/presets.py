@@ -67,6 +67,9 @@ PRESETS = {
 }
 
 
+_EVALUATED_AT_ONCE = 20  # not config.tasks: the evaluation tasks must not depend on it
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A config brought to life."""
@@ -116,7 +119,7 @@ def build(
             name: Sinusoid(
                 shot=config.shot,
                 query=config.query if name == "train" else config.eval_query,
-                tasks=config.tasks,
+                tasks=config.tasks if name == "train" else _EVALUATED_AT_ONCE,
                 seed=_seed(config, name),
                 device=device,
             )
@@ -132,7 +135,7 @@ def build(
                 way=config.way,
                 shot=config.shot,
                 query=config.query if name == "train" else config.eval_query,
-                tasks=config.tasks,
+                tasks=config.tasks if name == "train" else _EVALUATED_AT_ONCE,
                 seed=_seed(config, name),
                 rotate=name == "train",
             )

@@ -1,5 +1,6 @@
 """The outer loop: meta-gradients into any `torch.optim` optimizer, evaluation, checkpoints."""
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -62,26 +63,17 @@ class Trainer:
         self.validation: list[Record] = []
 
     def step(self) -> Record:
-        """One meta-step. Its record is read from the device, which synchronises once, at the end.
+        """One meta-step. Its record is read from the device once, to decide whether to apply it.
+
+        If the method skips tasks that are not finite and all of them are, nothing is applied.
 
         Raises:
             NonfiniteError: a task is not finite and the method does not skip such tasks. Neither
-                the parameters nor the optimizer have changed. To know, this reads one flag.
+                the parameters nor the optimizer have changed.
         """
         start = time.perf_counter()
         batch = self.source.sample(self.steps)
         out = self.method.meta_gradient(batch)
-        if self.method.nonfinite == "refuse" and bool(out.failed.any()):
-            raise NonfiniteError(
-                f"meta-step {self.steps}: the meta-gradient is not finite, so it was not applied. "
-                f"Inner solve: {out.inner.describe()}. Linear solve: {out.cg.describe()}"
-            )
-        gradients = out.named()
-        for name, tensor in self.method.learned().items():
-            tensor.grad = gradients[name]
-        self.optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
         values = {
             "loss": out.query_loss.mean(),
             "support_loss": out.support_loss.mean(),
@@ -92,10 +84,22 @@ class Trainer:
             "failed": out.failed,
         }
         numbers = torch.stack([value.double().mean() for value in values.values()]).tolist()
+        record = dict(zip(values, numbers, strict=True))
+        if record["failed"] > 0 and self.method.nonfinite == "refuse":
+            raise NonfiniteError(
+                f"meta-step {self.steps}: the meta-gradient is not finite, so it was not applied. "
+                f"Inner solve: {out.inner.describe()}. Linear solve: {out.cg.describe()}"
+            )
+        if record["failed"] < 1:
+            gradients = out.named()
+            for name, tensor in self.method.learned().items():
+                tensor.grad = gradients[name]
+            self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
         self.steps += 1
         self.seconds += time.perf_counter() - start
-        record = {"step": self.steps, "seconds": self.seconds}
-        record |= dict(zip(values, numbers, strict=True))
+        record = {"step": self.steps, "seconds": self.seconds} | record
         self.history.append(record)
         return record
 
@@ -107,33 +111,56 @@ class Trainer:
         return record
 
     def save(self, path: str | Path, config: dict[str, Any] | None = None) -> None:
-        """Write everything that `load` needs to go on, atomically; `config` is kept beside it."""
+        """Write everything that `load` needs to go on, atomically.
+
+        Args:
+            config: kept beside it; anything that JSON can hold.
+        """
         state = {
-            "config": config or {},
+            "config": json.dumps(config or {}),
             "steps": self.steps,
             "seconds": self.seconds,
             "history": self.history,
             "validation": self.validation,
             "learned": {name: t.detach() for name, t in self.method.learned().items()},
+            "optimizer_class": type(self.optimizer).__name__,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+            "random": _random_states(self.method),
         }
         save_checkpoint(path, state)
 
     def load(self, path: str | Path) -> None:
         """Go on from a checkpoint; on the CPU, bit for bit as if the training had not stopped.
 
+        Restores torch's random state too, which dropout draws from.
+
         Raises:
             FileNotFoundError, ValueError: as `load_checkpoint`, or the checkpoint is of other
-                parameters than this trainer's.
+                parameters or of another optimizer than this trainer's.
         """
         state = load_checkpoint(path)
+        if state["optimizer_class"] != type(self.optimizer).__name__:
+            raise ValueError(
+                f"{path} holds the state of {state['optimizer_class']}, "
+                f"but the optimizer is {type(self.optimizer).__name__}"
+            )
         restore(self.method, state, path)
+        torch.set_rng_state(state["random"]["cpu"])
+        if "cuda" in state["random"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["random"]["cuda"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.steps, self.seconds = state["steps"], state["seconds"]
         self.history, self.validation = state["history"], state["validation"]
+
+
+def _random_states(method: Method) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if any(tensor.is_cuda for tensor in method.learned().values()):
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def restore(method: Method, state: dict[str, Any], path: str | Path) -> None:
@@ -175,7 +202,7 @@ def evaluate(
         phi = method.adapt(batch.support)
         for name, metric in metrics.items():
             values[name].append(_per_task(metric, phi, batch.query))
-        seen += values[name][-1].shape[0]
+        seen += next(iter(phi.values())).shape[0]
         step += 1
     joined = {name: torch.cat(parts)[:tasks].double() for name, parts in values.items()}
     return Evaluation(

@@ -32,6 +32,8 @@ def module_name(path):
 
 def imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import, which this test does not follow"
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("imaml_ext"):
             below = node.module.removeprefix("imaml_ext").removeprefix(".")
             for alias in node.names:

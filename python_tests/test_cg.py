@@ -125,6 +125,36 @@ def test_a_right_hand_side_that_is_not_finite(poison, device):
     assert got.residual[2].isnan()
 
 
+@pytest.mark.parametrize(
+    ("eigenvalues", "b", "lam"),
+    [
+        ([0.0, 0.0], [1e10, 1e10], 1e-30),  # alpha is not a float32
+        ([1e-25, 1.0], [1e30, 1e10], 0.0),  # alpha p is not
+        ([-1.0, -1.0], [10.0, 10.0], 1e-38),  # p / lam is not
+    ],
+)
+def test_a_solution_beyond_the_range_is_not_finite_and_says_so(eigenvalues, b, lam, device):
+    h = torch.tensor([eigenvalues], device=device)
+    got = conjugate_gradient(lambda p: h * p, torch.tensor([b], device=device), lam=lam, max_iter=1)
+    assert got.status.item() == Status.NONFINITE
+    assert (got.value == 0).all()
+    assert got.residual.isnan().all()
+
+
+def test_a_product_may_need_autograd_with_x0_as_without(device):
+    weight = torch.randn(1, 6, device=device)
+
+    def matvec(p):
+        q = p.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(((q * weight) ** 2).sum() / 2, q)
+        return grad
+
+    b = torch.randn(1, 6, device=device)
+    for x0 in (None, torch.zeros_like(b)):
+        got = conjugate_gradient(matvec, b, lam=1.0, max_iter=6, x0=x0)
+        torch.testing.assert_close(got.value, b / (weight**2 + 1), rtol=1e-4, atol=1e-5)
+
+
 def test_scaling_the_system_scales_the_solution(device):
     # An absolute test of curvature would call the second system negative.
     h = symmetric(torch.rand(4, 20, dtype=torch.float64, device=device) + 0.1)

@@ -1,10 +1,15 @@
 """The command line, as a user and as a script meet it."""
 
 import json
+import os
+import signal
 
 import pytest
 
+from imaml_ext import Trainer, cli
+from imaml_ext.checkpoint import load_checkpoint
 from imaml_ext.cli import main
+from imaml_ext.presets import PRESETS, build
 
 QUICK = ["--meta-steps", "4", "--tasks", "3", "--inner-steps", "2", "--eval-tasks", "5"]
 
@@ -28,29 +33,47 @@ def test_train_and_eval_agree(tmp_path, capsys):
     assert last_json(capsys)["loss"] == trained["loss"]
 
 
-def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, capsys):
+def test_an_interrupted_run_resumes_to_where_an_undisturbed_one_ends(tmp_path, capsys, monkeypatch):
     def train(out, *more):
-        arguments = ["train", "sinusoid", "--device", "cpu", "--out", str(tmp_path / out), "--json"]
-        assert main([*arguments, *more]) == 0
-        return last_json(capsys)["loss"]
+        return main(["train", "--device", "cpu", "--out", str(tmp_path / out), "--json", *more])
 
-    whole = train("whole", *QUICK)
-    train("cut", *QUICK, "--eval-every", "2")
-    state = tmp_path / "cut" / "checkpoint.pt"
-    import torch
+    assert train("whole", *QUICK) == 0
+    whole = last_json(capsys)["loss"]
 
-    from imaml_ext.checkpoint import save_checkpoint
-    from imaml_ext.presets import PRESETS, Config, build
+    step = Trainer.step
 
-    # What a run cut off after its second step leaves behind
-    saved = torch.load(state, weights_only=True)["config"]
-    trainer = build(Config(**saved)).trainer()
-    trainer.step()
-    trainer.step()
-    trainer.save(state, saved)
-    assert train("cut", "--resume", "--eval-tasks", "5") == whole
-    assert PRESETS["sinusoid"].dataset == "sinusoid"
-    assert save_checkpoint is not None
+    def interrupted_step(trainer):
+        if trainer.steps == 1:
+            os.kill(os.getpid(), signal.SIGINT)  # while the second step is being made
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", interrupted_step)
+    assert train("cut", *QUICK) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["steps"] == 2
+    monkeypatch.setattr(Trainer, "step", step)
+    assert train("cut", "--resume", "--eval-tasks", "5") == 0
+    assert last_json(capsys)["loss"] == whole
+
+
+def test_evaluation_tasks_do_not_depend_on_the_training_batch(tmp_path, capsys):
+    assert main(["train", *QUICK, "--device", "cpu", "--out", str(tmp_path), "--json"]) == 0
+    loss = last_json(capsys)["loss"]
+    checkpoint = str(tmp_path / "checkpoint.pt")
+    assert main(["eval", checkpoint, "--eval-tasks", "5", "--tasks", "7", "--json"]) == 0
+    assert last_json(capsys)["loss"] == loss
+
+
+def test_without_cuda_kernels_auto_is_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(cli, "build_info", lambda: {"cuda": ""})
+    assert main(["train", *QUICK, "--out", str(tmp_path)]) == 0
+
+
+def test_a_checkpoint_that_the_command_line_did_not_write_is_refused(tmp_path, capsys):
+    trainer = build(PRESETS["sinusoid"]).trainer()
+    trainer.save(tmp_path / "c.pt", {"mine": 1})
+    assert "was not written by imaml-ext" in fails(["eval", str(tmp_path / "c.pt")], capsys)
 
 
 def fails(arguments, capsys):
@@ -73,6 +96,8 @@ def fails(arguments, capsys):
         (["train", "--cg-steps", "0"], "max_iter must be at least 1"),
         (["train", "--tasks", "0"], "tasks must be at least 1"),
         (["train", "--meta-steps", "0"], "meta_steps must be at least 1"),
+        (["train", "--eval-tasks", "0"], "--eval-tasks must be at least 1, got 0"),
+        (["train", "--eval-every", "0"], "--eval-every must be at least 1, got 0"),
         (["train", "--method", "magic"], "method must be 'imaml'"),
         (["train", "--curvature", "none"], "curvature must be 'hessian' or 'ggn'"),
         (["train", "--device", "abacus"], "--device abacus"),

@@ -90,10 +90,10 @@ def test_episodes_deal_distinct_classes_and_disjoint_images(device):
 
 def test_rotations_turn_a_class_as_a_whole():
     source = ImageEpisodes(labelled_images(), way=5, shot=3, query=3, tasks=40, rotate=True)
-    x, _ = source.sample(0).support
+    batch = source.sample(0)
+    x = torch.cat([data[0].view(40, 5, 3, 1, 8, 8) for data in (batch.support, batch.query)], dim=2)
     corners = torch.stack([x[..., 0, 0, 0], x[..., 0, 0, -1], x[..., 0, -1, -1], x[..., 0, -1, 0]])
     turn = corners.argmax(0)  # where the class number went; every image has exactly one
-    turn = turn.view(40, 5, 3)
     assert (turn == turn[..., :1]).all()
     assert turn.unique().tolist() == [0, 1, 2, 3]
 
@@ -105,6 +105,11 @@ def test_every_class_and_image_is_dealt_equally_often():
     expected = 4000 * 3 / 10
     # binomial, 5 standard deviations
     assert ((counts - expected).abs() < 5 * (expected * 0.7) ** 0.5).all()
+    images = torch.bincount((x[..., 0, 0, 1] * 255).round().long().flatten(), minlength=5)[1:]
+    assert ((images - 3000).abs() < 5 * (3000 * 0.75) ** 0.5).all()
+    first = (x[:, 0, 0, 0, 0] * 255).round().long()  # the class of label 0
+    counts = torch.bincount(first, minlength=11)[1:]
+    assert ((counts - 400).abs() < 5 * (400 * 0.9) ** 0.5).all()
 
 
 @pytest.mark.parametrize(
@@ -190,6 +195,34 @@ def test_omniglot_is_decoded_once(small_omniglot, monkeypatch):
     first = load_omniglot(small_omniglot)
     monkeypatch.setattr(module, "_decode", None)
     assert torch.equal(load_omniglot(small_omniglot).images, first.images)
+
+
+def test_a_damaged_cache_is_made_anew(small_omniglot, tmp_path):
+    first = load_omniglot(small_omniglot)
+    (cache,) = (tmp_path / "cache").rglob("*.npz")
+    for content in (b"", cache.read_bytes()[:-1000]):
+        cache.write_bytes(content)
+        assert torch.equal(load_omniglot(small_omniglot).images, first.images)
+
+
+def test_other_pixels_under_the_same_names_are_not_taken_from_the_cache(small_omniglot):
+    first = load_omniglot(small_omniglot)
+    archive = small_omniglot / "omniglot-py" / "images_background.zip"
+    with zipfile.ZipFile(archive) as file:
+        content = {name: file.read(name) for name in file.namelist()}
+    one, two = sorted(content)[:2]
+    content[one], content[two] = content[two], content[one]
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, data in content.items():
+            file.writestr(name, data)
+    assert not torch.equal(load_omniglot(small_omniglot).images, first.images)
+
+
+def test_without_a_cache_folder_it_works_and_says_so(small_omniglot, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="will be decoded again"):
+        assert load_omniglot(small_omniglot).images.shape == (5, 20, 28, 28)
 
 
 def test_ink_is_high(small_omniglot):

@@ -116,13 +116,13 @@ def test_agrees_with_finite_differences_of_the_bilevel_objective(form, device):
             assert relative((got.lam[name] * direction).sum(), want) < 1e-7
 
 
-@pytest.mark.parametrize("form", ["float", "diagonal"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("inner_steps", [0, 1, 16])
 def test_agrees_with_the_reference_task_by_task(form, inner_steps, device):
     problem = regression(4, device)
     lam = make_lam(form, problem)
     # H can be indefinite before convergence, where the reference knows no status: damp by lam
-    lam = 20.0 if form == "float" else {name: 20 * t for name, t in lam.items()}
+    lam = {name: 20 * t for name, t in lam.items()} if isinstance(lam, dict) else 20 * lam
     got = implicit_meta_grad(
         problem.loss, problem.params, problem.support, problem.query, lam=lam,
         inner=GradientDescent(lr=0.01, steps=inner_steps), cg=ConjugateGradient(max_iter=4),
@@ -136,10 +136,18 @@ def test_agrees_with_the_reference_task_by_task(form, inner_steps, device):
         gradients.append(
             reference.implicit_meta_gradient(
                 problem.flat_loss, theta, support, query, diagonal, **settings
-            )[0]
+            )
         )
-    want = torch.stack(gradients).mean(0)
-    assert relative(problem.layout.flatten(got.params), want) < 1e-10
+    to_theta, to_lam = (torch.stack(parts).mean(0) for parts in zip(*gradients, strict=True))
+    assert relative(problem.layout.flatten(got.params), to_theta) < 1e-10
+    if inner_steps == 0:  # phi = theta: no gradient for lam
+        to_lam = torch.zeros_like(to_lam)
+    if form == "0-d":
+        torch.testing.assert_close(got.lam, to_lam.sum())
+    elif form != "float":
+        for name, part in problem.layout.unflatten(to_lam).items():
+            want = part.sum() if form == "per tensor" else part
+            torch.testing.assert_close(got.lam[name], want)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -266,6 +274,55 @@ def test_the_certificate_bounds_the_distance_to_the_optimum(device):
         assert (rough.inner.error_bound <= 20 * error).all()
 
 
+def test_the_gauss_newton_matrix_certifies_no_optimum(device):
+    problem = classification(3, device)
+    got = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=0.1,
+        cg=ConjugateGradient(curvature="ggn"),
+    )  # fmt: skip
+    assert got.cg.error_bound.isfinite().all()
+    with pytest.raises(ValueError, match="carries no curvature"):
+        _ = got.inner.error_bound
+
+
+def test_an_unused_parameter_gets_what_its_proximal_term_says(device):
+    # It stays at theta, whatever theta is, and the query loss does not see it: zero.
+    problem = regression(2, device)
+    params = {**problem.params, "unused": torch.randn(3, dtype=torch.float64, device=device)}
+
+    def loss(p, data):
+        return problem.loss({name: p[name] for name in problem.params}, data)
+
+    got = implicit_meta_grad(loss, params, problem.support, problem.query, lam=1.5, **EXACT)
+    want = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=1.5, **EXACT
+    )
+    assert (got.params["unused"] == 0).all()
+    for name in problem.params:
+        torch.testing.assert_close(got.params[name], want.params[name])
+    leaves = {name: t.clone().requires_grad_() for name, t in params.items()}
+    phi = adapt(loss, leaves, problem.support, lam=1.5, **EXACT)
+    torch.func.vmap(loss)(phi, problem.query).mean().backward()
+    assert (leaves["unused"].grad == 0).all()
+
+
+def test_a_task_that_has_arrived_but_whose_loss_is_nan_is_not_finite(device):
+    offset = torch.tensor([0.0, torch.nan, 0.0], dtype=torch.float64, device=device)
+    target = torch.randn(3, 4, dtype=torch.float64, device=device)
+
+    def loss(params, data):
+        target, offset = data
+        return ((params["w"] - target) ** 2).sum() + offset
+
+    got = implicit_meta_grad(
+        loss, {"w": torch.zeros(4, dtype=torch.float64, device=device)},
+        (target, offset), (target, torch.zeros_like(offset)), lam=1.0,
+        inner=GradientDescent(lr=0.1, steps=200, tol=1e-6),
+    )  # fmt: skip
+    assert got.inner.status.tolist() == [Status.CONVERGED, Status.NONFINITE, Status.CONVERGED]
+    assert got.failed.tolist() == [False, True, False]
+
+
 def poisoned(problem, task):
     x, y = (t.clone() for t in problem.support)
     y[task] = torch.nan
@@ -280,6 +337,24 @@ def test_a_task_that_is_not_finite_is_named_and_the_gradient_refused(device):
     assert got.failed.nonzero().flatten().tolist() == [3]
     assert got.inner.status[3] == Status.NONFINITE
     assert all(tensor.isnan().all() for tensor in got.params.values())
+
+
+def test_a_query_loss_that_is_not_finite_fails_its_task_too(device):
+    problem = regression(4, device)
+    x, y = (t.clone() for t in problem.query)
+    y[2] = torch.inf
+    got = implicit_meta_grad(problem.loss, problem.params, problem.support, (x, y), lam=2.0)
+    assert got.failed.tolist() == [False, False, True, False]
+
+
+def test_skipping_every_task_leaves_zero(device):
+    problem = regression(2, device)
+    nothing = tuple(torch.full_like(t, torch.nan) for t in problem.support)
+    got = implicit_meta_grad(
+        problem.loss, problem.params, nothing, problem.query, lam=2.0, nonfinite="skip"
+    )
+    assert got.failed.all()
+    assert all((t == 0).all() for t in got.params.values())
 
 
 def test_skipping_leaves_the_mean_of_the_other_tasks(device):
@@ -351,6 +426,18 @@ BAD = [
         r"lam\['weight'\] must be 0-d or of shape \[1, 2\]",
     ),
     ({"lam": "2"}, TypeError, "lam must be a float"),
+    ({"lam": torch.tensor(2)}, ValueError, "lam is torch.int64"),
+    ({"lam": {"weight": 1.0, "bias": 1.0}}, TypeError, r"lam\['weight'\] must be a tensor"),
+    (
+        {"adapted": {"weight": torch.zeros(4, 1, 2).double(), "bias": torch.zeros(4, 1).double()}},
+        ValueError,
+        r"adapted\['weight'\] is torch.float64",
+    ),
+    (
+        {"params": {n: t.to("meta") for n, t in torch.nn.Linear(2, 1).named_parameters()}},
+        ValueError,
+        "is on cpu, the parameters are on meta",
+    ),
     ({"loss": lambda p, d: p["weight"] * 2}, ValueError, r"must be a scalar, got shape \[1, 2\]"),
     ({"loss": lambda p, d: 1.0}, TypeError, "the loss must return a tensor, got float"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite must be"),
@@ -377,3 +464,7 @@ def test_bad_input_is_one_line_that_says_what_is_wrong(change, error, message):
     with pytest.raises(error, match=message) as caught:
         implicit_meta_grad(**arguments)
     assert "\n" not in str(caught.value)
+    if not change.keys() & {"query", "adapted", "nonfinite"}:
+        del arguments["query"]
+        with pytest.raises(error, match=message):
+            adapt(**arguments)

@@ -102,6 +102,24 @@ def test_the_caller_may_be_in_no_grad(device):
         assert torch.equal(objective.linearise(rows, "hessian").matvec(rows), want)
 
 
+def test_inference_mode_is_refused_since_it_would_make_every_gradient_zero(device):
+    problem = regression(2, device)
+    objective = Objective(problem.loss, problem.layout, problem.support)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="use no_grad"):
+        objective.gradient(rows_of(problem))
+
+
+def test_ggn_works_with_random_layers():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Dropout(), torch.nn.Linear(8, 1))
+    layout = Layout(dict(model.named_parameters()))
+    data = (torch.randn(3, 4, 2), torch.randn(3, 4, 1))
+    loss = module_loss(model, torch.nn.functional.mse_loss)
+    at = Objective(loss, layout, data).linearise(torch.randn(3, layout.dim), "ggn")
+    vector = torch.randn(3, layout.dim)
+    product = at.matvec(vector)
+    assert ((vector * product).sum(1) >= 0).all()
+
+
 def test_ggn_needs_the_models_outputs():
     layout = Layout({"w": torch.zeros(3)})
     objective = Objective(lambda p, x: p["w"] @ x, layout, torch.randn(2, 3))

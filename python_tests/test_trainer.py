@@ -91,7 +91,51 @@ def test_resuming_is_bit_for_bit(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
     losses = [[record["loss"] for record in t.history] for t in (whole, resumed)]
     assert losses[0] == losses[1]
-    assert load_checkpoint(tmp_path / "c.pt")["config"] == {"note": "kept"}
+    assert load_checkpoint(tmp_path / "c.pt")["config"] == '{"note": "kept"}'
+
+
+def test_resuming_is_bit_for_bit_with_dropout(tmp_path):
+    def trainer():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1, 9), nn.Dropout(), nn.Linear(9, 1))
+        loss = module_loss(model, nn.functional.mse_loss)
+        method = IMAML(
+            loss, dict(model.named_parameters()), lam=1.0, inner=GradientDescent(0.005, 3)
+        )
+        return Trainer(method, Sinusoid(tasks=3))
+
+    whole = trainer()
+    for _ in range(4):
+        whole.step()
+    half = trainer()
+    half.step()
+    half.step()
+    half.save(tmp_path / "c.pt")
+    resumed = trainer()
+    resumed.load(tmp_path / "c.pt")
+    resumed.step()
+    resumed.step()
+    a, b = state_of(whole), state_of(resumed)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_parameter_that_is_frozen_or_misnamed_is_refused():
+    loss = module_loss(nn.Linear(1, 1), nn.functional.mse_loss)
+    with pytest.raises(ValueError, match=r"params\['weight'\] does not require grad"):
+        IMAML(loss, {"weight": torch.zeros(1, 1), "bias": torch.zeros(1)})
+    with pytest.raises(ValueError, match="taken by the proximal strength"):
+        IMAML(loss, {"lam": torch.zeros(1, requires_grad=True)})
+
+
+def test_a_parameter_that_is_left_out_is_neither_adapted_nor_learned():
+    model = mlp(1, 5, 1)
+    loss = module_loss(model, nn.functional.mse_loss)
+    before = {name: t.detach().clone() for name, t in model.named_parameters()}
+    head = {name: t for name, t in model.named_parameters() if name.startswith("2.")}
+    trainer = Trainer(IMAML(loss, head, lam=1.0), Sinusoid(tasks=3))
+    trainer.step()
+    changed = {n for n, t in model.named_parameters() if not torch.equal(t.detach(), before[n])}
+    assert changed == head.keys()
 
 
 class OnePoisonedTask:
@@ -133,6 +177,24 @@ def test_on_request_the_failing_task_is_skipped():
     assert all(t.isfinite().all() for t in state_of(trainer).values())
 
 
+def test_when_every_task_is_skipped_nothing_is_applied():
+    trainer = make_trainer(nonfinite="skip")
+    trainer.step()  # so that Adam has momentum
+    before = state_of(trainer)
+    good = trainer.source
+
+    class AllPoisoned:
+        def sample(self, step):
+            batch = good.sample(step)
+            batch.support[1].fill_(torch.nan)
+            return batch
+
+    trainer.source = AllPoisoned()
+    assert trainer.step()["failed"] == 1
+    after = state_of(trainer)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_evaluation_reports_mean_and_interval(device):
     method = make_method(device)
     source = Sinusoid(tasks=8, device=device)
@@ -153,7 +215,7 @@ def test_evaluation_reports_mean_and_interval(device):
 
 def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "c.pt"
-    save_checkpoint(path, {"steps": 1})
+    make_trainer().save(path)
 
     def crash(file):
         file.write(b"half of it")
@@ -161,7 +223,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, crash)
-    assert load_checkpoint(path)["steps"] == 1
+    assert load_checkpoint(path)["steps"] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
 
@@ -190,6 +252,24 @@ def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path):
     torch.save({"format": "imaml_ext checkpoint", "version": 1, "evil": Evil()}, path)
     with pytest.raises(ValueError, match="not a checkpoint"):
         load_checkpoint(path)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    make_trainer(optimizer=torch.optim.SGD).save(tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="holds the state of SGD, but the optimizer is Adam"):
+        make_trainer().load(tmp_path / "c.pt")
+
+
+def test_a_configuration_that_could_not_be_read_back_is_refused_when_saving(tmp_path):
+    with pytest.raises(TypeError):
+        make_trainer().save(tmp_path / "c.pt", {"out": tmp_path})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_with_something_missing_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "c.pt", {"steps": 1})
+    with pytest.raises(ValueError, match="is not a whole checkpoint: it lacks config, history"):
+        load_checkpoint(tmp_path / "c.pt")
 
 
 def test_another_version_is_refused(tmp_path):

@@ -34,10 +34,11 @@ struct CgWorkspace {
   int64_t blocks;
 };
 
-inline int64_t cg_workspace_bytes(int64_t rows, int64_t dim) {
+static_assert(sizeof(CgRow) % sizeof(double) == 0);
+
+inline int64_t cg_workspace_doubles(int64_t rows, int64_t dim) {
   if (dim <= kRowDim) return 0;
-  return rows * (static_cast<int64_t>(sizeof(CgRow)) +
-                 blocks_per_row(dim) * 4 * static_cast<int64_t>(sizeof(double)));
+  return rows * (static_cast<int64_t>(sizeof(CgRow) / sizeof(double)) + blocks_per_row(dim) * 4);
 }
 
 template <typename T>
@@ -83,10 +84,12 @@ __global__ void __launch_bounds__(kThreads) cg_row_kernel(CgArgs<T> a) {
     for (int k = 0; k < kRowItems; ++k) {
       const int64_t i = threadIdx.x + int64_t{k} * kThreads;
       if (i >= a.dim) continue;
-      r[k] = cg_move(step, static_cast<T>(step.alpha), p[k], ap[k], a.lam[i * a.lam_stride],
-                     a.x[base + i], r[k]);
+      T x = a.x[base + i];
+      r[k] =
+          cg_move(step, static_cast<T>(step.alpha), p[k], ap[k], a.lam[i * a.lam_stride], x, r[k]);
+      a.x[base + i] = x;
       a.r[base + i] = r[k];
-      rr_new[0] += static_cast<double>(r[k]) * static_cast<double>(r[k]);
+      rr_new[0] += cg_residual(r[k], x);
     }
   }
   block_sum(rr_new);
@@ -146,10 +149,12 @@ __global__ void __launch_bounds__(kThreads) cg_update_kernel(CgArgs<T> a, CgWork
   if (step.action == kFreeze) return;
   double rr[1] = {};
   for (int64_t i = at.first(); i < a.dim; i += at.stride(w.blocks)) {
+    T x = a.x[base + i];
     const T r = cg_move(step, static_cast<T>(step.alpha), a.p[base + i], ap_at(a, base + i, i),
-                        a.lam[i * a.lam_stride], a.x[base + i], a.r[base + i]);
+                        a.lam[i * a.lam_stride], x, a.r[base + i]);
+    a.x[base + i] = x;
     a.r[base + i] = r;
-    rr[0] += static_cast<double>(r) * static_cast<double>(r);
+    rr[0] += cg_residual(r, x);
   }
   block_sum(rr);
   if (threadIdx.x == 0) w.rr[blockIdx.x] = rr[0];
@@ -179,14 +184,14 @@ __global__ void __launch_bounds__(kThreads) cg_direction_kernel(CgArgs<T> a, CgW
     cg_record(a, at.row, row.sums, row.step, next, rr_new[0], row.rr);
 }
 
-// `workspace` has cg_workspace_bytes(rows, dim) bytes, aligned to 8. Returns a cudaError_t.
+// `workspace` holds cg_workspace_doubles(rows, dim). Returns a cudaError_t.
 template <typename T>
-int cg_step(const CgArgs<T>& a, void* workspace, Stream stream) {
+int cg_step(const CgArgs<T>& a, double* workspace, Stream stream) {
   if (a.rows == 0) return 0;
   if (a.dim <= kRowDim) return launch(cg_row_kernel<T>, a.rows, stream, a);
   CgWorkspace w;
   w.blocks = blocks_per_row(a.dim);
-  w.row = static_cast<CgRow*>(workspace);
+  w.row = reinterpret_cast<CgRow*>(workspace);
   w.sums = reinterpret_cast<double*>(w.row + a.rows);
   w.rr = w.sums + a.rows * w.blocks * 3;
   int error = launch(cg_curvature_kernel<T>, a.rows * w.blocks, stream, a, w);

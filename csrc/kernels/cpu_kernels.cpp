@@ -64,7 +64,7 @@ IMAML_INLINE double update(const CgArgs<T>& a, const CgStep& step, int64_t row, 
   const auto move = [&](const CgStep& how, int64_t i, int lane) {
     const T lam_i = kDiagonal ? lam[i] : lam0;
     r[i] = cg_move(how, alpha, p[i], cg_operator(hp[i], lam_i, damping, p[i]), lam_i, x[i], r[i]);
-    rr[lane] += square(r[i]);
+    rr[lane] += cg_residual(r[i], x[i]);
   };
   // The common action as a constant, so that its loop has no branch and vectorises.
   if (step.action == kAdvance)

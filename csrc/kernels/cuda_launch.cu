@@ -7,7 +7,7 @@
 namespace imaml::cuda {
 
 #define IMAML_DEFINE(T)                                                                           \
-  int cg_step_on(const CgArgs<T>& a, void* workspace, void* stream) {                             \
+  int cg_step_on(const CgArgs<T>& a, double* workspace, void* stream) {                           \
     return cg_step(a, workspace, static_cast<Stream>(stream));                                    \
   }                                                                                               \
   int prox_gd_on(const ProxArgs<T>& a, void* stream) {                                            \
@@ -25,7 +25,7 @@ IMAML_DEFINE(double)
 #undef IMAML_DEFINE
 
 std::int64_t cg_step_workspace(std::int64_t rows, std::int64_t dim) {
-  return (cg_workspace_bytes(rows, dim) + 7) / 8;
+  return cg_workspace_doubles(rows, dim);
 }
 std::int64_t sums_workspace(std::int64_t rows, std::int64_t dim, int sums) {
   return row_sums_workspace(rows, dim, sums);

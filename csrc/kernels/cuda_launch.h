@@ -9,7 +9,7 @@
 namespace imaml::cuda {
 
 #define IMAML_DECLARE(T)                                                                    \
-  int cg_step_on(const CgArgs<T>&, void* workspace, void* stream);                          \
+  int cg_step_on(const CgArgs<T>&, double* workspace, void* stream);                        \
   int prox_gd_on(const ProxArgs<T>&, void* stream);                                         \
   int prox_norms_on(const ProxArgs<T>&, double* out, double* workspace, void* stream);      \
   int row_dot_on(const T* a, const T* b, double* out, double* workspace, std::int64_t rows, \

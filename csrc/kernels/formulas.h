@@ -114,9 +114,9 @@ struct CgDirection {
 // Where the row goes next, given the r.r of its updated residual.
 IMAML_INLINE CgDirection cg_direction(const CgStep& step, double rr_new, double rr_old,
                                       double tol2) {
-  if (step.action == kClear) return {kClear, step.status, 0.0};
-  if (step.action != kAdvance) return {kFreeze, step.status, 0.0};
-  if (!is_finite(rr_new)) return {kClear, kNonfinite, 0.0};
+  if (step.action == kFreeze) return {kFreeze, step.status, 0.0};
+  if (step.action == kClear || !is_finite(rr_new)) return {kClear, kNonfinite, 0.0};
+  if (step.action == kDropH) return {kFreeze, step.status, 0.0};
   const double beta = rr_new / rr_old;
   if (rr_new <= tol2) return {kFreeze, kConverged, beta};
   return {kAdvance, kRunning, beta};
@@ -151,6 +151,13 @@ IMAML_INLINE T cg_move(const CgStep& step, T alpha, T p, T ap, T lam, T& x, T r)
   if (step.action == kDropH && lam > T(0)) x += p / lam;
   if (step.action == kClear) x = T(0);
   return r;
+}
+
+// An element's share of the new r.r; NaN if the element of x has left T's range, so that one sum
+// tells about both.
+template <typename T>
+IMAML_INLINE double cg_residual(T r, T x) {
+  return static_cast<double>(r) * static_cast<double>(r) + static_cast<double>(x - x);
 }
 
 // ---- proximal steps --------------------------------------------------------------------------

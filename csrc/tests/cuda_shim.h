@@ -2,8 +2,9 @@
 //
 // A block's threads are fibers (ucontext) on one OS thread. A thread runs until it waits, at
 // __syncthreads or at a warp shuffle, and then the next one runs. In which order they run is a
-// setting: forwards, backwards, or shuffled. A kernel that lacks a barrier gives another result in
-// one of the orders, and one whose threads do not all reach a barrier is reported as a deadlock.
+// setting: forwards, backwards, shuffled, or one warp as far as it gets before the next. A kernel
+// that lacks a barrier gives another result in one of the orders, unless the race needs a finer
+// interleaving; threads that do not all reach a barrier are reported as a deadlock.
 // Blocks run one after the other, in that order too.
 //
 // Under AddressSanitizer, buffers sized exactly make it find every access out of bounds.
@@ -38,7 +39,7 @@ inline ShimDim threadIdx, blockIdx, blockDim, gridDim;
 
 namespace shim {
 
-enum class Order { kForwards, kBackwards, kShuffled };
+enum class Order { kForwards, kBackwards, kShuffled, kWarpByWarp };
 inline Order order = Order::kForwards;
 
 constexpr int kWarpSize = 32;
@@ -138,12 +139,21 @@ inline void run_block(const std::function<void()>& body, unsigned threads) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, entry, 0);
   }
+  const unsigned ahead = order == Order::kWarpByWarp ? kWarpSize : threads;
   for (;;) {
-    for (unsigned thread : schedule(threads))
-      if (here.fibers[thread].state == State::kReady) resume(thread);
-    bool moved = release(0, threads, State::kAtBlockBarrier);
-    for (unsigned first = 0; first < threads; first += kWarpSize)
-      moved |= release(first, first + kWarpSize, State::kAtWarpBarrier);
+    bool moved = false;
+    for (unsigned start = 0; start < threads; start += ahead) {
+      bool warp_moved = true;
+      while (warp_moved) {
+        for (unsigned thread : schedule(ahead))
+          if (here.fibers[start + thread].state == State::kReady) resume(start + thread);
+        warp_moved = false;
+        for (unsigned first = start; first < start + ahead; first += kWarpSize)
+          warp_moved |= release(first, first + kWarpSize, State::kAtWarpBarrier);
+        moved |= warp_moved;
+      }
+    }
+    moved |= release(0, threads, State::kAtBlockBarrier);
     if (moved) continue;
     if (release(0, threads, State::kDone)) break;
     std::fprintf(stderr, "cuda_shim: deadlock: threads wait at different barriers\n");

@@ -7,6 +7,7 @@ a .zip of ALPHABET/CHARACTER/DRAWING.png.
 import hashlib
 import io
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,15 +67,21 @@ def load_omniglot(root: str | Path, *, download: bool = False) -> Omniglot:
         _download(root)
     digest = hashlib.sha256()
     for part in _CHARACTERS:
-        for name, size, _ in _members(folder, part):
-            digest.update(f"{part}/{name}:{size}\n".encode())
+        for name, mark, _ in _members(folder, part):
+            digest.update(f"{part}/{name}:{mark}\n".encode())
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = base / "imaml_ext" / f"omniglot-{_SIDE}-{digest.hexdigest()[:16]}.npz"
-    if not cache.is_file():
-        images, names = _decode(folder)
+    try:
+        with cache.open("rb") as file, np.load(file) as arrays:
+            return Omniglot(torch.from_numpy(arrays["images"]), arrays["names"].tolist())
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # not there yet, or damaged
+    images, names = _decode(folder)
+    try:
         write_atomically(cache, lambda file: np.savez(file, images=images, names=names))
-    with np.load(cache) as arrays:
-        return Omniglot(torch.from_numpy(arrays["images"]), arrays["names"].tolist())
+    except OSError as error:
+        warnings.warn(f"Omniglot will be decoded again next time: {error}", stacklevel=2)
+    return Omniglot(torch.from_numpy(images), names)
 
 
 def _find(folder: Path, part: str) -> Path | None:
@@ -82,8 +89,8 @@ def _find(folder: Path, part: str) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-def _members(folder: Path, part: str) -> Iterator[tuple[str, int, "_Read"]]:
-    """Name below the part, size, and a way to read it, of every PNG, sorted by name."""
+def _members(folder: Path, part: str) -> Iterator[tuple[str, str, "_Read"]]:
+    """Name below the part, a mark of its content, and a way to read it, of every PNG, sorted."""
     place = _find(folder, part)
     if place is None:
         raise FileNotFoundError(
@@ -92,7 +99,7 @@ def _members(folder: Path, part: str) -> Iterator[tuple[str, int, "_Read"]]:
         )
     if place.is_dir():
         for path in sorted(place.rglob("*.png")):
-            yield path.relative_to(place).as_posix(), path.stat().st_size, _Read(path)
+            yield path.relative_to(place).as_posix(), _mark(path), _Read(path)
         return
     try:
         with zipfile.ZipFile(place) as archive:
@@ -100,9 +107,14 @@ def _members(folder: Path, part: str) -> Iterator[tuple[str, int, "_Read"]]:
                 name = PurePosixPath(info.filename)
                 if name.suffix == ".png" and name.parts[0] == part:
                     inside = name.relative_to(part).as_posix()
-                    yield inside, info.file_size, _Read(archive, info.filename)
+                    yield inside, f"{info.CRC:08x}", _Read(archive, info.filename)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{place} is truncated or not a zip archive ({error})") from error
+
+
+def _mark(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
