@@ -1,9 +1,8 @@
 """How fast is the vector work of conjugate gradient, fused, against what one would write otherwise?
 
 Five iterations on [B, D] systems, the products with H given: only what lies between them is timed.
-Seven passes over memory are counted for an iteration. A cache that holds part of the [B, D] buffers
-from one iteration to the next lets a CPU come close to, or pass, the bandwidth of a copy of the same
-footprint; with --tasks 64 it does not.
+Seven passes over memory are counted for an iteration, the floor, against the bandwidth of a copy of
+the same footprint.
 """
 
 import torch
