@@ -61,13 +61,13 @@ def test_the_reference_stands_alone():
     assert not list(imported(path))
 
 
-def test_importing_the_package_loads_nothing_that_it_may_not_use():
+def test_importing_the_package_loads_nothing_that_it_may_not_use(tmp_path):
     code = (
         "import sys, imaml_ext; "
         "print([m for m in ('torchvision', 'matplotlib', 'PIL', 'tqdm') if m in sys.modules])"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     # torch itself may load tqdm
     assert result.stdout.strip() in ("[]", "['tqdm']")

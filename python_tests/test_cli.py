@@ -64,10 +64,13 @@ def test_evaluation_tasks_do_not_depend_on_the_training_batch(tmp_path, capsys):
     assert last_json(capsys)["loss"] == loss
 
 
-def test_without_cuda_kernels_auto_is_the_cpu(tmp_path, monkeypatch):
+def test_without_cuda_kernels_auto_is_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(cli, "build_info", lambda: {"cuda": ""})
-    assert main(["train", *QUICK, "--out", str(tmp_path)]) == 0
+    options = cli._parser().parse_args(["train"])
+    assert cli._device(options).type == "cpu"
+    monkeypatch.setattr(cli, "build_info", lambda: {"cuda": "13.0"})
+    assert cli._device(options).type == "cuda"
 
 
 def test_a_checkpoint_that_the_command_line_did_not_write_is_refused(tmp_path, capsys):
