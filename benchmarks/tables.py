@@ -9,8 +9,8 @@ HERE = Path(__file__).parent
 HEADER = """# Benchmarks
 
 Written by `python benchmarks/tables.py` from `results/*.json`, which also hold minima and maxima.
-Implementations were timed in turn in one process, after their results were found to agree; times are
-medians. On a noisy machine trust the ratios. Run one again with the command beside it, from this
+Implementations were timed in turn in one process, after their results were found to agree; times
+are medians. On a noisy machine trust the ratios. Run one again with the command beside it, from this
 folder, or with `--device cuda`: nothing here has been measured on a GPU yet.
 """
 
