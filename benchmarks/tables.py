@@ -10,8 +10,8 @@ HEADER = """# Benchmarks
 
 Written by `python benchmarks/tables.py` from `results/*.json`, which also hold minima and maxima.
 Implementations were timed in turn in one process, after their results were found to agree; times
-are medians. On a noisy machine trust the ratios. Run one again with the command beside it, from this
-folder, or with `--device cuda`: nothing here has been measured on a GPU yet.
+are medians. On a noisy machine trust the ratios. To run one again, take the command beside it, in
+this folder, with `--device cuda` if you like: nothing here has been measured on a GPU yet.
 """
 
 CG = """

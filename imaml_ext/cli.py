@@ -41,6 +41,10 @@ _HELP = {
 }
 
 
+_CHOICES = {"method": ["imaml"], "curvature": ["hessian", "ggn"]}
+_OF_EVALUATION = ("shot", "eval_query", "lam", "inner_lr", "inner_steps")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
@@ -68,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     train.add_argument("dataset", nargs="?", choices=list(PRESETS), default="sinusoid")
     _add_common(train)
+    _add_experiment(train, "experiment (default: the data set's preset)", list(_HELP))
     train.add_argument("--download", action="store_true", help="fetch the data if it is not there")
     train.add_argument("--out", type=Path, help="folder of the run; default runs/DATASET-TIME")
     train.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
@@ -81,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("checkpoint", type=Path)
     test.add_argument("--split", choices=["val", "test"], default="test")
     _add_common(test)
+    _add_experiment(test, "experiment (default: as it was trained)", _OF_EVALUATION)
     return parser
 
 
@@ -91,15 +97,19 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object as the last line"
     )
-    group = parser.add_argument_group("experiment (default: the data set's preset)")
-    for field in dataclasses.fields(Config):
-        if field.name != "dataset":
-            group.add_argument(
-                f"--{field.name.replace('_', '-')}",
-                type=type(field.default),
-                default=argparse.SUPPRESS,
-                help=_HELP[field.name],
-            )
+
+
+def _add_experiment(parser: argparse.ArgumentParser, heading: str, names: Sequence[str]) -> None:
+    group = parser.add_argument_group(heading)
+    for name in names:
+        presets = ", ".join(f"{key}: {getattr(config, name)}" for key, config in PRESETS.items())
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(getattr(PRESETS["sinusoid"], name)),
+            choices=_CHOICES.get(name),
+            default=argparse.SUPPRESS,
+            help=f"{_HELP[name]} ({presets})",
+        )
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
@@ -148,6 +158,8 @@ def _train(options: argparse.Namespace) -> None:
     trainer = experiment.trainer()
     if options.resume:
         trainer.load(checkpoint)
+        if trainer.steps >= config.meta_steps:
+            raise ValueError(f"{checkpoint} is at meta-step {trainer.steps}: ask for more")
     out.mkdir(parents=True, exist_ok=True)
     _run(trainer, experiment, checkpoint, options.eval_every)
 
@@ -193,6 +205,7 @@ def _run(trainer: Trainer, experiment: Experiment, checkpoint: Path, eval_every:
     """Train to the end, validating and saving every `eval_every` steps and when interrupted."""
     config = experiment.config
     saved = dataclasses.asdict(config)
+    eval_every = min(eval_every, max(1, config.meta_steps // 4))  # a short run has a curve too
     progress = tqdm(
         total=config.meta_steps, initial=trainer.steps, desc=config.dataset, unit="step",
         mininterval=1.0, dynamic_ncols=True,
@@ -212,7 +225,9 @@ def _run(trainer: Trainer, experiment: Experiment, checkpoint: Path, eval_every:
         progress.close()
     if trainer.steps < config.meta_steps:  # a step was finished before the loop was left
         trainer.save(checkpoint, saved)
-        raise KeyboardInterrupt(f"saved {checkpoint}; add --resume --out to go on")
+        raise KeyboardInterrupt(
+            f"at meta-step {trainer.steps}; to go on: --resume --out {checkpoint.parent}"
+        )
 
 
 def _postfix(record: dict[str, float], trainer: Trainer) -> dict[str, str]:
@@ -259,12 +274,12 @@ def _report(
     if "accuracy" in result.mean:
         figures["accuracy"] = 100 * result.mean["accuracy"]
         figures["ci95"] = 100 * result.ci95["accuracy"]
-        print(f"accuracy  {figures['accuracy']:.2f} ± {figures['ci95']:.2f} %")
+        print(f"accuracy  {figures['accuracy']:.2f} ± {figures['ci95']:.2f} % (95%)")
     figures["loss"] = result.mean["loss"]
     figures["loss_ci95"] = result.ci95["loss"]
-    print(f"loss      {figures['loss']:.4f} ± {figures['loss_ci95']:.4f}")
+    print(f"loss      {figures['loss']:.4f} ± {figures['loss_ci95']:.4f} (95%)")
     print(f"on        {result.tasks} unseen tasks, after {meta_steps} meta-steps")
-    print(f"saved     {checkpoint}")
+    print(f"model     {checkpoint}")
     for picture in plots:
         print(f"drawn     {picture}")
     if options.json:

@@ -69,6 +69,7 @@ class IMAML(Method):
                 )
             if name == "lam" or name.startswith("lam."):
                 raise ValueError(f"params[{name!r}]: this name is taken by the proximal strength")
+        Layout(self.params).flatten_lam(lam)  # says now what is wrong with it
         self.lam = lam
         self.inner = GradientDescent() if inner is None else inner
         self.cg = ConjugateGradient() if cg is None else cg

@@ -26,12 +26,28 @@ class ModuleLoss:
         self.criterion = criterion
 
     def outputs(self, params: Params, x: Any) -> Tensor:
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+                module.training and module.track_running_stats
+            ):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) would update its running statistics, which "
+                    "tasks cannot share: make it with track_running_stats=False, or call eval()"
+                )
         outputs: Tensor = functional_call(self.model, params, (x,))
         return outputs
 
     def __call__(self, params: Params, data: tuple[Any, Any]) -> Tensor:
-        x, y = data
+        x, y = self.pair(data)
         return self.criterion(self.outputs(params, x), y)
+
+    @staticmethod
+    def pair(data: Any) -> tuple[Any, Any]:
+        if not (isinstance(data, (tuple, list)) and len(data) == 2):
+            raise TypeError(
+                f"support and query must be pairs (x, y) for module_loss, got {type(data).__name__}"
+            )
+        return data[0], data[1]
 
 
 def module_loss(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]) -> ModuleLoss:
@@ -108,7 +124,7 @@ class Objective:
             raise TypeError(
                 "curvature='ggn' needs to see the model's outputs: make the loss with module_loss"
             )
-        x, y = self.data
+        x, y = self.loss.pair(self.data)
         leaf, outputs = self._record(
             lambda leaf: vmap(self._one_output, randomness="different")(leaf, x), rows
         )

@@ -24,10 +24,11 @@ class Status(IntEnum):
 
 
 _REMEDY = {
+    Status.MAX_ITER: "all iterations were used: judge by residual and error_bound",
     Status.NEGATIVE_CURVATURE: "H + Λ is not positive definite there: "
     "raise lam or damping, or use curvature='ggn'",
     Status.NONFINITE: "a loss, gradient or product is NaN or infinite: "
-    "lower the inner learning rate, or look at the data of these tasks",
+    "lower the inner learning rate, look at the data of these tasks, or pass nonfinite='skip'",
 }
 
 

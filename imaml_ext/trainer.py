@@ -173,7 +173,12 @@ def restore(method: Method, state: dict[str, Any], path: str | Path) -> None:
     expected = {name: list(tensor.shape) for name, tensor in learned.items()}
     found = {name: list(tensor.shape) for name, tensor in state["learned"].items()}
     if found != expected:
-        raise ValueError(f"{path} is of another model: it holds {found}, expected {expected}")
+        names = [n for n in {**found, **expected} if found.get(n) != expected.get(n)]
+        first = names[0]
+        raise ValueError(
+            f"{path} is of another model: {len(names)} tensors differ, such as {first!r}: "
+            f"{found.get(first)}, expected {expected.get(first)}"
+        )
     with torch.no_grad():
         for name, tensor in learned.items():
             tensor.copy_(state["learned"][name])

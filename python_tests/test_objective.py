@@ -120,6 +120,27 @@ def test_ggn_works_with_random_layers():
     assert ((vector * product).sum(1) >= 0).all()
 
 
+def test_batch_norm_with_running_statistics_is_named():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    loss = module_loss(model, torch.nn.functional.mse_loss)
+    layout = Layout(dict(model.named_parameters()))
+    objective = Objective(loss, layout, (torch.randn(4, 5, 2), torch.randn(4, 5, 3)))
+    with pytest.raises(ValueError, match=r"1 \(BatchNorm1d\) would update its running statistics"):
+        objective.gradient(torch.randn(4, layout.dim))
+    model.eval()
+    objective.gradient(torch.randn(4, layout.dim))
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_data_that_is_not_a_pair_is_named(kind):
+    model = torch.nn.Linear(2, 3)
+    loss = module_loss(model, torch.nn.functional.mse_loss)
+    layout = Layout(dict(model.named_parameters()))
+    objective = Objective(loss, layout, torch.randn(4, 5, 2))
+    with pytest.raises(TypeError, match=r"must be pairs \(x, y\) for module_loss, got Tensor"):
+        objective.linearise(torch.randn(4, layout.dim), kind)
+
+
 def test_ggn_needs_the_models_outputs():
     layout = Layout({"w": torch.zeros(3)})
     objective = Objective(lambda p, x: p["w"] @ x, layout, torch.randn(2, 3))

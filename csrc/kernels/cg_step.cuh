@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) cg_row_kernel(CgArgs<T> a) {
   }
   block_sum(sum);
   const CgSums sums{sum[0], sum[1], sum[2]};
-  const CgStep step = cg_step_length<T>(sums, rr_old, status, steps);
+  const CgStep step = cg_step_length<T>(sums, rr_old, steps);
   double rr_new[1] = {};
   if (step.action != kFreeze) {
 #pragma unroll
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) cg_update_kernel(CgArgs<T> a, CgWork
     double sum[3];
     sum_partials(w.sums + at.row * w.blocks * 3, w.blocks, sum);
     const CgSums sums{sum[0], sum[1], sum[2]};
-    step = cg_step_length<T>(sums, row.rr, row.status, row.steps);
+    step = cg_step_length<T>(sums, row.rr, row.steps);
     if (at.block == 0 && threadIdx.x == 0) row.sums = sums;
   }
   if (at.block == 0 && threadIdx.x == 0) row.step = step;

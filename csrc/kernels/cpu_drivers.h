@@ -79,7 +79,7 @@ void cg_step(const CgArgs<T>& a, int threads, const ParallelFor& parallel_for) {
           total.apap += part.apap;
         });
     const double rr_old = a.rr[row];
-    const CgStep step = cg_step_length<T>(sums, rr_old, a.status[row], a.steps[row]);
+    const CgStep step = cg_step_length<T>(sums, rr_old, a.steps[row]);
     double rr_new = rr_old;
     if (step.action != kFreeze)
       rr_new = sum_chunks<double>(

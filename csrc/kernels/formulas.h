@@ -88,15 +88,13 @@ struct CgStep {
   double alpha;
 };
 
-// How the row moves, given p.Ap.
+// How a running row moves, given p.Ap.
 //
 // Curvature counts as not positive when p.Ap <= epsilon |p| |Ap|. Unlike an absolute threshold this
 // does not depend on the scale of A, and a positive definite A passes unless its condition number
 // is near 4 / epsilon^2 (Kantorovich's inequality). T is the element type.
 template <typename T>
-IMAML_INLINE CgStep cg_step_length(const CgSums& s, double rr, std::int32_t status,
-                                   std::int32_t steps) {
-  if (status != kRunning) return {kFreeze, status, 0.0};
+IMAML_INLINE CgStep cg_step_length(const CgSums& s, double rr, std::int32_t steps) {
   if (!is_finite(s.pap) || !is_finite(s.apap)) return {kClear, kNonfinite, 0.0};
   if (s.pap <= kEpsilon<T> * std::sqrt(s.pp) * std::sqrt(s.apap))
     return {steps == 0 ? kDropH : kFreeze, kNegativeCurvature, 0.0};

@@ -95,7 +95,7 @@ def _members(folder: Path, part: str) -> Iterator[tuple[str, str, "_Read"]]:
     if place is None:
         raise FileNotFoundError(
             f"no Omniglot: expected {folder / part} or {folder / part}.zip; "
-            "give its root with --data, or let torchvision fetch it with --download"
+            "give its root with --data, or let torchvision fetch it with imaml-ext train --download"
         )
     if place.is_dir():
         for path in sorted(place.rglob("*.png")):
