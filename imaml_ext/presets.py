@@ -60,9 +60,8 @@ PRESETS = {
         lam=0.3,
         inner_steps=8,
         cg_steps=3,
-        curvature="ggn",
         meta_lr=2e-3,
-        meta_steps=3000,
+        meta_steps=1500,
     ),
 }
 
