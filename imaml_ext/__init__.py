@@ -2,28 +2,57 @@
 
 from imaml_ext._version import __version__
 from imaml_ext.cg import ConjugateGradient, conjugate_gradient
-from imaml_ext.implicit import MetaGradient, adapt, implicit_meta_grad
-from imaml_ext.inner import GradientDescent, InnerSolver
+from imaml_ext.implicit import adapt, implicit_meta_grad
+from imaml_ext.inner import (
+    LBFGS,
+    Adam,
+    Backtracking,
+    External,
+    GradientDescent,
+    HessianFree,
+    InnerSolver,
+)
+from imaml_ext.linear import LinearSolver
+from imaml_ext.maml import FOMAML, MAML, Reptile, TruncatedMAML
+from imaml_ext.meta_gradient import MetaGradient
 from imaml_ext.methods import IMAML, Method
+from imaml_ext.minres import MINRES
+from imaml_ext.neumann import NeumannSeries
 from imaml_ext.objective import module_loss
 from imaml_ext.ops import build_info
+from imaml_ext.proximal import Proximal
 from imaml_ext.solution import Solution, Status
+from imaml_ext.strength import ProximalStrength
 from imaml_ext.tasks import TaskBatch, TaskSource
 from imaml_ext.trainer import Evaluation, Trainer, evaluate
 
 __all__ = [
+    "FOMAML",
     "IMAML",
+    "LBFGS",
+    "MAML",
+    "MINRES",
+    "Adam",
+    "Backtracking",
     "ConjugateGradient",
     "Evaluation",
+    "External",
     "GradientDescent",
+    "HessianFree",
     "InnerSolver",
+    "LinearSolver",
     "MetaGradient",
     "Method",
+    "NeumannSeries",
+    "Proximal",
+    "ProximalStrength",
+    "Reptile",
     "Solution",
     "Status",
     "TaskBatch",
     "TaskSource",
     "Trainer",
+    "TruncatedMAML",
     "__version__",
     "adapt",
     "build_info",

@@ -1,40 +1,63 @@
 """Conjugate gradient on a batch of independent linear systems, each with its own stopping."""
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from imaml_ext.linear import LinearSolver, System, check_settings, initial_status
 from imaml_ext.ops import cg_step_, row_dot
-from imaml_ext.solution import CurvatureKind, Lanczos, Matvec, Solution, Status
+from imaml_ext.random import random_bits
+from imaml_ext.solution import Lanczos, Matvec, Solution, Status
 
 
 @dataclass(frozen=True)
-class ConjugateGradient:
-    """Settings of the linear solve `(H + Λ + damping I) x = v` of a meta-gradient.
+class ConjugateGradient(LinearSolver):
+    """Conjugate gradient, for systems that are positive definite; see `conjugate_gradient`.
 
     Args:
-        max_iter: products with H at most.
-        rtol, atol: a task stops when `|r| <= max(atol, rtol |v|)`.
-        damping: added to the diagonal.
-        curvature: what H is: "hessian", the Hessian of the support loss, or "ggn", its generalised
-            Gauss-Newton matrix, positive semi-definite for the usual losses, for which the loss
-            must come from `module_loss`.
+        max_iter, rtol, atol, damping, curvature: as in `LinearSolver`.
+        preconditioner: a diagonal one, `|d| + Λ + damping` with d an estimate of H's diagonal:
+            "jacobi": the mean of `z * Hz` over random signs z (Bekas, Kokiopoulou, Saad 2007);
+            "adam": the root of the second moment that `inner=Adam(...)` kept, scaled to the
+            curvature of H along v, for one more product.
+        probes: random vectors of "jacobi", one product each.
     """
 
-    max_iter: int = 5
-    rtol: float = 0.0
-    atol: float = 0.0
-    damping: float = 0.0
-    curvature: CurvatureKind = "hessian"
+    preconditioner: Literal["jacobi", "adam"] | None = None
+    probes: int = 8
 
     def __post_init__(self) -> None:
-        _check_settings(self.max_iter, self.rtol, self.atol, self.damping)
-        if self.curvature not in ("hessian", "ggn"):
-            raise ValueError(f"curvature must be 'hessian' or 'ggn', got {self.curvature!r}")
+        super().__post_init__()
+        if self.preconditioner not in (None, "jacobi", "adam"):
+            raise ValueError(
+                f"preconditioner must be 'jacobi', 'adam' or None, got {self.preconditioner!r}"
+            )
+        if self.probes < 1:
+            raise ValueError(f"probes must be at least 1, got {self.probes}")
 
-    def solve(self, matvec: Matvec, b: Tensor, lam: float | Tensor = 0.0) -> Solution:
+    def solve(
+        self,
+        matvec: Matvec,
+        b: Tensor,
+        lam: float | Tensor = 0.0,
+        *,
+        second_moment: Tensor | None = None,
+    ) -> Solution:
+        diagonal = None
+        if self.preconditioner == "jacobi":
+            diagonal = _jacobi(matvec, b, self.probes)
+        elif self.preconditioner == "adam":
+            if second_moment is None:
+                raise ValueError(
+                    "preconditioner='adam' needs an inner solver that keeps a second moment: "
+                    "inner=Adam(...)"
+                )
+            diagonal = _from_second_moment(matvec, b, second_moment)
+        if diagonal is not None:
+            strength = lam.diagonal() if isinstance(lam, Tensor) and lam.dim() == 2 else lam
+            diagonal = diagonal.abs() + strength + self.damping
         return conjugate_gradient(
             matvec,
             b,
@@ -43,6 +66,7 @@ class ConjugateGradient:
             max_iter=self.max_iter,
             rtol=self.rtol,
             atol=self.atol,
+            preconditioner=diagonal,
         )
 
 
@@ -56,6 +80,7 @@ def conjugate_gradient(
     rtol: float = 0.0,
     atol: float = 0.0,
     x0: Tensor | None = None,
+    preconditioner: Tensor | None = None,
 ) -> Solution:
     """Solve `(H_i + Λ + damping I) x_i = b_i` for every row i, H_i symmetric.
 
@@ -66,15 +91,17 @@ def conjugate_gradient(
         matvec: maps [B, D] to [B, D], row i by `H_i`; called at most `max_iter` times, and once
             more for `x0`.
         b: right-hand sides, [B, D], float32 or float64.
-        lam: Λ: a float, or a tensor of shape [], [1] (scalar) or [D] (diagonal).
+        lam: Λ: a float, or a tensor of shape [], [1] (scalar), [D] (diagonal) or [D, D] (dense).
         damping: added to the diagonal.
         rtol, atol: a row stops when `|r| <= max(atol, rtol |b|)`; with both 0 it stops at `r = 0`.
         x0: where to start, [B, D]; default 0.
+        preconditioner: the diagonal of M, positive, [D] or [B, D]: what M^-1 (H + Λ) has less
+            spread eigenvalues of, the fewer iterations. Stopping is by `|r|` all the same.
 
     Returns:
         `value` is x and `residual` the recurrence's `|r|`. A row with `b = 0` is CONVERGED in 0
         steps. A row whose curvature `p·Ap` is not positive is NEGATIVE_CURVATURE and keeps the
-        iterate before it; if that is its first, `x = x0 + r / Λ`, the solution without H, wherever
+        iterate before it; if that is its first, `x = x0 + Λ^-1 r`, the solution without H, wherever
         Λ > 0. A row with a non-finite entry is NONFINITE and its value is 0. Norms are squared in
         float64 without scaling: float64 entries beyond 1e±150 overflow or vanish.
 
@@ -82,11 +109,9 @@ def conjugate_gradient(
         TypeError, ValueError: `b`, `lam`, `x0` or a setting does not fit.
         RuntimeError: `matvec` returned something that is not [B, D] like `b`.
     """
-    _check_settings(max_iter, rtol, atol, damping)
-    if b.dim() != 2 or b.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"b must be [B, D] float32 or float64, got {list(b.shape)} {b.dtype}")
-    flat_lam = _flat_lam(lam, b)
-    b = b.detach().contiguous()
+    check_settings(max_iter, rtol, atol, damping)
+    system = System(matvec, b, lam, damping)
+    b = system.b
     if x0 is None:
         x, r = torch.zeros_like(b), b.clone()
     else:
@@ -95,48 +120,64 @@ def conjugate_gradient(
                 f"x0 must be {list(b.shape)} {b.dtype}, got {list(x0.shape)} {x0.dtype}"
             )
         x = x0.detach().clone(memory_format=torch.contiguous_format)
-        r = b - (matvec(x).detach() + (flat_lam + damping) * x)
+        r = b - system.product(x)
     with torch.no_grad():
+        inverse = None if preconditioner is None else _inverse(preconditioner, b)
         rr = row_dot(r, r)
         tol2 = (rtol * rtol * row_dot(b, b)).clamp_min(atol * atol)
-        status = torch.full_like(rr, Status.RUNNING, dtype=torch.int32)
-        status = torch.where(rr <= tol2, Status.CONVERGED, status)
-        status = torch.where(rr.isfinite(), status, Status.NONFINITE).to(torch.int32)
+        status = initial_status(rr, tol2)
         x = torch.where(rr.isfinite()[:, None], x, 0.0)
-        p = r.clone()
-    steps = torch.zeros_like(status)
-    curvature, beta = rr.new_zeros(2, max_iter, b.shape[0])
+        p = r.clone() if inverse is None else inverse * r
+        rz = None if inverse is None else row_dot(r, p)
+        steps = torch.zeros_like(status)
+        curvature, beta = rr.new_zeros(2, max_iter, b.shape[0])
     for k in range(max_iter):
         if b.device.type == "cpu" and not (status == Status.RUNNING).any():
             break
-        hp = matvec(p).detach().contiguous()
+        hp = system.unfused(p)
         with torch.no_grad():
             cg_step_(
-                x, r, p, hp, flat_lam, damping=damping, rr=rr, tol2=tol2, status=status,
-                steps=steps, curvature=curvature[k], beta=beta[k],
+                x, r, p, hp, system.fused, damping=damping, rr=rr, tol2=tol2, status=status,
+                steps=steps, curvature=curvature[k], beta=beta[k], inverse=inverse, rz=rz,
             )  # fmt: skip
-    count = steps + (status == Status.NEGATIVE_CURVATURE)
-    status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status).to(torch.int32)
-    residual = torch.where(status == Status.NONFINITE, torch.nan, rr).sqrt()
-    return Solution(x, status, steps, residual, Lanczos(curvature, beta, count))
+    with torch.no_grad():
+        negative = status == Status.NEGATIVE_CURVATURE
+        if system.is_dense:  # for a diagonal Λ the kernel has done it
+            at_once = negative & (steps == 0)
+            x = torch.where(at_once[:, None], x + system.without_h(r), x)
+        status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status).to(torch.int32)
+        residual = torch.where(status == Status.NONFINITE, torch.nan, rr).sqrt()
+        scale = None if inverse is None else 1 / inverse.amax(1).double()
+        lanczos = Lanczos.of_conjugate_gradient(curvature, beta, steps + negative, scale)
+    return Solution(x, status, steps, residual, lanczos)
 
 
-def _check_settings(max_iter: int, rtol: float, atol: float, damping: float) -> None:
-    if max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
-    for name, value in (("rtol", rtol), ("atol", atol), ("damping", damping)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
-
-
-def _flat_lam(lam: float | Tensor, b: Tensor) -> Tensor:
-    if not isinstance(lam, Tensor):
-        if not math.isfinite(lam):
-            raise ValueError(f"lam must be finite, got {lam}")
-        return b.new_full((1,), lam)
-    if lam.shape not in ((), (1,), (b.shape[1],)) or lam.dtype != b.dtype:
+def _inverse(preconditioner: Tensor, b: Tensor) -> Tensor:
+    if preconditioner.shape not in (b.shape, b.shape[1:]) or preconditioner.dtype != b.dtype:
         raise ValueError(
-            f"lam must be a scalar or [{b.shape[1]}] of {b.dtype}, "
-            f"got {list(lam.shape)} {lam.dtype}"
+            f"preconditioner must be {list(b.shape)} or {list(b.shape[1:])} of {b.dtype}, "
+            f"got {list(preconditioner.shape)} {preconditioner.dtype}"
         )
-    return lam.detach().reshape(-1).contiguous()
+    if b.device.type == "cpu" and not bool((preconditioner > 0).all()):
+        raise ValueError("preconditioner must be positive in every entry")
+    return (1 / preconditioner.detach()).expand_as(b).contiguous()
+
+
+@torch.no_grad()
+def _jacobi(matvec: Matvec, b: Tensor, probes: int) -> Tensor:
+    """The diagonal of each `H_i`, estimated, [B, D]. The same in every call."""
+    total = torch.zeros_like(b)
+    for probe in range(probes):
+        signs = 2 * (random_bits(0, probe, 0, b.shape[0], b.shape[1:], b.device) % 2) - 1
+        z = signs.to(b.dtype)
+        total += z * matvec(z).detach()
+    return total / probes
+
+
+@torch.no_grad()
+def _from_second_moment(matvec: Matvec, b: Tensor, second_moment: Tensor) -> Tensor:
+    """`c sqrt(second moment)` with c such that it has H's curvature along b, [B, D]."""
+    root = second_moment.sqrt()
+    along_h, along_root = row_dot(b, matvec(b).detach().contiguous()), row_dot(b, root * b)
+    c = torch.where(along_root > 0, along_h.abs() / along_root, 0.0)
+    return c[:, None].to(b.dtype) * root

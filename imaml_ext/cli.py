@@ -19,7 +19,7 @@ from imaml_ext import plots
 from imaml_ext._version import __version__
 from imaml_ext.checkpoint import load_checkpoint
 from imaml_ext.ops import build_info
-from imaml_ext.presets import PRESETS, Config, Experiment, build
+from imaml_ext.presets import CHOICES, PRESETS, Config, Experiment, build
 from imaml_ext.trainer import Evaluation, NonfiniteError, Trainer, evaluate, restore
 
 _HELP = {
@@ -32,17 +32,21 @@ _HELP = {
     "lam": "proximal strength",
     "inner_lr": "step size of the inner solver",
     "inner_steps": "steps of the inner solver",
-    "cg_steps": "conjugate-gradient iterations of a meta-gradient",
-    "damping": "added to the diagonal in conjugate gradient",
+    "cg_steps": "products of the linear solve of a meta-gradient",
+    "damping": "added to the diagonal in the linear solve",
     "curvature": "hessian, or ggn: generalised Gauss-Newton",
+    "inner": "inner solver of imaml",
+    "linear": "linear solver of imaml",
+    "last": "steps that truncated-maml differentiates",
+    "learn_lam": "learn the proximal strength of imaml too, one or many",
+    "learn_lr": "learn the step size of maml too",
     "meta_lr": "learning rate of the outer Adam",
     "meta_steps": "meta-steps in all",
     "seed": "of the model's start and of the training tasks",
 }
 
 
-_CHOICES = {"method": ["imaml"], "curvature": ["hessian", "ggn"]}
-_OF_EVALUATION = ("shot", "eval_query", "lam", "inner_lr", "inner_steps")
+_OF_EVALUATION = ("method", "shot", "eval_query", "lam", "inner", "inner_lr", "inner_steps")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,12 +107,15 @@ def _add_experiment(parser: argparse.ArgumentParser, heading: str, names: Sequen
     group = parser.add_argument_group(heading)
     for name in names:
         presets = ", ".join(f"{key}: {getattr(config, name)}" for key, config in PRESETS.items())
+        kind = type(getattr(PRESETS["sinusoid"], name))
+        as_given: dict[str, Any] = {"type": kind, "choices": CHOICES.get(name)}
+        if kind is bool:
+            as_given = {"action": "store_true"}
         group.add_argument(
             f"--{name.replace('_', '-')}",
-            type=type(getattr(PRESETS["sinusoid"], name)),
-            choices=_CHOICES.get(name),
             default=argparse.SUPPRESS,
             help=f"{_HELP[name]} ({presets})",
+            **as_given,
         )
 
 
@@ -183,7 +190,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _saved_config(state: dict[str, Any], path: Path) -> Config:
     saved = json.loads(state["config"])
-    if saved.keys() != {field.name for field in dataclasses.fields(Config)}:
+    if "dataset" not in saved or saved.keys() - {f.name for f in dataclasses.fields(Config)}:
         raise ValueError(f"{path} was not written by imaml-ext train: it does not say of what")
     return Config(**saved)
 
@@ -235,8 +242,9 @@ def _postfix(record: dict[str, float], trainer: Trainer) -> dict[str, str]:
     shown = {"loss": f"{sum(r['loss'] for r in recent) / len(recent):.3f}"}
     if "accuracy" in record:
         shown["acc"] = f"{100 * sum(r['accuracy'] for r in recent) / len(recent):.1f}%"
-    shown["cg"] = f"{record['cg_residual']:.1e}"
-    if record["negative_curvature"] > 0:
+    if "cg_residual" in record:
+        shown["cg"] = f"{record['cg_residual']:.1e}"
+    if record.get("negative_curvature", 0) > 0:
         shown["negative"] = f"{100 * record['negative_curvature']:.0f}%"
     if trainer.validation and "accuracy" in record:
         shown["val"] = f"{100 * trainer.validation[-1]['accuracy']:.1f}%"

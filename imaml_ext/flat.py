@@ -66,23 +66,27 @@ class Layout:
         }
 
     def flatten_lam(self, lam: Any) -> Tensor:
-        """Λ as the kernels take it: [1] for a scalar, [D] for a diagonal; differentiable.
+        """Λ without names: [1] for a scalar, [D] for a diagonal, [D, D] dense; differentiable.
 
         Values are checked here on the CPU. On CUDA that would synchronise: `implicit` marks the
         tasks instead.
 
         Raises:
-            TypeError, ValueError: not of a form or shape that is known, not positive, not finite.
+            TypeError, ValueError: not of a form or shape that is known, not positive (definite),
+                not symmetric, not finite.
         """
         if isinstance(lam, Mapping):
             if lam.keys() != self.shapes.keys():
                 raise ValueError(f"lam must name {list(self.shapes)}, got {list(lam)}")
             flat = torch.cat([self._diagonal_part(name, lam[name]) for name in self.shapes])
         elif isinstance(lam, Tensor):
-            if lam.dim() != 0:
-                raise ValueError(f"a lam tensor must be 0-d, got shape {list(lam.shape)}")
+            if lam.shape not in ((), (self.dim, self.dim)):
+                raise ValueError(
+                    f"a lam tensor must be 0-d, or dense [{self.dim}, {self.dim}], "
+                    f"got shape {list(lam.shape)}"
+                )
             self._check_like_parameters("lam", lam)
-            flat = lam.reshape(1)
+            flat = lam.reshape(1) if lam.dim() == 0 else lam
         elif isinstance(lam, (int, float)) and not isinstance(lam, bool):
             if not (math.isfinite(lam) and lam > 0):
                 raise ValueError(f"lam must be positive and finite, got {lam}")
@@ -91,7 +95,9 @@ class Layout:
             raise TypeError(
                 f"lam must be a float, a tensor or a dict of tensors, got {type(lam).__name__}"
             )
-        if flat.device.type == "cpu" and not bool((flat.isfinite() & (flat > 0)).all()):
+        if flat.device.type == "cpu" and not bool(is_positive(flat)):
+            if flat.dim() == 2:
+                raise ValueError("a dense lam must be finite, symmetric and positive definite")
             raise ValueError("lam must be positive and finite in every entry")
         return flat
 
@@ -112,3 +118,16 @@ class Layout:
                 f"{label} is {tensor.dtype} on {tensor.device}, but the parameters are "
                 f"{self.dtype} on {self.device}"
             )
+
+
+def is_positive(flat_lam: Tensor) -> Tensor:
+    """Whether Λ is finite, symmetric and positive definite: one bool, still on the device."""
+    finite = flat_lam.isfinite().all()
+    if flat_lam.dim() == 1:
+        return finite & (flat_lam > 0).all()
+    matrix = flat_lam.detach()
+    slack = 16 * torch.finfo(matrix.dtype).eps * matrix.abs().amax()
+    symmetric = ((matrix - matrix.T).abs() <= slack).all()
+    _, info = torch.linalg.cholesky_ex(torch.where(finite, matrix, 0.0))
+    definite: Tensor = info == 0
+    return finite & symmetric & definite

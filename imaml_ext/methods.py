@@ -2,24 +2,62 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imaml_ext.cg import ConjugateGradient
 from imaml_ext.flat import Lam, Layout, Params
-from imaml_ext.implicit import MetaGradient, Nonfinite, implicit_meta_grad
+from imaml_ext.implicit import implicit_meta_grad
 from imaml_ext.inner import GradientDescent, InnerSolver
+from imaml_ext.linear import LinearSolver
+from imaml_ext.meta_gradient import MetaGradient, Nonfinite, check_nonfinite
 from imaml_ext.objective import Loss, Objective
+from imaml_ext.proximal import Proximal
+from imaml_ext.strength import ProximalStrength
 from imaml_ext.tasks import TaskBatch
 
 
 class Method(ABC):
-    """Owns the meta-parameters, `params`, and whatever else it learns."""
+    """Owns the meta-parameters, `params`, and whatever else it learns.
 
-    params: Params
-    nonfinite: Nonfinite = "refuse"
+    Args:
+        loss: `(params, data) -> scalar` for one task; see `module_loss`.
+        params: theta, {name: tensor}; updated in place by the outer optimizer. A parameter of the
+            model that is not in it keeps the model's value: it is neither adapted nor learned.
+        query_loss: judged at phi instead of `loss`.
+        nonfinite: as in `implicit_meta_grad`.
+
+    Raises:
+        ValueError: a tensor of `params` does not require grad, or has a name that the method needs.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        params: Mapping[str, Tensor],
+        *,
+        query_loss: Loss | None = None,
+        nonfinite: Nonfinite = "refuse",
+    ) -> None:
+        check_nonfinite(nonfinite)
+        self.loss = loss
+        self.params: Params = dict(params)
+        for name, tensor in self.params.items():
+            if not tensor.requires_grad:
+                raise ValueError(
+                    f"params[{name!r}] does not require grad: leave it out to keep it as it is, "
+                    "or call requires_grad_() to learn it"
+                )
+            if name.split(".")[0] in ("lam", "log_lr"):
+                raise ValueError(f"params[{name!r}]: this name is taken by what the method learns")
+        self.query_loss = loss if query_loss is None else query_loss
+        self.nonfinite: Nonfinite = nonfinite
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.params)
 
     @abstractmethod
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient: ...
@@ -28,24 +66,23 @@ class Method(ABC):
     def adapt(self, support: Any) -> Params:
         """phi for each task, {name: [B, ...]}, without a graph: what evaluation uses."""
 
-    @abstractmethod
+    def extra(self) -> Params:
+        """What the method learns beside theta, named as in `MetaGradient.named`."""
+        return {}
+
     def learned(self) -> Params:
         """Every tensor that the outer optimizer updates, named as in `MetaGradient.named`."""
+        return self.params | self.extra()
 
 
 class IMAML(Method):
     """Implicit MAML (Rajeswaran et al. 2019). The defaults are the paper's for 5-way Omniglot.
 
     Args:
-        loss: `(params, data) -> scalar` for one task; see `module_loss`.
-        params: theta, {name: tensor}; updated in place by the outer optimizer. A parameter of the
-            model that is not in it keeps the model's value: it is neither adapted nor learned.
+        loss, params, query_loss, nonfinite: as in `Method`.
         lam: proximal strength, as in `implicit_meta_grad`; its tensors that require grad are
-            learned too.
-        inner, cg, query_loss, nonfinite: as in `implicit_meta_grad`.
-
-    Raises:
-        ValueError: a tensor of `params` does not require grad, or is called as lam would be.
+            learned too, as they are. Learn a `ProximalStrength` instead: it stays positive.
+        inner, cg: as in `implicit_meta_grad`.
     """
 
     def __init__(
@@ -53,54 +90,60 @@ class IMAML(Method):
         loss: Loss,
         params: Mapping[str, Tensor],
         *,
-        lam: Lam = 2.0,
+        lam: Lam | ProximalStrength = 2.0,
         inner: InnerSolver | None = None,
-        cg: ConjugateGradient | None = None,
+        cg: LinearSolver | None = None,
         query_loss: Loss | None = None,
         nonfinite: Nonfinite = "refuse",
     ) -> None:
-        self.loss = loss
-        self.params = dict(params)
-        for name, tensor in self.params.items():
-            if not tensor.requires_grad:
-                raise ValueError(
-                    f"params[{name!r}] does not require grad: leave it out to keep it as it is, "
-                    "or call requires_grad_() to learn it"
-                )
-            if name == "lam" or name.startswith("lam."):
-                raise ValueError(f"params[{name!r}]: this name is taken by the proximal strength")
-        Layout(self.params).flatten_lam(lam)  # says now what is wrong with it
+        super().__init__(loss, params, query_loss=query_loss, nonfinite=nonfinite)
         self.lam = lam
+        self.layout.flatten_lam(self._strength())  # says now what is wrong with it
         self.inner = GradientDescent() if inner is None else inner
-        self.cg = ConjugateGradient() if cg is None else cg
-        self.query_loss = loss if query_loss is None else query_loss
-        self.nonfinite: Nonfinite = nonfinite
+        self.cg = cg
 
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
-        return implicit_meta_grad(
+        with torch.enable_grad():
+            lam = self._strength()
+        out = implicit_meta_grad(
             self.loss,
             self.params,
             batch.support,
             batch.query,
-            lam=self.lam,
+            lam=lam,
             inner=self.inner,
             cg=self.cg,
             query_loss=self.query_loss,
             nonfinite=self.nonfinite,
         )
+        if not isinstance(self.lam, ProximalStrength):
+            return out
+        values, slopes = ([lam], [out.lam]) if isinstance(lam, Tensor) else _pairs(lam, out.lam)
+        extra = self.extra()
+        gradients = torch.autograd.grad(values, list(extra.values()), slopes)
+        return replace(out, extra=dict(zip(extra, gradients, strict=True)))
 
     @torch.no_grad()
     def adapt(self, support: Any) -> Params:
-        layout = Layout(self.params)
-        theta, lam = layout.flatten(self.params), layout.flatten_lam(self.lam)
-        objective = Objective(self.loss, layout, support, "support")
-        return layout.unflatten(self.inner.solve(objective, theta, lam).value)
+        lam = self.layout.flatten_lam(self._strength())
+        objective = Objective(self.loss, self.layout, support, "support")
+        problem = Proximal(objective, self.layout.flatten(self.params), lam)
+        return self.layout.unflatten(self.inner.solve(problem).value)
 
-    def learned(self) -> Params:
+    def extra(self) -> Params:
+        if isinstance(self.lam, ProximalStrength):
+            return {f"lam.{name}": p for name, p in self.lam.named_parameters()}
         if isinstance(self.lam, Tensor):
             strengths = {"lam": self.lam}
         elif isinstance(self.lam, Mapping):
             strengths = {f"lam.{name}": tensor for name, tensor in self.lam.items()}
         else:
             strengths = {}
-        return self.params | {name: t for name, t in strengths.items() if t.requires_grad}
+        return {name: tensor for name, tensor in strengths.items() if tensor.requires_grad}
+
+    def _strength(self) -> Lam:
+        return self.lam() if isinstance(self.lam, ProximalStrength) else self.lam
+
+
+def _pairs(lam: Any, gradients: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return list(lam.values()), [gradients[name] for name in lam]

@@ -97,6 +97,14 @@ class Objective:
         leaf, losses = self._record(self.losses, rows)
         return losses.detach(), _vjp(losses, leaf, torch.ones_like(losses))
 
+    def differentiable_gradient(self, rows: Tensor) -> Tensor:
+        """Gradients [B, D], in the graph of `rows` where gradients are being recorded."""
+        if not torch.is_grad_enabled():
+            return self.gradient(rows)[1]
+        at = rows if rows.requires_grad else rows.detach().requires_grad_()
+        losses = self.losses(at)
+        return _vjp(losses, at, torch.ones_like(losses), create_graph=True)
+
     def linearise(self, rows: Tensor, kind: CurvatureKind) -> Linearisation:
         """Losses, gradients and a curvature product.
 

@@ -3,17 +3,23 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 
 from imaml_ext.cg import ConjugateGradient
 from imaml_ext.data import ImageEpisodes, Sinusoid, load_omniglot
-from imaml_ext.inner import GradientDescent
+from imaml_ext.inner import LBFGS, Adam, GradientDescent, HessianFree, InnerSolver
+from imaml_ext.linear import LinearSolver
+from imaml_ext.maml import FOMAML, MAML, Reptile, TruncatedMAML
 from imaml_ext.methods import IMAML, Method
+from imaml_ext.minres import MINRES
 from imaml_ext.models import conv4, mlp
+from imaml_ext.neumann import NeumannSeries
 from imaml_ext.objective import ModuleLoss, module_loss
 from imaml_ext.solution import CurvatureKind
+from imaml_ext.strength import Form, ProximalStrength
 from imaml_ext.tasks import TaskSource
 from imaml_ext.trainer import Metric, Trainer, accuracy
 
@@ -35,6 +41,11 @@ class Config:
     cg_steps: int = 5
     damping: float = 0.0
     curvature: CurvatureKind = "hessian"
+    inner: str = "gd"
+    linear: str = "cg"
+    last: int = 5
+    learn_lam: str = "no"
+    learn_lr: bool = False
     meta_lr: float = 1e-3
     meta_steps: int = 1000
     seed: int = 0
@@ -65,6 +76,14 @@ PRESETS = {
     ),
 }
 
+
+CHOICES = {
+    "method": ["imaml", "maml", "maml-accelerated", "truncated-maml", "fomaml", "reptile"],
+    "inner": ["gd", "nesterov", "adam", "hessian-free", "lbfgs"],
+    "linear": ["cg", "cg-jacobi", "minres", "neumann"],
+    "curvature": ["hessian", "ggn"],
+    "learn_lam": ["no", "scalar", "tensor", "diagonal"],
+}
 
 _EVALUATED_AT_ONCE = 20  # not config.tasks: the evaluation tasks must not depend on it
 
@@ -104,8 +123,9 @@ def build(
     Raises:
         FileNotFoundError, ValueError: the data is not there or not usable, or a setting is wrong.
     """
-    if config.method != "imaml":
-        raise ValueError(f"method must be 'imaml', got {config.method!r}")
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {getattr(config, name)!r}")
     if config.meta_steps < 1:
         raise ValueError(f"meta_steps must be at least 1, got {config.meta_steps}")
     if config.dataset not in PRESETS:
@@ -141,16 +161,67 @@ def build(
             for name in ("train", "val", "test")
         }
     loss.model.to(device)
-    method = IMAML(
-        loss,
-        dict(loss.model.named_parameters()),
-        lam=config.lam,
-        inner=GradientDescent(lr=config.inner_lr, steps=config.inner_steps),
-        cg=ConjugateGradient(
-            max_iter=config.cg_steps, damping=config.damping, curvature=config.curvature
-        ),
+    return Experiment(config, loss, _method(config, loss), sources, metrics)
+
+
+def _method(config: Config, loss: ModuleLoss) -> Method:
+    params = dict(loss.model.named_parameters())
+    if config.method == "imaml":
+        if config.learn_lr:
+            raise ValueError(
+                "learn_lr is for MAML: the implicit gradient does not see the step size"
+            )
+        lam: float | ProximalStrength = config.lam
+        if config.learn_lam != "no":
+            lam = ProximalStrength(params, config.lam, form=cast(Form, config.learn_lam))
+        return IMAML(loss, params, lam=lam, inner=_inner(config), cg=_linear(config))
+    if config.learn_lam != "no":
+        raise ValueError(f"learn_lam is for imaml, got method {config.method!r}")
+    if config.inner != "gd":
+        raise ValueError(f"inner is for imaml, got method {config.method!r} and {config.inner!r}")
+    descent = GradientDescent(lr=config.inner_lr, steps=config.inner_steps)
+    if config.method in ("fomaml", "reptile"):
+        if config.learn_lr:
+            raise ValueError(f"learn_lr needs a second-order method, got {config.method!r}")
+        return (FOMAML if config.method == "fomaml" else Reptile)(loss, params, inner=descent)
+    if config.method == "truncated-maml":
+        return TruncatedMAML(
+            loss, params, last=config.last, inner=descent, learn_lr=config.learn_lr
+        )
+    if config.method == "maml-accelerated":
+        return MAML(
+            loss, params, inner=descent, lam=config.lam, accelerated=True, learn_lr=config.learn_lr
+        )
+    return MAML(loss, params, inner=descent, learn_lr=config.learn_lr)
+
+
+def _inner(config: Config) -> InnerSolver:
+    lr, steps = config.inner_lr, config.inner_steps
+    if config.inner == "nesterov":
+        return GradientDescent.accelerated(lr=lr, steps=steps, strong_convexity=config.lam)
+    if config.inner == "adam":
+        return Adam(lr=lr, steps=steps)
+    if config.inner == "hessian-free":
+        return HessianFree(steps=steps)
+    if config.inner == "lbfgs":
+        return LBFGS(steps=steps)
+    return GradientDescent(lr=lr, steps=steps)
+
+
+def _linear(config: Config) -> LinearSolver:
+    max_iter, damping, curvature = config.cg_steps, config.damping, config.curvature
+    if config.linear == "minres":
+        return MINRES(max_iter=max_iter, damping=damping, curvature=curvature)
+    if config.linear == "neumann":
+        return NeumannSeries(
+            max_iter=max_iter, damping=damping, curvature=curvature, lr=config.inner_lr
+        )
+    return ConjugateGradient(
+        max_iter=max_iter,
+        damping=damping,
+        curvature=curvature,
+        preconditioner="jacobi" if config.linear == "cg-jacobi" else None,
     )
-    return Experiment(config, loss, method, sources, metrics)
 
 
 def _seeded(config: Config, make: Callable[[], nn.Module]) -> nn.Module:

@@ -1,7 +1,7 @@
 """What a batched solver returns: a value and, per task, how it went."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import Literal
@@ -34,25 +34,38 @@ _REMEDY = {
 
 @dataclass(frozen=True)
 class Lanczos:
-    """The tridiagonal matrix that conjugate gradient builds as it goes, one per task.
+    """The tridiagonal matrix that a Krylov solver builds as it goes, one per task.
 
     Its eigenvalues, the Ritz values, lie inside the spectrum of the operator: the smallest is an
     upper estimate of the smallest eigenvalue, and the largest a lower one of the largest.
 
     Attributes:
-        curvature: `p·Ap / r·r` of each iteration, [max_iter, B] float64.
-        beta: `r·r / old r·r` of each iteration, [max_iter, B] float64.
+        diagonal: [max_iter, B] float64.
+        link: beside the diagonal, [max_iter - 1, B] float64.
         count: iterations whose curvature was measured, [B].
+        scale: each Ritz value is multiplied by it, [B]; None for 1. With a preconditioner M the
+            matrix is that of M^-1/2 A M^-1/2, and the scale is the smallest entry of M: only
+            `smallest` is then an estimate, and a cautious one.
         shift: added to every Ritz value, to speak of `A + shift I`.
     """
 
-    curvature: Tensor
-    beta: Tensor
+    diagonal: Tensor
+    link: Tensor
     count: Tensor
+    scale: Tensor | None = None
     shift: float = 0.0
 
+    @staticmethod
+    def of_conjugate_gradient(
+        curvature: Tensor, beta: Tensor, count: Tensor, scale: Tensor | None
+    ) -> "Lanczos":
+        """From `p·Ap / r·r` and `r·r / old r·r` of each iteration, [max_iter, B]."""
+        diagonal = curvature.clone()
+        diagonal[1:] += beta[:-1] * curvature[:-1]
+        return Lanczos(diagonal, beta[:-1].sqrt() * curvature[:-1], count, scale)
+
     def shifted(self, shift: float) -> "Lanczos":
-        return Lanczos(self.curvature, self.beta, self.count, self.shift + shift)
+        return replace(self, shift=self.shift + shift)
 
     @cached_property
     def ritz(self) -> Tensor:
@@ -61,17 +74,17 @@ class Lanczos:
         NaN for a task without a measured product. Calls `torch.linalg.eigvalsh`, which synchronises
         on CUDA: that is why it is computed when asked for.
         """
-        c, beta = self.curvature.T, self.beta.T
-        iterations = torch.arange(c.shape[1], device=c.device)
+        diagonal, link = self.diagonal.T, self.link.T
+        iterations = torch.arange(diagonal.shape[1], device=diagonal.device)
         used = iterations < self.count[:, None]
         linked = iterations[1:] < self.count[:, None]  # k and k + 1 are both used
-        diagonal = c.clone()
-        diagonal[:, 1:] += beta[:, :-1] * c[:, :-1]
         diagonal = torch.where(used, diagonal, diagonal[:, :1].nan_to_num())
-        link = torch.where(linked, beta[:, :-1].sqrt() * c[:, :-1], 0.0)
+        link = torch.where(linked, link, 0.0)
         matrix = torch.diag_embed(diagonal) + torch.diag_embed(link, 1) + torch.diag_embed(link, -1)
-        values = torch.linalg.eigvalsh(matrix) + self.shift
-        return torch.where(self.count[:, None] > 0, values, torch.nan)
+        values = torch.linalg.eigvalsh(matrix)
+        if self.scale is not None:
+            values = values * self.scale[:, None]
+        return torch.where(self.count[:, None] > 0, values + self.shift, torch.nan)
 
     @property
     def smallest(self) -> Tensor:
@@ -94,6 +107,8 @@ class Solution:
             for a linear solve (the one before the fallback where curvature was negative at once),
             `‖∇G_i(phi_i)‖` for an inner solve. NaN where the task is NONFINITE.
         lanczos: curvature seen along the solve, of the matrix that `residual` refers to.
+        second_moment: running mean of the squared gradients, [B, D], of an inner solver that keeps
+            one.
     """
 
     value: Tensor
@@ -101,6 +116,7 @@ class Solution:
     steps: Tensor
     residual: Tensor
     lanczos: Lanczos | None = None
+    second_moment: Tensor | None = None
 
     @property
     def error_bound(self) -> Tensor:

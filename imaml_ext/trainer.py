@@ -16,7 +16,7 @@ from imaml_ext.checkpoint import load_checkpoint, save_checkpoint
 from imaml_ext.flat import Params
 from imaml_ext.methods import Method
 from imaml_ext.solution import Status
-from imaml_ext.tasks import TaskSource
+from imaml_ext.tasks import TaskBatch, TaskSource
 
 Metric = Callable[[Params, Any], Tensor]  # (phi, data) -> scalar, for one task
 Record = dict[str, float]
@@ -65,7 +65,9 @@ class Trainer:
     def step(self) -> Record:
         """One meta-step. Its record is read from the device once, to decide whether to apply it.
 
-        If the method skips tasks that are not finite and all of them are, nothing is applied.
+        If the method skips tasks that are not finite and all of them are, nothing is applied. An
+        optimizer that evaluates more than once in a step, as L-BFGS does, sees the same batch; the
+        record is of the first time.
 
         Raises:
             NonfiniteError: a task is not finite and the method does not skip such tasks. Neither
@@ -73,34 +75,45 @@ class Trainer:
         """
         start = time.perf_counter()
         batch = self.source.sample(self.steps)
-        out = self.method.meta_gradient(batch)
-        values = {
-            "loss": out.query_loss.mean(),
-            "support_loss": out.support_loss.mean(),
-            **{name: _per_task(m, out.adapted, batch.query) for name, m in self.metrics.items()},
-            "inner_residual": out.inner.residual.mean(),
-            "cg_residual": out.cg.residual.mean(),
-            "negative_curvature": out.cg.status == Status.NEGATIVE_CURVATURE,
-            "failed": out.failed,
-        }
-        numbers = torch.stack([value.double().mean() for value in values.values()]).tolist()
-        record = dict(zip(values, numbers, strict=True))
-        if record["failed"] > 0 and self.method.nonfinite == "refuse":
-            raise NonfiniteError(
-                f"meta-step {self.steps}: the meta-gradient is not finite, so it was not applied. "
-                f"Inner solve: {out.inner.describe()}. Linear solve: {out.cg.describe()}"
-            )
+        record = self._evaluate(batch)
         if record["failed"] < 1:
-            gradients = out.named()
-            for name, tensor in self.method.learned().items():
-                tensor.grad = gradients[name]
-            self.optimizer.step()
+            evaluated = [record]
+
+            def closure() -> float:
+                return (evaluated.pop() if evaluated else self._evaluate(batch))["loss"]
+
+            self.optimizer.step(closure)
         if self.scheduler is not None:
             self.scheduler.step()
         self.steps += 1
         self.seconds += time.perf_counter() - start
         record = {"step": self.steps, "seconds": self.seconds} | record
         self.history.append(record)
+        return record
+
+    def _evaluate(self, batch: TaskBatch) -> Record:
+        """Fill the gradients of what is learned, and say how the batch went."""
+        out = self.method.meta_gradient(batch)
+        values = {
+            "loss": out.query_loss.mean(),
+            "support_loss": out.support_loss.mean(),
+            **{name: _per_task(m, out.adapted, batch.query) for name, m in self.metrics.items()},
+            "inner_residual": out.inner.residual.mean(),
+            "failed": out.failed,
+        }
+        if out.cg is not None:
+            values["cg_residual"] = out.cg.residual.mean()
+            values["negative_curvature"] = out.cg.status == Status.NEGATIVE_CURVATURE
+        numbers = torch.stack([value.double().mean() for value in values.values()]).tolist()
+        record = dict(zip(values, numbers, strict=True))
+        if record["failed"] > 0 and self.method.nonfinite == "refuse":
+            raise NonfiniteError(
+                f"meta-step {self.steps}: the meta-gradient is not finite, so it was not applied. "
+                f"{out.describe()}"
+            )
+        gradients = out.named()
+        for name, tensor in self.method.learned().items():
+            tensor.grad = gradients[name]
         return record
 
     def validate(self, source: TaskSource, metrics: dict[str, Metric], *, tasks: int) -> Record:

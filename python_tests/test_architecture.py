@@ -9,12 +9,22 @@ import imaml_ext
 
 # From the ground up; a room imports from rooms below it only.
 FLOORS = [
-    {"_version", "files"},
+    {"_version", "files", "random"},
     {"ops", "solution", "flat", "models", "checkpoint"},
-    {"objective", "cg"},
+    {"objective", "linear", "strength"},
+    {"cg", "minres", "neumann", "proximal"},
+    {"inner.base", "inner.line_search", "meta_gradient", "tasks"},
+    {
+        "inner.adam",
+        "inner.external",
+        "inner.gradient_descent",
+        "inner.hessian_free",
+        "inner.lbfgs",
+    },
     {"inner"},
-    {"implicit", "tasks"},
-    {"methods", "data.random"},
+    {"implicit"},
+    {"methods"},
+    {"maml"},
     {"data.omniglot", "data.regression", "data.episodes"},
     {"data"},
     {"trainer"},

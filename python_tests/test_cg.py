@@ -3,19 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from matrices import product, symmetric
 from scipy.sparse.linalg import cg as scipy_cg
 
 from imaml_ext import Status, conjugate_gradient
-
-
-def symmetric(eigenvalues):
-    """[B, D, D] with these eigenvalues [B, D] and random eigenvectors."""
-    q, _ = torch.linalg.qr(torch.randn(*eigenvalues.shape, eigenvalues.shape[-1]).to(eigenvalues))
-    return q @ torch.diag_embed(eigenvalues) @ q.mT
-
-
-def product(matrix):
-    return lambda p: (matrix @ p[..., None])[..., 0]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 20), (16, 50), (3, 1)])
@@ -220,7 +211,7 @@ def test_describe_names_the_tasks_and_the_remedy():
         ({"atol": float("nan")}, "atol must be finite"),
         ({"damping": float("inf")}, "damping must be finite"),
         ({"lam": float("nan")}, "lam must be finite, got nan"),
-        ({"lam": torch.ones(3)}, r"lam must be a scalar or \[4\]"),
+        ({"lam": torch.ones(3)}, r"lam must be a scalar, \[4\] or \[4, 4\]"),
         ({"b": torch.ones(4)}, r"b must be \[B, D\]"),
         ({"b": torch.ones(2, 4, dtype=torch.int64)}, "float32 or float64"),
         ({"x0": torch.ones(4)}, r"x0 must be \[2, 4\]"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from imaml_ext.data import ImageEpisodes, Sinusoid, load_omniglot
 from imaml_ext.data import omniglot as module
-from imaml_ext.data.random import random_bits, uniform
+from imaml_ext.random import random_bits, uniform
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def test_random_bits_are_splitmix64():
         4593380528125082431,
         16408922859458223821,
     ]
-    from imaml_ext.data.random import _GOLDEN, _MASK, _mix
+    from imaml_ext.random import _GOLDEN, _MASK, _mix
 
     assert [_mix((state + (k + 1) * _GOLDEN) & _MASK) for k in range(5)] == published
     bits = random_bits(3, 5, 7, 2, (4,), CPU)

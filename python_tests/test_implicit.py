@@ -19,7 +19,7 @@ EXACT = {
     "inner": GradientDescent(lr=0.1, steps=5000, tol=1e-13),
     "cg": ConjugateGradient(max_iter=200, rtol=1e-14),
 }
-FORMS = ["float", "0-d", "per tensor", "diagonal"]
+FORMS = ["float", "0-d", "per tensor", "diagonal", "dense"]
 
 
 def make_lam(form, problem):
@@ -33,11 +33,17 @@ def make_lam(form, problem):
             name: torch.tensor(1.0 + 0.3 * k, dtype=torch.float64, device=device)
             for k, name in enumerate(problem.params)
         }
-    return {name: 1 + torch.rand_like(tensor) for name, tensor in problem.params.items()}
+    if form == "diagonal":
+        return {name: 1 + torch.rand_like(tensor) for name, tensor in problem.params.items()}
+    dim = problem.layout.dim
+    root = torch.randn(dim, dim, dtype=torch.float64, device=device)
+    return torch.eye(dim, dtype=torch.float64, device=device) + root @ root.T / dim
 
 
-def flat_lam(problem, lam):
-    return problem.layout.flatten_lam(lam).expand(problem.layout.dim)
+def matrix(problem, lam):
+    """Λ, [D, D], from any form."""
+    flat = problem.layout.flatten_lam(lam)
+    return flat if flat.dim() == 2 else torch.diag(flat.expand(problem.layout.dim))
 
 
 def relative(a, b):
@@ -52,16 +58,17 @@ def test_agrees_with_a_dense_solve(form, device):
         problem.loss, problem.params, problem.support, problem.query, lam=lam, **EXACT
     )
     phi = problem.layout.flatten(got.adapted)
-    theta, diagonal = problem.layout.flatten(problem.params), flat_lam(problem, lam)
-    x = torch.linalg.solve(
-        problem.hessians(phi) + torch.diag(diagonal), problem.query_gradients(phi)
-    )
-    assert relative(problem.layout.flatten(got.params), (diagonal * x).mean(0)) < 1e-10
-    per_entry = -(x * (phi - theta)).mean(0)
+    theta, strength = problem.layout.flatten(problem.params), matrix(problem, lam)
+    x = torch.linalg.solve(problem.hessians(phi) + strength, problem.query_gradients(phi))
+    assert relative(problem.layout.flatten(got.params), (x @ strength).mean(0)) < 1e-10
+    outer = -torch.einsum("bi,bj->ij", x, phi - theta) / 4
+    per_entry = outer.diagonal()
     if form == "float":
         assert got.lam is None
     elif form == "0-d":
         assert relative(got.lam, per_entry.sum()) < 1e-9
+    elif form == "dense":
+        assert relative(got.lam, (outer + outer.T) / 2) < 1e-9
     else:
         want = problem.layout.unflatten(per_entry)
         for name, value in got.lam.items():
@@ -107,6 +114,11 @@ def test_agrees_with_finite_differences_of_the_bilevel_objective(form, device):
     elif form == "0-d":
         want = difference(lam, 1.0, lambda value: objective(problem.params, value))
         assert relative(got.lam, want) < 1e-7
+    elif form == "dense":
+        direction = torch.randn_like(lam)
+        direction = direction + direction.T
+        want = difference(lam, direction, lambda value: objective(problem.params, value))
+        assert relative((got.lam * direction).sum(), want) < 1e-7
     else:
         for name, tensor in lam.items():
             direction = torch.randn_like(tensor)
@@ -116,7 +128,7 @@ def test_agrees_with_finite_differences_of_the_bilevel_objective(form, device):
             assert relative((got.lam[name] * direction).sum(), want) < 1e-7
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS[:-1])  # the reference knows no dense one
 @pytest.mark.parametrize("inner_steps", [0, 1, 16])
 def test_agrees_with_the_reference_task_by_task(form, inner_steps, device):
     problem = regression(4, device)
@@ -128,7 +140,7 @@ def test_agrees_with_the_reference_task_by_task(form, inner_steps, device):
         inner=GradientDescent(lr=0.01, steps=inner_steps), cg=ConjugateGradient(max_iter=4),
     )  # fmt: skip
     assert (got.cg.status == Status.MAX_ITER).all()
-    theta, diagonal = problem.layout.flatten(problem.params), flat_lam(problem, lam)
+    theta, diagonal = problem.layout.flatten(problem.params), matrix(problem, lam).diagonal()
     settings = {"lr": 0.01, "inner_steps": inner_steps, "cg_steps": 4}
     gradients = []
     for task in range(4):
@@ -418,7 +430,15 @@ BAD = [
     ({"lam": float("nan")}, ValueError, "lam must be positive"),
     ({"lam": torch.tensor(-1.0)}, ValueError, "lam must be positive and finite in every entry"),
     ({"lam": torch.tensor(float("nan"))}, ValueError, "lam must be positive and finite in every"),
-    ({"lam": torch.ones(3)}, ValueError, r"a lam tensor must be 0-d, got shape \[3\]"),
+    ({"lam": torch.ones(3)}, ValueError, r"or dense \[3, 3\], got shape \[3\]"),
+    ({"lam": torch.ones(3, 3)}, ValueError, "dense lam must be finite, symmetric and positive"),
+    ({"lam": -torch.eye(3)}, ValueError, "dense lam must be finite, symmetric and positive"),
+    ({"lam": torch.eye(3) / 0}, ValueError, "dense lam must be finite, symmetric and positive"),
+    (
+        {"lam": torch.eye(3) + torch.tensor([[0, 0.1, 0], [0, 0, 0], [0, 0, 0]])},
+        ValueError,
+        "dense lam must be finite, symmetric and positive",
+    ),
     ({"lam": {"weight": torch.tensor(1.0)}}, ValueError, "lam must name"),
     (
         {"lam": {"weight": torch.ones(3), "bias": torch.tensor(1.0)}},

@@ -1,84 +1,425 @@
-"""Inner solvers against torch.optim and the optimality condition."""
+"""Inner solvers against torch.optim, SciPy and the optimality condition."""
 
+import numpy as np
 import pytest
 import torch
-from problems import regression
+from problems import classification, regression
+from scipy.optimize import minimize
 
-from imaml_ext import GradientDescent, Status
+from imaml_ext import (
+    LBFGS,
+    Adam,
+    Backtracking,
+    ConjugateGradient,
+    External,
+    GradientDescent,
+    HessianFree,
+    Status,
+    implicit_meta_grad,
+)
+from imaml_ext.flat import Layout
 from imaml_ext.objective import Objective
+from imaml_ext.proximal import Proximal
+
+STRENGTHS = ["scalar", "diagonal", "dense"]
 
 
-def setting(device, tasks=4):
-    problem = regression(tasks, device)
+def strength(form, theta):
+    if form == "scalar":
+        return torch.full((1,), 1.5, dtype=theta.dtype, device=theta.device)
+    if form == "diagonal":
+        return 1 + torch.rand_like(theta)
+    root = torch.randn(len(theta), len(theta), dtype=theta.dtype, device=theta.device)
+    return torch.eye(len(theta), dtype=theta.dtype, device=theta.device) + root @ root.T / len(
+        theta
+    )
+
+
+def setting(device, tasks=4, form="scalar", make=regression):
+    problem = make(tasks, device)
     theta = problem.layout.flatten(problem.params)
     objective = Objective(problem.loss, problem.layout, problem.support)
-    return problem, objective, theta, torch.full((1,), 1.5, dtype=theta.dtype, device=device)
+    return problem, Proximal(objective, theta, strength(form, theta))
 
 
+def proximal_loss(problem, proximal, task, phi):
+    """G of one task, from its definition."""
+    data = tuple(t[task] for t in problem.support)
+    away = phi - proximal.theta
+    lam = proximal.lam
+    pull = lam @ away if lam.dim() == 2 else lam * away
+    return problem.flat_loss(phi, data) + 0.5 * away @ pull
+
+
+def gradient_norms(problem, proximal, phi):
+    norms = []
+    for task, row in enumerate(phi):
+        leaf = row.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(proximal_loss(problem, proximal, task, leaf), leaf)
+        norms.append(gradient.norm())
+    return torch.stack(norms)
+
+
+TO_THE_END = {
+    "gradient descent": GradientDescent(lr=0.1, steps=3000, tol=1e-8),
+    "momentum": GradientDescent(lr=0.05, steps=3000, momentum=0.8, tol=1e-8),
+    "accelerated": GradientDescent.accelerated(lr=0.1, steps=3000, strong_convexity=1.0, tol=1e-8),
+    "adam": Adam(lr=0.01, steps=6000, tol=1e-8),
+    "hessian-free": HessianFree(steps=60, tol=1e-8),
+    "hessian-free, Hessian": HessianFree(
+        steps=60, cg=ConjugateGradient(max_iter=10), damping=0.0, tol=1e-8
+    ),
+    "lbfgs": LBFGS(steps=200, tol=1e-8),
+    "lbfgs, a history of one": LBFGS(steps=400, history=1, tol=1e-8),
+}
+
+
+@pytest.mark.parametrize("form", STRENGTHS)
+@pytest.mark.parametrize("solver", TO_THE_END.values(), ids=list(TO_THE_END))
+def test_reaches_the_optimum_that_scipy_finds(solver, form, device):
+    problem, proximal = setting(device, 3, form)
+    got = solver.solve(proximal)
+    assert (got.status == Status.CONVERGED).all()
+    assert (gradient_norms(problem, proximal, got.value) <= 1.01e-8).all()
+    for task in range(3):
+
+        def value_and_gradient(x, task=task):
+            phi = torch.from_numpy(x).to(device).requires_grad_()
+            value = proximal_loss(problem, proximal, task, phi)
+            (gradient,) = torch.autograd.grad(value, phi)
+            return value.item(), gradient.cpu().numpy()
+
+        best = minimize(
+            value_and_gradient, got.value[task].cpu().numpy() * 0.9, jac=True, method="BFGS",
+            options={"gtol": 1e-9},
+        )  # fmt: skip
+        np.testing.assert_allclose(got.value[task].cpu().numpy(), best.x, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", TO_THE_END.values(), ids=list(TO_THE_END))
+def test_one_exploding_task_among_sixteen_freezes_and_says_so(solver, device):
+    problem, proximal = setting(device, 16)
+    support = tuple(t.clone() for t in problem.support)
+    support[1][5] = torch.nan
+    objective = Objective(problem.loss, problem.layout, support)
+    got = solver.solve(Proximal(objective, proximal.theta, proximal.lam))
+    clean = solver.solve(proximal)
+    others = torch.arange(16, device=device) != 5
+    assert got.status[5] == Status.NONFINITE
+    assert torch.equal(got.status[others], clean.status[others])
+    assert torch.equal(got.steps[others], clean.steps[others])
+    torch.testing.assert_close(got.value[others], clean.value[others], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", TO_THE_END.values(), ids=list(TO_THE_END))
+def test_a_single_task_with_a_single_parameter(solver, dtype, device):
+    params = {"w": torch.zeros((), dtype=dtype, device=device)}
+    layout = Layout(params)
+    x = torch.tensor([[1.0, 2.0]], dtype=dtype, device=device)
+
+    def loss(params, data):
+        return ((params["w"] - data) ** 2).mean()
+
+    objective = Objective(loss, layout, x)
+    proximal = Proximal(objective, layout.flatten(params), x.new_full((1,), 1.0))
+    if isinstance(solver, HessianFree):  # a plain callable has no outputs to linearise
+        solver = HessianFree(steps=60, cg=ConjugateGradient(max_iter=5), tol=1e-8)
+    got = solver.solve(proximal)
+    # 2 (w - 1.5) + w = 0
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-8
+    torch.testing.assert_close(got.value[0, 0].item(), 1.0, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("solver", TO_THE_END.values(), ids=list(TO_THE_END))
+def test_no_steps_stay_at_theta(solver, device):
+    from dataclasses import replace
+
+    _, proximal = setting(device)
+    got = replace(solver, steps=0).solve(proximal)
+    assert torch.equal(got.value, proximal.theta.expand(4, -1))
+    assert (got.steps == 0).all()
+
+
+# ---- gradient descent
+
+
+@pytest.mark.parametrize("form", STRENGTHS)
 @pytest.mark.parametrize(
     "momentum", [{}, {"momentum": 0.8}, {"momentum": 0.8, "nesterov": True}], ids=str
 )
-def test_gradient_descent_is_torch_sgd_task_by_task(momentum, device):
-    problem, objective, theta, lam = setting(device)
-    got = GradientDescent(lr=0.05, steps=7, **momentum).solve(objective, theta, lam)
+def test_gradient_descent_is_torch_sgd_task_by_task(momentum, form, device):
+    problem, proximal = setting(device, form=form)
+    got = GradientDescent(lr=0.05, steps=7, **momentum).solve(proximal)
+    assert_follows(torch.optim.SGD, {"lr": 0.05, **momentum}, 7, problem, proximal, got.value)
+
+
+def assert_follows(optimizer, settings, steps, problem, proximal, value):
     for task in range(problem.tasks):
-        data = tuple(t[task] for t in problem.support)
-        phi = theta.clone().requires_grad_()
-        sgd = torch.optim.SGD([phi], lr=0.05, **momentum)
-        for _ in range(7):
-            sgd.zero_grad()
-            loss = problem.flat_loss(phi, data) + 0.5 * lam[0] * ((phi - theta) ** 2).sum()
-            loss.backward()
-            sgd.step()
-        torch.testing.assert_close(got.value[task], phi.detach())
+        phi = proximal.theta.clone().requires_grad_()
+        stepper = optimizer([phi], **settings)
+        for _ in range(steps):
+            stepper.zero_grad()
+            proximal_loss(problem, proximal, task, phi).backward()
+            stepper.step()
+        torch.testing.assert_close(value[task], phi.detach())
 
 
 def test_each_task_stops_at_its_own_tolerance(device):
-    _, objective, theta, lam = setting(device)
-    solver = GradientDescent(lr=0.1, steps=500, tol=1e-6)
-    got = solver.solve(objective, theta, lam)
+    problem, proximal = setting(device)
+    got = GradientDescent(lr=0.1, steps=500, tol=1e-6).solve(proximal)
     assert (got.status == Status.CONVERGED).all()
     assert got.steps.unique().numel() > 1
-    _, gradient = objective.gradient(got.value)
-    norms = (gradient + lam * (got.value - theta)).norm(dim=1)
-    assert (norms <= 1e-6).all()
+    assert (gradient_norms(problem, proximal, got.value) <= 1e-6).all()
     for task in range(4):  # one step earlier it had not arrived, and freezing took nothing away
         fewer = GradientDescent(lr=0.1, steps=int(got.steps[task]) - 1)
-        earlier = fewer.solve(objective, theta, lam).value
-        _, gradient = objective.gradient(earlier)
-        assert (gradient + lam * (earlier - theta)).norm(dim=1)[task] > 1e-6
+        earlier = fewer.solve(proximal).value
+        assert gradient_norms(problem, proximal, earlier)[task] > 1e-6
 
 
-def test_an_exploding_task_freezes_and_says_so(device):
-    problem, _, theta, lam = setting(device)
-    support = tuple(t.clone() for t in problem.support)
-    support[1][2] = 1e200
-    objective = Objective(problem.loss, problem.layout, support)
-    got = GradientDescent(lr=0.1, steps=20, tol=0.0).solve(objective, theta, lam)
-    assert got.status[2] == Status.NONFINITE
-    alone = Objective(problem.loss, problem.layout, problem.support)
-    clean = GradientDescent(lr=0.1, steps=20).solve(alone, theta, lam)
-    others = [0, 1, 3]
-    torch.testing.assert_close(got.value[others], clean.value[others])
+def test_accelerated_descent_is_nesterovs_sequence(device):
+    problem, proximal = setting(device)
+    mu, lr = 1.5, 0.05
+    got = GradientDescent.accelerated(lr=lr, steps=9, strong_convexity=mu).solve(proximal)
+    # Scheme 2.2.11 of Nesterov 2004: x is the descended point, y the one looked ahead to.
+    kappa = 1 / (lr * mu)
+    factor = (kappa**0.5 - 1) / (kappa**0.5 + 1)
+    for task in range(4):
+        x = y = proximal.theta
+        for _ in range(9):
+            leaf = y.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(proximal_loss(problem, proximal, task, leaf), leaf)
+            x, last = y - lr * gradient, x
+            y = x + factor * (x - last)
+        torch.testing.assert_close(got.value[task], y)
 
 
-def test_no_steps_stay_at_theta(device):
-    _, objective, theta, lam = setting(device)
-    got = GradientDescent(steps=0).solve(objective, theta, lam)
-    assert torch.equal(got.value, theta.expand(4, -1))
+# ---- Adam
+
+
+@pytest.mark.parametrize("form", STRENGTHS)
+def test_adam_is_torch_adam_task_by_task(form, device):
+    problem, proximal = setting(device, form=form)
+    got = Adam(lr=0.05, steps=6, betas=(0.8, 0.99), eps=1e-6).solve(proximal)
+    settings = {"lr": 0.05, "betas": (0.8, 0.99), "eps": 1e-6}
+    assert_follows(torch.optim.Adam, settings, 6, problem, proximal, got.value)
+
+
+def test_adams_second_moment_is_that_of_torch(device):
+    problem, proximal = setting(device, 1)
+    got = Adam(lr=0.05, steps=3).solve(proximal)
+    phi = proximal.theta.clone().requires_grad_()
+    adam = torch.optim.Adam([phi], lr=0.05)
+    for _ in range(3):
+        adam.zero_grad()
+        proximal_loss(problem, proximal, 0, phi).backward()
+        adam.step()
+    want = adam.state[phi]["exp_avg_sq"] / (1 - 0.999**3)
+    torch.testing.assert_close(got.second_moment[0], want)
+
+
+def test_adams_moments_reach_the_preconditioner(device):
+    problem = regression(3, device)
+    out = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=1.5,
+        inner=Adam(lr=0.01, steps=6000, tol=1e-10),
+        cg=ConjugateGradient(max_iter=200, rtol=1e-11, preconditioner="adam"),
+    )  # fmt: skip
+    want = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=1.5,
+        inner=GradientDescent(lr=0.1, steps=3000, tol=1e-10),
+        cg=ConjugateGradient(max_iter=200, rtol=1e-11),
+    )  # fmt: skip
+    assert (out.cg.status == Status.CONVERGED).all()
+    for name in problem.params:
+        torch.testing.assert_close(out.params[name], want.params[name], rtol=1e-6, atol=1e-9)
+
+
+# ---- Hessian-free and L-BFGS
+
+
+@pytest.mark.parametrize("make", [regression, classification])
+@pytest.mark.parametrize(
+    "solver", [HessianFree(steps=8), LBFGS(steps=8)], ids=["hessian-free", "lbfgs"]
+)
+def test_every_step_of_a_line_search_lowers_the_objective(solver, make, device):
+    from dataclasses import replace
+
+    _, proximal = setting(device, make=make)
+    values = [proximal.values(proximal.start())]
+    for steps in range(1, 9):
+        values.append(proximal.values(replace(solver, steps=steps).solve(proximal).value))
+    values = torch.stack(values)
+    assert (values.diff(dim=0) <= 1e-14).all()
+    assert (values[-1] < values[0]).all()
+
+
+def test_one_hessian_free_step_is_newtons_on_a_quadratic(device):
+    # Solved to the end and undamped, the direction is Newton's and the first trial is accepted.
+    params = {"w": torch.randn(6, dtype=torch.float64, device=device)}
+    layout = Layout(params)
+    a = torch.randn(3, 8, 6, dtype=torch.float64, device=device)
+    b = torch.randn(3, 8, dtype=torch.float64, device=device)
+
+    def loss(params, data):
+        a, b = data
+        return ((a @ params["w"] - b) ** 2).sum() / 2
+
+    proximal = Proximal(Objective(loss, layout, (a, b)), layout.flatten(params), a.new_ones(1))
+    solver = HessianFree(steps=1, cg=ConjugateGradient(max_iter=50, rtol=1e-13), damping=0.0)
+    got = solver.solve(proximal)
+    eye = torch.eye(6, dtype=torch.float64, device=device)
+    want = torch.linalg.solve(a.mT @ a + eye, (a.mT @ b[..., None])[..., 0] + params["w"])
+    torch.testing.assert_close(got.value, want)
+
+
+def test_hessian_free_gets_past_negative_curvature(device):
+    # At theta = 0 the loss bends down: Newton's step would climb to the maximum.
+    params = {"w": torch.full((4,), 0.1, dtype=torch.float64, device=device)}
+    layout = Layout(params)
+
+    def loss(params, data):
+        return (torch.cos(3 * params["w"]) * data).sum()
+
+    data = torch.rand(3, 4, dtype=torch.float64, device=device) + 0.5
+    proximal = Proximal(Objective(loss, layout, data), layout.flatten(params), data.new_ones(1))
+    solver = HessianFree(steps=40, cg=ConjugateGradient(max_iter=5), tol=1e-9)
+    got = solver.solve(proximal)
+    assert (got.status == Status.CONVERGED).all()
+    hessian = torch.diag_embed(-9 * torch.cos(3 * got.value) * data + 1)
+    assert (torch.linalg.eigvalsh(hessian) > 0).all()  # a minimum
+
+
+def test_the_line_search_takes_the_first_length_that_suffices(device):
+    params = {"w": torch.zeros(2, dtype=torch.float64, device=device)}
+    layout = Layout(params)
+
+    def loss(params, data):
+        return (data * params["w"] ** 2).sum() / 2 - params["w"].sum()
+
+    curvature = torch.tensor([[1.0, 1.0], [7.0, 7.0], [1.0, 1.0]], dtype=torch.float64)
+    problem = Proximal(
+        Objective(loss, layout, curvature.to(device)), layout.flatten(params),
+        torch.full((1,), 1e-9, dtype=torch.float64, device=device),
+    )  # fmt: skip
+    phi = problem.start()
+    value, gradient = problem.value_and_gradient(phi)
+    running = torch.tensor([True, True, False], device=device)
+    moved, t, at_full = Backtracking().search(
+        problem, phi, -gradient, value, -(gradient**2).sum(1), running
+    )
+    # Along d = (1, 1): G = curvature t² - 2 t, so t = 1 does for 1, t = 1/4 for 7; the third rests.
+    assert t.tolist() == [1.0, 0.25, 0.0]
+    torch.testing.assert_close(moved, t[:, None] * -gradient)
+    torch.testing.assert_close(at_full, problem.values(phi - gradient))
+
+
+# ---- anybody's solver
+
+
+def scipy_task_by_task(problem):
+    rows = []
+    for one in problem.one_by_one():
+
+        def value_and_gradient(x, one=one):
+            phi = torch.from_numpy(x)[None].to(one.theta)
+            value, gradient = one.value_and_gradient(phi)
+            return value.item(), gradient[0].double().cpu().numpy()
+
+        found = minimize(value_and_gradient, one.theta.double().cpu().numpy(), jac=True, tol=1e-12)
+        rows.append(torch.from_numpy(found.x))
+    return torch.stack(rows).to(problem.theta)
+
+
+def random_search(problem):
+    """Not differentiable in any sense: tries, keeps the better, and narrows."""
+    generator = torch.Generator().manual_seed(0)
+    best = problem.start()
+    value, width = problem.values(best), torch.ones(problem.tasks, 1)
+    for _ in range(4000):
+        noise = torch.randn(best.shape, generator=generator, dtype=best.dtype)
+        tried = best + (width * noise).to(best)
+        tried_value = problem.values(tried)
+        better = tried_value < value
+        best = torch.where(better[:, None], tried, best)
+        value = torch.where(better, tried_value, value)
+        width = width * torch.where(better.cpu(), 1.5, 0.93)[:, None]
+    return problem.layout.unflatten(best)
+
+
+@pytest.mark.parametrize(("fn", "tolerance"), [(scipy_task_by_task, 1e-6), (random_search, 0.05)])
+def test_an_external_solver_gives_the_same_meta_gradient(fn, tolerance, device):
+    problem = regression(3, device)
+    small = {name: t[:1] if name == "0.bias" else t for name, t in problem.params.items()}
+    del small["0.bias"], small["0.weight"]  # the last layer alone: convex, D = 7
+    settings = {"lam": 1.5, "cg": ConjugateGradient(max_iter=50, rtol=1e-12)}
+    want = implicit_meta_grad(
+        problem.loss, small, problem.support, problem.query,
+        inner=GradientDescent(lr=0.1, steps=3000, tol=1e-12), **settings,
+    )  # fmt: skip
+    got = implicit_meta_grad(
+        problem.loss, small, problem.support, problem.query, inner=External(fn), **settings
+    )
+    assert (got.inner.status == Status.MAX_ITER).all()
+    for name in small:
+        distance = (got.params[name] - want.params[name]).norm() / want.params[name].norm()
+        assert distance < tolerance
+    error = (got.inner.value - want.inner.value).norm(dim=1)
+    assert (error <= 1.01 * got.inner.error_bound + 1e-12).all()  # the certificate holds
+
+
+def test_an_external_solver_is_judged_by_its_tolerance(device):
+    problem = regression(3, device)
+
+    def lazy(proximal):
+        phi = scipy_task_by_task(proximal)
+        phi[1] = proximal.theta
+        return phi
+
+    got = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=1.5,
+        inner=External(lazy, tol=1e-3),
+    )  # fmt: skip
+    assert got.inner.status.tolist() == [Status.CONVERGED, Status.MAX_ITER, Status.CONVERGED]
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("fn", "error", "message"),
     [
-        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
-        ({"lr": float("nan")}, "lr must be positive"),
-        ({"steps": -1}, "steps must not be negative, got -1"),
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
-        ({"nesterov": True}, "nesterov needs a positive momentum"),
-        ({"tol": -1.0}, "tol must not be negative, got -1.0"),
+        (lambda p: p.start()[:1], ValueError, r"must return \[4, 25\] torch.float64"),
+        (lambda p: p.start().float(), ValueError, r"got \[4, 25\] torch.float32"),
+        (lambda p: 3.0, TypeError, "must return a tensor or a dict, got float"),
+        (lambda p: {"w": p.start()}, ValueError, "phi must name"),
     ],
 )
-def test_bad_settings_are_refused(settings, message):
+def test_what_an_external_solver_must_return(fn, error, message):
+    _, proximal = setting("cpu")
+    with pytest.raises(error, match=message):
+        External(fn).solve(proximal)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GradientDescent(lr=0.0), "lr must be positive and finite, got 0.0"),
+        (lambda: GradientDescent(lr=float("nan")), "lr must be positive"),
+        (lambda: GradientDescent(steps=-1), "steps must not be negative, got -1"),
+        (lambda: GradientDescent(momentum=1.0), r"momentum must be in \[0, 1\), got 1.0"),
+        (lambda: GradientDescent(nesterov=True), "nesterov needs a positive momentum"),
+        (lambda: GradientDescent(tol=-1.0), "tol must not be negative, got -1.0"),
+        (
+            lambda: GradientDescent.accelerated(lr=1.0, steps=3, strong_convexity=2.0),
+            r"lr strong_convexity must be in \(0, 1\)",
+        ),
+        (lambda: Adam(lr=-1.0), "lr must be positive"),
+        (lambda: Adam(betas=(0.9, 1.0)), r"betas must be in \[0, 1\)"),
+        (lambda: Adam(eps=-1.0), "eps must not be negative"),
+        (lambda: HessianFree(steps=-1), "steps must not be negative"),
+        (lambda: HessianFree(damping=-1.0), "damping must be finite and not negative"),
+        (lambda: LBFGS(history=0), "history must be at least 1, got 0"),
+        (lambda: Backtracking(trials=0), "trials must be at least 1, got 0"),
+        (lambda: Backtracking(shrink=1.0), r"shrink must be in \(0, 1\), got 1.0"),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
-        GradientDescent(**settings)
+        make()

@@ -123,7 +123,7 @@ def test_a_parameter_that_is_frozen_or_misnamed_is_refused():
     loss = module_loss(nn.Linear(1, 1), nn.functional.mse_loss)
     with pytest.raises(ValueError, match=r"params\['weight'\] does not require grad"):
         IMAML(loss, {"weight": torch.zeros(1, 1), "bias": torch.zeros(1)})
-    with pytest.raises(ValueError, match="taken by the proximal strength"):
+    with pytest.raises(ValueError, match="taken by what the method learns"):
         IMAML(loss, {"lam": torch.zeros(1, requires_grad=True)})
 
 

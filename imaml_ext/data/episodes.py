@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from imaml_ext.data.random import random_bits
+from imaml_ext.random import random_bits
 from imaml_ext.tasks import TaskBatch
 
 _CLASSES, _IMAGES, _ROTATIONS = range(3)  # streams of random numbers

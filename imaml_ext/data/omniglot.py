@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imaml_ext.data.random import random_bits
 from imaml_ext.files import write_atomically
+from imaml_ext.random import random_bits
 
 _CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 _DRAWINGS = 20

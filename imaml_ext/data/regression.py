@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from imaml_ext.data.random import uniform
+from imaml_ext.random import uniform
 from imaml_ext.tasks import TaskBatch
 
 _TASK, _SUPPORT, _QUERY = range(3)  # streams of random numbers

@@ -1,0 +1,54 @@
+"""Anybody's solver."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imaml_ext.flat import Params
+from imaml_ext.inner.base import InnerSolver, new_status, unjudged
+from imaml_ext.proximal import Proximal
+from imaml_ext.solution import Solution
+
+
+@dataclass(frozen=True)
+class External(InnerSolver):
+    """phi from any Python callable: another library, a simulator, a search; none is differentiated.
+
+    The implicit gradient needs nothing but phi. How good it is shows in the report: `residual` is
+    `‖∇G_i(phi_i)‖`, and with `tol` a task that does not reach it is MAX_ITER, not CONVERGED.
+
+    Args:
+        fn: maps the inner problem to phi, [B, D] or {name: [B, ...]}. `problem.value_and_gradient`
+            is G and its gradient; `problem.one_by_one()` gives single tasks; `problem.theta` [D] is
+            where they start.
+        tol: what counts as arrived.
+
+    Raises:
+        TypeError, ValueError: fn returned something else.
+    """
+
+    fn: Callable[[Proximal], Tensor | Params]
+    tol: float | None = None
+
+    def solve(self, problem: Proximal) -> Solution:
+        found = self.fn(problem)
+        if isinstance(found, Mapping):
+            phi = problem.layout.flatten(found, "phi")
+        elif isinstance(found, Tensor):
+            phi = found
+        else:
+            raise TypeError(
+                f"the external solver must return a tensor or a dict, got {type(found).__name__}"
+            )
+        expected = (problem.tasks, problem.layout.dim)
+        theta = problem.theta
+        if phi.shape != expected or phi.dtype != theta.dtype or phi.device != theta.device:
+            raise ValueError(
+                f"the external solver must return {list(expected)} {theta.dtype} on "
+                f"{theta.device}, got {list(phi.shape)} {phi.dtype} on {phi.device}"
+            )
+        status = new_status(problem)
+        phi = phi.detach().clone(memory_format=torch.contiguous_format)
+        return unjudged(phi, status, torch.zeros_like(status))

@@ -1,0 +1,92 @@
+"""Limited-memory BFGS on the proximal objective."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from imaml_ext.inner.base import InnerSolver, all_done, check_settings, judge, new_status, unjudged
+from imaml_ext.inner.line_search import Backtracking
+from imaml_ext.ops import row_dot
+from imaml_ext.proximal import Proximal
+from imaml_ext.solution import Solution, Status
+
+Pair = tuple[Tensor, Tensor, Tensor]  # s, y [B, D], and 1 / s·y [B], 0 where it is not positive
+
+
+@dataclass(frozen=True)
+class LBFGS(InnerSolver):
+    """L-BFGS with a backtracking line search, each task with its own history.
+
+    A step whose curvature `s·y` is not positive leaves no pair in its task's history.
+
+    Args:
+        steps: steps at most.
+        history: pairs remembered; each costs 2 B D scalars.
+        line_search: for the length of a step.
+        tol: a task stops when `‖∇G_i‖ <= tol`; None: all take `steps` steps.
+
+    Source: Nocedal 1980, "Updating quasi-Newton matrices with limited storage".
+    """
+
+    steps: int = 16
+    history: int = 8
+    line_search: Backtracking = field(default_factory=Backtracking)
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(steps=self.steps, tol=self.tol)
+        if self.history < 1:
+            raise ValueError(f"history must be at least 1, got {self.history}")
+
+    @torch.no_grad()
+    def solve(self, problem: Proximal) -> Solution:
+        phi = problem.start()
+        status = new_status(problem)
+        steps = torch.zeros_like(status)
+        pairs: deque[Pair] = deque(maxlen=self.history)  # the newest last
+        value, gradient = problem.value_and_gradient(phi)
+        # Before anything is known about curvature, a first step of length 1 at most.
+        gamma = 1 / row_dot(gradient, gradient).sqrt().clamp_min(1.0)
+        for step in range(self.steps):
+            status = judge(status, row_dot(gradient, gradient).sqrt(), self.tol)
+            if all_done(status):
+                break
+            direction = -_two_loops(gradient, pairs, gamma)
+            slope = row_dot(gradient, direction)
+            moved, t, _ = self.line_search.search(
+                problem, phi, direction, value, slope, status == Status.RUNNING
+            )
+            steps += t > 0
+            if step + 1 == self.steps:
+                phi = moved
+                break
+            value, new_gradient = problem.value_and_gradient(moved)
+            s, y = moved - phi, new_gradient - gradient
+            sy, yy = row_dot(s, y), row_dot(y, y)
+            curved = sy > torch.finfo(phi.dtype).eps * (row_dot(s, s) * yy).sqrt()
+            rho = torch.where(curved, 1 / sy, 0.0)
+            gamma = torch.where(curved, sy / yy, gamma)
+            pairs.append((s, y, rho))
+            phi, gradient = moved, new_gradient
+        return unjudged(phi, status, steps)
+
+
+def _two_loops(gradient: Tensor, pairs: Sequence[Pair], gamma: Tensor) -> Tensor:
+    """The inverse Hessian's estimate times the gradient. A pair with rho = 0 changes nothing."""
+
+    def column(factor: Tensor) -> Tensor:
+        return factor[:, None].to(gradient.dtype)
+
+    q = gradient
+    alphas = []
+    for s, y, rho in reversed(pairs):
+        alpha = rho * row_dot(s, q)
+        q = q - column(alpha) * y
+        alphas.append(alpha)
+    q = column(gamma) * q
+    for (s, y, rho), alpha in zip(pairs, reversed(alphas), strict=True):
+        q = q + column(alpha - rho * row_dot(y, q)) * s
+    return q

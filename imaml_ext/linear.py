@@ -1,0 +1,123 @@
+"""What every batched linear solver shares: settings, and `(H + Λ + damping I) x = b`."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imaml_ext.solution import CurvatureKind, Matvec, Solution, Status
+
+
+@dataclass(frozen=True)
+class LinearSolver(ABC):
+    """Settings of the linear solve `(H + Λ + damping I) x = v` of a meta-gradient.
+
+    Args:
+        max_iter: products with H at most.
+        rtol, atol: a task stops when `|r| <= max(atol, rtol |v|)`.
+        damping: added to the diagonal.
+        curvature: what H is: "hessian", the Hessian of the support loss, or "ggn", its generalised
+            Gauss-Newton matrix, positive semi-definite for the usual losses, for which the loss
+            must come from `module_loss`.
+    """
+
+    max_iter: int = 5
+    rtol: float = 0.0
+    atol: float = 0.0
+    damping: float = 0.0
+    curvature: CurvatureKind = "hessian"
+
+    def __post_init__(self) -> None:
+        check_settings(self.max_iter, self.rtol, self.atol, self.damping)
+        if self.curvature not in ("hessian", "ggn"):
+            raise ValueError(f"curvature must be 'hessian' or 'ggn', got {self.curvature!r}")
+
+    @abstractmethod
+    def solve(
+        self,
+        matvec: Matvec,
+        b: Tensor,
+        lam: float | Tensor = 0.0,
+        *,
+        second_moment: Tensor | None = None,
+    ) -> Solution:
+        """Solve for every row of b [B, D], from x = 0; nothing is decided for the batch as a whole.
+
+        Args:
+            matvec: maps [B, D] to [B, D], row i by `H_i`, symmetric.
+            b: right-hand sides, [B, D], float32 or float64.
+            lam: Λ: a float, or a tensor of shape [], [1] (scalar), [D] (diagonal), [D, D] (dense).
+            second_moment: of the inner solver's gradients, [B, D], where it kept one.
+
+        Raises:
+            TypeError, ValueError: the arguments do not fit.
+        """
+
+
+class System:
+    """`(H_i + Λ + damping I) x_i = b_i` for every row i, its arguments checked.
+
+    Attributes:
+        b: [B, D], contiguous.
+        fused: what of Λ the kernels add by themselves, [1] or [D]: all but a dense one.
+    """
+
+    def __init__(self, matvec: Matvec, b: Tensor, lam: float | Tensor, damping: float) -> None:
+        if b.dim() != 2 or b.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"b must be [B, D] float32 or float64, got {list(b.shape)} {b.dtype}")
+        self.b = b.detach().contiguous()
+        self.damping = damping
+        self._matvec = matvec
+        flat_lam = _flat_lam(lam, b)
+        self._dense = flat_lam if flat_lam.dim() == 2 else None
+        self.fused = flat_lam if self._dense is None else flat_lam.new_zeros(1)
+
+    def unfused(self, p: Tensor) -> Tensor:
+        """`H p`, and `Λ p` for a dense Λ: what the kernels do not add by themselves."""
+        hp = self._matvec(p).detach()
+        return (hp if self._dense is None else hp + p @ self._dense).contiguous()
+
+    def product(self, p: Tensor) -> Tensor:
+        """`(H + Λ + damping I) p`."""
+        return self.unfused(p) + (self.fused + self.damping) * p
+
+    @property
+    def is_dense(self) -> bool:
+        return self._dense is not None
+
+    def without_h(self, r: Tensor) -> Tensor:
+        """`Λ^-1 r`, the solution without H; 0 where Λ is not positive."""
+        if self._dense is None:
+            return torch.where(self.fused > 0, r / self.fused, 0.0)
+        factor, info = torch.linalg.cholesky_ex(self._dense)
+        return torch.where(info == 0, torch.cholesky_solve(r.T, factor).T, 0.0)
+
+
+def initial_status(rr: Tensor, tol2: Tensor) -> Tensor:
+    """Of a solve about to begin, from r·r and the squared tolerance, [B] int32."""
+    status = torch.where(rr <= tol2, Status.CONVERGED, Status.RUNNING)
+    return torch.where(rr.isfinite(), status, Status.NONFINITE).to(torch.int32)
+
+
+def check_settings(max_iter: int, rtol: float, atol: float, damping: float) -> None:
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+    for name, value in (("rtol", rtol), ("atol", atol), ("damping", damping)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def _flat_lam(lam: float | Tensor, b: Tensor) -> Tensor:
+    if not isinstance(lam, Tensor):
+        if not math.isfinite(lam):
+            raise ValueError(f"lam must be finite, got {lam}")
+        return b.new_full((1,), lam)
+    dim = b.shape[1]
+    if lam.shape not in ((), (1,), (dim,), (dim, dim)) or lam.dtype != b.dtype:
+        raise ValueError(
+            f"lam must be a scalar, [{dim}] or [{dim}, {dim}] of {b.dtype}, "
+            f"got {list(lam.shape)} {lam.dtype}"
+        )
+    return lam.detach().contiguous() if lam.dim() else lam.detach().reshape(1)
