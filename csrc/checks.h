@@ -116,13 +116,15 @@ struct CgTensors {
   Tensor &x, &r, &p;
   const Tensor &hp, &lam;
   double damping;
+  const std::optional<Tensor>& inverse;
   Tensor& rr;
+  const std::optional<Tensor>& rz;
   const Tensor& tol2;
   Tensor &status, &steps, &curvature, &beta;
 
   void check() const {
-    Checker("cg_step_", "x", x)
-        .same("r", r)
+    const Checker checker("cg_step_", "x", x);
+    checker.same("r", r)
         .same("p", p)
         .same("hp", hp)
         .scalar_or_vector("lam", lam)
@@ -132,6 +134,10 @@ struct CgTensors {
         .per_row("steps", steps, ScalarType::Int)
         .per_row("curvature", curvature, ScalarType::Double)
         .per_row("beta", beta, ScalarType::Double);
+    if (inverse.has_value() != rz.has_value())
+      fail("cg_step_", "a preconditioner needs both inverse and rz, got ",
+           inverse ? "inverse" : "rz", " alone");
+    if (inverse) checker.same("inverse", *inverse).per_row("rz", *rz, ScalarType::Double);
   }
 
   template <typename T>
@@ -144,7 +150,9 @@ struct CgTensors {
     a.lam = lam.const_data_ptr<T>();
     a.lam_stride = stride_of(lam);
     a.damping = static_cast<T>(damping);
+    a.inverse = inverse ? inverse->const_data_ptr<T>() : nullptr;
     a.rr = rr.mutable_data_ptr<double>();
+    a.rz = rz ? rz->mutable_data_ptr<double>() : nullptr;
     a.tol2 = tol2.const_data_ptr<double>();
     a.status = status.mutable_data_ptr<std::int32_t>();
     a.steps = steps.mutable_data_ptr<std::int32_t>();

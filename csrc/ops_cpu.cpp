@@ -14,9 +14,10 @@ constexpr auto parallel_for = [](int64_t n, int64_t grain, const auto& body) {
 int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 void cg_step_(Tensor x, Tensor r, Tensor p, const Tensor& hp, const Tensor& lam, double damping,
-              Tensor rr, const Tensor& tol2, Tensor status, Tensor steps, Tensor curvature,
-              Tensor beta) {
-  const CgTensors tensors{x, r, p, hp, lam, damping, rr, tol2, status, steps, curvature, beta};
+              std::optional<Tensor> inverse, Tensor rr, std::optional<Tensor> rz,
+              const Tensor& tol2, Tensor status, Tensor steps, Tensor curvature, Tensor beta) {
+  const CgTensors tensors{x,  r,  p,    hp,     lam,   damping,   inverse,
+                          rr, rz, tol2, status, steps, curvature, beta};
   tensors.check();
   dispatch(
       x, [&](auto zero) { cpu::cg_step(tensors.args<decltype(zero)>(), threads(), parallel_for); });

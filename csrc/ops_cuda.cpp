@@ -35,9 +35,10 @@ class Device {
 };
 
 void cg_step_(Tensor x, Tensor r, Tensor p, const Tensor& hp, const Tensor& lam, double damping,
-              Tensor rr, const Tensor& tol2, Tensor status, Tensor steps, Tensor curvature,
-              Tensor beta) {
-  const CgTensors tensors{x, r, p, hp, lam, damping, rr, tol2, status, steps, curvature, beta};
+              std::optional<Tensor> inverse, Tensor rr, std::optional<Tensor> rz,
+              const Tensor& tol2, Tensor status, Tensor steps, Tensor curvature, Tensor beta) {
+  const CgTensors tensors{x,  r,  p,    hp,     lam,   damping,   inverse,
+                          rr, rz, tol2, status, steps, curvature, beta};
   tensors.check();
   const Device device("cg_step_", x);
   Tensor workspace = new_doubles(x, {cuda::cg_step_workspace(x.size(0), x.size(1))});

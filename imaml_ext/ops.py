@@ -45,7 +45,7 @@ def build_info() -> dict[str, str]:
 
 
 @torch.library.register_fake("imaml::cg_step_")
-def _(x, r, p, hp, lam, damping, rr, tol2, status, steps, curvature, beta):  # type: ignore[no-untyped-def]
+def _(x, r, p, hp, lam, damping, inverse, rr, rz, tol2, status, steps, curvature, beta):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -64,8 +64,8 @@ def _(a, b):  # type: ignore[no-untyped-def]
     return a.new_empty((a.shape[0],), dtype=torch.float64)
 
 
-def _refuse_gradients(operator: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+def _refuse_gradients(operator: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"{operator}: not differentiable; call it under torch.no_grad() or detach its arguments"
         )
@@ -85,32 +85,41 @@ def cg_step_(
     steps: Tensor,
     curvature: Tensor,
     beta: Tensor,
+    inverse: Tensor | None = None,
+    rz: Tensor | None = None,
 ) -> None:
     """One conjugate-gradient iteration on `(H_i + Λ + damping I) x_i = b_i`, for every row i.
 
-    With `Ap = hp + Λp + damping p`: `alpha = r·r / p·Ap`, `x += alpha p`, `r -= alpha Ap`,
-    `beta = r·r / old r·r`, `p = r + beta p`. A row moves only while its status is RUNNING. It
-    becomes CONVERGED when `r·r <= tol2`; NEGATIVE_CURVATURE when `p·Ap <= eps |p| |Ap|`, keeping x,
-    or in its first step `x += p / Λ` where Λ > 0; NONFINITE when a sum is not finite, with x = 0.
+    With `Ap = hp + Λp + damping p` and z = r, or z = M⁻¹r under a preconditioner M:
+    `alpha = r·z / p·Ap`, `x += alpha p`, `r -= alpha Ap`, `beta = r·z / old r·z`, `p = z + beta p`.
+    A row moves only while its status is RUNNING. It becomes CONVERGED when `r·r <= tol2`, with a
+    preconditioner too; NEGATIVE_CURVATURE when `p·Ap <= eps |p| |Ap|`, keeping x, or in its first
+    step `x += r / Λ` where Λ > 0; NONFINITE, with x = 0, when a sum is not finite or `r·z` is not
+    positive.
 
     Args:
-        x, r, p: iterate, residual and direction, [B, D]; written.
+        x, r, p: iterate, residual and direction, [B, D]; written. p starts as z.
         hp: `H p`, [B, D].
         lam: Λ, [1] for a scalar or [D] for a diagonal.
         rr: r·r, [B] float64; written.
         tol2: squared absolute tolerance, [B] float64.
         status, steps: [B] int32; written.
-        curvature, beta: p·Ap / r·r and beta of this iteration, 0 for a frozen row, [B] float64;
+        curvature, beta: p·Ap / r·z and beta of this iteration, 0 for a frozen row, [B] float64;
             written.
+        inverse: M⁻¹ of a positive diagonal M, [B, D]; with it goes `rz`.
+        rz: r·z, [B] float64; written.
 
     Raises:
         RuntimeError: a shape, dtype, device or layout does not fit.
     """
-    _refuse_gradients("cg_step_", x, r, p, hp, lam)
-    torch.ops.imaml.cg_step_(x, r, p, hp, lam, damping, rr, tol2, status, steps, curvature, beta)
+    _refuse_gradients("cg_step_", x, r, p, hp, lam, inverse)
+    torch.ops.imaml.cg_step_(
+        x, r, p, hp, lam, damping, inverse, rr, rz, tol2, status, steps, curvature, beta
+    )
     # The dispatcher does not do this for an operator defined in C++, and without it autograd would
     # not notice that a tensor it saved has been overwritten.
-    torch.autograd.graph.increment_version((x, r, p, rr, status, steps, curvature, beta))
+    written = (x, r, p, rr, status, steps, curvature, beta)
+    torch.autograd.graph.increment_version(written if rz is None else (*written, rz))
 
 
 def prox_gd_(

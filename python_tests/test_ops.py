@@ -22,7 +22,7 @@ def tolerance(dtype):
     )
 
 
-def cg_arguments(rows, dim, dtype, device, lam=None):
+def cg_arguments(rows, dim, dtype, device, lam=None, preconditioned=False):
     def normal(*shape):
         return torch.randn(shape, dtype=dtype, device=device)
 
@@ -39,29 +39,116 @@ def cg_arguments(rows, dim, dtype, device, lam=None):
         "curvature": torch.full((rows,), -7.0, **per_row),
         "beta": torch.full((rows,), -7.0, **per_row),
     }
+    if preconditioned:
+        state["inverse"] = torch.rand_like(r) + 0.5
+        state["rz"] = (r.double() ** 2 * state["inverse"]).sum(1)
     return (x, r, p, hp, lam), state
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_cg_step_is_one_iteration(shape, diagonal, dtype, device):
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_cg_step_is_one_iteration(shape, diagonal, preconditioned, dtype, device):
     lam = torch.rand(shape[1], dtype=dtype, device=device) + 0.5 if diagonal else None
-    (x, r, p, hp, lam), state = cg_arguments(*shape, dtype, device, lam)
+    (x, r, p, hp, lam), state = cg_arguments(*shape, dtype, device, lam, preconditioned)
     x1, r1, p1, h1, l1 = (t.double().clone() for t in (x, r, p, hp, lam))
+    inverse = state["inverse"].double() if preconditioned else 1.0
     ap = h1 + (l1 + 0.25) * p1
-    rr = (r1 * r1).sum(1, keepdim=True)
-    alpha = rr / (p1 * ap).sum(1, keepdim=True)
+    rz = (r1 * inverse * r1).sum(1, keepdim=True)
+    alpha = rz / (p1 * ap).sum(1, keepdim=True)
     x1, r1 = x1 + alpha * p1, r1 - alpha * ap
-    beta = (r1 * r1).sum(1, keepdim=True) / rr
+    rz_new = (r1 * inverse * r1).sum(1, keepdim=True)
+    p1 = inverse * r1 + rz_new / rz * p1
 
     ops.cg_step_(x, r, p, hp, lam, damping=0.25, **state)
 
     torch.testing.assert_close(x, x1.to(dtype), **tolerance(dtype))
     torch.testing.assert_close(r, r1.to(dtype), **tolerance(dtype))
-    torch.testing.assert_close(p, (r1 + beta * p1).to(dtype), **tolerance(dtype))
+    torch.testing.assert_close(p, p1.to(dtype), **tolerance(dtype))
     torch.testing.assert_close(state["curvature"], 1 / alpha[:, 0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(state["beta"], (rz_new / rz)[:, 0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state["rr"], (r1 * r1).sum(1), rtol=1e-4, atol=1e-4)
+    if preconditioned:
+        torch.testing.assert_close(state["rz"], rz_new[:, 0], rtol=1e-4, atol=1e-4)
     assert (state["steps"] == 1).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_identity_is_no_preconditioner_to_the_bit(shape, dtype, device):
+    torch.manual_seed(1)
+    arguments, state = cg_arguments(*shape, dtype, device)
+    torch.manual_seed(1)
+    arguments1, state1 = cg_arguments(*shape, dtype, device)
+    identity = {"inverse": torch.ones_like(arguments1[0]), "rz": state1["rr"].clone()}
+    ops.cg_step_(*arguments, damping=0.25, **state)
+    ops.cg_step_(*arguments1, damping=0.25, **state1, **identity)
+    for plain, preconditioned in zip(arguments, arguments1, strict=True):
+        assert torch.equal(plain, preconditioned)
+    for name, plain in state.items():
+        assert torch.equal(plain, state1[name]), name
+    assert torch.equal(identity["rz"], state1["rr"])
+
+
+def spd_system(device):
+    """Two badly scaled systems, [2, 40, 40], with right-hand sides and inverse diagonals."""
+    scale = torch.logspace(-2, 2, 40, dtype=torch.float64, device=device)
+    factor = torch.randn(2, 40, 40, dtype=torch.float64, device=device)
+    matrix = torch.eye(40, dtype=torch.float64, device=device) + factor @ factor.mT / 200
+    matrix = scale[:, None] * matrix * scale
+    b = torch.randn(2, 40, dtype=torch.float64, device=device)
+    return matrix, b, 1 / matrix.diagonal(dim1=1, dim2=2).contiguous()
+
+
+def preconditioned_solve(matrix, b, inverse, iterations, tol2):
+    x, r, p = torch.zeros_like(b), b.clone(), inverse * b
+    per_row = dict(dtype=torch.float64, device=b.device)
+    state = {
+        "rr": ops.row_dot(r, r),
+        "rz": ops.row_dot(r, p),
+        "tol2": torch.full((len(b),), tol2, **per_row),
+        "status": torch.zeros(len(b), dtype=torch.int32, device=b.device),
+        "steps": torch.zeros(len(b), dtype=torch.int32, device=b.device),
+        "curvature": torch.empty(len(b), **per_row),
+        "beta": torch.empty(len(b), **per_row),
+    }
+    for _ in range(iterations):
+        hp = (matrix @ p[:, :, None])[:, :, 0]
+        ops.cg_step_(x, r, p, hp, p.new_zeros(1), damping=0.0, inverse=inverse, **state)
+    return x, r, state
+
+
+def test_preconditioned_iterates_are_scipys(device):
+    scipy_cg = pytest.importorskip("scipy.sparse.linalg").cg
+    matrix, b, inverse = spd_system(device)
+    for iterations in (1, 2, 7):
+        x, _, _ = preconditioned_solve(matrix, b, inverse, iterations, tol2=0.0)
+        for row in range(2):
+            arrays = (t[row].cpu().numpy() for t in (matrix, b, inverse.diag_embed()))
+            a, rhs, m = arrays
+            want, _ = scipy_cg(a, rhs, M=m, maxiter=iterations, rtol=0.0, atol=0.0)
+            torch.testing.assert_close(x[row].cpu(), torch.from_numpy(want), rtol=1e-9, atol=1e-9)
+
+
+def test_a_preconditioned_row_stops_at_its_own_residual(device):
+    matrix, b, inverse = spd_system(device)
+    # The scale of M changes nothing but r.z, which is then far from r.r, below or above.
+    inverse *= torch.tensor([[1e-8], [1e8]], dtype=torch.float64, device=device)
+    x, r, state = preconditioned_solve(matrix, b, inverse, 60, tol2=1e-12)
+    assert (state["status"] == Status.CONVERGED).all()
+    assert (state["steps"] < 60).all()
+    residual = b - (matrix @ x[:, :, None])[:, :, 0]
+    assert (residual.norm(dim=1) <= 1.01e-6).all()
+    torch.testing.assert_close(state["rr"], r.square().sum(1))
+    assert (state["rr"] > 1e-20).all()  # and not far beyond
+
+
+def test_negative_curvature_at_once_leaves_h_out_of_a_preconditioned_system_too(dtype, device):
+    (x, r, p, _, lam), state = cg_arguments(3, 17, dtype, device, preconditioned=True)
+    p.copy_(state["inverse"] * r)
+    want = x + r / lam
+    ops.cg_step_(x, r, p, -9 * p, lam, damping=0.0, **state)
+    assert (state["status"] == Status.NEGATIVE_CURVATURE).all()
+    torch.testing.assert_close(x, want)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -106,10 +193,11 @@ def test_a_row_that_is_not_running_is_left_alone(dtype, device):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_bits_do_not_depend_on_the_number_of_threads(rows, dtype):
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_bits_do_not_depend_on_the_number_of_threads(rows, preconditioned, dtype):
     def run():
         torch.manual_seed(1)
-        (x, r, p, hp, lam), state = cg_arguments(rows, 30011, dtype, "cpu")
+        (x, r, p, hp, lam), state = cg_arguments(rows, 30011, dtype, "cpu", None, preconditioned)
         ops.cg_step_(x, r, p, hp, lam, damping=0.1, **state)
         theta = torch.randn(30011, dtype=dtype)
         sums = ops.prox_norms(x, r, theta, lam)
@@ -127,11 +215,13 @@ def test_bits_do_not_depend_on_the_number_of_threads(rows, dtype):
 
 
 def samples(dtype, device):
-    arguments, state = cg_arguments(3, 5, dtype, device)
-    yield (
-        torch.ops.imaml.cg_step_.default,
-        (*arguments, 0.1, *state.values()),
-    )
+    for preconditioned in (False, True):
+        arguments, state = cg_arguments(3, 5, dtype, device, None, preconditioned)
+        order = ("inverse", "rr", "rz", "tol2", "status", "steps", "curvature", "beta")
+        yield (
+            torch.ops.imaml.cg_step_.default,
+            (*arguments, 0.1, *(state.get(name) for name in order)),
+        )
     phi, velocity, grad = (torch.randn(3, 5, dtype=dtype, device=device) for _ in range(3))
     theta, lam = torch.randn(5, dtype=dtype, device=device), arguments[-1]
     yield torch.ops.imaml.prox_gd_.default, (phi, velocity, grad, theta, lam, 0.1, 0.9, True, None)
@@ -172,12 +262,42 @@ def test_autograd_notices_that_a_saved_tensor_was_overwritten():
         loss.backward()
 
 
+def test_what_is_written_has_a_new_version():
+    (x, r, p, hp, lam), state = cg_arguments(3, 4, torch.float32, "cpu", preconditioned=True)
+    read = [hp, lam, state["tol2"], state["inverse"]]
+    written = [x, r, p, *(t for t in state.values() if all(t is not other for other in read))]
+    before = [t._version for t in (*written, *read)]
+    ops.cg_step_(x, r, p, hp, lam, damping=0.0, **state)
+    after = [t._version for t in (*written, *read)]
+    bumps = [b - a for a, b in zip(before, after, strict=True)]
+    assert bumps == [1] * len(written) + [0] * len(read)
+
+
 def test_tensors_that_require_grad_are_refused():
     phi = torch.randn(3, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match="row_dot: not differentiable"):
         ops.row_dot(phi, phi)
     with torch.no_grad():
         ops.row_dot(phi, phi)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rz": None}, "a preconditioner needs both inverse and rz, got inverse alone"),
+        ({"inverse": None}, "a preconditioner needs both inverse and rz, got rz alone"),
+        ({"inverse": torch.ones(4)}, r"inverse must have x's shape \[3, 4\], got \[4\]"),
+        ({"inverse": torch.ones(3, 4)}, "inverse must be Double as x, got Float"),
+        ({"inverse": torch.ones(4, 3).double().T}, "inverse must be contiguous"),
+        ({"rz": torch.ones(3)}, "rz must be Double, got Float"),
+        ({"rz": torch.ones(4).double()}, r"rz must be \[3\], got \[4\]"),
+        ({"tol2": torch.ones(3)}, "tol2 must be Double, got Float"),
+    ],
+)
+def test_a_preconditioner_that_does_not_fit_is_refused_by_name(change, message):
+    arguments, state = cg_arguments(3, 4, torch.float64, "cpu", preconditioned=True)
+    with pytest.raises(RuntimeError, match=f"cg_step_: {message}"):
+        ops.cg_step_(*arguments, damping=0.0, **(state | change))
 
 
 @pytest.mark.parametrize(
