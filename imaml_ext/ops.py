@@ -54,6 +54,11 @@ def _(phi, velocity, grad, theta, lam, lr, momentum, nesterov, status):  # type:
     return None
 
 
+@torch.library.register_fake("imaml::prox_adam_")
+def _(phi, first_moment, second_moment, grad, theta, lam, lr, beta1, beta2, eps, step, status):  # type: ignore[no-untyped-def]
+    return None
+
+
 @torch.library.register_fake("imaml::prox_norms")
 def _(phi, grad, theta, lam):  # type: ignore[no-untyped-def]
     return phi.new_empty((phi.shape[0], 2), dtype=torch.float64)
@@ -153,6 +158,43 @@ def prox_gd_(
     _refuse_gradients("prox_gd_", phi, grad, theta, lam)
     torch.ops.imaml.prox_gd_(phi, velocity, grad, theta, lam, lr, momentum, nesterov, status)
     torch.autograd.graph.increment_version(phi if velocity is None else (phi, velocity))
+
+
+def prox_adam_(
+    phi: Tensor,
+    grad: Tensor,
+    theta: Tensor,
+    lam: Tensor,
+    *,
+    lr: float,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    status: Tensor | None = None,
+) -> None:
+    """A step of `torch.optim.Adam` on the proximal objective, with `g = grad + Λ (phi - theta)`.
+
+    `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g²`, and
+    `phi -= lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)`.
+
+    Args:
+        phi, grad, theta, lam: as in `prox_gd_`.
+        first_moment, second_moment: m and v, [B, D], 0 before the first step; written.
+        beta1, beta2: in [0, 1).
+        step: the number of this step, from 1.
+        status: [B] int32; a row that is not RUNNING is left alone, and so are its m and v.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit, or a number is out of range.
+    """
+    _refuse_gradients("prox_adam_", phi, grad, theta, lam)
+    torch.ops.imaml.prox_adam_(
+        phi, first_moment, second_moment, grad, theta, lam, lr, beta1, beta2, eps, step, status
+    )
+    torch.autograd.graph.increment_version((phi, first_moment, second_moment))
 
 
 def prox_norms(phi: Tensor, grad: Tensor, theta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:

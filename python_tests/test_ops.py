@@ -3,6 +3,7 @@
 Sizes straddle the kernels' boundaries more densely in csrc/tests; here it is what Python adds.
 """
 
+import functools
 import subprocess
 import sys
 
@@ -14,6 +15,15 @@ from imaml_ext import ops
 from imaml_ext.solution import Status
 
 SHAPES = [(1, 1), (3, 17), (5, 4096), (2, 4097), (16, 1761), (70, 3), (0, 5)]
+
+ADAM = {
+    "first_moment": torch.zeros(3, 4),
+    "second_moment": torch.zeros(3, 4),
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "step": 1,
+}
 
 
 def tolerance(dtype):
@@ -172,6 +182,42 @@ def test_prox_gd_is_sgd_on_the_proximal_objective(shape, nesterov, dtype, device
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_prox_adam_is_adam_on_the_proximal_objective(shape, diagonal, dtype, device):
+    def normal(*size):
+        return torch.randn(size, dtype=dtype, device=device)
+
+    phi, theta, lam = normal(*shape), normal(shape[1]), normal(shape[1] if diagonal else 1).abs()
+    leaf = phi.clone().requires_grad_()
+    adam = torch.optim.Adam([leaf], lr=0.03, betas=(0.8, 0.95), eps=1e-3)
+    m, v = torch.zeros_like(phi), torch.zeros_like(phi)
+    for step in range(1, 5):
+        grad = normal(*shape)
+        leaf.grad = grad + lam * (leaf.detach() - theta)
+        adam.step()
+        ops.prox_adam_(
+            phi, grad, theta, lam, lr=0.03, first_moment=m, second_moment=v, beta1=0.8, beta2=0.95,
+            eps=1e-3, step=step,
+        )  # fmt: skip
+        state = adam.state[leaf]
+        torch.testing.assert_close(phi, leaf.detach(), **tolerance(dtype))
+        torch.testing.assert_close(m, state["exp_avg"], **tolerance(dtype))
+        torch.testing.assert_close(v, state["exp_avg_sq"], **tolerance(dtype))
+
+
+def test_adams_bias_corrections_do_not_round_in_float32():
+    # In float32, 1 - 0.9999999 is 1.2e-7 and not 1e-7.
+    phi, m, v = (torch.zeros(1, 4) for _ in range(3))
+    grad, zero = torch.ones(1, 4), torch.zeros(4)
+    ops.prox_adam_(
+        phi, grad, zero, zero, lr=1.0, first_moment=m, second_moment=v, beta1=0.9999999,
+        beta2=0.9999999, eps=0.0, step=1,
+    )  # fmt: skip
+    torch.testing.assert_close(phi, -grad)
+    torch.testing.assert_close(m, 1e-7 * grad)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_row_sums(shape, dtype, device):
     phi, grad = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
     theta, lam = (torch.randn(shape[1], dtype=dtype, device=device) for _ in range(2))
@@ -191,6 +237,16 @@ def test_a_row_that_is_not_running_is_left_alone(dtype, device):
     assert torch.equal(phi[1:], before[1:])
     torch.testing.assert_close(phi[0], before[0] - 0.1)
 
+    m, v = torch.zeros_like(phi), torch.zeros_like(phi)
+    ops.prox_adam_(
+        phi, torch.ones_like(phi), zero, zero, lr=0.1, first_moment=m, second_moment=v, beta1=0.9,
+        beta2=0.999, eps=0.0, step=1, status=status,
+    )  # fmt: skip
+    assert torch.equal(phi[1:], before[1:])
+    assert not m[1:].any()
+    assert not v[1:].any()
+    torch.testing.assert_close(phi[0], before[0] - 0.2)
+
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
 @pytest.mark.parametrize("preconditioned", [False, True])
@@ -201,7 +257,11 @@ def test_bits_do_not_depend_on_the_number_of_threads(rows, preconditioned, dtype
         ops.cg_step_(x, r, p, hp, lam, damping=0.1, **state)
         theta = torch.randn(30011, dtype=dtype)
         sums = ops.prox_norms(x, r, theta, lam)
-        return [x, r, p, *state.values(), *sums, ops.row_dot(x, r)]
+        ops.prox_adam_(
+            x, r, theta, lam, lr=0.1, first_moment=p, second_moment=hp.square_(), beta1=0.9,
+            beta2=0.99, eps=1e-8, step=2,
+        )  # fmt: skip
+        return [x, r, p, hp, *state.values(), *sums, ops.row_dot(x, r)]
 
     threads = torch.get_num_threads()
     try:
@@ -226,6 +286,10 @@ def samples(dtype, device):
     theta, lam = torch.randn(5, dtype=dtype, device=device), arguments[-1]
     yield torch.ops.imaml.prox_gd_.default, (phi, velocity, grad, theta, lam, 0.1, 0.9, True, None)
     yield torch.ops.imaml.prox_gd_.default, (phi, None, grad, theta, lam, 0.1, 0.0, False, None)
+    yield (
+        torch.ops.imaml.prox_adam_.default,
+        (phi, velocity, velocity.square(), grad, theta, lam, 0.1, 0.9, 0.999, 1e-8, 3, None),
+    )
     yield torch.ops.imaml.prox_norms.default, (phi, grad, theta, lam)
     yield torch.ops.imaml.row_dot.default, (phi, grad)
 
@@ -239,6 +303,10 @@ def test_operators_compile_without_a_graph_break(device):
     def solve_step(x, r, p, hp, lam, state, theta):
         ops.cg_step_(x, r, p, hp * 1.5, lam, damping=0.1, **state)
         ops.prox_gd_(r, p, theta, lam, lr=0.1)
+        ops.prox_adam_(
+            r, p, theta, lam, lr=0.1, first_moment=x, second_moment=hp.square(), beta1=0.9,
+            beta2=0.999, eps=1e-8, step=1,
+        )  # fmt: skip
         return ops.row_dot(x, r).sin() + ops.prox_norms(x, r, theta, lam)[0]
 
     torch._dynamo.reset()
@@ -263,14 +331,24 @@ def test_autograd_notices_that_a_saved_tensor_was_overwritten():
 
 
 def test_what_is_written_has_a_new_version():
+    def bumps(tensors, call):
+        before = [t._version for t in tensors]
+        call()
+        return [t._version - version for t, version in zip(tensors, before, strict=True)]
+
     (x, r, p, hp, lam), state = cg_arguments(3, 4, torch.float32, "cpu", preconditioned=True)
     read = [hp, lam, state["tol2"], state["inverse"]]
     written = [x, r, p, *(t for t in state.values() if all(t is not other for other in read))]
-    before = [t._version for t in (*written, *read)]
-    ops.cg_step_(x, r, p, hp, lam, damping=0.0, **state)
-    after = [t._version for t in (*written, *read)]
-    bumps = [b - a for a, b in zip(before, after, strict=True)]
-    assert bumps == [1] * len(written) + [0] * len(read)
+    assert len(written) == 9
+    step = functools.partial(ops.cg_step_, x, r, p, hp, lam, damping=0.0, **state)
+    assert bumps(written, step) == [1] * 9
+    assert bumps(read, step) == [0] * 4
+
+    adam = ADAM | {"first_moment": r, "second_moment": torch.zeros(3, 4)}
+    theta = torch.zeros(4)
+    step = functools.partial(ops.prox_adam_, x, hp, theta, lam, lr=0.1, **adam)
+    assert bumps([x, r, adam["second_moment"]], step) == [1] * 3
+    assert bumps([hp, theta, lam], step) == [0] * 3
 
 
 def test_tensors_that_require_grad_are_refused():
@@ -311,20 +389,51 @@ def test_a_preconditioner_that_does_not_fit_is_refused_by_name(change, message):
         ({"theta": torch.zeros(3)}, r"theta must be \[4\], got \[3\]"),
         ({"theta": torch.zeros(8)[::2]}, "theta must be contiguous"),
         ({"lam": torch.zeros(2)}, r"lam must be \[1\] or \[4\], got \[2\]"),
-        ({"momentum": 0.9}, "momentum needs a velocity buffer"),
         ({"status": torch.zeros(3)}, "status must be Int, got Float"),
         ({"status": torch.zeros(2, dtype=torch.int32)}, r"status must be \[3\], got \[2\]"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(change, message):
+@pytest.mark.parametrize("rule", [{}, ADAM], ids=["prox_gd_", "prox_adam_"])
+def test_what_does_not_fit_is_refused_by_name(change, message, rule):
     arguments = {
         "phi": torch.zeros(3, 4),
         "grad": torch.zeros(3, 4),
         "theta": torch.zeros(4),
         "lam": torch.ones(1),
     } | change
+    operator = ops.prox_adam_ if rule else ops.prox_gd_
+    with pytest.raises(RuntimeError, match=f"{operator.__name__}: {message}"):
+        operator(**arguments, **rule, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"first_moment": torch.zeros(3)}, r"first_moment must have phi's shape \[3, 4\]"),
+        ({"second_moment": torch.zeros(3, 4).double()}, "second_moment must be Float as phi"),
+        ({"second_moment": torch.zeros(4, 3).T}, "second_moment must be contiguous"),
+        ({"beta1": -0.1}, r"beta1 and beta2 must be in \[0, 1\), got -0.1"),
+        ({"beta2": 1.0}, r"beta1 and beta2 must be in \[0, 1\), got 1"),
+        ({"step": 0}, "step counts from 1, got 0"),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused_by_name(change, message):
+    arguments = torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4), torch.ones(1)
+    with pytest.raises(RuntimeError, match=f"prox_adam_: {message}"):
+        ops.prox_adam_(*arguments, lr=0.1, **(ADAM | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"momentum": 0.9}, "momentum needs a velocity buffer"),
+        ({"velocity": torch.zeros(3, 5)}, r"velocity must have phi's shape \[3, 4\]"),
+    ],
+)
+def test_a_velocity_that_does_not_fit_is_refused_by_name(change, message):
+    arguments = torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4), torch.ones(1)
     with pytest.raises(RuntimeError, match=f"prox_gd_: {message}"):
-        ops.prox_gd_(**arguments, lr=0.1)
+        ops.prox_gd_(*arguments, lr=0.1, **change)
 
 
 def test_status_has_the_kernels_numbers():

@@ -90,11 +90,13 @@ void cg_step(const CgArgs<T>& a, int threads, const ParallelFor& parallel_for) {
   });
 }
 
-template <typename T, typename ParallelFor>
-void prox_gd_step(const ProxArgs<T>& a, int threads, const ParallelFor& parallel_for) {
+template <typename T, typename Rule, typename ParallelFor>
+void prox_step(const ProxArgs<T>& a, const Rule& rule, int threads,
+               const ParallelFor& parallel_for) {
   for_rows(a.rows, a.dim, threads, parallel_for, [&](int64_t row, const auto& within) {
+    if (!prox_moves(a, row)) return;
     for_chunks(a.dim, within,
-               [&](int64_t begin, int64_t end, int64_t) { prox_gd(a, row, begin, end); });
+               [&](int64_t begin, int64_t end, int64_t) { prox_move(a, rule, row, begin, end); });
   });
 }
 

@@ -93,19 +93,18 @@ IMAML_INLINE void redirect(const CgArgs<T>& a, const CgDirection& next, int64_t 
     for (int64_t i = begin; i < end; ++i) x[i] = T(0);
 }
 
-template <bool kDiagonal, bool kMomentum, typename T>
-IMAML_INLINE void descend(const ProxArgs<T>& a, int64_t row, int64_t begin, int64_t end) {
-  T* __restrict phi = a.phi + row * a.dim;
-  T* __restrict velocity = kMomentum ? a.velocity + row * a.dim : nullptr;
-  const T* __restrict grad = a.grad + row * a.dim;
+// The rule is a copy: what it stores in its buffers cannot change it, and the loop vectorises.
+template <bool kDiagonal, typename T, typename Rule>
+IMAML_INLINE void move(const ProxArgs<T>& a, const Rule rule, int64_t row, int64_t begin,
+                       int64_t end) {
+  const int64_t base = row * a.dim;
+  T* __restrict phi = a.phi + base;
+  const T* __restrict grad = a.grad + base;
   const T* __restrict theta = a.theta;
   const T* __restrict lam = a.lam;
-  const T lam0 = lam[0], lr = a.lr, momentum = a.momentum;
-  const bool nesterov = a.nesterov;
-  for (int64_t i = begin; i < end; ++i) {
-    const T g = prox_gradient(phi[i], grad[i], theta[i], kDiagonal ? lam[i] : lam0);
-    phi[i] -= lr * (kMomentum ? momentum_direction(g, momentum, nesterov, velocity[i]) : g);
-  }
+  const T lam0 = lam[0];
+  for (int64_t i = begin; i < end; ++i)
+    phi[i] -= rule(prox_gradient(phi[i], grad[i], theta[i], kDiagonal ? lam[i] : lam0), base + i);
 }
 
 template <bool kDiagonal, typename T>
@@ -144,44 +143,38 @@ IMAML_INLINE CgNorms update_any(const CgArgs<T>& a, const CgStep& step, int64_t 
                       : update<false, true>(a, step, row, begin, end);
 }
 
-template <typename T>
-IMAML_INLINE void descend_any(const ProxArgs<T>& a, int64_t row, int64_t begin, int64_t end) {
-  if (a.status != nullptr && a.status[row] != kRunning) return;
-  if (a.velocity == nullptr)
-    a.lam_stride ? descend<true, false>(a, row, begin, end)
-                 : descend<false, false>(a, row, begin, end);
-  else
-    a.lam_stride ? descend<true, true>(a, row, begin, end)
-                 : descend<false, true>(a, row, begin, end);
-}
-
 }  // namespace
 
 // target_clones works on functions, not on templates: one plain function per element type.
-#define IMAML_DEFINE(T)                                                                            \
-  IMAML_MULTIVERSION CgSums cg_curvature(const CgArgs<T>& a, int64_t row, int64_t begin,           \
-                                         int64_t end) {                                            \
-    return a.lam_stride ? curvature<true>(a, row, begin, end)                                      \
-                        : curvature<false>(a, row, begin, end);                                    \
-  }                                                                                                \
-  IMAML_MULTIVERSION CgNorms cg_update(const CgArgs<T>& a, const CgStep& step, int64_t row,        \
-                                       int64_t begin, int64_t end) {                               \
-    return update_any(a, step, row, begin, end);                                                   \
-  }                                                                                                \
-  IMAML_MULTIVERSION void cg_redirect(const CgArgs<T>& a, const CgDirection& next, int64_t row,    \
-                                      int64_t begin, int64_t end) {                                \
-    a.inverse == nullptr ? redirect<false>(a, next, row, begin, end)                               \
-                         : redirect<true>(a, next, row, begin, end);                               \
-  }                                                                                                \
-  IMAML_MULTIVERSION void prox_gd(const ProxArgs<T>& a, int64_t row, int64_t begin, int64_t end) { \
-    descend_any(a, row, begin, end);                                                               \
-  }                                                                                                \
-  IMAML_MULTIVERSION ProxSums prox_sums(const ProxArgs<T>& a, int64_t row, int64_t begin,          \
-                                        int64_t end) {                                             \
-    return a.lam_stride ? sums<true>(a, row, begin, end) : sums<false>(a, row, begin, end);        \
-  }                                                                                                \
-  IMAML_MULTIVERSION double dot(const T* a, const T* b, int64_t begin, int64_t end) {              \
-    return dot_body(a, b, begin, end);                                                             \
+#define IMAML_DEFINE(T)                                                                          \
+  IMAML_MULTIVERSION CgSums cg_curvature(const CgArgs<T>& a, int64_t row, int64_t begin,         \
+                                         int64_t end) {                                          \
+    return a.lam_stride ? curvature<true>(a, row, begin, end)                                    \
+                        : curvature<false>(a, row, begin, end);                                  \
+  }                                                                                              \
+  IMAML_MULTIVERSION CgNorms cg_update(const CgArgs<T>& a, const CgStep& step, int64_t row,      \
+                                       int64_t begin, int64_t end) {                             \
+    return update_any(a, step, row, begin, end);                                                 \
+  }                                                                                              \
+  IMAML_MULTIVERSION void cg_redirect(const CgArgs<T>& a, const CgDirection& next, int64_t row,  \
+                                      int64_t begin, int64_t end) {                              \
+    a.inverse == nullptr ? redirect<false>(a, next, row, begin, end)                             \
+                         : redirect<true>(a, next, row, begin, end);                             \
+  }                                                                                              \
+  IMAML_MULTIVERSION void prox_move(const ProxArgs<T>& a, const Descent<T>& rule, int64_t row,   \
+                                    int64_t begin, int64_t end) {                                \
+    a.lam_stride ? move<true>(a, rule, row, begin, end) : move<false>(a, rule, row, begin, end); \
+  }                                                                                              \
+  IMAML_MULTIVERSION void prox_move(const ProxArgs<T>& a, const Adam<T>& rule, int64_t row,      \
+                                    int64_t begin, int64_t end) {                                \
+    a.lam_stride ? move<true>(a, rule, row, begin, end) : move<false>(a, rule, row, begin, end); \
+  }                                                                                              \
+  IMAML_MULTIVERSION ProxSums prox_sums(const ProxArgs<T>& a, int64_t row, int64_t begin,        \
+                                        int64_t end) {                                           \
+    return a.lam_stride ? sums<true>(a, row, begin, end) : sums<false>(a, row, begin, end);      \
+  }                                                                                              \
+  IMAML_MULTIVERSION double dot(const T* a, const T* b, int64_t begin, int64_t end) {            \
+    return dot_body(a, b, begin, end);                                                           \
   }
 IMAML_DEFINE(float)
 IMAML_DEFINE(double)

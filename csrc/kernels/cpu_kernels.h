@@ -25,7 +25,8 @@ struct ProxSums {
   CgSums cg_curvature(const CgArgs<T>&, int64_t row, int64_t begin, int64_t end);                  \
   CgNorms cg_update(const CgArgs<T>&, const CgStep&, int64_t row, int64_t begin, int64_t end);     \
   void cg_redirect(const CgArgs<T>&, const CgDirection&, int64_t row, int64_t begin, int64_t end); \
-  void prox_gd(const ProxArgs<T>&, int64_t row, int64_t begin, int64_t end);                       \
+  void prox_move(const ProxArgs<T>&, const Descent<T>&, int64_t row, int64_t begin, int64_t end);  \
+  void prox_move(const ProxArgs<T>&, const Adam<T>&, int64_t row, int64_t begin, int64_t end);     \
   ProxSums prox_sums(const ProxArgs<T>&, int64_t row, int64_t begin, int64_t end);                 \
   double dot(const T* a, const T* b, int64_t begin, int64_t end);
 IMAML_DECLARE(float)

@@ -47,19 +47,15 @@ struct CgArgs {
   std::int64_t dim;
 };
 
-// phi <- phi - lr d, where g = grad + lam (phi - theta) and d is g, or follows from the velocity.
+// The gradient g = grad + lam (phi - theta) of `rows` proximal objectives.
 template <typename T>
 struct ProxArgs {
   T* phi;          // [rows, dim]
-  T* velocity;     // [rows, dim], or null: no momentum
   const T* grad;   // [rows, dim]
   const T* theta;  // [dim]
   const T* lam;    // [1] or [dim]
   std::int64_t lam_stride;
-  T lr;
-  T momentum;
-  bool nesterov;
-  const std::int32_t* status;  // [rows], or null; a row that is not kRunning is left alone
+  const std::int32_t* status;  // [rows], or null; a step leaves a row alone that is not kRunning
   std::int64_t rows;
   std::int64_t dim;
 };
@@ -215,11 +211,62 @@ IMAML_INLINE T prox_gradient(T phi, T grad, T theta, T lam) {
   return grad + lam * (phi - theta);
 }
 
-// The direction of gradient descent with (Nesterov) momentum, as torch.optim.SGD defines it.
 template <typename T>
-IMAML_INLINE T momentum_direction(T gradient, T momentum, bool nesterov, T& velocity) {
-  velocity = momentum * velocity + gradient;
-  return nesterov ? gradient + momentum * velocity : velocity;
+IMAML_INLINE bool prox_moves(const ProxArgs<T>& a, std::int64_t row) {
+  return a.status == nullptr || a.status[row] == kRunning;
 }
+
+// A rule tells how far phi moves against its gradient g: phi[at] -= rule(g, at). Its own buffers,
+// which it updates, are [rows, dim].
+
+// Gradient descent, with (Nesterov) momentum as torch.optim.SGD defines it.
+template <typename T>
+struct Descent {
+  T* __restrict velocity;  // null: no momentum
+  T lr;
+  T momentum;
+  bool nesterov;
+
+  IMAML_INLINE T operator()(T g, std::int64_t at) const {
+    if (velocity == nullptr) return lr * g;
+    const T along = velocity[at] = momentum * velocity[at] + g;
+    return lr * (nesterov ? g + momentum * along : along);
+  }
+};
+
+struct AdamSettings {
+  double lr, beta1, beta2, eps;
+  std::int64_t step;  // the first is 1
+};
+
+// Adam as torch.optim.Adam defines it:
+//   m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2;
+//   phi -= lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps).
+template <typename T>
+struct Adam {
+  T* __restrict m;
+  T* __restrict v;
+  T beta1, beta2, eps;
+  T share1, share2;  // 1 - beta; rounded, like the two below, from float64
+  T rate;            // lr / (1 - beta1^step)
+  T scale;           // 1 / sqrt(1 - beta2^step)
+
+  Adam(T* m, T* v, const AdamSettings& s)
+      : m(m),
+        v(v),
+        beta1(static_cast<T>(s.beta1)),
+        beta2(static_cast<T>(s.beta2)),
+        eps(static_cast<T>(s.eps)),
+        share1(static_cast<T>(1 - s.beta1)),
+        share2(static_cast<T>(1 - s.beta2)),
+        rate(static_cast<T>(s.lr / (1 - std::pow(s.beta1, static_cast<double>(s.step))))),
+        scale(static_cast<T>(1 / std::sqrt(1 - std::pow(s.beta2, static_cast<double>(s.step))))) {}
+
+  IMAML_INLINE T operator()(T g, std::int64_t at) const {
+    const T mean = m[at] = beta1 * m[at] + share1 * g;
+    const T square = v[at] = beta2 * v[at] + share2 * (g * g);
+    return rate * mean / (std::sqrt(square) * scale + eps);
+  }
+};
 
 }  // namespace imaml
