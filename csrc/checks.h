@@ -116,13 +116,15 @@ struct CgTensors {
   Tensor &x, &r, &p;
   const Tensor &hp, &lam;
   double damping;
+  const std::optional<Tensor>& inverse;
   Tensor& rr;
+  const std::optional<Tensor>& rz;
   const Tensor& tol2;
   Tensor &status, &steps, &curvature, &beta;
 
   void check() const {
-    Checker("cg_step_", "x", x)
-        .same("r", r)
+    const Checker checker("cg_step_", "x", x);
+    checker.same("r", r)
         .same("p", p)
         .same("hp", hp)
         .scalar_or_vector("lam", lam)
@@ -132,6 +134,10 @@ struct CgTensors {
         .per_row("steps", steps, ScalarType::Int)
         .per_row("curvature", curvature, ScalarType::Double)
         .per_row("beta", beta, ScalarType::Double);
+    if (inverse.has_value() != rz.has_value())
+      fail("cg_step_", "a preconditioner needs both inverse and rz, got ",
+           inverse ? "inverse" : "rz", " alone");
+    if (inverse) checker.same("inverse", *inverse).per_row("rz", *rz, ScalarType::Double);
   }
 
   template <typename T>
@@ -144,7 +150,9 @@ struct CgTensors {
     a.lam = lam.const_data_ptr<T>();
     a.lam_stride = stride_of(lam);
     a.damping = static_cast<T>(damping);
+    a.inverse = inverse ? inverse->const_data_ptr<T>() : nullptr;
     a.rr = rr.mutable_data_ptr<double>();
+    a.rz = rz ? rz->mutable_data_ptr<double>() : nullptr;
     a.tol2 = tol2.const_data_ptr<double>();
     a.status = status.mutable_data_ptr<std::int32_t>();
     a.steps = steps.mutable_data_ptr<std::int32_t>();
@@ -156,13 +164,15 @@ struct CgTensors {
   }
 };
 
-// What prox_gd_ and prox_norms share. `phi` is written by the first alone.
+// What the proximal steps and prox_norms share. `phi` is written by the steps alone.
 struct ProxTensors {
   const Tensor &phi, &grad, &theta, &lam;
+  std::optional<Tensor> status = std::nullopt;
 
   Checker check(const char* op) const {
     Checker checker(op, "phi", phi);
     checker.same("grad", grad).vector("theta", theta).scalar_or_vector("lam", lam);
+    if (status) checker.per_row("status", *status, ScalarType::Int);
     return checker;
   }
 
@@ -174,36 +184,50 @@ struct ProxTensors {
     a.theta = theta.const_data_ptr<T>();
     a.lam = lam.const_data_ptr<T>();
     a.lam_stride = stride_of(lam);
+    a.status = status ? status->const_data_ptr<std::int32_t>() : nullptr;
     a.rows = phi.size(0);
     a.dim = phi.size(1);
     return a;
   }
 };
 
+// The steps: what they share, and their rule's own arguments.
 struct DescentTensors {
+  static constexpr const char* kName = "prox_gd_";
   ProxTensors prox;
   const std::optional<Tensor>& velocity;
-  double lr;
-  double momentum;
+  double lr, momentum;
   bool nesterov;
-  const std::optional<Tensor>& status;
 
   void check() const {
-    const Checker checker = prox.check("prox_gd_");
+    const Checker checker = prox.check(kName);
     if (velocity) checker.same("velocity", *velocity);
-    if (!velocity && momentum != 0) fail("prox_gd_", "momentum needs a velocity buffer");
-    if (status) checker.per_row("status", *status, ScalarType::Int);
+    if (!velocity && momentum != 0) fail(kName, "momentum needs a velocity buffer");
   }
 
   template <typename T>
-  ProxArgs<T> args() const {
-    ProxArgs<T> a = prox.args<T>();
-    a.velocity = velocity ? velocity->mutable_data_ptr<T>() : nullptr;
-    a.lr = static_cast<T>(lr);
-    a.momentum = static_cast<T>(momentum);
-    a.nesterov = nesterov;
-    a.status = status ? status->const_data_ptr<std::int32_t>() : nullptr;
-    return a;
+  Descent<T> rule() const {
+    return {velocity ? velocity->mutable_data_ptr<T>() : nullptr, static_cast<T>(lr),
+            static_cast<T>(momentum), nesterov};
+  }
+};
+
+struct AdamTensors {
+  static constexpr const char* kName = "prox_adam_";
+  ProxTensors prox;
+  Tensor &first_moment, &second_moment;
+  AdamSettings settings;
+
+  void check() const {
+    prox.check(kName).same("first_moment", first_moment).same("second_moment", second_moment);
+    for (const double beta : {settings.beta1, settings.beta2})
+      if (!(beta >= 0 && beta < 1)) fail(kName, "beta1 and beta2 must be in [0, 1), got ", beta);
+    if (settings.step < 1) fail(kName, "step counts from 1, got ", settings.step);
+  }
+
+  template <typename T>
+  Adam<T> rule() const {
+    return {first_moment.mutable_data_ptr<T>(), second_moment.mutable_data_ptr<T>(), settings};
   }
 };
 

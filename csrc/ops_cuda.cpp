@@ -35,9 +35,10 @@ class Device {
 };
 
 void cg_step_(Tensor x, Tensor r, Tensor p, const Tensor& hp, const Tensor& lam, double damping,
-              Tensor rr, const Tensor& tol2, Tensor status, Tensor steps, Tensor curvature,
-              Tensor beta) {
-  const CgTensors tensors{x, r, p, hp, lam, damping, rr, tol2, status, steps, curvature, beta};
+              std::optional<Tensor> inverse, Tensor rr, std::optional<Tensor> rz,
+              const Tensor& tol2, Tensor status, Tensor steps, Tensor curvature, Tensor beta) {
+  const CgTensors tensors{x,  r,  p,    hp,     lam,   damping,   inverse,
+                          rr, rz, tol2, status, steps, curvature, beta};
   tensors.check();
   const Device device("cg_step_", x);
   Tensor workspace = new_doubles(x, {cuda::cg_step_workspace(x.size(0), x.size(1))});
@@ -47,15 +48,28 @@ void cg_step_(Tensor x, Tensor r, Tensor p, const Tensor& hp, const Tensor& lam,
   });
 }
 
+template <typename StepTensors>
+void prox_step(const StepTensors& tensors) {
+  tensors.check();
+  const Device device(StepTensors::kName, tensors.prox.phi);
+  dispatch(tensors.prox.phi, [&](auto zero) {
+    using T = decltype(zero);
+    device.check(cuda::prox_step_on(tensors.prox.template args<T>(), tensors.template rule<T>(),
+                                    device.stream()));
+  });
+}
+
 void prox_gd_(Tensor phi, std::optional<Tensor> velocity, const Tensor& grad, const Tensor& theta,
               const Tensor& lam, double lr, double momentum, bool nesterov,
               std::optional<Tensor> status) {
-  const DescentTensors tensors{{phi, grad, theta, lam}, velocity, lr, momentum, nesterov, status};
-  tensors.check();
-  const Device device("prox_gd_", phi);
-  dispatch(phi, [&](auto zero) {
-    device.check(cuda::prox_gd_on(tensors.args<decltype(zero)>(), device.stream()));
-  });
+  prox_step(DescentTensors{{phi, grad, theta, lam, status}, velocity, lr, momentum, nesterov});
+}
+
+void prox_adam_(Tensor phi, Tensor first_moment, Tensor second_moment, const Tensor& grad,
+                const Tensor& theta, const Tensor& lam, double lr, double beta1, double beta2,
+                double eps, int64_t step, std::optional<Tensor> status) {
+  prox_step(AdamTensors{
+      {phi, grad, theta, lam, status}, first_moment, second_moment, {lr, beta1, beta2, eps, step}});
 }
 
 Tensor prox_norms(const Tensor& phi, const Tensor& grad, const Tensor& theta, const Tensor& lam) {
@@ -91,6 +105,7 @@ Tensor row_dot(const Tensor& a, const Tensor& b) {
 STABLE_TORCH_LIBRARY_IMPL(imaml, CUDA, m) {
   m.impl("cg_step_", TORCH_BOX(&imaml::cg_step_));
   m.impl("prox_gd_", TORCH_BOX(&imaml::prox_gd_));
+  m.impl("prox_adam_", TORCH_BOX(&imaml::prox_adam_));
   m.impl("prox_norms", TORCH_BOX(&imaml::prox_norms));
   m.impl("row_dot", TORCH_BOX(&imaml::row_dot));
 }

@@ -45,12 +45,17 @@ def build_info() -> dict[str, str]:
 
 
 @torch.library.register_fake("imaml::cg_step_")
-def _(x, r, p, hp, lam, damping, rr, tol2, status, steps, curvature, beta):  # type: ignore[no-untyped-def]
+def _(x, r, p, hp, lam, damping, inverse, rr, rz, tol2, status, steps, curvature, beta):  # type: ignore[no-untyped-def]
     return None
 
 
 @torch.library.register_fake("imaml::prox_gd_")
 def _(phi, velocity, grad, theta, lam, lr, momentum, nesterov, status):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("imaml::prox_adam_")
+def _(phi, first_moment, second_moment, grad, theta, lam, lr, beta1, beta2, eps, step, status):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -64,8 +69,8 @@ def _(a, b):  # type: ignore[no-untyped-def]
     return a.new_empty((a.shape[0],), dtype=torch.float64)
 
 
-def _refuse_gradients(operator: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+def _refuse_gradients(operator: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"{operator}: not differentiable; call it under torch.no_grad() or detach its arguments"
         )
@@ -85,32 +90,41 @@ def cg_step_(
     steps: Tensor,
     curvature: Tensor,
     beta: Tensor,
+    inverse: Tensor | None = None,
+    rz: Tensor | None = None,
 ) -> None:
     """One conjugate-gradient iteration on `(H_i + Λ + damping I) x_i = b_i`, for every row i.
 
-    With `Ap = hp + Λp + damping p`: `alpha = r·r / p·Ap`, `x += alpha p`, `r -= alpha Ap`,
-    `beta = r·r / old r·r`, `p = r + beta p`. A row moves only while its status is RUNNING. It
-    becomes CONVERGED when `r·r <= tol2`; NEGATIVE_CURVATURE when `p·Ap <= eps |p| |Ap|`, keeping x,
-    or in its first step `x += p / Λ` where Λ > 0; NONFINITE when a sum is not finite, with x = 0.
+    With `Ap = hp + Λp + damping p` and z = r, or z = M⁻¹r under a preconditioner M:
+    `alpha = r·z / p·Ap`, `x += alpha p`, `r -= alpha Ap`, `beta = r·z / old r·z`, `p = z + beta p`.
+    A row moves only while its status is RUNNING. It becomes CONVERGED when `r·r <= tol2`, with a
+    preconditioner too; NEGATIVE_CURVATURE when `p·Ap <= eps |p| |Ap|`, keeping x, or in its first
+    step `x += r / Λ` where Λ > 0; NONFINITE, with x = 0, when a sum is not finite or `r·z` is not
+    positive.
 
     Args:
-        x, r, p: iterate, residual and direction, [B, D]; written.
+        x, r, p: iterate, residual and direction, [B, D]; written. p starts as z.
         hp: `H p`, [B, D].
         lam: Λ, [1] for a scalar or [D] for a diagonal.
         rr: r·r, [B] float64; written.
         tol2: squared absolute tolerance, [B] float64.
         status, steps: [B] int32; written.
-        curvature, beta: p·Ap / r·r and beta of this iteration, 0 for a frozen row, [B] float64;
+        curvature, beta: p·Ap / r·z and beta of this iteration, 0 for a frozen row, [B] float64;
             written.
+        inverse: M⁻¹ of a positive diagonal M, [B, D]; with it goes `rz`.
+        rz: r·z, [B] float64; written.
 
     Raises:
         RuntimeError: a shape, dtype, device or layout does not fit.
     """
-    _refuse_gradients("cg_step_", x, r, p, hp, lam)
-    torch.ops.imaml.cg_step_(x, r, p, hp, lam, damping, rr, tol2, status, steps, curvature, beta)
+    _refuse_gradients("cg_step_", x, r, p, hp, lam, inverse)
+    torch.ops.imaml.cg_step_(
+        x, r, p, hp, lam, damping, inverse, rr, rz, tol2, status, steps, curvature, beta
+    )
     # The dispatcher does not do this for an operator defined in C++, and without it autograd would
     # not notice that a tensor it saved has been overwritten.
-    torch.autograd.graph.increment_version((x, r, p, rr, status, steps, curvature, beta))
+    written = (x, r, p, rr, status, steps, curvature, beta)
+    torch.autograd.graph.increment_version(written if rz is None else (*written, rz))
 
 
 def prox_gd_(
@@ -144,6 +158,43 @@ def prox_gd_(
     _refuse_gradients("prox_gd_", phi, grad, theta, lam)
     torch.ops.imaml.prox_gd_(phi, velocity, grad, theta, lam, lr, momentum, nesterov, status)
     torch.autograd.graph.increment_version(phi if velocity is None else (phi, velocity))
+
+
+def prox_adam_(
+    phi: Tensor,
+    grad: Tensor,
+    theta: Tensor,
+    lam: Tensor,
+    *,
+    lr: float,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    status: Tensor | None = None,
+) -> None:
+    """A step of `torch.optim.Adam` on the proximal objective, with `g = grad + Λ (phi - theta)`.
+
+    `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g²`, and
+    `phi -= lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)`.
+
+    Args:
+        phi, grad, theta, lam: as in `prox_gd_`.
+        first_moment, second_moment: m and v, [B, D], 0 before the first step; written.
+        beta1, beta2: in [0, 1).
+        step: the number of this step, from 1.
+        status: [B] int32; a row that is not RUNNING is left alone, and so are its m and v.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit, or a number is out of range.
+    """
+    _refuse_gradients("prox_adam_", phi, grad, theta, lam)
+    torch.ops.imaml.prox_adam_(
+        phi, first_moment, second_moment, grad, theta, lam, lr, beta1, beta2, eps, step, status
+    )
+    torch.autograd.graph.increment_version((phi, first_moment, second_moment))
 
 
 def prox_norms(phi: Tensor, grad: Tensor, theta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Sizes straddle the kernels' boundaries more densely in csrc/tests; here it is what Python adds.
 """
 
+import functools
 import subprocess
 import sys
 
@@ -15,6 +16,15 @@ from imaml_ext.solution import Status
 
 SHAPES = [(1, 1), (3, 17), (5, 4096), (2, 4097), (16, 1761), (70, 3), (0, 5)]
 
+ADAM = {
+    "first_moment": torch.zeros(3, 4),
+    "second_moment": torch.zeros(3, 4),
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "step": 1,
+}
+
 
 def tolerance(dtype):
     return (
@@ -22,7 +32,7 @@ def tolerance(dtype):
     )
 
 
-def cg_arguments(rows, dim, dtype, device, lam=None):
+def cg_arguments(rows, dim, dtype, device, lam=None, preconditioned=False):
     def normal(*shape):
         return torch.randn(shape, dtype=dtype, device=device)
 
@@ -39,29 +49,116 @@ def cg_arguments(rows, dim, dtype, device, lam=None):
         "curvature": torch.full((rows,), -7.0, **per_row),
         "beta": torch.full((rows,), -7.0, **per_row),
     }
+    if preconditioned:
+        state["inverse"] = torch.rand_like(r) + 0.5
+        state["rz"] = (r.double() ** 2 * state["inverse"]).sum(1)
     return (x, r, p, hp, lam), state
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_cg_step_is_one_iteration(shape, diagonal, dtype, device):
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_cg_step_is_one_iteration(shape, diagonal, preconditioned, dtype, device):
     lam = torch.rand(shape[1], dtype=dtype, device=device) + 0.5 if diagonal else None
-    (x, r, p, hp, lam), state = cg_arguments(*shape, dtype, device, lam)
+    (x, r, p, hp, lam), state = cg_arguments(*shape, dtype, device, lam, preconditioned)
     x1, r1, p1, h1, l1 = (t.double().clone() for t in (x, r, p, hp, lam))
+    inverse = state["inverse"].double() if preconditioned else 1.0
     ap = h1 + (l1 + 0.25) * p1
-    rr = (r1 * r1).sum(1, keepdim=True)
-    alpha = rr / (p1 * ap).sum(1, keepdim=True)
+    rz = (r1 * inverse * r1).sum(1, keepdim=True)
+    alpha = rz / (p1 * ap).sum(1, keepdim=True)
     x1, r1 = x1 + alpha * p1, r1 - alpha * ap
-    beta = (r1 * r1).sum(1, keepdim=True) / rr
+    rz_new = (r1 * inverse * r1).sum(1, keepdim=True)
+    p1 = inverse * r1 + rz_new / rz * p1
 
     ops.cg_step_(x, r, p, hp, lam, damping=0.25, **state)
 
     torch.testing.assert_close(x, x1.to(dtype), **tolerance(dtype))
     torch.testing.assert_close(r, r1.to(dtype), **tolerance(dtype))
-    torch.testing.assert_close(p, (r1 + beta * p1).to(dtype), **tolerance(dtype))
+    torch.testing.assert_close(p, p1.to(dtype), **tolerance(dtype))
     torch.testing.assert_close(state["curvature"], 1 / alpha[:, 0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(state["beta"], (rz_new / rz)[:, 0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state["rr"], (r1 * r1).sum(1), rtol=1e-4, atol=1e-4)
+    if preconditioned:
+        torch.testing.assert_close(state["rz"], rz_new[:, 0], rtol=1e-4, atol=1e-4)
     assert (state["steps"] == 1).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_identity_is_no_preconditioner_to_the_bit(shape, dtype, device):
+    torch.manual_seed(1)
+    arguments, state = cg_arguments(*shape, dtype, device)
+    torch.manual_seed(1)
+    arguments1, state1 = cg_arguments(*shape, dtype, device)
+    identity = {"inverse": torch.ones_like(arguments1[0]), "rz": state1["rr"].clone()}
+    ops.cg_step_(*arguments, damping=0.25, **state)
+    ops.cg_step_(*arguments1, damping=0.25, **state1, **identity)
+    for plain, preconditioned in zip(arguments, arguments1, strict=True):
+        assert torch.equal(plain, preconditioned)
+    for name, plain in state.items():
+        assert torch.equal(plain, state1[name]), name
+    assert torch.equal(identity["rz"], state1["rr"])
+
+
+def spd_system(device):
+    """Two badly scaled systems, [2, 40, 40], with right-hand sides and inverse diagonals."""
+    scale = torch.logspace(-2, 2, 40, dtype=torch.float64, device=device)
+    factor = torch.randn(2, 40, 40, dtype=torch.float64, device=device)
+    matrix = torch.eye(40, dtype=torch.float64, device=device) + factor @ factor.mT / 200
+    matrix = scale[:, None] * matrix * scale
+    b = torch.randn(2, 40, dtype=torch.float64, device=device)
+    return matrix, b, 1 / matrix.diagonal(dim1=1, dim2=2).contiguous()
+
+
+def preconditioned_solve(matrix, b, inverse, iterations, tol2):
+    x, r, p = torch.zeros_like(b), b.clone(), inverse * b
+    per_row = dict(dtype=torch.float64, device=b.device)
+    state = {
+        "rr": ops.row_dot(r, r),
+        "rz": ops.row_dot(r, p),
+        "tol2": torch.full((len(b),), tol2, **per_row),
+        "status": torch.zeros(len(b), dtype=torch.int32, device=b.device),
+        "steps": torch.zeros(len(b), dtype=torch.int32, device=b.device),
+        "curvature": torch.empty(len(b), **per_row),
+        "beta": torch.empty(len(b), **per_row),
+    }
+    for _ in range(iterations):
+        hp = (matrix @ p[:, :, None])[:, :, 0]
+        ops.cg_step_(x, r, p, hp, p.new_zeros(1), damping=0.0, inverse=inverse, **state)
+    return x, r, state
+
+
+def test_preconditioned_iterates_are_scipys(device):
+    scipy_cg = pytest.importorskip("scipy.sparse.linalg").cg
+    matrix, b, inverse = spd_system(device)
+    for iterations in (1, 2, 7):
+        x, _, _ = preconditioned_solve(matrix, b, inverse, iterations, tol2=0.0)
+        for row in range(2):
+            arrays = (t[row].cpu().numpy() for t in (matrix, b, inverse.diag_embed()))
+            a, rhs, m = arrays
+            want, _ = scipy_cg(a, rhs, M=m, maxiter=iterations, rtol=0.0, atol=0.0)
+            torch.testing.assert_close(x[row].cpu(), torch.from_numpy(want), rtol=1e-9, atol=1e-9)
+
+
+def test_a_preconditioned_row_stops_at_its_own_residual(device):
+    matrix, b, inverse = spd_system(device)
+    # The scale of M changes nothing but r.z, which is then far from r.r, below or above.
+    inverse *= torch.tensor([[1e-8], [1e8]], dtype=torch.float64, device=device)
+    x, r, state = preconditioned_solve(matrix, b, inverse, 60, tol2=1e-12)
+    assert (state["status"] == Status.CONVERGED).all()
+    assert (state["steps"] < 60).all()
+    residual = b - (matrix @ x[:, :, None])[:, :, 0]
+    assert (residual.norm(dim=1) <= 1.01e-6).all()
+    torch.testing.assert_close(state["rr"], r.square().sum(1))
+    assert (state["rr"] > 1e-20).all()  # and not far beyond
+
+
+def test_negative_curvature_at_once_leaves_h_out_of_a_preconditioned_system_too(dtype, device):
+    (x, r, p, _, lam), state = cg_arguments(3, 17, dtype, device, preconditioned=True)
+    p.copy_(state["inverse"] * r)
+    want = x + r / lam
+    ops.cg_step_(x, r, p, -9 * p, lam, damping=0.0, **state)
+    assert (state["status"] == Status.NEGATIVE_CURVATURE).all()
+    torch.testing.assert_close(x, want)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -85,6 +182,42 @@ def test_prox_gd_is_sgd_on_the_proximal_objective(shape, nesterov, dtype, device
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_prox_adam_is_adam_on_the_proximal_objective(shape, diagonal, dtype, device):
+    def normal(*size):
+        return torch.randn(size, dtype=dtype, device=device)
+
+    phi, theta, lam = normal(*shape), normal(shape[1]), normal(shape[1] if diagonal else 1).abs()
+    leaf = phi.clone().requires_grad_()
+    adam = torch.optim.Adam([leaf], lr=0.03, betas=(0.8, 0.95), eps=1e-3)
+    m, v = torch.zeros_like(phi), torch.zeros_like(phi)
+    for step in range(1, 5):
+        grad = normal(*shape)
+        leaf.grad = grad + lam * (leaf.detach() - theta)
+        adam.step()
+        ops.prox_adam_(
+            phi, grad, theta, lam, lr=0.03, first_moment=m, second_moment=v, beta1=0.8, beta2=0.95,
+            eps=1e-3, step=step,
+        )  # fmt: skip
+        state = adam.state[leaf]
+        torch.testing.assert_close(phi, leaf.detach(), **tolerance(dtype))
+        torch.testing.assert_close(m, state["exp_avg"], **tolerance(dtype))
+        torch.testing.assert_close(v, state["exp_avg_sq"], **tolerance(dtype))
+
+
+def test_adams_bias_corrections_do_not_round_in_float32():
+    # In float32, 1 - 0.9999999 is 1.2e-7 and not 1e-7.
+    phi, m, v = (torch.zeros(1, 4) for _ in range(3))
+    grad, zero = torch.ones(1, 4), torch.zeros(4)
+    ops.prox_adam_(
+        phi, grad, zero, zero, lr=1.0, first_moment=m, second_moment=v, beta1=0.9999999,
+        beta2=0.9999999, eps=0.0, step=1,
+    )  # fmt: skip
+    torch.testing.assert_close(phi, -grad)
+    torch.testing.assert_close(m, 1e-7 * grad)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_row_sums(shape, dtype, device):
     phi, grad = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
     theta, lam = (torch.randn(shape[1], dtype=dtype, device=device) for _ in range(2))
@@ -104,16 +237,31 @@ def test_a_row_that_is_not_running_is_left_alone(dtype, device):
     assert torch.equal(phi[1:], before[1:])
     torch.testing.assert_close(phi[0], before[0] - 0.1)
 
+    m, v = torch.zeros_like(phi), torch.zeros_like(phi)
+    ops.prox_adam_(
+        phi, torch.ones_like(phi), zero, zero, lr=0.1, first_moment=m, second_moment=v, beta1=0.9,
+        beta2=0.999, eps=0.0, step=1, status=status,
+    )  # fmt: skip
+    assert torch.equal(phi[1:], before[1:])
+    assert not m[1:].any()
+    assert not v[1:].any()
+    torch.testing.assert_close(phi[0], before[0] - 0.2)
+
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_bits_do_not_depend_on_the_number_of_threads(rows, dtype):
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_bits_do_not_depend_on_the_number_of_threads(rows, preconditioned, dtype):
     def run():
         torch.manual_seed(1)
-        (x, r, p, hp, lam), state = cg_arguments(rows, 30011, dtype, "cpu")
+        (x, r, p, hp, lam), state = cg_arguments(rows, 30011, dtype, "cpu", None, preconditioned)
         ops.cg_step_(x, r, p, hp, lam, damping=0.1, **state)
         theta = torch.randn(30011, dtype=dtype)
         sums = ops.prox_norms(x, r, theta, lam)
-        return [x, r, p, *state.values(), *sums, ops.row_dot(x, r)]
+        ops.prox_adam_(
+            x, r, theta, lam, lr=0.1, first_moment=p, second_moment=hp.square_(), beta1=0.9,
+            beta2=0.99, eps=1e-8, step=2,
+        )  # fmt: skip
+        return [x, r, p, hp, *state.values(), *sums, ops.row_dot(x, r)]
 
     threads = torch.get_num_threads()
     try:
@@ -127,15 +275,21 @@ def test_bits_do_not_depend_on_the_number_of_threads(rows, dtype):
 
 
 def samples(dtype, device):
-    arguments, state = cg_arguments(3, 5, dtype, device)
-    yield (
-        torch.ops.imaml.cg_step_.default,
-        (*arguments, 0.1, *state.values()),
-    )
+    for preconditioned in (False, True):
+        arguments, state = cg_arguments(3, 5, dtype, device, None, preconditioned)
+        order = ("inverse", "rr", "rz", "tol2", "status", "steps", "curvature", "beta")
+        yield (
+            torch.ops.imaml.cg_step_.default,
+            (*arguments, 0.1, *(state.get(name) for name in order)),
+        )
     phi, velocity, grad = (torch.randn(3, 5, dtype=dtype, device=device) for _ in range(3))
     theta, lam = torch.randn(5, dtype=dtype, device=device), arguments[-1]
     yield torch.ops.imaml.prox_gd_.default, (phi, velocity, grad, theta, lam, 0.1, 0.9, True, None)
     yield torch.ops.imaml.prox_gd_.default, (phi, None, grad, theta, lam, 0.1, 0.0, False, None)
+    yield (
+        torch.ops.imaml.prox_adam_.default,
+        (phi, velocity, velocity.square(), grad, theta, lam, 0.1, 0.9, 0.999, 1e-8, 3, None),
+    )
     yield torch.ops.imaml.prox_norms.default, (phi, grad, theta, lam)
     yield torch.ops.imaml.row_dot.default, (phi, grad)
 
@@ -149,6 +303,10 @@ def test_operators_compile_without_a_graph_break(device):
     def solve_step(x, r, p, hp, lam, state, theta):
         ops.cg_step_(x, r, p, hp * 1.5, lam, damping=0.1, **state)
         ops.prox_gd_(r, p, theta, lam, lr=0.1)
+        ops.prox_adam_(
+            r, p, theta, lam, lr=0.1, first_moment=x, second_moment=hp.square(), beta1=0.9,
+            beta2=0.999, eps=1e-8, step=1,
+        )  # fmt: skip
         return ops.row_dot(x, r).sin() + ops.prox_norms(x, r, theta, lam)[0]
 
     torch._dynamo.reset()
@@ -172,12 +330,52 @@ def test_autograd_notices_that_a_saved_tensor_was_overwritten():
         loss.backward()
 
 
+def test_what_is_written_has_a_new_version():
+    def bumps(tensors, call):
+        before = [t._version for t in tensors]
+        call()
+        return [t._version - version for t, version in zip(tensors, before, strict=True)]
+
+    (x, r, p, hp, lam), state = cg_arguments(3, 4, torch.float32, "cpu", preconditioned=True)
+    read = [hp, lam, state["tol2"], state["inverse"]]
+    written = [x, r, p, *(t for t in state.values() if all(t is not other for other in read))]
+    assert len(written) == 9
+    step = functools.partial(ops.cg_step_, x, r, p, hp, lam, damping=0.0, **state)
+    assert bumps(written, step) == [1] * 9
+    assert bumps(read, step) == [0] * 4
+
+    adam = ADAM | {"first_moment": r, "second_moment": torch.zeros(3, 4)}
+    theta = torch.zeros(4)
+    step = functools.partial(ops.prox_adam_, x, hp, theta, lam, lr=0.1, **adam)
+    assert bumps([x, r, adam["second_moment"]], step) == [1] * 3
+    assert bumps([hp, theta, lam], step) == [0] * 3
+
+
 def test_tensors_that_require_grad_are_refused():
     phi = torch.randn(3, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match="row_dot: not differentiable"):
         ops.row_dot(phi, phi)
     with torch.no_grad():
         ops.row_dot(phi, phi)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rz": None}, "a preconditioner needs both inverse and rz, got inverse alone"),
+        ({"inverse": None}, "a preconditioner needs both inverse and rz, got rz alone"),
+        ({"inverse": torch.ones(4)}, r"inverse must have x's shape \[3, 4\], got \[4\]"),
+        ({"inverse": torch.ones(3, 4)}, "inverse must be Double as x, got Float"),
+        ({"inverse": torch.ones(4, 3).double().T}, "inverse must be contiguous"),
+        ({"rz": torch.ones(3)}, "rz must be Double, got Float"),
+        ({"rz": torch.ones(4).double()}, r"rz must be \[3\], got \[4\]"),
+        ({"tol2": torch.ones(3)}, "tol2 must be Double, got Float"),
+    ],
+)
+def test_a_preconditioner_that_does_not_fit_is_refused_by_name(change, message):
+    arguments, state = cg_arguments(3, 4, torch.float64, "cpu", preconditioned=True)
+    with pytest.raises(RuntimeError, match=f"cg_step_: {message}"):
+        ops.cg_step_(*arguments, damping=0.0, **(state | change))
 
 
 @pytest.mark.parametrize(
@@ -191,20 +389,51 @@ def test_tensors_that_require_grad_are_refused():
         ({"theta": torch.zeros(3)}, r"theta must be \[4\], got \[3\]"),
         ({"theta": torch.zeros(8)[::2]}, "theta must be contiguous"),
         ({"lam": torch.zeros(2)}, r"lam must be \[1\] or \[4\], got \[2\]"),
-        ({"momentum": 0.9}, "momentum needs a velocity buffer"),
         ({"status": torch.zeros(3)}, "status must be Int, got Float"),
         ({"status": torch.zeros(2, dtype=torch.int32)}, r"status must be \[3\], got \[2\]"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(change, message):
+@pytest.mark.parametrize("rule", [{}, ADAM], ids=["prox_gd_", "prox_adam_"])
+def test_what_does_not_fit_is_refused_by_name(change, message, rule):
     arguments = {
         "phi": torch.zeros(3, 4),
         "grad": torch.zeros(3, 4),
         "theta": torch.zeros(4),
         "lam": torch.ones(1),
     } | change
+    operator = ops.prox_adam_ if rule else ops.prox_gd_
+    with pytest.raises(RuntimeError, match=f"{operator.__name__}: {message}"):
+        operator(**arguments, **rule, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"first_moment": torch.zeros(3)}, r"first_moment must have phi's shape \[3, 4\]"),
+        ({"second_moment": torch.zeros(3, 4).double()}, "second_moment must be Float as phi"),
+        ({"second_moment": torch.zeros(4, 3).T}, "second_moment must be contiguous"),
+        ({"beta1": -0.1}, r"beta1 and beta2 must be in \[0, 1\), got -0.1"),
+        ({"beta2": 1.0}, r"beta1 and beta2 must be in \[0, 1\), got 1"),
+        ({"step": 0}, "step counts from 1, got 0"),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused_by_name(change, message):
+    arguments = torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4), torch.ones(1)
+    with pytest.raises(RuntimeError, match=f"prox_adam_: {message}"):
+        ops.prox_adam_(*arguments, lr=0.1, **(ADAM | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"momentum": 0.9}, "momentum needs a velocity buffer"),
+        ({"velocity": torch.zeros(3, 5)}, r"velocity must have phi's shape \[3, 4\]"),
+    ],
+)
+def test_a_velocity_that_does_not_fit_is_refused_by_name(change, message):
+    arguments = torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4), torch.ones(1)
     with pytest.raises(RuntimeError, match=f"prox_gd_: {message}"):
-        ops.prox_gd_(**arguments, lr=0.1)
+        ops.prox_gd_(*arguments, lr=0.1, **change)
 
 
 def test_status_has_the_kernels_numbers():

@@ -47,19 +47,19 @@ void for_rows(int64_t rows, int64_t dim, int threads, const ParallelFor& paralle
   });
 }
 
-// A row's sum: add(total, part(begin, end)) over its chunks, in order.
-template <typename Sum, typename ParallelFor, typename Part, typename Add>
-Sum sum_chunks(int64_t dim, const ParallelFor& parallel_for, const Part& part, const Add& add) {
+// A row's sum: part(begin, end) over its chunks, added in order.
+template <typename Sum, typename ParallelFor, typename Part>
+Sum sum_chunks(int64_t dim, const ParallelFor& parallel_for, const Part& part) {
   Sum total{};
   if constexpr (std::is_same_v<ParallelFor, Serial>) {
     for_chunks(dim, parallel_for,
-               [&](int64_t begin, int64_t end, int64_t) { add(total, part(begin, end)); });
+               [&](int64_t begin, int64_t end, int64_t) { total += part(begin, end); });
   } else {
     std::vector<Sum> parts(static_cast<std::size_t>(chunk_count(dim)));
     for_chunks(dim, parallel_for, [&](int64_t begin, int64_t end, int64_t chunk) {
       parts[static_cast<std::size_t>(chunk)] = part(begin, end);
     });
-    for (const Sum& one : parts) add(total, one);
+    for (const Sum& one : parts) total += one;
   }
   return total;
 }
@@ -71,35 +71,32 @@ void cg_step(const CgArgs<T>& a, int threads, const ParallelFor& parallel_for) {
       a.curvature[row] = a.beta[row] = 0;
       return;
     }
-    const CgSums sums = sum_chunks<CgSums>(
-        a.dim, within, [&](int64_t begin, int64_t end) { return cg_curvature(a, row, begin, end); },
-        [](CgSums& total, const CgSums& part) {
-          total.pap += part.pap;
-          total.pp += part.pp;
-          total.apap += part.apap;
-        });
-    const double rr_old = a.rr[row];
-    const CgStep step = cg_step_length<T>(sums, rr_old, a.steps[row]);
-    double rr_new = rr_old;
+    const CgSums sums = sum_chunks<CgSums>(a.dim, within, [&](int64_t begin, int64_t end) {
+      return cg_curvature(a, row, begin, end);
+    });
+    const double rz_old = cg_old_rz(a, row);
+    const CgStep step = cg_step_length<T>(sums, rz_old, a.steps[row]);
+    CgNorms norms;
     if (step.action != kFreeze)
-      rr_new = sum_chunks<double>(
-          a.dim, within,
-          [&](int64_t begin, int64_t end) { return cg_update(a, step, row, begin, end); },
-          [](double& total, double part) { total += part; });
-    const CgDirection next = cg_direction(step, rr_new, rr_old, a.tol2[row]);
+      norms = sum_chunks<CgNorms>(a.dim, within, [&](int64_t begin, int64_t end) {
+        return cg_update(a, step, row, begin, end);
+      });
+    const CgDirection next = cg_direction(step, norms, rz_old, a.tol2[row]);
     if (next.action != kFreeze)
       for_chunks(a.dim, within, [&](int64_t begin, int64_t end, int64_t) {
         cg_redirect(a, next, row, begin, end);
       });
-    cg_record(a, row, sums, step, next, rr_new, rr_old);
+    cg_record(a, row, sums, step, next, norms, rz_old);
   });
 }
 
-template <typename T, typename ParallelFor>
-void prox_gd_step(const ProxArgs<T>& a, int threads, const ParallelFor& parallel_for) {
+template <typename T, typename Rule, typename ParallelFor>
+void prox_step(const ProxArgs<T>& a, const Rule& rule, int threads,
+               const ParallelFor& parallel_for) {
   for_rows(a.rows, a.dim, threads, parallel_for, [&](int64_t row, const auto& within) {
+    if (!prox_moves(a, row)) return;
     for_chunks(a.dim, within,
-               [&](int64_t begin, int64_t end, int64_t) { prox_gd(a, row, begin, end); });
+               [&](int64_t begin, int64_t end, int64_t) { prox_move(a, rule, row, begin, end); });
   });
 }
 
@@ -107,11 +104,7 @@ template <typename T, typename ParallelFor>
 void prox_norms(const ProxArgs<T>& a, double* out, int threads, const ParallelFor& parallel_for) {
   for_rows(a.rows, a.dim, threads, parallel_for, [&](int64_t row, const auto& within) {
     const ProxSums sums = sum_chunks<ProxSums>(
-        a.dim, within, [&](int64_t begin, int64_t end) { return prox_sums(a, row, begin, end); },
-        [](ProxSums& total, const ProxSums& part) {
-          total.grad_norm2 += part.grad_norm2;
-          total.penalty += part.penalty;
-        });
+        a.dim, within, [&](int64_t begin, int64_t end) { return prox_sums(a, row, begin, end); });
     out[2 * row] = sums.grad_norm2;
     out[2 * row + 1] = sums.penalty;
   });
@@ -121,10 +114,9 @@ template <typename T, typename ParallelFor>
 void row_dot(const T* a, const T* b, double* out, int64_t rows, int64_t dim, int threads,
              const ParallelFor& parallel_for) {
   for_rows(rows, dim, threads, parallel_for, [&](int64_t row, const auto& within) {
-    out[row] = sum_chunks<double>(
-        dim, within,
-        [&](int64_t begin, int64_t end) { return dot(a + row * dim, b + row * dim, begin, end); },
-        [](double& total, double part) { total += part; });
+    out[row] = sum_chunks<double>(dim, within, [&](int64_t begin, int64_t end) {
+      return dot(a + row * dim, b + row * dim, begin, end);
+    });
   });
 }
 

@@ -3,6 +3,7 @@
 //   cg_redirect   reads r, p and writes p.
 // The driver runs the three over one row before it takes the next, so that what one pass read the
 // next finds in cache: 7 passes reach memory when a row's four vectors fit, 11 when they do not.
+// A preconditioner adds a read of its diagonal to the last two.
 #include "cpu_kernels.h"
 
 #include "isa.h"
@@ -33,8 +34,8 @@ IMAML_INLINE double square(T value) {
   return static_cast<double>(value) * static_cast<double>(value);
 }
 
-// `kDiagonal` is a compile-time flag, since lam[i * stride] with a run-time stride of 0 or 1 would
-// be a gather.
+// What varies from call to call is a compile-time flag: lam[i * stride] with a run-time stride of 0
+// or 1 would be a gather, and a pointer that may be null a branch.
 template <bool kDiagonal, typename T>
 IMAML_INLINE CgSums curvature(const CgArgs<T>& a, int64_t row, int64_t begin, int64_t end) {
   const T* __restrict p = a.p + row * a.dim;
@@ -51,55 +52,59 @@ IMAML_INLINE CgSums curvature(const CgArgs<T>& a, int64_t row, int64_t begin, in
   return {sum_lanes(pap), sum_lanes(pp), sum_lanes(apap)};
 }
 
-template <bool kDiagonal, typename T>
-IMAML_INLINE double update(const CgArgs<T>& a, const CgStep& step, int64_t row, int64_t begin,
-                           int64_t end) {
+template <bool kDiagonal, bool kPreconditioned, typename T>
+IMAML_INLINE CgNorms update(const CgArgs<T>& a, const CgStep& step, int64_t row, int64_t begin,
+                            int64_t end) {
   const T* __restrict p = a.p + row * a.dim;
   const T* __restrict hp = a.hp + row * a.dim;
   T* __restrict x = a.x + row * a.dim;
   T* __restrict r = a.r + row * a.dim;
+  const T* __restrict inverse = kPreconditioned ? a.inverse + row * a.dim : nullptr;
   const T* __restrict lam = a.lam;
   const T damping = a.damping, lam0 = lam[0], alpha = static_cast<T>(step.alpha);
-  double rr[kLanes] = {};
+  double rr[kLanes] = {}, rz[kLanes] = {};
   const auto move = [&](const CgStep& how, int64_t i, int lane) {
     const T lam_i = kDiagonal ? lam[i] : lam0;
     r[i] = cg_move(how, alpha, p[i], cg_operator(hp[i], lam_i, damping, p[i]), lam_i, x[i], r[i]);
-    rr[lane] += cg_residual(r[i], x[i]);
+    rr[lane] += cg_residual(r[i], r[i], x[i]);
+    if (kPreconditioned) rz[lane] += cg_residual(r[i], cg_z<true>(inverse, i, r[i]), x[i]);
   };
   // The common action as a constant, so that its loop has no branch and vectorises.
   if (step.action == kAdvance)
     for_lanes(begin, end, [&](int64_t i, int lane) { move({kAdvance, kRunning, 0.0}, i, lane); });
   else
     for_lanes(begin, end, [&](int64_t i, int lane) { move(step, i, lane); });
-  return sum_lanes(rr);
+  const double total = sum_lanes(rr);
+  return {total, kPreconditioned ? sum_lanes(rz) : total};
 }
 
-template <typename T>
+template <bool kPreconditioned, typename T>
 IMAML_INLINE void redirect(const CgArgs<T>& a, const CgDirection& next, int64_t row, int64_t begin,
                            int64_t end) {
   T* __restrict p = a.p + row * a.dim;
   T* __restrict x = a.x + row * a.dim;
   const T* __restrict r = a.r + row * a.dim;
+  const T* __restrict inverse = kPreconditioned ? a.inverse + row * a.dim : nullptr;
   const T beta = static_cast<T>(next.beta);
   if (next.action == kAdvance)
-    for (int64_t i = begin; i < end; ++i) p[i] = r[i] + beta * p[i];
+    for (int64_t i = begin; i < end; ++i)
+      p[i] = beta * p[i] + cg_z<kPreconditioned>(inverse, i, r[i]);
   else if (next.action == kClear)
     for (int64_t i = begin; i < end; ++i) x[i] = T(0);
 }
 
-template <bool kDiagonal, bool kMomentum, typename T>
-IMAML_INLINE void descend(const ProxArgs<T>& a, int64_t row, int64_t begin, int64_t end) {
-  T* __restrict phi = a.phi + row * a.dim;
-  T* __restrict velocity = kMomentum ? a.velocity + row * a.dim : nullptr;
-  const T* __restrict grad = a.grad + row * a.dim;
+// The rule is a copy: what it stores in its buffers cannot change it, and the loop vectorises.
+template <bool kDiagonal, typename T, typename Rule>
+IMAML_INLINE void move(const ProxArgs<T>& a, const Rule rule, int64_t row, int64_t begin,
+                       int64_t end) {
+  const int64_t base = row * a.dim;
+  T* __restrict phi = a.phi + base;
+  const T* __restrict grad = a.grad + base;
   const T* __restrict theta = a.theta;
   const T* __restrict lam = a.lam;
-  const T lam0 = lam[0], lr = a.lr, momentum = a.momentum;
-  const bool nesterov = a.nesterov;
-  for (int64_t i = begin; i < end; ++i) {
-    const T g = prox_gradient(phi[i], grad[i], theta[i], kDiagonal ? lam[i] : lam0);
-    phi[i] -= lr * (kMomentum ? momentum_direction(g, momentum, nesterov, velocity[i]) : g);
-  }
+  const T lam0 = lam[0];
+  for (int64_t i = begin; i < end; ++i)
+    phi[i] -= rule(prox_gradient(phi[i], grad[i], theta[i], kDiagonal ? lam[i] : lam0), base + i);
 }
 
 template <bool kDiagonal, typename T>
@@ -129,43 +134,47 @@ IMAML_INLINE double dot_body(const T* __restrict a, const T* __restrict b, int64
 }
 
 template <typename T>
-IMAML_INLINE void descend_any(const ProxArgs<T>& a, int64_t row, int64_t begin, int64_t end) {
-  if (a.status != nullptr && a.status[row] != kRunning) return;
-  if (a.velocity == nullptr)
-    a.lam_stride ? descend<true, false>(a, row, begin, end)
-                 : descend<false, false>(a, row, begin, end);
-  else
-    a.lam_stride ? descend<true, true>(a, row, begin, end)
-                 : descend<false, true>(a, row, begin, end);
+IMAML_INLINE CgNorms update_any(const CgArgs<T>& a, const CgStep& step, int64_t row, int64_t begin,
+                                int64_t end) {
+  if (a.inverse == nullptr)
+    return a.lam_stride ? update<true, false>(a, step, row, begin, end)
+                        : update<false, false>(a, step, row, begin, end);
+  return a.lam_stride ? update<true, true>(a, step, row, begin, end)
+                      : update<false, true>(a, step, row, begin, end);
 }
 
 }  // namespace
 
 // target_clones works on functions, not on templates: one plain function per element type.
-#define IMAML_DEFINE(T)                                                                            \
-  IMAML_MULTIVERSION CgSums cg_curvature(const CgArgs<T>& a, int64_t row, int64_t begin,           \
-                                         int64_t end) {                                            \
-    return a.lam_stride ? curvature<true>(a, row, begin, end)                                      \
-                        : curvature<false>(a, row, begin, end);                                    \
-  }                                                                                                \
-  IMAML_MULTIVERSION double cg_update(const CgArgs<T>& a, const CgStep& step, int64_t row,         \
-                                      int64_t begin, int64_t end) {                                \
-    return a.lam_stride ? update<true>(a, step, row, begin, end)                                   \
-                        : update<false>(a, step, row, begin, end);                                 \
-  }                                                                                                \
-  IMAML_MULTIVERSION void cg_redirect(const CgArgs<T>& a, const CgDirection& next, int64_t row,    \
-                                      int64_t begin, int64_t end) {                                \
-    redirect(a, next, row, begin, end);                                                            \
-  }                                                                                                \
-  IMAML_MULTIVERSION void prox_gd(const ProxArgs<T>& a, int64_t row, int64_t begin, int64_t end) { \
-    descend_any(a, row, begin, end);                                                               \
-  }                                                                                                \
-  IMAML_MULTIVERSION ProxSums prox_sums(const ProxArgs<T>& a, int64_t row, int64_t begin,          \
-                                        int64_t end) {                                             \
-    return a.lam_stride ? sums<true>(a, row, begin, end) : sums<false>(a, row, begin, end);        \
-  }                                                                                                \
-  IMAML_MULTIVERSION double dot(const T* a, const T* b, int64_t begin, int64_t end) {              \
-    return dot_body(a, b, begin, end);                                                             \
+#define IMAML_DEFINE(T)                                                                          \
+  IMAML_MULTIVERSION CgSums cg_curvature(const CgArgs<T>& a, int64_t row, int64_t begin,         \
+                                         int64_t end) {                                          \
+    return a.lam_stride ? curvature<true>(a, row, begin, end)                                    \
+                        : curvature<false>(a, row, begin, end);                                  \
+  }                                                                                              \
+  IMAML_MULTIVERSION CgNorms cg_update(const CgArgs<T>& a, const CgStep& step, int64_t row,      \
+                                       int64_t begin, int64_t end) {                             \
+    return update_any(a, step, row, begin, end);                                                 \
+  }                                                                                              \
+  IMAML_MULTIVERSION void cg_redirect(const CgArgs<T>& a, const CgDirection& next, int64_t row,  \
+                                      int64_t begin, int64_t end) {                              \
+    a.inverse == nullptr ? redirect<false>(a, next, row, begin, end)                             \
+                         : redirect<true>(a, next, row, begin, end);                             \
+  }                                                                                              \
+  IMAML_MULTIVERSION void prox_move(const ProxArgs<T>& a, const Descent<T>& rule, int64_t row,   \
+                                    int64_t begin, int64_t end) {                                \
+    a.lam_stride ? move<true>(a, rule, row, begin, end) : move<false>(a, rule, row, begin, end); \
+  }                                                                                              \
+  IMAML_MULTIVERSION void prox_move(const ProxArgs<T>& a, const Adam<T>& rule, int64_t row,      \
+                                    int64_t begin, int64_t end) {                                \
+    a.lam_stride ? move<true>(a, rule, row, begin, end) : move<false>(a, rule, row, begin, end); \
+  }                                                                                              \
+  IMAML_MULTIVERSION ProxSums prox_sums(const ProxArgs<T>& a, int64_t row, int64_t begin,        \
+                                        int64_t end) {                                           \
+    return a.lam_stride ? sums<true>(a, row, begin, end) : sums<false>(a, row, begin, end);      \
+  }                                                                                              \
+  IMAML_MULTIVERSION double dot(const T* a, const T* b, int64_t begin, int64_t end) {            \
+    return dot_body(a, b, begin, end);                                                           \
   }
 IMAML_DEFINE(float)
 IMAML_DEFINE(double)

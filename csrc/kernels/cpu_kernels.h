@@ -14,13 +14,19 @@ using std::int64_t;
 struct ProxSums {
   double grad_norm2 = 0;  // |grad + lam (phi - theta)|^2
   double penalty = 0;     // (phi - theta)' diag(lam) (phi - theta)
+
+  void operator+=(const ProxSums& part) {
+    grad_norm2 += part.grad_norm2;
+    penalty += part.penalty;
+  }
 };
 
 #define IMAML_DECLARE(T)                                                                           \
   CgSums cg_curvature(const CgArgs<T>&, int64_t row, int64_t begin, int64_t end);                  \
-  double cg_update(const CgArgs<T>&, const CgStep&, int64_t row, int64_t begin, int64_t end);      \
+  CgNorms cg_update(const CgArgs<T>&, const CgStep&, int64_t row, int64_t begin, int64_t end);     \
   void cg_redirect(const CgArgs<T>&, const CgDirection&, int64_t row, int64_t begin, int64_t end); \
-  void prox_gd(const ProxArgs<T>&, int64_t row, int64_t begin, int64_t end);                       \
+  void prox_move(const ProxArgs<T>&, const Descent<T>&, int64_t row, int64_t begin, int64_t end);  \
+  void prox_move(const ProxArgs<T>&, const Adam<T>&, int64_t row, int64_t begin, int64_t end);     \
   ProxSums prox_sums(const ProxArgs<T>&, int64_t row, int64_t begin, int64_t end);                 \
   double dot(const T* a, const T* b, int64_t begin, int64_t end);
 IMAML_DECLARE(float)

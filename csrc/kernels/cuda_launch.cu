@@ -1,7 +1,7 @@
 // Instantiates the kernels for float and double.
 #include "cg_step.cuh"
 #include "cuda_launch.h"
-#include "prox_gd.cuh"
+#include "prox_step.cuh"
 #include "row_sums.cuh"
 
 namespace imaml::cuda {
@@ -10,8 +10,11 @@ namespace imaml::cuda {
   int cg_step_on(const CgArgs<T>& a, double* workspace, void* stream) {                           \
     return cg_step(a, workspace, static_cast<Stream>(stream));                                    \
   }                                                                                               \
-  int prox_gd_on(const ProxArgs<T>& a, void* stream) {                                            \
-    return prox_gd(a, static_cast<Stream>(stream));                                               \
+  int prox_step_on(const ProxArgs<T>& a, const Descent<T>& rule, void* stream) {                  \
+    return prox_step(a, rule, static_cast<Stream>(stream));                                       \
+  }                                                                                               \
+  int prox_step_on(const ProxArgs<T>& a, const Adam<T>& rule, void* stream) {                     \
+    return prox_step(a, rule, static_cast<Stream>(stream));                                       \
   }                                                                                               \
   int prox_norms_on(const ProxArgs<T>& a, double* out, double* workspace, void* stream) {         \
     return row_sums(ProxNorms<T>{a, a.rows, a.dim}, out, workspace, static_cast<Stream>(stream)); \

@@ -10,7 +10,8 @@ namespace imaml::cuda {
 
 #define IMAML_DECLARE(T)                                                                    \
   int cg_step_on(const CgArgs<T>&, double* workspace, void* stream);                        \
-  int prox_gd_on(const ProxArgs<T>&, void* stream);                                         \
+  int prox_step_on(const ProxArgs<T>&, const Descent<T>&, void* stream);                    \
+  int prox_step_on(const ProxArgs<T>&, const Adam<T>&, void* stream);                       \
   int prox_norms_on(const ProxArgs<T>&, double* out, double* workspace, void* stream);      \
   int row_dot_on(const T* a, const T* b, double* out, double* workspace, std::int64_t rows, \
                  std::int64_t dim, void* stream);

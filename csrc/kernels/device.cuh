@@ -57,6 +57,12 @@ __device__ void block_sum(double (&value)[N]) {
   __syncthreads();  // before the next call overwrites warp_sum
 }
 
+// Puts a block's sums where sum_partials finds them. For one thread of the block.
+template <int N>
+__device__ void put_partials(const double (&value)[N], double* partial) {
+  for (int k = 0; k < N; ++k) partial[blockIdx.x * int64_t{N} + k] = value[k];
+}
+
 // total[k] = sum over j < count of partial[j * N + k], in every thread. Fixed order.
 template <int N>
 __device__ void sum_partials(const double* partial, int64_t count, double (&total)[N]) {

@@ -35,29 +35,27 @@ struct CgArgs {
   const T* lam;             // [1] or [dim]
   std::int64_t lam_stride;  // 0 for [1], 1 for [dim]
   T damping;
+  const T* inverse;    // M^-1, the inverse of a positive diagonal preconditioner, or null: none
   double* rr;          // r.r, kept by the recurrence
+  double* rz;          // r.z, z = M^-1 r, likewise; null without a preconditioner
   const double* tol2;  // squared absolute tolerance
   std::int32_t* status;
   std::int32_t* steps;
-  double* curvature;  // out: p.Ap / r.r, the inverse step length (0 for a frozen row)
-  double* beta;       // out: new r.r / old r.r (0 for a frozen row)
+  double* curvature;  // out: p.Ap / r.z, the inverse step length (0 for a frozen row)
+  double* beta;       // out: new r.z / old r.z (0 for a frozen row)
   std::int64_t rows;
   std::int64_t dim;
 };
 
-// phi <- phi - lr d, where g = grad + lam (phi - theta) and d is g, or follows from the velocity.
+// The gradient g = grad + lam (phi - theta) of `rows` proximal objectives.
 template <typename T>
 struct ProxArgs {
   T* phi;          // [rows, dim]
-  T* velocity;     // [rows, dim], or null: no momentum
   const T* grad;   // [rows, dim]
   const T* theta;  // [dim]
   const T* lam;    // [1] or [dim]
   std::int64_t lam_stride;
-  T lr;
-  T momentum;
-  bool nesterov;
-  const std::int32_t* status;  // [rows], or null; a row that is not kRunning is left alone
+  const std::int32_t* status;  // [rows], or null; a step leaves a row alone that is not kRunning
   std::int64_t rows;
   std::int64_t dim;
 };
@@ -73,12 +71,29 @@ struct CgSums {
   double pap = 0;   // p.Ap
   double pp = 0;    // p.p
   double apap = 0;  // Ap.Ap
+
+  IMAML_INLINE void operator+=(const CgSums& part) {
+    pap += part.pap;
+    pp += part.pp;
+    apap += part.apap;
+  }
+};
+
+// Of the updated residual. Without a preconditioner z is r, and the two are one number.
+struct CgNorms {
+  double rr = 0;  // r.r
+  double rz = 0;  // r.z, z = M^-1 r
+
+  IMAML_INLINE void operator+=(const CgNorms& part) {
+    rr += part.rr;
+    rz += part.rz;
+  }
 };
 
 enum CgAction : std::int32_t {
   kFreeze,   // leave the row alone
   kAdvance,  // x += alpha p, r -= alpha Ap
-  kDropH,    // x += p / lam: the step of a system whose H is left out
+  kDropH,    // x += r / lam: the step of a system whose H is left out
   kClear,    // x = 0: the row is not finite
 };
 
@@ -88,48 +103,60 @@ struct CgStep {
   double alpha;
 };
 
-// How a running row moves, given p.Ap.
+// r.z as the iteration begins.
+template <typename T>
+IMAML_INLINE double cg_old_rz(const CgArgs<T>& a, std::int64_t row) {
+  return a.rz == nullptr ? a.rr[row] : a.rz[row];
+}
+
+// How a running row moves, given p.Ap and r.z.
 //
 // Curvature counts as not positive when p.Ap <= epsilon |p| |Ap|. Unlike an absolute threshold this
 // does not depend on the scale of A, and a positive definite A passes unless its condition number
 // is near 4 / epsilon^2 (Kantorovich's inequality). T is the element type.
 template <typename T>
-IMAML_INLINE CgStep cg_step_length(const CgSums& s, double rr, std::int32_t steps) {
+IMAML_INLINE CgStep cg_step_length(const CgSums& s, double rz, std::int32_t steps) {
   if (!is_finite(s.pap) || !is_finite(s.apap)) return {kClear, kNonfinite, 0.0};
   if (s.pap <= kEpsilon<T> * std::sqrt(s.pp) * std::sqrt(s.apap))
     return {steps == 0 ? kDropH : kFreeze, kNegativeCurvature, 0.0};
-  const double alpha = rr / s.pap;
+  const double alpha = rz / s.pap;
   if (!is_finite(alpha)) return {kClear, kNonfinite, 0.0};
   return {kAdvance, kRunning, alpha};
 }
 
 struct CgDirection {
-  CgAction action;  // kAdvance: p = r + beta p. kClear: x = 0. Otherwise nothing.
+  CgAction action;  // kAdvance: p = z + beta p. kClear: x = 0. Otherwise nothing.
   std::int32_t status;
   double beta;
 };
 
-// Where the row goes next, given the r.r of its updated residual.
-IMAML_INLINE CgDirection cg_direction(const CgStep& step, double rr_new, double rr_old,
+// Where the row goes next. It has arrived by its residual itself, not by the preconditioned one,
+// and can go on only while M^-1 is positive and finite on it.
+IMAML_INLINE CgDirection cg_direction(const CgStep& step, const CgNorms& norms, double rz_old,
                                       double tol2) {
   if (step.action == kFreeze) return {kFreeze, step.status, 0.0};
-  if (step.action == kClear || !is_finite(rr_new)) return {kClear, kNonfinite, 0.0};
+  if (step.action == kClear || !is_finite(norms.rr)) return {kClear, kNonfinite, 0.0};
   if (step.action == kDropH) return {kFreeze, step.status, 0.0};
-  const double beta = rr_new / rr_old;
-  if (rr_new <= tol2) return {kFreeze, kConverged, beta};
+  const double beta = norms.rz / rz_old;
+  if (norms.rr <= tol2) return {kFreeze, kConverged, beta};
+  if (!is_finite(norms.rz) || (norms.rz <= 0 && norms.rr > 0)) return {kClear, kNonfinite, 0.0};
   return {kAdvance, kRunning, beta};
 }
 
-// Writes the row's entries. `rr_old` is what rr[row] held when the iteration began.
+// Writes the row's entries. `rz_old` is what cg_old_rz gave when the iteration began.
 template <typename T>
 IMAML_INLINE void cg_record(const CgArgs<T>& a, std::int64_t row, const CgSums& s,
-                            const CgStep& step, const CgDirection& next, double rr_new,
-                            double rr_old) {
+                            const CgStep& step, const CgDirection& next, const CgNorms& norms,
+                            double rz_old) {
   const bool measured = a.status[row] == kRunning;
-  a.curvature[row] = measured ? s.pap / rr_old : 0.0;
+  a.curvature[row] = measured ? s.pap / rz_old : 0.0;
   a.beta[row] = next.beta;
-  if (step.action == kAdvance) a.rr[row] = rr_new;
-  if (next.action == kClear) a.rr[row] = NAN;  // the residual is not known
+  if (step.action == kAdvance || next.action == kClear) {
+    // Of a cleared row the residual is not known.
+    const CgNorms left = next.action == kClear ? CgNorms{NAN, NAN} : norms;
+    a.rr[row] = left.rr;
+    if (a.rz != nullptr) a.rz[row] = left.rz;
+  }
   if (step.action == kAdvance && next.action != kClear) a.steps[row] += 1;
   a.status[row] = next.status;
 }
@@ -146,16 +173,35 @@ IMAML_INLINE T cg_move(const CgStep& step, T alpha, T p, T ap, T lam, T& x, T r)
     x += alpha * p;
     return r - alpha * ap;
   }
-  if (step.action == kDropH && lam > T(0)) x += p / lam;
+  if (step.action == kDropH && lam > T(0)) x += r / lam;
   if (step.action == kClear) x = T(0);
   return r;
 }
 
-// An element's share of the new r.r; NaN if the element of x has left T's range, so that one sum
-// tells about both.
+// Element `at` of z. In z + beta p a compiler may fuse one of two products into the sum, but for
+// M = I to have the bits of no preconditioner it must be beta p: nvcc is told here, and GCC, which
+// takes the first that it meets, by beta p standing first.
+template <bool kPreconditioned, typename T>
+IMAML_INLINE T cg_z(const T* inverse, std::int64_t at, T r) {
+  if constexpr (!kPreconditioned) {
+    return r;
+  } else {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(T) == sizeof(double))
+      return __dmul_rn(inverse[at], r);
+    else
+      return __fmul_rn(inverse[at], r);
+#else
+    return inverse[at] * r;
+#endif
+  }
+}
+
+// An element's share of the new r.z, or of r.r given z = r; NaN if the element of x has left T's
+// range, so that one sum tells about both.
 template <typename T>
-IMAML_INLINE double cg_residual(T r, T x) {
-  return static_cast<double>(r) * static_cast<double>(r) + static_cast<double>(x - x);
+IMAML_INLINE double cg_residual(T r, T z, T x) {
+  return static_cast<double>(r) * static_cast<double>(z) + static_cast<double>(x - x);
 }
 
 // ---- proximal steps --------------------------------------------------------------------------
@@ -165,11 +211,62 @@ IMAML_INLINE T prox_gradient(T phi, T grad, T theta, T lam) {
   return grad + lam * (phi - theta);
 }
 
-// The direction of gradient descent with (Nesterov) momentum, as torch.optim.SGD defines it.
 template <typename T>
-IMAML_INLINE T momentum_direction(T gradient, T momentum, bool nesterov, T& velocity) {
-  velocity = momentum * velocity + gradient;
-  return nesterov ? gradient + momentum * velocity : velocity;
+IMAML_INLINE bool prox_moves(const ProxArgs<T>& a, std::int64_t row) {
+  return a.status == nullptr || a.status[row] == kRunning;
 }
+
+// A rule tells how far phi moves against its gradient g: phi[at] -= rule(g, at). Its own buffers,
+// which it updates, are [rows, dim].
+
+// Gradient descent, with (Nesterov) momentum as torch.optim.SGD defines it.
+template <typename T>
+struct Descent {
+  T* __restrict velocity;  // null: no momentum
+  T lr;
+  T momentum;
+  bool nesterov;
+
+  IMAML_INLINE T operator()(T g, std::int64_t at) const {
+    if (velocity == nullptr) return lr * g;
+    const T along = velocity[at] = momentum * velocity[at] + g;
+    return lr * (nesterov ? g + momentum * along : along);
+  }
+};
+
+struct AdamSettings {
+  double lr, beta1, beta2, eps;
+  std::int64_t step;  // the first is 1
+};
+
+// Adam as torch.optim.Adam defines it:
+//   m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2;
+//   phi -= lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps).
+template <typename T>
+struct Adam {
+  T* __restrict m;
+  T* __restrict v;
+  T beta1, beta2, eps;
+  T share1, share2;  // 1 - beta; rounded, like the two below, from float64
+  T rate;            // lr / (1 - beta1^step)
+  T scale;           // 1 / sqrt(1 - beta2^step)
+
+  Adam(T* m, T* v, const AdamSettings& s)
+      : m(m),
+        v(v),
+        beta1(static_cast<T>(s.beta1)),
+        beta2(static_cast<T>(s.beta2)),
+        eps(static_cast<T>(s.eps)),
+        share1(static_cast<T>(1 - s.beta1)),
+        share2(static_cast<T>(1 - s.beta2)),
+        rate(static_cast<T>(s.lr / (1 - std::pow(s.beta1, static_cast<double>(s.step))))),
+        scale(static_cast<T>(1 / std::sqrt(1 - std::pow(s.beta2, static_cast<double>(s.step))))) {}
+
+  IMAML_INLINE T operator()(T g, std::int64_t at) const {
+    const T mean = m[at] = beta1 * m[at] + share1 * g;
+    const T square = v[at] = beta2 * v[at] + share2 * (g * g);
+    return rate * mean / (std::sqrt(square) * scale + eps);
+  }
+};
 
 }  // namespace imaml

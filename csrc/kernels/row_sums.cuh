@@ -46,8 +46,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = at.first(); i < terms.dim; i += at.stride(blocks))
     terms.add(at.row * terms.dim, i, sum);
   block_sum(sum);
-  if (threadIdx.x == 0)
-    for (int k = 0; k < Terms::kSums; ++k) partial[blockIdx.x * int64_t{Terms::kSums} + k] = sum[k];
+  if (threadIdx.x == 0) put_partials(sum, partial);
 }
 
 template <int N>

@@ -1,0 +1,31 @@
+// prox_gd_, prox_adam_:  phi <- phi - rule(g),  g = grad + lam (phi - theta).
+//
+// Elementwise and bound by memory: reads phi, grad and theta (which stays in cache, being shared by
+// all rows) and writes phi; a rule reads and writes its own buffers too, which are none, a velocity
+// or Adam's two moments. No reduction, so the launch shape cannot change the result.
+#pragma once
+#include "device.cuh"
+
+namespace imaml::cuda {
+
+template <typename T, typename Rule>
+__global__ void __launch_bounds__(kThreads)
+    prox_step_kernel(ProxArgs<T> a, Rule rule, int64_t blocks) {
+  const Place at(blocks);
+  const int64_t base = at.row * a.dim;
+  if (!prox_moves(a, at.row)) return;
+  for (int64_t i = at.first(); i < a.dim; i += at.stride(blocks)) {
+    const T phi = a.phi[base + i];
+    const T g = prox_gradient(phi, a.grad[base + i], a.theta[i], a.lam[i * a.lam_stride]);
+    a.phi[base + i] = phi - rule(g, base + i);
+  }
+}
+
+template <typename T, typename Rule>
+int prox_step(const ProxArgs<T>& a, const Rule& rule, Stream stream) {
+  if (a.rows == 0 || a.dim == 0) return 0;
+  const int64_t blocks = blocks_per_row(a.dim);
+  return launch(prox_step_kernel<T, Rule>, a.rows * blocks, stream, a, rule, blocks);
+}
+
+}  // namespace imaml::cuda

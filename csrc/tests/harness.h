@@ -1,0 +1,85 @@
+// What the tests of the kernels share: checks, their sizes, random numbers, threads.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels/cpu_drivers.h"
+
+namespace imaml {
+
+using cpu::int64_t;
+
+inline int failures = 0;
+inline int checks = 0;
+inline std::string context;
+
+inline void expect(bool ok, const char* what) {
+  ++checks;
+  if (ok) return;
+  if (++failures <= 20) std::fprintf(stderr, "FAILED %s: %s\n", context.c_str(), what);
+}
+
+template <typename T>
+constexpr double kTolerance = sizeof(T) == 4 ? 2e-6 : 1e-14;
+
+// |got - want| against the size of what was added up to `want`
+template <typename T>
+void expect_close(long double got, long double want, long double scale, const char* what) {
+  if (std::isnan(want)) return expect(std::isnan(got), what);
+  expect(std::abs(got - want) <= kTolerance<T> * (std::abs(scale) + 1e-30), what);
+}
+
+struct Threads {
+  int count;
+  template <typename Body>
+  void operator()(int64_t n, int64_t, const Body& body) const {
+    std::vector<std::thread> pool;
+    const int64_t share = (n + count - 1) / count;
+    for (int64_t begin = 0; begin < n; begin += share)
+      pool.emplace_back([=, &body] { body(begin, std::min(n, begin + share)); });
+    for (auto& one : pool) one.join();
+  }
+};
+
+template <typename T>
+std::vector<T> normal(int64_t count, unsigned seed) {
+  std::mt19937_64 generator(seed);
+  std::normal_distribution<double> draw;
+  std::vector<T> values(static_cast<std::size_t>(count));
+  for (T& value : values) value = static_cast<T>(draw(generator));
+  return values;
+}
+
+template <typename T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() &&
+         (a.empty() || !std::memcmp(a.data(), b.data(), a.size() * sizeof(T)));
+}
+
+inline std::size_t at(int64_t i) { return static_cast<std::size_t>(i); }
+
+// As in "cg_step<float>[8, 17] diagonal"
+template <typename T>
+std::string name_of(const char* kernel, int64_t rows, int64_t dim) {
+  return std::string(kernel) + (sizeof(T) == 4 ? "<float>[" : "<double>[") + std::to_string(rows) +
+         ", " + std::to_string(dim) + "]";
+}
+
+// Around every boundary: lanes (16), threads (256), a block's share (2048), a row in registers
+// (4096), a CPU chunk (4096).
+constexpr int64_t kDims[] = {0,   1,   2,    15,   16,   17,   31,   33,  255,
+                             256, 257, 2047, 2049, 4095, 4096, 4097, 8193};
+
+// More than kMaxBlocksPerRow blocks' worth of elements in a row: the stride loop wraps.
+constexpr int64_t kManyBlocks = 2048 * 512 + 3;
+
+void test_cg_step();
+void test_prox();
+
+}  // namespace imaml
