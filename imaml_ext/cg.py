@@ -58,6 +58,8 @@ class ConjugateGradient(LinearSolver):
         if diagonal is not None:
             strength = lam.diagonal() if isinstance(lam, Tensor) and lam.dim() == 2 else lam
             diagonal = diagonal.abs() + strength + self.damping
+            # Where the estimate says nothing, M is 1: the solve itself tells what is not finite.
+            diagonal = torch.where(diagonal.isfinite() & (diagonal > 0), diagonal, 1.0)
         return conjugate_gradient(
             matvec,
             b,
