@@ -9,7 +9,6 @@ import torch
 from harness import (
     check_agreement,
     copy_bandwidth,
-    describe_run,
     parser,
     report,
     time_in_turn,
@@ -17,6 +16,7 @@ from harness import (
 from torch import Tensor
 
 from imaml_ext.ops import cg_step_, row_dot
+from imaml_ext.provenance import describe_run
 
 LAM = 2.0
 

@@ -8,7 +8,6 @@ import torch
 from harness import (
     Implementation,
     check_agreement,
-    describe_run,
     parser,
     report,
     time_in_turn,
@@ -26,6 +25,7 @@ from imaml_ext import (
 from imaml_ext.data import Sinusoid
 from imaml_ext.flat import Layout
 from imaml_ext.models import conv4, mlp
+from imaml_ext.provenance import describe_run
 from imaml_ext.tasks import TaskBatch
 
 # way, shot, tasks

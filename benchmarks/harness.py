@@ -5,11 +5,8 @@ machine disturbs all alike; `prepare` runs untimed before each call.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import imaml_ext
 
 Implementation = Callable[[], Any]
 Timing = dict[str, float]
@@ -89,36 +84,6 @@ def copy_bandwidth(total_bytes: int, device: torch.device, rounds: int) -> float
     )
     moved = (3 if device.type == "cpu" else 2) * source.numel() * source.element_size()
     return moved / timing["copy"]["median"]
-
-
-def describe_run(device: torch.device) -> dict[str, Any]:
-    """Command, commit, device, versions and date."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "build": imaml_ext.build_info(),
-    }
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def report(results: dict[str, Any], path: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Command line: `imaml-ext train [sinusoid|omniglot]` and `imaml-ext eval CHECKPOINT`."""
+"""Command line: `imaml-ext train [DATASET]`, `eval CHECKPOINT` and `reproduce STUDY`."""
 
 import argparse
 import dataclasses
@@ -20,6 +20,9 @@ from imaml_ext._version import __version__
 from imaml_ext.checkpoint import load_checkpoint
 from imaml_ext.ops import build_info
 from imaml_ext.presets import CHOICES, PRESETS, Config, Experiment, build
+from imaml_ext.reproduce import STUDIES
+from imaml_ext.reproduce.study import Settings, last_run
+from imaml_ext.reproduce.study import run as run_study
 from imaml_ext.trainer import Evaluation, NonfiniteError, Trainer, evaluate, restore
 
 _HELP = {
@@ -91,13 +94,32 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--split", choices=["val", "test"], default="test")
     _add_common(test)
     _add_experiment(test, "experiment (default: as it was trained)", _OF_EVALUATION)
+
+    study = commands.add_parser(
+        "reproduce", help="measure and draw a figure or table of the paper's analysis",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="; ".join(f"{name}: {study.question}" for name, study in STUDIES.items()),
+    )  # fmt: skip
+    study.set_defaults(run=_reproduce)
+    study.add_argument("study", choices=list(STUDIES))
+    _add_place(study)
+    study.add_argument("--out", type=Path, default=Path("results"), help="folder of STUDY.jsonl")
+    study.add_argument("--seed", type=int, default=0, help="of the tasks and the models")
+    study.add_argument("--meta-steps", type=int, help="of each training, where there are any")
+    study.add_argument(
+        "--draw-only", action="store_true", help="draw the last run of OUT/STUDY.jsonl again"
+    )
     return parser
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
+    _add_place(parser)
+    parser.add_argument("--eval-tasks", type=int, default=600, help="tasks of the final evaluation")
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="root of the data sets")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--eval-tasks", type=int, default=600, help="tasks of the final evaluation")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object as the last line"
     )
@@ -267,6 +289,32 @@ def _eval(options: argparse.Namespace) -> None:
         options, result, time.perf_counter() - start, meta_steps=state["steps"],
         checkpoint=options.checkpoint, plots=[],
     )  # fmt: skip
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    study = STUDIES[options.study]
+    lines = options.out / f"{options.study}.jsonl"
+    if options.meta_steps is not None and options.meta_steps < 1:
+        raise ValueError(f"--meta-steps must be at least 1, got {options.meta_steps}")
+    if options.draw_only:
+        records = last_run(lines)
+    else:
+        settings = Settings(_device(options), options.data, options.seed, options.meta_steps)
+        records = run_study(study, settings, lines)
+    picture = study.draw(records, lines.with_suffix(".png"))
+    figures = study.summary(records)
+    for name, values in figures.items():
+        print(f"{name}: " + ", ".join(f"{key} {_short(v)}" for key, v in values.items()))
+    print(f"measured  {lines}")
+    print(f"drawn     {picture}")
+    if options.json:
+        print(json.dumps(figures | {"measurements": str(lines), "plots": [str(picture)]}))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_short, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _report(

@@ -11,7 +11,8 @@ from imaml_ext.objective import ModuleLoss
 from imaml_ext.tasks import TaskSource
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib, loaded when something is drawn, without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,7 +25,7 @@ def learning_curves(
     history: list[dict[str, float]], validation: list[dict[str, float]], path: Path
 ) -> Path:
     """Training (running mean) and validation, against meta-steps; one panel a measure."""
-    plt = _pyplot()
+    plt = pyplot()
     names = [name for name in ("accuracy", "loss") if name in history[0]]
     figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4), squeeze=False)
     step = np.array([record["step"] for record in history])
@@ -54,7 +55,7 @@ def learning_curves(
 
 def sinusoid_fits(method: Method, loss: ModuleLoss, source: TaskSource, path: Path) -> Path:
     """Up to four test tasks: the truth's points, the meta-learned start, and the adapted curves."""
-    plt = _pyplot()
+    plt = pyplot()
     batch = source.sample(0)
     phi = method.adapt(batch.support)
     example = next(iter(method.params.values()))

@@ -23,13 +23,16 @@ FLOORS = [
     },
     {"inner"},
     {"implicit"},
-    {"methods"},
+    {"methods", "provenance"},
     {"maml"},
     {"data.omniglot", "data.regression", "data.episodes"},
     {"data"},
     {"trainer"},
     {"presets"},
     {"plots"},
+    {"reproduce.study", "reproduce.memory"},
+    {"reproduce.fig2a", "reproduce.fig2b", "reproduce.sinusoid", "reproduce.table1"},
+    {"reproduce"},
     {"cli"},
 ]
 APART = {"reference", "_C", "__init__"}

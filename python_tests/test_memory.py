@@ -3,13 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from imaml_ext import ConjugateGradient, GradientDescent, implicit_meta_grad, module_loss
 from imaml_ext.models import conv4
+from imaml_ext.reproduce import memory
 
 
-def peak_bytes(device, curvature, inner_steps, cg_steps):
+def peak_of(device, curvature, inner_steps, cg_steps):
     """Most bytes allocated at once during one meta-gradient, by torch's own accounting."""
     torch.manual_seed(0)
     model = conv4(5, filters=16).to(device)
@@ -23,33 +23,16 @@ def peak_bytes(device, curvature, inner_steps, cg_steps):
             cg=ConjugateGradient(max_iter=cg_steps, curvature=curvature),
         )  # fmt: skip
 
-    if device.type == "cuda":
-        run()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        out = run()
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            out = run()
-        # recorded.events() leaves out the allocations inside operators; the raw events have all.
-        changes = sorted(
-            (event.start_ns(), event.nbytes())
-            for event in recorded.profiler.kineto_results.events()
-            if event.name() == "[memory]"
-        )
-        held = peak = 0
-        for _, change in changes:
-            held += change
-            peak = max(peak, held)
+    results = []
+    peak = memory.peak_bytes(lambda: results.append(run()), device)
+    out = results[-1]
     assert (out.cg.steps == cg_steps).all()  # the work was done
     return peak
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # the profiler's own
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_peak_memory_is_flat_in_inner_and_cg_steps(curvature, device):
-    base = peak_bytes(device, curvature, 1, 1)
+    base = peak_of(device, curvature, 1, 1)
     assert base > 1_000_000
-    assert peak_bytes(device, curvature, 64, 1) <= 1.02 * base
-    assert peak_bytes(device, curvature, 1, 20) <= 1.02 * base
+    assert peak_of(device, curvature, 64, 1) <= 1.02 * base
+    assert peak_of(device, curvature, 1, 20) <= 1.02 * base

@@ -1,0 +1,147 @@
+"""Figure 2b: time and peak memory of a meta-gradient, against the number of inner steps.
+
+Omniglot, 20-way 5-shot, the paper's network. On CUDA memory is the allocator's peak. On the CPU it
+is how much the resident set grows in a fresh process for each point: this module is that process.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from imaml_ext.cg import ConjugateGradient
+from imaml_ext.data import ImageEpisodes, load_omniglot
+from imaml_ext.inner import GradientDescent
+from imaml_ext.maml import FOMAML, MAML
+from imaml_ext.methods import IMAML, Method
+from imaml_ext.models import conv4
+from imaml_ext.objective import module_loss
+from imaml_ext.plots import pyplot
+from imaml_ext.reproduce.memory import peak_bytes
+from imaml_ext.reproduce.study import Record, Settings, Study
+
+WAY, SHOT, TASKS, LAM, LR = 20, 5, 1, 2.0, 0.1
+INNER_STEPS = (1, 2, 4, 8, 16, 32)
+CG_STEPS = (1, 5, 20)
+LABELS = {"maml": "MAML", "fomaml": "first-order MAML", "imaml": "iMAML"}
+
+
+def points() -> Iterator[tuple[str, int, int]]:
+    """(method, inner steps, CG steps): over the inner steps, and for iMAML over the CG steps."""
+    for steps in INNER_STEPS:
+        yield from (("maml", steps, 0), ("fomaml", steps, 0), ("imaml", steps, 5))
+    for cg_steps in CG_STEPS:
+        if cg_steps != 5:
+            yield "imaml", 16, cg_steps
+
+
+def measure(settings: Settings) -> Iterator[Record]:
+    for method, inner_steps, cg_steps in points():
+        point = (method, inner_steps, cg_steps, settings.seed, settings.data, settings.device)
+        run = subprocess.run(
+            [sys.executable, "-m", "imaml_ext.reproduce.fig2b", *map(str, point)],
+            stdout=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+        if run.returncode != 0:
+            raise ValueError(f"the measurement of {method} with {inner_steps} steps failed")
+        yield {
+            "method": method,
+            "inner_steps": inner_steps,
+            "cg_steps": cg_steps,
+            "way": WAY,
+            "shot": SHOT,
+            "tasks": TASKS,
+            **json.loads(run.stdout.splitlines()[-1]),
+        }
+
+
+def one_point(
+    name: str, inner_steps: int, cg_steps: int, seed: int, data: Path, device: torch.device
+) -> Record:
+    """Seconds and bytes of one meta-gradient, in this process, which has made none before."""
+    torch.manual_seed(seed)
+    images = load_omniglot(data).to(device).split()["train"]
+    episodes = ImageEpisodes(images, way=WAY, shot=SHOT, query=SHOT, tasks=TASKS, seed=seed)
+    batch = episodes.sample(0)
+    model = conv4(WAY).to(device)
+    loss, params = module_loss(model, nn.functional.cross_entropy), dict(model.named_parameters())
+    inner = GradientDescent(lr=LR, steps=inner_steps)
+    method: Method
+    if name == "imaml":
+        cg = ConjugateGradient(cg_steps, curvature="ggn")  # never stops early
+        method = IMAML(loss, params, lam=LAM, inner=inner, cg=cg)
+    else:
+        method = (MAML if name == "maml" else FOMAML)(loss, params, inner=inner)
+
+    # Code, thread pools and workspaces that any method needs are loaded before.
+    FOMAML(loss, params, inner=GradientDescent(lr=LR, steps=1)).meta_gradient(batch)
+    if device.type == "cuda":
+        peak = peak_bytes(lambda: method.meta_gradient(batch), device)
+    before = _resident_bytes()
+    start = time.perf_counter()
+    out = method.meta_gradient(batch)
+    loss_value = out.query_loss.mean().item()  # and waits for the device
+    seconds = time.perf_counter() - start
+    if device.type != "cuda":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return {"seconds": seconds, "peak_bytes": peak, "loss": loss_value}
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def draw(records: list[Record], path: Path) -> Path:
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
+    for name, label in LABELS.items():
+        mine = [r for r in records if r["method"] == name and r["cg_steps"] in (0, 5)]
+        steps = [r["inner_steps"] for r in mine]
+        text = f"{label}, 5 CG steps" if name == "imaml" else label
+        axes[0].plot(steps, [r["peak_bytes"] / 2**20 for r in mine], "o-", label=text)
+        axes[1].plot(steps, [r["seconds"] for r in mine], "o-", label=text)
+    mine = [r for r in records if r["method"] == "imaml" and r["inner_steps"] == 16]
+    mine.sort(key=lambda record: record["cg_steps"])
+    cg_steps = [r["cg_steps"] for r in mine]
+    axes[2].plot(cg_steps, [r["peak_bytes"] / 2**20 for r in mine], "o-", label="iMAML, 16 steps")
+    for axis, x, y in zip(
+        axes,
+        ("inner gradient steps", "inner gradient steps", "CG steps"),
+        ("peak memory (MiB)", "seconds", "peak memory (MiB)"),
+        strict=True,
+    ):
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0].set_title(f"{WAY}-way {SHOT}-shot Omniglot, {records[0]['tasks']} task")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def summary(records: list[Record]) -> Record:
+    return {
+        f"{r['method']}, {r['inner_steps']} inner, {r['cg_steps']} CG steps": {
+            "MiB": round(r["peak_bytes"] / 2**20, 1),
+            "seconds": round(r["seconds"], 2),
+        }
+        for r in records
+    }
+
+
+STUDY = Study("what do time and memory do as the inner steps grow?", measure, draw, summary)
+
+if __name__ == "__main__":
+    method, inner, products, at_seed, folder, where = sys.argv[1:]
+    counts = int(inner), int(products), int(at_seed)
+    print(json.dumps(one_point(method, *counts, Path(folder), torch.device(where))))
