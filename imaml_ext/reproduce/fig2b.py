@@ -1,7 +1,7 @@
 """Figure 2b: time and peak memory of a meta-gradient, against the number of inner steps.
 
 Omniglot, 20-way 5-shot, the paper's network. On CUDA memory is the allocator's peak. On the CPU it
-is how much the resident set grows in a fresh process for each point: this module is that process.
+is how much the resident set grows in a fresh process for each point.
 """
 
 import json
@@ -29,6 +29,7 @@ from imaml_ext.reproduce.study import Record, Settings, Study
 WAY, SHOT, TASKS, LAM, LR = 20, 5, 1, 2.0, 0.1
 INNER_STEPS = (1, 2, 4, 8, 16, 32)
 CG_STEPS = (1, 5, 20)
+ENTRY = "from imaml_ext.reproduce.fig2b import print_point; print_point()"
 LABELS = {"maml": "MAML", "fomaml": "first-order MAML", "imaml": "iMAML"}
 
 
@@ -45,7 +46,7 @@ def measure(settings: Settings) -> Iterator[Record]:
     for method, inner_steps, cg_steps in points():
         point = (method, inner_steps, cg_steps, settings.seed, settings.data, settings.device)
         run = subprocess.run(
-            [sys.executable, "-m", "imaml_ext.reproduce.fig2b", *map(str, point)],
+            [sys.executable, "-c", ENTRY, *map(str, point)],
             stdout=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
         if run.returncode != 0:
@@ -91,6 +92,13 @@ def one_point(
     if device.type != "cuda":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     return {"seconds": seconds, "peak_bytes": peak, "loss": loss_value}
+
+
+def print_point() -> None:
+    """`one_point` of the command line's arguments, as JSON: what a fresh process runs."""
+    name, inner_steps, cg_steps, seed, data, device = sys.argv[1:]
+    counts = int(inner_steps), int(cg_steps), int(seed)
+    print(json.dumps(one_point(name, *counts, Path(data), torch.device(device))))
 
 
 def _resident_bytes() -> int:
@@ -140,8 +148,3 @@ def summary(records: list[Record]) -> Record:
 
 
 STUDY = Study("what do time and memory do as the inner steps grow?", measure, draw, summary)
-
-if __name__ == "__main__":
-    method, inner, products, at_seed, folder, where = sys.argv[1:]
-    counts = int(inner), int(products), int(at_seed)
-    print(json.dumps(one_point(method, *counts, Path(folder), torch.device(where))))
