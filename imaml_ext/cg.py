@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from imaml_ext.linear import LinearSolver, System, check_settings, initial_status
+from imaml_ext.linear import LinearSolver, System, check_settings, initial_status, squared_tolerance
 from imaml_ext.ops import cg_step_, row_dot
 from imaml_ext.random import random_bits
 from imaml_ext.solution import Lanczos, Matvec, Solution, Status
@@ -51,15 +51,17 @@ class ConjugateGradient(LinearSolver):
         elif self.preconditioner == "adam":
             if second_moment is None:
                 raise ValueError(
-                    "preconditioner='adam' needs an inner solver that keeps a second moment: "
-                    "inner=Adam(...)"
+                    "preconditioner='adam' needs the second moment that an inner solver kept: "
+                    "inner=Adam(...), and no adapted="
                 )
             diagonal = _from_second_moment(matvec, b, second_moment)
         if diagonal is not None:
             strength = lam.diagonal() if isinstance(lam, Tensor) and lam.dim() == 2 else lam
             diagonal = diagonal.abs() + strength + self.damping
             # Where the estimate says nothing, M is 1: the solve itself tells what is not finite.
-            diagonal = torch.where(diagonal.isfinite() & (diagonal > 0), diagonal, 1.0)
+            tiny = torch.finfo(b.dtype).tiny
+            usable = (diagonal > tiny) & (diagonal < 1 / tiny)
+            diagonal = torch.where(usable, diagonal, 1.0)
         return conjugate_gradient(
             matvec,
             b,
@@ -95,7 +97,8 @@ def conjugate_gradient(
         b: right-hand sides, [B, D], float32 or float64.
         lam: Λ: a float, or a tensor of shape [], [1] (scalar), [D] (diagonal) or [D, D] (dense).
         damping: added to the diagonal.
-        rtol, atol: a row stops when `|r| <= max(atol, rtol |b|)`; with both 0 it stops at `r = 0`.
+        rtol, atol: a row stops when `|r| <= max(atol, rtol |b|)`, or `|r| <= eps |b|`, below which
+            the recurrence computes rounding errors.
         x0: where to start, [B, D]; default 0.
         preconditioner: the diagonal of M, positive, [D] or [B, D]: what M^-1 (H + Λ) has less
             spread eigenvalues of, the fewer iterations. Stopping is by `|r|` all the same.
@@ -126,7 +129,7 @@ def conjugate_gradient(
     with torch.no_grad():
         inverse = None if preconditioner is None else _inverse(preconditioner, b)
         rr = row_dot(r, r)
-        tol2 = (rtol * rtol * row_dot(b, b)).clamp_min(atol * atol)
+        tol2 = squared_tolerance(b, rtol, atol)
         status = initial_status(rr, tol2)
         x = torch.where(rr.isfinite()[:, None], x, 0.0)
         p = r.clone() if inverse is None else inverse * r
@@ -160,18 +163,19 @@ def _inverse(preconditioner: Tensor, b: Tensor) -> Tensor:
             f"preconditioner must be {list(b.shape)} or {list(b.shape[1:])} of {b.dtype}, "
             f"got {list(preconditioner.shape)} {preconditioner.dtype}"
         )
-    if b.device.type == "cpu" and not bool((preconditioner > 0).all()):
-        raise ValueError("preconditioner must be positive in every entry")
-    return (1 / preconditioner.detach()).expand_as(b).contiguous()
+    inverse = 1 / preconditioner.detach()
+    if b.device.type == "cpu" and not bool(((inverse > 0) & inverse.isfinite()).all()):
+        raise ValueError("preconditioner must be positive in every entry, and so its inverse")
+    return inverse.expand_as(b).contiguous()
 
 
 @torch.no_grad()
 def _jacobi(matvec: Matvec, b: Tensor, probes: int) -> Tensor:
-    """The diagonal of each `H_i`, estimated, [B, D]. The same in every call."""
+    """The diagonal of each `H_i`, estimated, [B, D]; the same alone as in a batch."""
     total = torch.zeros_like(b)
     for probe in range(probes):
-        signs = 2 * (random_bits(0, probe, 0, b.shape[0], b.shape[1:], b.device) % 2) - 1
-        z = signs.to(b.dtype)
+        signs = 2 * (random_bits(0, probe, 0, 1, b.shape[1:], b.device) % 2) - 1
+        z = signs.to(b.dtype).expand_as(b).contiguous()
         total += z * matvec(z).detach()
     return total / probes
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -87,10 +88,11 @@ class Layout:
                 )
             self._check_like_parameters("lam", lam)
             flat = lam.reshape(1) if lam.dim() == 0 else lam
-        elif isinstance(lam, (int, float)) and not isinstance(lam, bool):
-            if not (math.isfinite(lam) and lam > 0):
+        elif isinstance(lam, Real) and not isinstance(lam, bool):
+            value = float(lam)
+            if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"lam must be positive and finite, got {lam}")
-            return torch.full((1,), float(lam), dtype=self.dtype, device=self.device)
+            return torch.full((1,), value, dtype=self.dtype, device=self.device)
         else:
             raise TypeError(
                 f"lam must be a float, a tensor or a dict of tensors, got {type(lam).__name__}"
@@ -118,6 +120,15 @@ class Layout:
                 f"{label} is {tensor.dtype} on {tensor.device}, but the parameters are "
                 f"{self.dtype} on {self.device}"
             )
+
+
+def matrix_product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`rows @ matrix` in the dtype of the rows, under autocast too."""
+    device = rows.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return rows @ matrix
+    with torch.autocast(device, enabled=False):
+        return rows @ matrix
 
 
 def is_positive(flat_lam: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imaml_ext.flat import matrix_product
+from imaml_ext.ops import row_dot
 from imaml_ext.solution import CurvatureKind, Matvec, Solution, Status
 
 
@@ -16,7 +18,8 @@ class LinearSolver(ABC):
 
     Args:
         max_iter: products with H at most.
-        rtol, atol: a task stops when `|r| <= max(atol, rtol |v|)`.
+        rtol, atol: a task stops when `|r| <= max(atol, rtol |v|)`, or `|r| <= eps |v|`, below which
+            a recurrence computes rounding errors.
         damping: added to the diagonal.
         curvature: what H is: "hessian", the Hessian of the support loss, or "ggn", its generalised
             Gauss-Newton matrix, positive semi-definite for the usual losses, for which the loss
@@ -77,7 +80,7 @@ class System:
     def unfused(self, p: Tensor) -> Tensor:
         """`H p`, and `Λ p` for a dense Λ: what the kernels do not add by themselves."""
         hp = self._matvec(p).detach()
-        return (hp if self._dense is None else hp + p @ self._dense).contiguous()
+        return (hp if self._dense is None else hp + matrix_product(p, self._dense)).contiguous()
 
     def product(self, p: Tensor) -> Tensor:
         """`(H + Λ + damping I) p`."""
@@ -93,6 +96,12 @@ class System:
             return torch.where(self.fused > 0, r / self.fused, 0.0)
         factor, info = torch.linalg.cholesky_ex(self._dense)
         return torch.where(info == 0, torch.cholesky_solve(r.T, factor).T, 0.0)
+
+
+def squared_tolerance(b: Tensor, rtol: float, atol: float) -> Tensor:
+    """`max(atol, rtol |b|, eps |b|)²` of every row, [B] float64."""
+    rtol = max(rtol, torch.finfo(b.dtype).eps)
+    return (rtol * rtol * row_dot(b, b)).clamp_min(atol * atol)
 
 
 def initial_status(rr: Tensor, tol2: Tensor) -> Tensor:

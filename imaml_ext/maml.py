@@ -16,7 +16,7 @@ from imaml_ext.inner import GradientDescent
 from imaml_ext.inner.base import judge, new_status
 from imaml_ext.meta_gradient import MetaGradient, Nonfinite, failed_tasks, task_share
 from imaml_ext.methods import Method
-from imaml_ext.objective import Loss, Objective
+from imaml_ext.objective import Loss, Objective, check_recording
 from imaml_ext.proximal import Proximal
 from imaml_ext.solution import Solution, Status
 from imaml_ext.tasks import TaskBatch
@@ -45,8 +45,8 @@ class _Unrolled(Method):
                 "a solver that is differentiated takes a fixed number of steps: no tol"
             )
         self.lam = lam
-        if lam is not None:
-            self.layout.flatten_lam(lam)  # says now what is wrong with it
+        if lam is not None and self.layout.flatten_lam(lam).requires_grad:
+            raise ValueError("lam is not learned here: detach it, or use IMAML")
         self.log_lr = None
         if learn_lr:
             like = next(iter(self.params.values()))
@@ -59,10 +59,13 @@ class _Unrolled(Method):
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
         judged = Objective(self.query_loss, self.layout, batch.query, "query")
         problem = self._problem(batch.support, judged.tasks)
+        check_recording()
         last = self.inner.steps if self.last is None else min(self.last, self.inner.steps)
         with torch.enable_grad():
             theta = problem.start().requires_grad_()  # a row of its own for each task
-            log_lr = None if self.log_lr is None else self.log_lr.detach().requires_grad_()
+            log_lr = None
+            if self.log_lr is not None:  # for each task too, so that a failed one can be left out
+                log_lr = self.log_lr.detach().expand(problem.tasks, 1).clone().requires_grad_()
             lr = self.inner.lr if log_lr is None else log_lr.exp()
             with torch.no_grad():
                 before, velocity = self._descend(
@@ -78,19 +81,20 @@ class _Unrolled(Method):
             gradients = torch.autograd.grad(
                 losses.sum(), leaves, allow_unused=True, materialize_grads=True
             )
-        support_loss, inner = _report(problem, phi.detach(), self.inner.steps)
+        finite = torch.cat([rows.isfinite() for rows in gradients], dim=1).all(1)
+        support_loss, inner = _report(problem, phi.detach(), self.inner.steps, finite)
         ok = ~failed_tasks(losses.detach(), inner)
         share = task_share(ok, self.nonfinite, self.layout.dtype)
-        mean = torch.where(ok[:, None], gradients[0], 0.0).sum(0) * share
+        means = [torch.where(ok[:, None], rows, 0.0).sum(0) * share for rows in gradients]
         return MetaGradient(
-            params=self.layout.unflatten(mean),
+            params=self.layout.unflatten(means[0]),
             lam=None,
             support_loss=support_loss,
             query_loss=losses.detach(),
             adapted=self.layout.unflatten(phi.detach()),
             inner=inner,
             cg=None,
-            extra={} if log_lr is None else {"log_lr": gradients[1] * share},
+            extra={} if log_lr is None else {"log_lr": means[1][0]},
         )
 
     @torch.no_grad()
@@ -167,6 +171,8 @@ class MAML(_Unrolled):
                 raise ValueError(
                     "accelerated needs lam as a float: its momentum follows from lr and lam"
                 )
+            if inner.momentum:
+                raise ValueError("accelerated sets the momentum: leave that of inner at 0")
             inner = GradientDescent.accelerated(
                 lr=inner.lr, steps=inner.steps, strong_convexity=lam, tol=inner.tol
             )
@@ -196,8 +202,10 @@ class TruncatedMAML(_Unrolled):
         if last < 0:
             raise ValueError(f"last must not be negative, got {last}")
         super().__init__(loss, params, **settings)
-        if last == 0 and self.lam is not None:
-            raise ValueError("with lam, last must be at least 1: its steps alone see theta")
+        if last == 0 and (self.lam is not None or self.log_lr is not None):
+            raise ValueError(
+                "with lam or learn_lr, last must be at least 1: its steps alone see theta or lr"
+            )
         self.last = last
 
 
@@ -239,14 +247,15 @@ class Reptile(_FirstOrder):
     """
 
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
-        together = pytree.tree_map(
-            lambda a, b: torch.cat([a, b], dim=1), batch.support, batch.query
-        )
+        judged = Objective(self.query_loss, self.layout, batch.query, "query")
+        self._problem(batch.support, judged.tasks)  # says what is wrong with either
+        together = pytree.tree_map(_join, batch.support, batch.query)
         adapted = self.adapt(together)
         phi = self.layout.flatten(adapted)
         problem = self._problem(together)
-        support_loss, inner = _report(problem, phi, self.inner.steps)
-        losses = Objective(self.query_loss, self.layout, batch.query, "query").losses(phi)
+        finite = phi.isfinite().all(1)
+        support_loss, inner = _report(problem, phi, self.inner.steps, finite)
+        losses = judged.losses(phi)
         ok = ~failed_tasks(losses, inner)
         away = torch.where(ok[:, None], problem.theta - phi, 0.0).sum(0)
         return MetaGradient(
@@ -260,10 +269,23 @@ class Reptile(_FirstOrder):
         )
 
 
-def _report(problem: Proximal, phi: Tensor, steps: int) -> tuple[Tensor, Solution]:
-    """Support losses at phi, and how far from an optimum of G it is."""
+def _join(support: Tensor, query: Tensor) -> Tensor:
+    if support.dim() < 2 or support.shape[2:] != query.shape[2:]:
+        raise ValueError(
+            "Reptile joins support and query along their second dimension, got shapes "
+            f"{list(support.shape)} and {list(query.shape)}"
+        )
+    return torch.cat([support, query], dim=1)
+
+
+def _report(problem: Proximal, phi: Tensor, steps: int, finite: Tensor) -> tuple[Tensor, Solution]:
+    """Support losses at phi, and how far from an optimum of G it is.
+
+    Args:
+        finite: tasks whose meta-gradient is finite, [B] bool.
+    """
     losses, gradient = problem.objective.gradient(phi)
     residual = problem.residual(phi, gradient)
-    residual = torch.where(losses.isfinite(), residual, torch.nan)
+    residual = torch.where(losses.isfinite() & finite, residual, torch.nan)
     status = judge(torch.full_like(new_status(problem), Status.MAX_ITER), residual, None)
     return losses, Solution(phi, status, torch.full_like(status, steps), residual)

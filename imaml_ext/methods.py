@@ -116,10 +116,10 @@ class IMAML(Method):
             query_loss=self.query_loss,
             nonfinite=self.nonfinite,
         )
-        if not isinstance(self.lam, ProximalStrength):
+        extra = self.extra()
+        if not isinstance(self.lam, ProximalStrength) or not extra:
             return out
         values, slopes = ([lam], [out.lam]) if isinstance(lam, Tensor) else _pairs(lam, out.lam)
-        extra = self.extra()
         gradients = torch.autograd.grad(values, list(extra.values()), slopes)
         return replace(out, extra=dict(zip(extra, gradients, strict=True)))
 
@@ -131,9 +131,10 @@ class IMAML(Method):
         return self.layout.unflatten(self.inner.solve(problem).value)
 
     def extra(self) -> Params:
+        strengths: Params
         if isinstance(self.lam, ProximalStrength):
-            return {f"lam.{name}": p for name, p in self.lam.named_parameters()}
-        if isinstance(self.lam, Tensor):
+            strengths = {f"lam.{name}": p for name, p in self.lam.named_parameters()}
+        elif isinstance(self.lam, Tensor):
             strengths = {"lam": self.lam}
         elif isinstance(self.lam, Mapping):
             strengths = {f"lam.{name}": tensor for name, tensor in self.lam.items()}

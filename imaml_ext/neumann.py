@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml_ext.linear import LinearSolver, System, initial_status
+from imaml_ext.linear import LinearSolver, System, initial_status, squared_tolerance
 from imaml_ext.ops import row_dot
 from imaml_ext.solution import Matvec, Solution, Status
 
@@ -50,7 +50,7 @@ class NeumannSeries(LinearSolver):
         system = System(matvec, b, lam, self.damping)
         x, r = torch.zeros_like(system.b), system.b.clone()
         rr = row_dot(r, r)
-        tol2 = (self.rtol**2 * rr).clamp_min(self.atol**2)
+        tol2 = squared_tolerance(system.b, self.rtol, self.atol)
         status = initial_status(rr, tol2)
         steps = torch.zeros_like(status)
         for _ in range(self.max_iter):

@@ -130,7 +130,8 @@ class Objective:
         """
         if not isinstance(self.loss, ModuleLoss):
             raise TypeError(
-                "curvature='ggn' needs to see the model's outputs: make the loss with module_loss"
+                "curvature='ggn' needs to see the model's outputs: make the loss with module_loss, "
+                "or take the Hessian, ConjugateGradient(curvature='hessian')"
             )
         x, y = self.loss.pair(self.data)
         leaf, outputs = self._record(
@@ -153,9 +154,7 @@ class Objective:
 
     @staticmethod
     def _record(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.is_inference_mode_enabled():
-            # Nothing is recorded in it, not even under enable_grad: gradients would be zero.
-            raise RuntimeError("imaml_ext cannot differentiate in inference mode: use no_grad")
+        check_recording()
         leaf = at.detach().requires_grad_()
         with torch.enable_grad():
             return leaf, function(leaf)
@@ -170,6 +169,12 @@ class Objective:
     def _one_criterion(self, z: Tensor, y: Any) -> Tensor:
         assert isinstance(self.loss, ModuleLoss)
         return _scalar(self.loss.criterion(z, y))
+
+
+def check_recording() -> None:
+    """Raises RuntimeError in inference mode: nothing is recorded there, even under enable_grad."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("imaml_ext cannot differentiate in inference mode: use no_grad")
 
 
 def _count_tasks(layout: Layout, data: Any, label: str) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from imaml_ext.flat import Layout, is_positive
+from imaml_ext.flat import Layout, is_positive, matrix_product
 from imaml_ext.objective import Objective
 from imaml_ext.ops import prox_norms, row_dot
 
@@ -67,7 +67,7 @@ class Proximal:
 
     def unfused(self, phi: Tensor, gradient: Tensor) -> Tensor:
         """∇L and, for a dense Λ, `Λ (phi - theta)`: what the kernels do not add by themselves."""
-        return gradient if self.lam.dim() == 1 else gradient + (phi - self.theta) @ self.lam
+        return gradient if self.lam.dim() == 1 else gradient + self.strengthen(phi - self.theta)
 
     def residual(self, phi: Tensor, gradient: Tensor) -> Tensor:
         """`‖∇G‖` [B] float64, from ∇L at phi."""
@@ -76,7 +76,7 @@ class Proximal:
 
     def strengthen(self, rows: Tensor) -> Tensor:
         """`Λ rows_i` of every row."""
-        return rows * self.lam if self.lam.dim() == 1 else (rows @ self.lam).contiguous()
+        return rows * self.lam if self.lam.dim() == 1 else matrix_product(rows, self.lam)
 
     def is_usable(self) -> Tensor:
         """Whether Λ is finite and positive definite: one bool, still on the device."""

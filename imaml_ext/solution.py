@@ -24,9 +24,9 @@ class Status(IntEnum):
 
 
 _REMEDY = {
-    Status.MAX_ITER: "all iterations were used: judge by residual and error_bound",
+    Status.MAX_ITER: "stopped before it arrived: judge by residual",
     Status.NEGATIVE_CURVATURE: "H + Λ is not positive definite there: "
-    "raise lam or damping, or use curvature='ggn'",
+    "solve the inner problem further, raise damping or lam, or use curvature='ggn' or MINRES",
     Status.NONFINITE: "a loss, gradient or product is NaN or infinite: "
     "lower the inner learning rate, look at the data of these tasks, or pass nonfinite='skip'",
 }
@@ -122,13 +122,16 @@ class Solution:
     def error_bound(self) -> Tensor:
         """`residual / mu`, mu the smallest Ritz value: how far `value` is from the solution, [B].
 
-        An estimate, since mu is at least the smallest eigenvalue. Infinite where mu <= 0, since
-        nothing is known then; NaN where no product was made. Synchronises on CUDA.
+        An estimate, since mu is at least the smallest eigenvalue. A residual counts as what
+        rounding leaves of it, `eps |A| |value|`, at least. Infinite where mu <= 0, since nothing is
+        known then; NaN where no product was made. Synchronises on CUDA.
         """
         if self.lanczos is None:
             raise ValueError("this solution carries no curvature: there is nothing to bound with")
         mu = self.lanczos.smallest
-        return torch.where(mu <= 0, torch.inf, self.residual / mu)
+        rounding = torch.finfo(self.value.dtype).eps * self.lanczos.largest.abs()
+        residual = torch.maximum(self.residual, rounding * self.value.norm(dim=1))
+        return torch.where(mu <= 0, torch.inf, residual / mu)
 
     def describe(self) -> str:
         """Which tasks ended how, and what to do about it, in one line. Synchronises on CUDA."""

@@ -7,13 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from imaml_ext.flat import Lam, Layout
+from imaml_ext.flat import Lam, Layout, matrix_product
 
 Form = Literal["scalar", "tensor", "diagonal", "dense"]
 
 
 class ProximalStrength(nn.Module):
-    """Λ as a function of parameters without bounds: `exp` of them, or `L L'` for a dense one.
+    """Λ as a function of parameters without bounds: `exp` of them, or `L L' + floor I` if dense.
+
+    The floor, 1e-3 of the initial value, keeps a dense Λ definite in float32; logarithms count only
+    within ±60. Weight decay pulls Λ to the identity, not to 0.
 
     Call it for Λ, in the graph of its parameters: `adapt(..., lam=strength())`, or hand it over as
     it is: `IMAML(..., lam=strength)`.
@@ -50,7 +53,8 @@ class ProximalStrength(nn.Module):
         elif form == "diagonal":
             self.log = nn.ParameterList([full(log, *s) for s in layout.shapes.values()])
         elif form == "dense":  # L is the strictly lower part and exp of the diagonal
-            self.log = nn.Parameter(torch.diag(full(0.5 * log, layout.dim)))
+            self._floor = 1e-3 * initial
+            self.log = nn.Parameter(torch.diag(full(0.5 * math.log(0.999 * initial), layout.dim)))
         else:
             raise ValueError(
                 f"form must be 'scalar', 'tensor', 'diagonal' or 'dense', got {form!r}"
@@ -59,8 +63,13 @@ class ProximalStrength(nn.Module):
     def forward(self) -> Lam:
         """Λ as `implicit_meta_grad` takes it."""
         if isinstance(self.log, nn.ParameterList):
-            return {name: log.exp() for name, log in zip(self._names, self.log, strict=True)}
+            return {name: _exp(log) for name, log in zip(self._names, self.log, strict=True)}
         if self.form == "scalar":
-            return self.log.exp()
-        factor = self.log.tril(-1) + torch.diag(self.log.diagonal().exp())
-        return factor @ factor.T
+            return _exp(self.log)
+        factor = self.log.tril(-1) + torch.diag(_exp(self.log.diagonal()))
+        floor = torch.full_like(self.log[0], self._floor)
+        return matrix_product(factor, factor.T) + torch.diag(floor)
+
+
+def _exp(log: Tensor) -> Tensor:
+    return log.clamp(-60, 60).exp()

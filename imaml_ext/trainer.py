@@ -95,16 +95,20 @@ class Trainer:
         """Fill the gradients of what is learned, and say how the batch went."""
         out = self.method.meta_gradient(batch)
         values = {
-            "loss": out.query_loss.mean(),
-            "support_loss": out.support_loss.mean(),
+            "loss": out.query_loss,
+            "support_loss": out.support_loss,
             **{name: _per_task(m, out.adapted, batch.query) for name, m in self.metrics.items()},
-            "inner_residual": out.inner.residual.mean(),
-            "failed": out.failed,
+            "inner_residual": out.inner.residual,
         }
         if out.cg is not None:
-            values["cg_residual"] = out.cg.residual.mean()
+            values["cg_residual"] = out.cg.residual
             values["negative_curvature"] = out.cg.status == Status.NEGATIVE_CURVATURE
-        numbers = torch.stack([value.double().mean() for value in values.values()]).tolist()
+        failed = out.failed
+        means = [
+            torch.where(failed, 0, v.double()).sum() / (~failed).sum() for v in values.values()
+        ]
+        values["failed"] = failed
+        numbers = torch.stack([*means, failed.double().mean()]).tolist()
         record = dict(zip(values, numbers, strict=True))
         if record["failed"] > 0 and self.method.nonfinite == "refuse":
             raise NonfiniteError(

@@ -66,6 +66,40 @@ def test_evaluation_tasks_do_not_depend_on_the_training_batch():
         assert torch.equal(few[name].sample(2).query[0], many[name].sample(2).query[0])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--method", "maml", "--learn-lr"],
+        ["--method", "maml-accelerated"],
+        ["--method", "truncated-maml", "--last", "1"],
+        ["--method", "fomaml"],
+        ["--method", "reptile"],
+        ["--inner", "nesterov", "--linear", "minres"],
+        ["--inner", "adam", "--linear", "neumann"],
+        ["--inner", "hessian-free", "--linear", "cg-jacobi", "--learn-lam", "diagonal"],
+        ["--inner", "lbfgs", "--learn-lam", "scalar"],
+    ],
+    ids=" ".join,
+)
+def test_every_method_and_solver_trains_and_is_evaluated(settings, tmp_path, capsys):
+    out = ["--device", "cpu", "--out", str(tmp_path), "--json"]
+    assert main(["train", *QUICK, *out, *settings]) == 0
+    trained = last_json(capsys)
+    assert main(["eval", trained["checkpoint"], "--eval-tasks", "5", "--json"]) == 0
+    assert last_json(capsys)["loss"] == trained["loss"]
+
+
+def test_another_method_can_adapt_in_evaluation(tmp_path, capsys):
+    out = ["--device", "cpu", "--out", str(tmp_path), "--json"]
+    assert main(["train", *QUICK, *out]) == 0
+    loss = last_json(capsys)["loss"]
+    arguments = ["eval", str(tmp_path / "checkpoint.pt"), "--eval-tasks", "5", "--json"]
+    assert main([*arguments, "--method", "maml"]) == 0  # without the proximal term
+    assert last_json(capsys)["loss"] != loss
+    assert main([*arguments, "--inner", "lbfgs"]) == 0
+    assert last_json(capsys)["loss"] != loss
+
+
 def test_evaluation_can_adapt_differently(tmp_path, capsys):
     assert main(["train", *QUICK, "--device", "cpu", "--out", str(tmp_path), "--json"]) == 0
     loss = last_json(capsys)["loss"]
@@ -119,6 +153,10 @@ def fails(arguments, capsys):
         (["train", "--eval-tasks", "0"], "--eval-tasks must be at least 1, got 0"),
         (["train", "--eval-every", "0"], "--eval-every must be at least 1, got 0"),
         (["train", "--device", "abacus"], "--device abacus"),
+        (["train", "--method", "maml", "--learn-lam", "scalar"], "learn_lam is for imaml"),
+        (["train", "--method", "maml", "--inner", "adam"], "inner is for imaml"),
+        (["train", "--method", "fomaml", "--learn-lr"], "learn_lr needs a second-order method"),
+        (["train", "--learn-lr"], "learn_lr is for MAML"),
         (["train", "--resume"], "no checkpoint at"),
         (["eval", "nowhere.pt"], "no checkpoint at nowhere.pt"),
     ],

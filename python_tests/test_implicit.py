@@ -286,6 +286,21 @@ def test_the_certificate_bounds_the_distance_to_the_optimum(device):
         assert (rough.inner.error_bound <= 20 * error).all()
 
 
+def test_the_certificate_of_the_inner_solve_does_not_count_the_damping(device):
+    problem = regression(4, device)
+    settings = {"lam": 5.0, "inner": GradientDescent(lr=0.05, steps=20)}
+    plain, damped = (
+        implicit_meta_grad(
+            problem.loss, problem.params, problem.support, problem.query, **settings,
+            cg=ConjugateGradient(max_iter=25, damping=damping),
+        )
+        for damping in (0.0, 3.0)
+    )  # fmt: skip
+    torch.testing.assert_close(
+        damped.inner.lanczos.smallest, plain.inner.lanczos.smallest, rtol=0.01, atol=0
+    )
+
+
 def test_the_gauss_newton_matrix_certifies_no_optimum(device):
     problem = classification(3, device)
     got = implicit_meta_grad(

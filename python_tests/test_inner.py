@@ -253,6 +253,98 @@ def test_every_step_of_a_line_search_lowers_the_objective(solver, make, device):
     assert (values[-1] < values[0]).all()
 
 
+def test_a_task_without_a_descent_direction_stops_alone(device):
+    params = {"w": torch.full((3,), 0.5, dtype=torch.float64, device=device)}
+    layout = Layout(params)
+
+    def loss(params, sign):  # w², whose gradient has the wrong sign where sign is -1
+        square = ((params["w"] - 1) ** 2).sum()
+        return sign * square + (1 - sign) * square.detach()
+
+    sign = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64, device=device)
+    proximal = Proximal(Objective(loss, layout, sign), layout.flatten(params), sign.new_ones(1))
+    got = LBFGS(steps=30, tol=1e-9).solve(proximal)
+    assert got.status[[0, 2]].tolist() == [Status.CONVERGED] * 2
+    assert got.status[1] != Status.CONVERGED
+    torch.testing.assert_close(got.value[1], proximal.theta, rtol=0, atol=1e-6)
+    # 2 (w - 1) + (w - 1/2) = 0
+    torch.testing.assert_close(got.value[0], torch.full_like(proximal.theta, 2.5 / 3))
+
+
+@pytest.mark.parametrize("stiffness", [1e2, 1e4, 1e6])
+def test_lbfgs_finds_its_scale_on_a_stiff_quadratic(stiffness, device):
+    params = {"w": torch.zeros(5, dtype=torch.float64, device=device)}
+    layout = Layout(params)
+
+    def loss(params, target):
+        return 0.5 * stiffness * ((params["w"] - target) ** 2).sum()
+
+    target = torch.full((2, 5), 1e-3, dtype=torch.float64, device=device)
+    proximal = Proximal(Objective(loss, layout, target), layout.flatten(params), target.new_ones(1))
+    got = LBFGS(steps=100, tol=1e-6).solve(proximal)
+    assert (got.status == Status.CONVERGED).all()
+    torch.testing.assert_close(got.value, target * stiffness / (stiffness + 1))
+
+
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_hessian_free_damps_itself_where_newton_overshoots(damping, device):
+    # log cosh: far out its curvature vanishes, and Newton's step is of length e^80.
+    params = {"w": torch.full((1,), 40.0, dtype=torch.float64, device=device)}
+    layout = Layout(params)
+
+    def loss(params, data):
+        return (torch.nn.functional.softplus(2 * params["w"]) - params["w"]).sum() + 0 * data.sum()
+
+    data = torch.zeros(1, 1, dtype=torch.float64, device=device)
+    lam = torch.full((1,), 1e-6, dtype=torch.float64, device=device)
+    proximal = Proximal(Objective(loss, layout, data), layout.flatten(params), lam)
+    cg = ConjugateGradient(max_iter=5)
+    got = HessianFree(steps=200, cg=cg, damping=damping, tol=1e-8).solve(proximal)
+    assert got.status.item() == Status.CONVERGED
+
+
+@pytest.mark.parametrize(
+    "solver", [HessianFree(steps=40), LBFGS(steps=100)], ids=["hessian-free", "lbfgs"]
+)
+def test_a_line_search_in_float32_gets_as_near_as_rounding_lets_it(solver, device):
+    problem = regression(4, device).to(torch.float32)
+    theta = problem.layout.flatten(problem.params)
+
+    def loss(params, data):  # an offset that hides the last decreases of G from float32
+        return problem.loss(params, data) + 100.0
+
+    lam = torch.full((1,), 1.5, device=device)
+    if isinstance(solver, HessianFree):
+        solver = HessianFree(steps=40, cg=ConjugateGradient(max_iter=10))
+    got = solver.solve(Proximal(Objective(loss, problem.layout, problem.support), theta, lam))
+    assert (
+        gradient_norms(
+            problem,
+            Proximal(Objective(problem.loss, problem.layout, problem.support), theta, lam),
+            got.value,
+        )
+        < 2e-3
+    ).all()
+
+
+def test_lbfgs_uses_its_history_and_only_curved_pairs(device):
+    # With a full history, D + 1 steps of exact curvature pairs all but solve a D-quadratic.
+    eigenvalues = torch.logspace(0, 3, 6, dtype=torch.float64, device=device)
+    params = {"w": torch.ones(6, dtype=torch.float64, device=device)}
+    layout = Layout(params)
+
+    def loss(params, data):
+        return 0.5 * (eigenvalues * params["w"] ** 2).sum() + 0 * data.sum()
+
+    data = torch.zeros(1, 1, dtype=torch.float64, device=device)
+    lam = torch.full((1,), 1e-9, dtype=torch.float64, device=device)
+    proximal = Proximal(Objective(loss, layout, data), layout.flatten(params), lam)
+    long = LBFGS(steps=300, history=8, tol=1e-9).solve(proximal)
+    short = LBFGS(steps=300, history=1, tol=1e-9).solve(proximal)
+    assert long.status.item() == Status.CONVERGED
+    assert long.steps.item() < 0.7 * short.steps.item()
+
+
 def test_one_hessian_free_step_is_newtons_on_a_quadratic(device):
     # Solved to the end and undamped, the direction is Newton's and the first trial is accepted.
     params = {"w": torch.randn(6, dtype=torch.float64, device=device)}

@@ -169,8 +169,54 @@ def test_the_error_bound_holds_with_a_preconditioner(device):
 
 def test_adams_preconditioner_needs_adams_moments():
     solver = ConjugateGradient(preconditioner="adam")
-    with pytest.raises(ValueError, match=r"needs an inner solver .* inner=Adam"):
+    with pytest.raises(ValueError, match="needs the second moment that an inner solver kept"):
         solver.solve(lambda p: p, torch.ones(2, 3))
+
+
+def test_preconditioned_solves_of_float32_survive_their_own_end(device):
+    # After the Krylov space is exhausted, residuals shrink until M^-1 r would underflow.
+    d = torch.rand(16, 8, device=device) + 1
+    b = torch.randn(16, 8, device=device)
+    for preconditioner in (None, "jacobi"):
+        solver = ConjugateGradient(max_iter=80, preconditioner=preconditioner)
+        got = solver.solve(lambda p: d * p, b, 1.0)
+        assert (got.status == Status.CONVERGED).all()
+        torch.testing.assert_close(got.value, b / (d + 1))
+        small = solver.solve(lambda p: 1e-3 * d * p, b, 1e-3)
+        assert (small.status == Status.CONVERGED).all()
+
+
+def test_adams_preconditioner_has_the_shape_of_the_second_moment(device):
+    # H = c sqrt(second moment): the preconditioner is exact, and one step solves.
+    root = torch.logspace(-2, 2, 40, dtype=torch.float64, device=device).expand(3, -1)
+    b = torch.randn(3, 40, dtype=torch.float64, device=device)
+    solver = ConjugateGradient(max_iter=50, rtol=1e-8, preconditioner="adam")
+    got = solver.solve(lambda p: 7 * root * p, b, 0.5, second_moment=root**2)
+    assert (got.steps == 1).all()
+    torch.testing.assert_close(got.value, b / (7 * root + 0.5))
+
+
+def test_a_preconditioner_knows_the_damping(device):
+    h = torch.logspace(-4, 0, 30, dtype=torch.float64, device=device).expand(2, -1)
+    b = torch.randn(2, 30, dtype=torch.float64, device=device)
+    solver = ConjugateGradient(30, rtol=1e-8, damping=0.1, preconditioner="jacobi", probes=1)
+    assert (solver.solve(lambda p: h * p, b).steps == 1).all()
+
+
+def test_a_preconditioned_ritz_value_is_scaled_by_the_smallest_entry_of_m(device):
+    # A = M: the preconditioned matrix is I, so the estimate of the smallest eigenvalue is exact.
+    m = torch.tensor([[0.01, 5.0, 100.0]], dtype=torch.float64, device=device)
+    b = torch.ones(1, 3, dtype=torch.float64, device=device)
+    got = conjugate_gradient(lambda p: m * p, b, max_iter=2, preconditioner=m)
+    torch.testing.assert_close(got.lanczos.smallest, m[:, 0])
+
+
+def test_the_jacobi_estimate_does_not_depend_on_the_batch(device):
+    h = symmetric(torch.rand(4, 12, dtype=torch.float64, device=device) + 0.1)
+    b = torch.randn(4, 12, dtype=torch.float64, device=device)
+    solver = ConjugateGradient(max_iter=3, preconditioner="jacobi", probes=2)
+    whole, alone = solver.solve(product(h), b), solver.solve(product(h[2:3]), b[2:3])
+    torch.testing.assert_close(whole.value[2:3], alone.value, rtol=1e-12, atol=0)
 
 
 # ---- MINRES
@@ -221,6 +267,19 @@ def test_a_singular_system_ends_at_the_least_residual(device):
     assert got.status.tolist() == [Status.CONVERGED, Status.MAX_ITER]
     torch.testing.assert_close(got.residual[1].item(), 3.0)
     assert got.value.isfinite().all()
+    assert got.error_bound[1] > 1e12  # nothing is certified
+
+
+def test_minres_stops_at_its_tolerance_and_no_sooner(device):
+    h = indefinite(4, 40, device)
+    b = torch.randn(4, 40, dtype=torch.float64, device=device)
+    got = MINRES(max_iter=200, rtol=1e-3).solve(product(h), b)
+    true = (b - product(h)(got.value)).norm(dim=1)
+    assert (true <= 1.001e-3 * b.norm(dim=1)).all()
+    torch.testing.assert_close(got.residual, true, rtol=1e-6, atol=0)
+    for row in range(4):
+        fewer = MINRES(max_iter=int(got.steps[row]) - 1).solve(product(h), b)
+        assert fewer.residual[row] > 1e-3 * b[row].norm()
 
 
 # ---- Neumann series

@@ -16,9 +16,11 @@ def peak_of(device, curvature, inner_steps, cg_steps):
     loss = module_loss(model, nn.functional.cross_entropy)
     x, y = torch.rand(4, 10, 1, 28, 28, device=device), torch.arange(5).repeat(4, 2).to(device)
 
+    lam = 0.3 if curvature == "ggn" else 50.0  # definite, yet CG has its work cut out
+
     def run():
         return implicit_meta_grad(
-            loss, dict(model.named_parameters()), (x, y), (x, y), lam=100.0,
+            loss, dict(model.named_parameters()), (x, y), (x, y), lam=lam,
             inner=GradientDescent(lr=0.001, steps=inner_steps),
             cg=ConjugateGradient(max_iter=cg_steps, curvature=curvature),
         )  # fmt: skip
@@ -35,4 +37,4 @@ def test_peak_memory_is_flat_in_inner_and_cg_steps(curvature, device):
     base = peak_of(device, curvature, 1, 1)
     assert base > 1_000_000
     assert peak_of(device, curvature, 64, 1) <= 1.02 * base
-    assert peak_of(device, curvature, 1, 20) <= 1.02 * base
+    assert peak_of(device, curvature, 1, 12) <= 1.02 * base

@@ -10,6 +10,7 @@ from imaml_ext import (
     MAML,
     ConjugateGradient,
     GradientDescent,
+    HessianFree,
     NeumannSeries,
     ProximalStrength,
     Reptile,
@@ -17,6 +18,7 @@ from imaml_ext import (
     TruncatedMAML,
     module_loss,
 )
+from imaml_ext.flat import Layout
 from imaml_ext.solution import Status
 
 INNER = GradientDescent(lr=0.05, steps=5)
@@ -397,15 +399,97 @@ def test_settings_that_do_not_fit_are_refused():
         MAML(loss, params, lam=-1.0)
     with pytest.raises(ValueError, match="last must not be negative, got -1"):
         TruncatedMAML(loss, params, last=-1)
-    with pytest.raises(ValueError, match="with lam, last must be at least 1"):
-        TruncatedMAML(loss, params, last=0, lam=1.0)
+    for settings in ({"lam": 1.0}, {"learn_lr": True}):
+        with pytest.raises(ValueError, match="with lam or learn_lr, last must be at least 1"):
+            TruncatedMAML(loss, params, last=0, **settings)
+    with pytest.raises(ValueError, match="lam is not learned here"):
+        MAML(loss, params, lam=torch.tensor(1.0, requires_grad=True))
+    with pytest.raises(ValueError, match="accelerated sets the momentum"):
+        MAML(loss, params, lam=1.0, accelerated=True, inner=GradientDescent(momentum=0.5))
     with pytest.raises(ValueError, match="nonfinite must be"):
         FOMAML(loss, params, nonfinite="ignore")
     with pytest.raises(ValueError, match="form must be 'scalar'"):
         ProximalStrength(params, form="banded")
     with pytest.raises(ValueError, match="initial must be positive and finite, got 0"):
         ProximalStrength(params, 0.0)
-    method = MAML(loss, params)
     x = torch.zeros(3, 2, 1)
-    with pytest.raises(ValueError, match="support holds 3 tasks, query 2"):
-        method.meta_gradient(TaskBatch((x, x), (x[:2], x[:2])))
+    for method in (MAML(loss, params), Reptile(loss, params)):
+        with pytest.raises(ValueError, match="support holds 3 tasks, query 2"):
+            method.meta_gradient(TaskBatch((x, x), (x[:2], x[:2])))
+    with pytest.raises(ValueError, match="Reptile joins support and query along their second"):
+        Reptile(lambda p, d: d.sum(), params).meta_gradient(TaskBatch(x[:, 0, 0], x[:, 0, 0]))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference mode"):
+        MAML(loss, params).meta_gradient(TaskBatch((x, x), (x, x)))
+
+
+def test_a_gradient_that_is_not_finite_is_a_failure_though_the_losses_are(device):
+    # d|w| / dw at w = 0, taken through a square root: 0 / 0 for the task whose target is theta.
+    theta = torch.zeros(3, dtype=torch.float64, device=device)
+    target = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], dtype=torch.float64, device=device)
+
+    def support_loss(params, data):
+        return (params["w"] ** 2).sum() + 0 * data.sum()
+
+    def query_loss(params, data):
+        return ((params["w"] - data) ** 2).sum().sqrt()
+
+    batch = TaskBatch(target, target)
+    for kind in (MAML, FOMAML, IMAML):
+        for nonfinite in ("refuse", "skip"):
+            params = {"w": theta.clone().requires_grad_()}
+            method = kind(support_loss, params, query_loss=query_loss, nonfinite=nonfinite)
+            out = method.meta_gradient(batch)
+            assert out.query_loss.isfinite().all()
+            assert out.failed.tolist() == [False, True]
+            assert out.params["w"].isfinite().all() == (nonfinite == "skip")
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e200])
+def test_a_failed_task_does_not_reach_the_learned_step_size(poison, device):
+    problem, params, batch = setting(device, 6)
+    x, y = (t.clone() for t in batch.support)
+    y[2] = poison
+    poisoned = TaskBatch((x, y), batch.query)
+    keep = [0, 1, 3, 4, 5]
+    rest = TaskBatch(*(tuple(t[keep] for t in d) for d in (batch.support, batch.query)))
+    settings = {"inner": INNER, "learn_lr": True, "nonfinite": "skip"}
+    got = MAML(problem.loss, params, **settings).meta_gradient(poisoned)
+    want = MAML(problem.loss, params, **settings).meta_gradient(rest)
+    assert got.failed.nonzero().flatten().tolist() == [2]
+    torch.testing.assert_close(got.extra["log_lr"], want.extra["log_lr"])
+
+
+def test_a_frozen_strength_is_not_learned(device):
+    problem, params, batch = setting(device)
+    strength = ProximalStrength(params, 1.5, form="tensor").requires_grad_(False)
+    method = IMAML(problem.loss, params, lam=strength, inner=INNER)
+    assert method.learned().keys() == params.keys()
+    out = method.meta_gradient(batch)
+    want = IMAML(problem.loss, params, lam=1.5, inner=INNER).meta_gradient(batch)
+    for name in params:
+        torch.testing.assert_close(out.params[name], want.params[name])
+
+
+def test_a_dense_strength_stays_definite_in_float32(device):
+    params = {"w": torch.zeros(50, device=device)}
+    for _ in range(20):
+        strength = ProximalStrength(params, 1.0, form="dense")
+        with torch.no_grad():
+            strength.log.copy_(torch.randn(50, 50))
+        Layout(params).flatten_lam(strength())  # refuses what is not
+
+
+def test_a_dense_strength_keeps_its_precision_under_autocast(device):
+    problem = regression(3, device).to(torch.float32)
+    params = {name: t.requires_grad_() for name, t in problem.params.items()}
+    batch = TaskBatch(problem.support, problem.query)
+    method = IMAML(
+        problem.loss, params, lam=ProximalStrength(params, 1.5, form="dense"),
+        inner=HessianFree(steps=3),
+    )  # fmt: skip
+    want = method.meta_gradient(batch)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        got = method.meta_gradient(batch)
+    for name in params:
+        assert got.params[name].dtype == torch.float32
+        torch.testing.assert_close(got.params[name], want.params[name], rtol=0.1, atol=0.02)

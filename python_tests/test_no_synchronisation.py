@@ -7,7 +7,24 @@ The meta device has shapes but no values: whatever asks a tensor for its value, 
 import pytest
 import torch
 
-from imaml_ext import ConjugateGradient, GradientDescent, adapt, implicit_meta_grad, module_loss
+from imaml_ext import (
+    FOMAML,
+    IMAML,
+    LBFGS,
+    MAML,
+    MINRES,
+    Adam,
+    ConjugateGradient,
+    External,
+    GradientDescent,
+    HessianFree,
+    NeumannSeries,
+    ProximalStrength,
+    Reptile,
+    adapt,
+    implicit_meta_grad,
+    module_loss,
+)
 from imaml_ext.data import ImageEpisodes, Sinusoid
 from imaml_ext.models import conv4, mlp
 
@@ -37,6 +54,47 @@ def test_a_meta_gradient_does_not_synchronise(curvature, nonfinite):
     )
     assert out.params["0.weight"].shape == (8, 1)
     assert out.lam["0.weight"].shape == (8, 1)
+    assert out.failed.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        Adam(steps=2, tol=1e-3),
+        HessianFree(steps=2, tol=1e-3),
+        LBFGS(steps=3, tol=1e-3),
+        External(lambda problem: problem.start()),
+    ],
+    ids=lambda inner: type(inner).__name__,
+)
+@pytest.mark.parametrize(
+    "cg",
+    [
+        ConjugateGradient(preconditioner="jacobi"),
+        MINRES(rtol=1e-3),
+        NeumannSeries(rtol=1e-3),
+    ],
+    ids=lambda cg: type(cg).__name__,
+)
+@pytest.mark.parametrize("form", ["diagonal", "dense"])
+def test_no_solver_synchronises(inner, cg, form):
+    model = mlp(1, 8, 1).to(META)
+    params = dict(model.named_parameters())
+    batch = Sinusoid(tasks=4, device=META).sample(3)
+    method = IMAML(
+        module_loss(model, torch.nn.functional.mse_loss), params, inner=inner, cg=cg,
+        lam=ProximalStrength(params, form=form), nonfinite="skip",
+    )  # fmt: skip
+    out = method.meta_gradient(batch)
+    assert out.named().keys() == method.learned().keys()
+
+
+@pytest.mark.parametrize("kind", [MAML, FOMAML, Reptile])
+def test_no_method_synchronises(kind):
+    model = mlp(1, 8, 1).to(META)
+    batch = Sinusoid(tasks=4, device=META).sample(3)
+    loss = module_loss(model, torch.nn.functional.mse_loss)
+    out = kind(loss, dict(model.named_parameters()), nonfinite="skip").meta_gradient(batch)
     assert out.failed.shape == (4,)
 
 

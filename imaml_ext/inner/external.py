@@ -33,7 +33,10 @@ class External(InnerSolver):
     tol: float | None = None
 
     def solve(self, problem: Proximal) -> Solution:
-        found = self.fn(problem)
+        # A copy of theta, should fn write it; and fn may use autograd of its own.
+        own = Proximal(problem.objective, problem.theta.clone(), problem.lam)
+        with torch.enable_grad():
+            found = self.fn(own)
         if isinstance(found, Mapping):
             phi = problem.layout.flatten(found, "phi")
         elif isinstance(found, Tensor):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from imaml_ext.cg import ConjugateGradient
 from imaml_ext.inner.base import InnerSolver, all_done, check_settings, judge, new_status, unjudged
-from imaml_ext.inner.line_search import Backtracking
+from imaml_ext.inner.line_search import Backtracking, rounding_of
 from imaml_ext.ops import row_dot
 from imaml_ext.proximal import Proximal
 from imaml_ext.solution import Matvec, Solution, Status
@@ -21,7 +21,8 @@ class HessianFree(InnerSolver):
 
     Damping is Levenberg and Marquardt's, for each task: it is halved where the full step d lowers
     G by more than 3/4 of what the quadratic model foretold, and grows fourfold where by less than
-    1/4. Where d meets negative curvature at once, it is the gradient, scaled by Λ^-1.
+    1/4; it stays where G changes by less than its own rounding. Where d meets negative curvature at
+    once, it is the gradient, scaled by Λ^-1.
 
     Args:
         steps: steps at most.
@@ -67,8 +68,10 @@ class HessianFree(InnerSolver):
             )
             # CG's residual is orthogonal to d, so d'Ad = -∇G·d, and the model falls by -∇G·d / 2.
             ratio = (value - at_full) / (-0.5 * slope)
-            damping = torch.where(ratio > 0.75, damping / 2, damping)
-            damping = torch.where(ratio > 0.25, damping, damping * 4)  # NaN grows too
+            grown = torch.maximum(4 * damping, -1e-3 * slope / row_dot(direction, direction))
+            adjusted = torch.where(ratio > 0.75, damping / 2, damping)
+            adjusted = torch.where(ratio > 0.25, adjusted, grown)  # where it is NaN too
+            damping = torch.where(slope.abs() > rounding_of(phi, value), adjusted, damping)
             steps += t > 0
         return unjudged(phi, status, steps)
 

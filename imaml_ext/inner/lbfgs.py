@@ -20,7 +20,9 @@ Pair = tuple[Tensor, Tensor, Tensor]  # s, y [B, D], and 1 / s·y [B], 0 where i
 class LBFGS(InnerSolver):
     """L-BFGS with a backtracking line search, each task with its own history.
 
-    A step whose curvature `s·y` is not positive leaves no pair in its task's history.
+    A step whose curvature `s·y` is not positive leaves no pair in its task's history. A task whose
+    line search finds no step forgets its history, then scales its steps down, and stops as MAX_ITER
+    when they vanish.
 
     Args:
         steps: steps at most.
@@ -48,8 +50,9 @@ class LBFGS(InnerSolver):
         steps = torch.zeros_like(status)
         pairs: deque[Pair] = deque(maxlen=self.history)  # the newest last
         value, gradient = problem.value_and_gradient(phi)
-        # Before anything is known about curvature, a first step of length 1 at most.
-        gamma = 1 / row_dot(gradient, gradient).sqrt().clamp_min(1.0)
+        gamma = _first_scale(gradient)
+        shortest = self.line_search.shrink**self.line_search.trials
+        remembers = torch.zeros_like(status, dtype=torch.bool)
         for step in range(self.steps):
             status = judge(status, row_dot(gradient, gradient).sqrt(), self.tol)
             if all_done(status):
@@ -60,6 +63,14 @@ class LBFGS(InnerSolver):
                 problem, phi, direction, value, slope, status == Status.RUNNING
             )
             steps += t > 0
+            stuck = (status == Status.RUNNING) & (t == 0)
+            first = _first_scale(gradient)
+            gamma = torch.where(stuck, torch.where(remembers, first, gamma * shortest), gamma)
+            vanished = gamma < torch.finfo(phi.dtype).eps * first
+            status = torch.where(stuck & vanished, Status.MAX_ITER, status)
+            remembers = remembers & ~stuck
+            for *_, rho in pairs:
+                rho.masked_fill_(stuck, 0.0)
             if step + 1 == self.steps:
                 phi = moved
                 break
@@ -70,8 +81,14 @@ class LBFGS(InnerSolver):
             rho = torch.where(curved, 1 / sy, 0.0)
             gamma = torch.where(curved, sy / yy, gamma)
             pairs.append((s, y, rho))
+            remembers = remembers | curved
             phi, gradient = moved, new_gradient
         return unjudged(phi, status, steps)
+
+
+def _first_scale(gradient: Tensor) -> Tensor:
+    """Of a step before anything is known about curvature: its length is 1 at most."""
+    return 1 / row_dot(gradient, gradient).sqrt().clamp_min(1.0)
 
 
 def _two_loops(gradient: Tensor, pairs: Sequence[Pair], gamma: Tensor) -> Tensor:

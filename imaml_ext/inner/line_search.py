@@ -52,7 +52,7 @@ class Backtracking:
             running: tasks that may move, [B] bool; for the others, and where no t was accepted,
                 t is 0.
         """
-        rounding = 4 * torch.finfo(phi.dtype).eps * value.abs()
+        rounding = rounding_of(phi, value)
         pending = running & (slope < 0)
         t, at_full = torch.zeros_like(value), value
         length = 1.0
@@ -68,3 +68,8 @@ class Backtracking:
             length *= self.shrink
         moves = (t > 0)[:, None]
         return torch.where(moves, phi + t[:, None].to(phi.dtype) * direction, phi), t, at_full
+
+
+def rounding_of(phi: Tensor, value: Tensor) -> Tensor:
+    """By how much G can be wrong, computed in phi's dtype, [B]."""
+    return 4 * torch.finfo(phi.dtype).eps * value.abs()

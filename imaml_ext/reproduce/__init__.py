@@ -4,14 +4,12 @@ Each module measures (`measure`, which yields one record a curve or a point) and
 records alone).
 """
 
-from imaml_ext.reproduce import fig2a, fig2b, sinusoid, table1
+from imaml_ext.reproduce.fig2a import STUDY as FIG2A
+from imaml_ext.reproduce.fig2b import STUDY as FIG2B
+from imaml_ext.reproduce.sinusoid import STUDY as SINUSOID
 from imaml_ext.reproduce.study import Study
+from imaml_ext.reproduce.table1 import STUDY as TABLE1
 
-STUDIES: dict[str, Study] = {
-    "fig2a": fig2a.STUDY,
-    "table1": table1.STUDY,
-    "fig2b": fig2b.STUDY,
-    "sinusoid": sinusoid.STUDY,
-}
+STUDIES = {"fig2a": FIG2A, "table1": TABLE1, "fig2b": FIG2B, "sinusoid": SINUSOID}
 
 __all__ = ["STUDIES", "Study"]

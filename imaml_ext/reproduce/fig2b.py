@@ -43,6 +43,7 @@ def points() -> Iterator[tuple[str, int, int]]:
 
 
 def measure(settings: Settings) -> Iterator[Record]:
+    load_omniglot(settings.data)  # says now if it is not there
     for method, inner_steps, cg_steps in points():
         point = (method, inner_steps, cg_steps, settings.seed, settings.data, settings.device)
         run = subprocess.run(
