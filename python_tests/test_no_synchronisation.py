@@ -86,7 +86,7 @@ def test_no_solver_synchronises(inner, cg, form):
         lam=ProximalStrength(params, form=form), nonfinite="skip",
     )  # fmt: skip
     out = method.meta_gradient(batch)
-    assert out.named().keys() == method.learned().keys()
+    assert method.learned().keys() <= out.named().keys()
 
 
 @pytest.mark.parametrize("kind", [MAML, FOMAML, Reptile])

@@ -5,7 +5,6 @@ is how much the resident set grows in a fresh process for each point.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -85,13 +84,14 @@ def one_point(
     FOMAML(loss, params, inner=GradientDescent(lr=LR, steps=1)).meta_gradient(batch)
     if device.type == "cuda":
         peak = peak_bytes(lambda: method.meta_gradient(batch), device)
-    before = _resident_bytes()
+    before = _resident_bytes("VmRSS")
     start = time.perf_counter()
     out = method.meta_gradient(batch)
     loss_value = out.query_loss.mean().item()  # and waits for the device
     seconds = time.perf_counter() - start
     if device.type != "cuda":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        # Not getrusage's maximum, which begins with that of the process that started this one.
+        peak = _resident_bytes("VmHWM") - before
     return {"seconds": seconds, "peak_bytes": peak, "loss": loss_value}
 
 
@@ -102,9 +102,11 @@ def print_point() -> None:
     print(json.dumps(one_point(name, *counts, Path(data), torch.device(device))))
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _resident_bytes(which: str) -> int:
+    """The resident set now (VmRSS), or at its largest (VmHWM); Linux."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(which))
+    return int(line.split()[1]) * 1024
 
 
 def draw(records: list[Record], path: Path) -> Path:
