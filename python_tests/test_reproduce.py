@@ -77,7 +77,9 @@ def test_figure_2b_sees_memory_grow_for_maml_alone(monkeypatch, omniglot_root):
     records = list(fig2b.measure(settings(omniglot_root)))
     bytes_of = {(r["method"], r["inner_steps"]): r["peak_bytes"] for r in records}
     assert bytes_of["maml", 12] > 2 * bytes_of["maml", 1]
-    assert bytes_of["imaml", 12] < 1.3 * bytes_of["imaml", 1]
+    # The allocator's own doings move a resident set by some 20 MiB.
+    assert bytes_of["imaml", 12] < bytes_of["imaml", 1] + 40 * 2**20
+    assert bytes_of["maml", 12] > bytes_of["imaml", 12] + 200 * 2**20
 
 
 def test_a_study_is_measured_appended_and_drawn_again(tmp_path, capsys, monkeypatch):

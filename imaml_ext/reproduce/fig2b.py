@@ -4,6 +4,8 @@ Omniglot, 20-way 5-shot, the paper's network. On CUDA memory is the allocator's 
 is how much the resident set grows in a fresh process for each point.
 """
 
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -84,6 +86,8 @@ def one_point(
     FOMAML(loss, params, inner=GradientDescent(lr=LR, steps=1)).meta_gradient(batch)
     if device.type == "cuda":
         peak = peak_bytes(lambda: method.meta_gradient(batch), device)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the loading left free is not to be used again
     before = _resident_bytes("VmRSS")
     start = time.perf_counter()
     out = method.meta_gradient(batch)
