@@ -28,6 +28,17 @@ META = """
 | --- | --- | --- | --- | --- | --- | --- |
 """
 
+INNER = """
+## Inner solvers: gradients until every task's gradient norm is 1e-3 of its start
+
+Omniglot 5-way 1-shot, network {network}, lam {lam}, {tasks} tasks, at most {budget} gradient steps. In
+gradients, by time: a Hessian product {worth_hessian:.2f}, a Gauss-Newton one {worth_ggn:.2f}, a forward
+pass {worth_forward:.2f}.
+
+| solver | arrived | gradients | products | forward passes | gradient-equivalents | median residual, of the start | mean G |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
 
 def source(result: dict[str, Any]) -> str:
     return (
@@ -55,6 +66,19 @@ def meta_row(result: dict[str, Any]) -> str:
     )
 
 
+def inner_table(result: dict[str, Any]) -> str:
+    settings, worth = result["settings"], result["worth"]
+    text = INNER.format(**settings, **{f"worth_{name}": value for name, value in worth.items()})
+    for row in result["solvers"]:
+        lr = f", lr {row['lr']:g}" if row["lr"] else ""
+        text += (
+            f"| {row['solver']}{lr} | {row['arrived']} of {settings['tasks']} | {row['gradient']} "
+            f"| {row['product']} | {row['forward']} | {row['gradient_equivalents']:.0f} "
+            f"| {row['residual']:.1e} | {row['objective']:.4f} |\n"
+        )
+    return text + f"\n{source(result)}\n"
+
+
 def main() -> None:
     results = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
     text = HEADER
@@ -65,6 +89,9 @@ def main() -> None:
     text += META.format(**whole[0]["settings"])
     for result in sorted(whole, key=lambda result: -result["speedup"]):
         text += meta_row(result)
+    for result in results:
+        if result["benchmark"] == "inner":
+            text += inner_table(result)
     (HERE / "README.md").write_text(text)
 
 
