@@ -31,11 +31,11 @@ META = """
 INNER = """
 ## Inner solvers: gradients until every task's gradient norm is 1e-3 of its start
 
-Omniglot 5-way 1-shot, network {network}, lam {lam}, {tasks} tasks, at most {budget} gradient steps. In
-gradients, by time: a Hessian product {worth_hessian:.2f}, a Gauss-Newton one {worth_ggn:.2f}, a forward
-pass {worth_forward:.2f}.
+Omniglot 5-way 1-shot, network {network}, lam {lam}, {tasks} tasks, at most {budget} steps
+of gradient descent. In gradients, by time: a Hessian product {worth_hessian:.2f}, a Gauss-Newton
+one {worth_ggn:.2f}, a forward pass {worth_forward:.2f}. The residual is the median, of its start.
 
-| solver | arrived | gradients | products | forward passes | gradient-equivalents | median residual, of the start | mean G |
+| solver | arrived | gradients | products | forward passes | gradient-equivalents | residual | G |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imaml_ext.flat import matrix_product
 from imaml_ext.ops import row_dot
-from imaml_ext.solution import CurvatureKind, Matvec, Solution, Status
+from imaml_ext.solution import CurvatureKind, Lanczos, Matvec, Solution, Status
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,21 @@ def initial_status(rr: Tensor, tol2: Tensor) -> Tensor:
     """Of a solve about to begin, from r·r and the squared tolerance, [B] int32."""
     status = torch.where(rr <= tol2, Status.CONVERGED, Status.RUNNING)
     return torch.where(rr.isfinite(), status, Status.NONFINITE).to(torch.int32)
+
+
+def finished(
+    x: Tensor, status: Tensor, steps: Tensor, residual: Tensor, lanczos: Lanczos | None = None
+) -> Solution:
+    """The solution as it is returned: a row that is not finite is NONFINITE, its value 0."""
+    finite = x.isfinite().all(1) & (status != Status.NONFINITE)
+    status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status)
+    return Solution(
+        torch.where(finite[:, None], x, 0.0),
+        torch.where(finite, status, Status.NONFINITE).to(torch.int32),
+        steps,
+        torch.where(finite, residual, torch.nan),
+        lanczos,
+    )
 
 
 def check_settings(max_iter: int, rtol: float, atol: float, damping: float) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml_ext.linear import LinearSolver, System, initial_status, squared_tolerance
+from imaml_ext.linear import LinearSolver, System, finished, initial_status, squared_tolerance
 from imaml_ext.ops import row_dot
 from imaml_ext.solution import Lanczos, Matvec, Solution, Status
 
@@ -85,12 +85,7 @@ class MINRES(LinearSolver):
             v_old, v, beta = v, _scaled(rest, 1 / beta_new), beta_new
             w_old, w = w, w_new
             cos_old, cos, sin_old, sin = cos, cos_new, sin, sin_new
-        finite = x.isfinite().all(1)
-        status = torch.where(finite, status, Status.NONFINITE)
-        x = torch.where((status != Status.NONFINITE)[:, None], x, 0.0)
-        status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status).to(torch.int32)
-        residual = torch.where(status == Status.NONFINITE, torch.nan, eta.abs())
-        return Solution(x, status, steps, residual, Lanczos(diagonal, link[:-1], count))
+        return finished(x, status, steps, eta.abs(), Lanczos(diagonal, link[:-1], count))
 
 
 def _scaled(rows: Tensor, factor: Tensor) -> Tensor:

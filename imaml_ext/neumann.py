@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml_ext.linear import LinearSolver, System, initial_status, squared_tolerance
+from imaml_ext.linear import LinearSolver, System, finished, initial_status, squared_tolerance
 from imaml_ext.ops import row_dot
 from imaml_ext.solution import Matvec, Solution, Status
 
@@ -70,8 +70,4 @@ class NeumannSeries(LinearSolver):
             status = torch.where(moves & ~rr.isfinite(), Status.NONFINITE, status)
         at_once = (status == Status.NEGATIVE_CURVATURE) & (steps == 0)
         x = torch.where(at_once[:, None], system.without_h(system.b), x)
-        status = torch.where(x.isfinite().all(1), status, Status.NONFINITE)
-        x = torch.where((status != Status.NONFINITE)[:, None], x, 0.0)
-        status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status).to(torch.int32)
-        residual = torch.where(status == Status.NONFINITE, torch.nan, rr).sqrt()
-        return Solution(x, status, steps, residual)
+        return finished(x, status, steps, rr.sqrt())

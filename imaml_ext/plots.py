@@ -21,6 +21,14 @@ def pyplot() -> Any:
     return plt
 
 
+def save(figure: Any, path: Path) -> Path:
+    """Write the picture and forget it."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot().close(figure)
+    return path
+
+
 def learning_curves(
     history: list[dict[str, float]], validation: list[dict[str, float]], path: Path
 ) -> Path:
@@ -47,10 +55,7 @@ def learning_curves(
         axis.legend()
         if name == "loss":
             axis.set_yscale("log")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def sinusoid_fits(method: Method, loss: ModuleLoss, source: TaskSource, path: Path) -> Path:
@@ -76,7 +81,4 @@ def sinusoid_fits(method: Method, loss: ModuleLoss, source: TaskSource, path: Pa
             axis.set_xlabel("x")
     axes[0, 0].set_ylabel("y")
     axes[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return save(figure, path)

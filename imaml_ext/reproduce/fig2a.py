@@ -16,7 +16,7 @@ from imaml_ext.cg import ConjugateGradient
 from imaml_ext.implicit import implicit_meta_grad
 from imaml_ext.inner import GradientDescent
 from imaml_ext.maml import MAML
-from imaml_ext.plots import pyplot
+from imaml_ext.plots import pyplot, save
 from imaml_ext.reproduce.study import Record, Settings, Study
 from imaml_ext.tasks import TaskBatch
 
@@ -136,10 +136,7 @@ def draw(records: list[Record], path: Path) -> Path:
         axis.grid(alpha=0.3)
         axis.legend()
     left.set_title(f"kappa = {record['kappa']:.0f}, {record['tasks']} tasks")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def summary(records: list[Record]) -> Record:

@@ -23,7 +23,7 @@ from imaml_ext.maml import FOMAML, MAML
 from imaml_ext.methods import IMAML, Method
 from imaml_ext.models import conv4
 from imaml_ext.objective import module_loss
-from imaml_ext.plots import pyplot
+from imaml_ext.plots import pyplot, save
 from imaml_ext.reproduce.memory import peak_bytes
 from imaml_ext.reproduce.study import Record, Settings, Study
 
@@ -138,10 +138,7 @@ def draw(records: list[Record], path: Path) -> Path:
         axis.grid(alpha=0.3)
         axis.legend()
     axes[0].set_title(f"{WAY}-way {SHOT}-shot Omniglot, {records[0]['tasks']} task")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def summary(records: list[Record]) -> Record:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from imaml_ext.plots import pyplot
+from imaml_ext.plots import pyplot, save
 from imaml_ext.presets import PRESETS, build
 from imaml_ext.reproduce.study import Record, Settings, Study
 from imaml_ext.trainer import evaluate
@@ -72,10 +72,7 @@ def draw(records: list[Record], path: Path) -> Path:
         axis.set_xlabel("inner gradient steps")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def summary(records: list[Record]) -> Record:

@@ -22,7 +22,7 @@ from imaml_ext.cg import ConjugateGradient
 from imaml_ext.inner import GradientDescent
 from imaml_ext.maml import MAML, TruncatedMAML
 from imaml_ext.methods import IMAML, Method
-from imaml_ext.plots import pyplot
+from imaml_ext.plots import pyplot, save
 from imaml_ext.reproduce.memory import peak_bytes
 from imaml_ext.reproduce.study import Record, Settings, Study
 from imaml_ext.tasks import TaskBatch
@@ -175,10 +175,7 @@ def draw(records: list[Record], path: Path) -> Path:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def summary(records: list[Record]) -> Record:
