@@ -7,6 +7,7 @@ from problems import classification, regression
 from scipy.optimize import minimize
 
 from imaml_ext import (
+    IMAML,
     LBFGS,
     Adam,
     Backtracking,
@@ -15,6 +16,7 @@ from imaml_ext import (
     GradientDescent,
     HessianFree,
     Status,
+    adapt,
     implicit_meta_grad,
 )
 from imaml_ext.flat import Layout
@@ -405,7 +407,58 @@ def test_the_line_search_takes_the_first_length_that_suffices(device):
     torch.testing.assert_close(at_full, problem.values(phi - gradient))
 
 
+def test_the_line_search_accepts_what_rounding_hides(device):
+    params = {"w": torch.zeros(1, device=device)}
+    layout = Layout(params)
+
+    def loss(params, data):  # a unit in the last place more at w = 1, though the slope is down
+        return 100 + (1e-5 * params["w"]).sum() + 0 * data.sum()
+
+    data = torch.zeros(1, 1, device=device)
+    lam = torch.full((1,), 1e-9, device=device)
+    problem = Proximal(Objective(loss, layout, data), layout.flatten(params), lam)
+    phi = problem.start()
+    slope = torch.full((1,), -1e-9, dtype=torch.float64, device=device)
+    _, t, at_full = Backtracking().search(
+        problem, phi, torch.ones_like(phi), problem.values(phi), slope, slope < 0
+    )
+    assert at_full > 100
+    assert t.item() == 1
+
+
 # ---- anybody's solver
+
+
+def test_an_external_solver_may_use_autograd_of_its_own(device):
+    problem = regression(2, device)
+    params = {name: t.clone().requires_grad_() for name, t in problem.params.items()}
+
+    def sgd(proximal):
+        phi = proximal.start().requires_grad_()
+        optimizer = torch.optim.SGD([phi], lr=0.1)
+        for _ in range(20):
+            optimizer.zero_grad()
+            away = phi - proximal.theta
+            total = proximal.objective.losses(phi).sum() + 0.5 * 1.5 * (away**2).sum()
+            total.backward()
+            optimizer.step()
+        proximal.theta.zero_()  # and writing what it was given harms nobody
+        return phi
+
+    own, ours = External(sgd), GradientDescent(lr=0.1, steps=20)
+    settings = {"lam": 1.5, "cg": ConjugateGradient(max_iter=20)}
+    got, want = (
+        implicit_meta_grad(
+            problem.loss, params, problem.support, problem.query, inner=inner, **settings
+        )
+        for inner in (own, ours)
+    )
+    phi = adapt(problem.loss, params, problem.support, inner=own, **settings)
+    evaluated = IMAML(problem.loss, params, lam=1.5, inner=own).adapt(problem.support)
+    for name in params:
+        torch.testing.assert_close(got.params[name], want.params[name])
+        torch.testing.assert_close(phi[name].detach(), want.adapted[name])
+        torch.testing.assert_close(evaluated[name], want.adapted[name])
 
 
 def scipy_task_by_task(problem):

@@ -134,6 +134,7 @@ def draw(records: list[Record], path: Path) -> Path:
     ):
         axis.set_xlabel(x)
         axis.set_ylabel(y)
+        axis.margins(y=0.15)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend()
