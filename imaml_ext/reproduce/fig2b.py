@@ -6,11 +6,11 @@ is how much the resident set grows in a fresh process for each point.
 
 import ctypes
 import gc
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -30,7 +30,6 @@ from imaml_ext.reproduce.study import Record, Settings, Study
 WAY, SHOT, TASKS, LAM, LR = 20, 5, 1, 2.0, 0.1
 INNER_STEPS = (1, 2, 4, 8, 16, 32)
 CG_STEPS = (1, 5, 20)
-ENTRY = "from imaml_ext.reproduce.fig2b import print_point; print_point()"
 LABELS = {"maml": "MAML", "fomaml": "first-order MAML", "imaml": "iMAML"}
 
 
@@ -46,13 +45,14 @@ def points() -> Iterator[tuple[str, int, int]]:
 def measure(settings: Settings) -> Iterator[Record]:
     load_omniglot(settings.data)  # says now if it is not there
     for method, inner_steps, cg_steps in points():
-        point = (method, inner_steps, cg_steps, settings.seed, settings.data, settings.device)
-        run = subprocess.run(
-            [sys.executable, "-c", ENTRY, *map(str, point)],
-            stdout=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
-        if run.returncode != 0:
-            raise ValueError(f"the measurement of {method} with {inner_steps} steps failed")
+        point = (method, inner_steps, cg_steps, settings)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            try:
+                measured = fresh.submit(one_point, *point).result()
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    f"the process of {method} with {inner_steps} steps was killed: out of memory?"
+                ) from error
         yield {
             "method": method,
             "inner_steps": inner_steps,
@@ -60,18 +60,18 @@ def measure(settings: Settings) -> Iterator[Record]:
             "way": WAY,
             "shot": SHOT,
             "tasks": TASKS,
-            **json.loads(run.stdout.splitlines()[-1]),
+            **measured,
         }
 
 
-def one_point(
-    name: str, inner_steps: int, cg_steps: int, seed: int, data: Path, device: torch.device
-) -> Record:
+def one_point(name: str, inner_steps: int, cg_steps: int, settings: Settings) -> Record:
     """Seconds and bytes of one meta-gradient, in this process, which has made none before."""
-    torch.manual_seed(seed)
-    images = load_omniglot(data).to(device).split()["train"]
-    episodes = ImageEpisodes(images, way=WAY, shot=SHOT, query=SHOT, tasks=TASKS, seed=seed)
-    batch = episodes.sample(0)
+    device = settings.device
+    torch.manual_seed(settings.seed)
+    images = load_omniglot(settings.data).to(device).split()["train"]
+    batch = ImageEpisodes(
+        images, way=WAY, shot=SHOT, query=SHOT, tasks=TASKS, seed=settings.seed
+    ).sample(0)
     model = conv4(WAY).to(device)
     loss, params = module_loss(model, nn.functional.cross_entropy), dict(model.named_parameters())
     inner = GradientDescent(lr=LR, steps=inner_steps)
@@ -97,13 +97,6 @@ def one_point(
         # Not getrusage's maximum, which begins with that of the process that started this one.
         peak = _resident_bytes("VmHWM") - before
     return {"seconds": seconds, "peak_bytes": peak, "loss": loss_value}
-
-
-def print_point() -> None:
-    """`one_point` of the command line's arguments, as JSON: what a fresh process runs."""
-    name, inner_steps, cg_steps, seed, data, device = sys.argv[1:]
-    counts = int(inner_steps), int(cg_steps), int(seed)
-    print(json.dumps(one_point(name, *counts, Path(data), torch.device(device))))
 
 
 def _resident_bytes(which: str) -> int:
