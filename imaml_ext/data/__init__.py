@@ -3,5 +3,6 @@
 from imaml_ext.data.episodes import ImageEpisodes
 from imaml_ext.data.omniglot import Omniglot, load_omniglot
 from imaml_ext.data.regression import Sinusoid
+from imaml_ext.data.tiny_imagenet import load_tiny_imagenet
 
-__all__ = ["ImageEpisodes", "Omniglot", "Sinusoid", "load_omniglot"]
+__all__ = ["ImageEpisodes", "Omniglot", "Sinusoid", "load_omniglot", "load_tiny_imagenet"]

@@ -15,7 +15,7 @@ class ImageEpisodes:
     A batch is a function of (seed, step) alone, drawn on the device of the images.
 
     Args:
-        images: uint8 [classes, images per class, H, W].
+        images: uint8 [classes, images per class, H, W], or [..., channels, H, W].
         tasks: B.
         rotate: turn each drawn class as a whole by 0, 90, 180 or 270 degrees, at random.
         dtype: of the images that are dealt, scaled to [0, 1].
@@ -36,9 +36,10 @@ class ImageEpisodes:
         rotate: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if images.dim() != 4 or images.dtype != torch.uint8:
+        if images.dim() not in (4, 5) or images.dtype != torch.uint8:
             raise ValueError(
-                f"images must be uint8 [C, N, H, W], got {images.dtype} {images.shape}"
+                "images must be uint8 [classes, images, H, W] or [classes, images, channels, H, W],"
+                f" got {images.dtype} {list(images.shape)}"
             )
         for name, value in (("way", way), ("shot", shot), ("query", query), ("tasks", tasks)):
             if value < 1:
@@ -50,25 +51,25 @@ class ImageEpisodes:
                 f"shot={shot} and query={query} need {shot + query} images of a class, "
                 f"but there are {images.shape[1]}"
             )
-        self.images = images
+        self.images = images if images.dim() == 5 else images[:, :, None]
         self.way, self.shot, self.query, self.tasks = way, shot, query, tasks
         self.seed, self.rotate, self.dtype = seed, rotate, dtype
 
     def sample(self, step: int) -> TaskBatch:
-        """Support and query (x [B, N, 1, H, W], y [B, N]) with N = way shot and way query."""
-        classes, per_class, height, width = self.images.shape
+        """Support and query (x [B, N, channels, H, W], y [B, N]), N = way shot and way query."""
+        classes, per_class = self.images.shape[:2]
         drawn = self._bits(step, _CLASSES, classes).topk(self.way).indices
         chosen = self._bits(step, _IMAGES, self.way, per_class).topk(self.shot + self.query).indices
-        x = self.images[drawn[..., None], chosen]
+        x = self.images[drawn[..., None], chosen]  # [B, way, shot + query, channels, H, W]
         if self.rotate:
-            turns = self._bits(step, _ROTATIONS, self.way)[..., None, None, None] % 4
+            turns = self._bits(step, _ROTATIONS, self.way)[..., None, None, None, None] % 4
             for k in (1, 2):  # a quarter turn and a half turn make up 0 to 3 quarters
                 x = torch.where(turns & k != 0, torch.rot90(x, k, (-2, -1)), x)
         x = x.to(self.dtype) / 255
         y = torch.arange(self.way, device=x.device).expand(self.tasks, -1)
 
         def part(start: int, count: int) -> tuple[Tensor, Tensor]:
-            images = x[:, :, start : start + count].reshape(self.tasks, -1, 1, height, width)
+            images = x[:, :, start : start + count].flatten(1, 2)
             return images, y.repeat_interleave(count, dim=1)
 
         return TaskBatch(support=part(0, self.shot), query=part(self.shot, self.query))

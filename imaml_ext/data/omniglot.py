@@ -6,18 +6,17 @@ a .zip of ALPHABET/CHARACTER/DRAWING.png.
 
 import hashlib
 import io
-import os
-import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from imaml_ext.files import write_atomically
+from imaml_ext.data.cache import decoded_once
 from imaml_ext.random import random_bits
 
 _CHARACTERS = {"images_background": 964, "images_evaluation": 659}
@@ -66,86 +65,12 @@ def load_omniglot(root: str | Path, *, download: bool = False) -> Omniglot:
     if download and any(_find(folder, part) is None for part in _CHARACTERS):
         _download(root)
     digest = hashlib.sha256()
-    for part in _CHARACTERS:
-        for name, mark, _ in _members(folder, part):
-            digest.update(f"{part}/{name}:{mark}\n".encode())
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = base / "imaml_ext" / f"omniglot-{_SIDE}-{digest.hexdigest()[:16]}.npz"
-    try:
-        with cache.open("rb") as file, np.load(file) as arrays:
-            return Omniglot(torch.from_numpy(arrays["images"]), arrays["names"].tolist())
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        pass  # not there yet, or damaged
-    images, names = _decode(folder)
-    try:
-        write_atomically(cache, lambda file: np.savez(file, images=images, names=names))
-    except OSError as error:
-        warnings.warn(f"Omniglot will be decoded again next time: {error}", stacklevel=2)
-    return Omniglot(torch.from_numpy(images), names)
-
-
-def _find(folder: Path, part: str) -> Path | None:
-    candidates = (folder / part, folder / f"{part}.zip")
-    return next((path for path in candidates if path.exists()), None)
-
-
-def _members(folder: Path, part: str) -> Iterator[tuple[str, str, "_Read"]]:
-    """Name below the part, a mark of its content, and a way to read it, of every PNG, sorted."""
-    place = _find(folder, part)
-    if place is None:
-        raise FileNotFoundError(
-            f"no Omniglot: expected {folder / part} or {folder / part}.zip; "
-            "give its root with --data, or let torchvision fetch it with imaml-ext train --download"
-        )
-    if place.is_dir():
-        for path in sorted(place.rglob("*.png")):
-            yield path.relative_to(place).as_posix(), _mark(path), _Read(path)
-        return
-    try:
-        with zipfile.ZipFile(place) as archive:
-            for info in sorted(archive.infolist(), key=lambda info: info.filename):
-                name = PurePosixPath(info.filename)
-                if name.suffix == ".png" and name.parts[0] == part:
-                    inside = name.relative_to(part).as_posix()
-                    yield inside, f"{info.CRC:08x}", _Read(archive, info.filename)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{place} is truncated or not a zip archive ({error})") from error
-
-
-def _mark(path: Path) -> str:
-    status = path.stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-@dataclass(frozen=True)
-class _Read:
-    """Where an image's bytes are."""
-
-    place: Path | zipfile.ZipFile
-    name: str = ""
-
-    def __call__(self) -> bytes:
-        if isinstance(self.place, Path):
-            return self.place.read_bytes()
-        return self.place.read(self.name)
-
-
-def _decode(folder: Path) -> tuple[np.ndarray, list[str]]:
-    from PIL import Image
-
-    characters: dict[str, list[np.ndarray]] = {}
+    characters: dict[str, list[_Drawing]] = {}
     for part, expected in _CHARACTERS.items():
         before = len(characters)
-        for name, _, read in _members(folder, part):
-            try:
-                # Without convert("L"), LANCZOS on the 1-bit image would silently be NEAREST.
-                with Image.open(io.BytesIO(read())) as image:
-                    small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise ValueError(f"{folder / part}: {name} cannot be decoded ({error})") from error
-            characters.setdefault(str(PurePosixPath(name).parent), []).append(
-                255 - np.asarray(small)
-            )
+        for drawing in _drawings(folder, part):
+            digest.update(f"{part}/{drawing.name}:{drawing.mark}\n".encode())
+            characters.setdefault(drawing.character, []).append(drawing)
         found = len(characters) - before
         if found != expected:
             raise ValueError(
@@ -155,7 +80,74 @@ def _decode(folder: Path) -> tuple[np.ndarray, list[str]]:
         if len(drawings) != _DRAWINGS:
             raise ValueError(f"{name}: {len(drawings)} drawings, expected {_DRAWINGS}")
     names = sorted(characters)
-    return np.stack([np.stack(characters[name]) for name in names]), names
+    images = decoded_once(
+        f"omniglot-{_SIDE}-{digest.hexdigest()[:16]}",
+        (len(names), _DRAWINGS, _SIDE, _SIDE),
+        lambda: (drawing.decode() for name in names for drawing in characters[name]),
+    )
+    return Omniglot(images, names)
+
+
+def _find(folder: Path, part: str) -> Path | None:
+    candidates = (folder / part, folder / f"{part}.zip")
+    return next((path for path in candidates if path.exists()), None)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """One image file.
+
+    Attributes:
+        name: "ALPHABET/CHARACTER/DRAWING.png".
+        mark: changes with the content.
+        place: the folder, or the archive, that holds it.
+        read: gives its bytes.
+    """
+
+    name: str
+    mark: str
+    place: Path
+    read: Callable[[], bytes]
+
+    @property
+    def character(self) -> str:
+        return str(PurePosixPath(self.name).parent)
+
+    def decode(self) -> np.ndarray:
+        from PIL import Image
+
+        try:
+            # Without convert("L"), LANCZOS on the 1-bit image would silently be NEAREST.
+            with Image.open(io.BytesIO(self.read())) as image:
+                small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{self.place}: {self.name} cannot be decoded ({error})") from error
+        return 255 - np.asarray(small)
+
+
+def _drawings(folder: Path, part: str) -> Iterator[_Drawing]:
+    """Every PNG below the part, sorted."""
+    place = _find(folder, part)
+    if place is None:
+        raise FileNotFoundError(
+            f"no Omniglot: expected {folder / part} or {folder / part}.zip; "
+            "give its root with --data, or let torchvision fetch it with imaml-ext train --download"
+        )
+    if place.is_dir():
+        for path in sorted(place.rglob("*.png")):
+            status = path.stat()
+            mark = f"{status.st_size} {status.st_mtime_ns}"
+            yield _Drawing(path.relative_to(place).as_posix(), mark, place, path.read_bytes)
+        return
+    try:
+        archive = zipfile.ZipFile(place)  # closed with the last drawing that refers to it
+        for info in sorted(archive.infolist(), key=lambda info: info.filename):
+            name = PurePosixPath(info.filename)
+            if name.suffix == ".png" and name.parts[0] == part:
+                inside = name.relative_to(part).as_posix()
+                yield _Drawing(inside, f"{info.CRC:08x}", place, partial(archive.read, info))
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{place} is truncated or not a zip archive ({error})") from error
 
 
 def _download(root: str | Path) -> None:

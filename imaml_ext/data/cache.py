@@ -1,0 +1,51 @@
+"""Decoded images, kept as one memory-mapped file in the user's cache folder."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imaml_ext.files import write_atomically
+
+Decode = Callable[[], Iterator[np.ndarray]]  # uint8 arrays; one after the other, all the pixels
+
+
+def decoded_once(name: str, shape: tuple[int, ...], decode: Decode) -> Tensor:
+    """A uint8 tensor of `shape`, memory-mapped: of a large set only what is used is read.
+
+    Args:
+        name: of the file, without its ending; it has to change with the images.
+        decode: called if there is no such file, or a damaged one.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = base / "imaml_ext" / f"{name}.npy"
+    images = _mapped(path, shape)
+    if images is None:
+        try:
+            write_atomically(path, lambda file: _write(file, shape, decode()))
+            images = _mapped(path, shape)
+        except OSError as error:
+            warnings.warn(f"{name} will be decoded again next time: {error}", stacklevel=3)
+    if images is None:
+        images = np.concatenate([block.reshape(-1) for block in decode()]).reshape(shape)
+    return torch.from_numpy(images)
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    try:
+        images: np.ndarray = np.load(path, mmap_mode="c")
+    except (OSError, EOFError, ValueError):  # not there yet, or damaged
+        return None
+    return images if images.shape == shape and images.dtype == np.uint8 else None
+
+
+def _write(file: IO[bytes], shape: tuple[int, ...], blocks: Iterator[np.ndarray]) -> None:
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    for block in blocks:
+        file.write(np.ascontiguousarray(block).data)

@@ -1,0 +1,70 @@
+"""Natural images, 32x32, in few-shot form: `tiny_imagenet_fewshot.npz`, which users bring along.
+
+200 classes of Tiny-ImageNet with 550 JPEGs each, split by groups of meaning into 128 training, 32
+validation and 40 test classes, so that no test class has a near relative among the training ones.
+This is not Mini-ImageNet, and accuracies are not comparable with those published for it.
+
+Arrays: `scan` uint8, the JPEGs one after the other, without the header and end marker that all
+share; `offset` int [200, 551]; `header` uint8; `split` "train", "val" or "test" of each class.
+"""
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from imaml_ext.data.cache import decoded_once
+
+_FILE = "tiny_imagenet_fewshot.npz"
+_END = b"\xff\xd9"
+_SIDE = 32
+
+
+def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
+    """Images of the train, val and test classes, uint8 [classes, images, 3, 32, 32].
+
+    The first time they are decoded, in half a minute, and kept in the user's cache folder.
+
+    Raises:
+        FileNotFoundError: there is no such file below `root`.
+        ValueError: it is not what it should be.
+    """
+    path = Path(root) / _FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no natural images: expected {path}; give its folder with --data")
+    try:
+        with np.load(path) as file:
+            split, offset = file["split"], file["offset"]
+            scan, header = file["scan"].tobytes(), file["header"].tobytes()
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is truncated or not {_FILE} ({error})") from error
+    per_class = offset.shape[1] - 1
+
+    def decode() -> Iterator[np.ndarray]:
+        from PIL import Image
+
+        for row in offset.tolist():
+            for start, end in zip(row[:-1], row[1:], strict=True):
+                try:
+                    image = Image.open(io.BytesIO(header + scan[start:end] + _END))
+                    pixels = np.asarray(image.convert("RGB"))
+                except OSError as error:
+                    raise ValueError(f"{path}: an image cannot be decoded ({error})") from error
+                if pixels.shape != (_SIDE, _SIDE, 3):
+                    raise ValueError(f"{path}: an image is {pixels.shape}, expected 32x32 RGB")
+                yield pixels.transpose(2, 0, 1)
+
+    digest = hashlib.sha256(header + scan).hexdigest()[:16]
+    shape = (len(offset), per_class, 3, _SIDE, _SIDE)
+    images = decoded_once(f"tiny-imagenet-{_SIDE}-{digest}", shape, decode)
+    parts = {}
+    for name in ("train", "val", "test"):
+        (rows,) = np.nonzero(split == name)
+        if len(rows) == 0 or rows[-1] - rows[0] + 1 != len(rows):
+            raise ValueError(f"{path}: the {name} classes must follow one another")
+        parts[name] = images[rows[0] : rows[-1] + 1]
+    return parts
