@@ -10,8 +10,9 @@ from imaml_ext.files import write_atomically
 
 _FORMAT = "imaml_ext checkpoint"
 _VERSION = 1
-_KEYS = {"config", "steps", "seconds", "history", "validation", "learned", "random"}
-_KEYS |= {"optimizer_class", "optimizer", "scheduler"}
+_MODEL = {"config", "steps", "learned"}
+_TRAINING = {"seconds", "history", "validation", "random"}
+_TRAINING |= {"optimizer_class", "optimizer", "scheduler"}
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -19,12 +20,20 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda file: torch.save(tagged, file))
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def save_model(path: str | Path, state: dict[str, Any]) -> None:
+    """Keep of a state what evaluation needs: a third of it, or less."""
+    save_checkpoint(path, {name: state[name] for name in sorted(_MODEL)})
+
+
+def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, Any]:
     """The state, on the CPU. Executes no pickled code.
+
+    Args:
+        training: whether it must hold what going on with the training needs.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, foreign, or of another version.
+        ValueError: it is truncated, foreign, of another version, or a model alone.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -40,7 +49,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is a version {state.get('version')} checkpoint, expected {_VERSION}"
         )
-    missing = _KEYS - state.keys()
+    if training and state.keys() >= _MODEL and not _TRAINING & state.keys():
+        raise ValueError(f"{path} is a model alone: it can be evaluated, not trained further")
+    missing = (_MODEL | _TRAINING if training else _MODEL) - state.keys()
     if missing:
         raise ValueError(f"{path} is not a whole checkpoint: it lacks {', '.join(sorted(missing))}")
     return state

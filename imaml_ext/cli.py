@@ -4,26 +4,24 @@ import argparse
 import dataclasses
 import json
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from imaml_ext import plots
 from imaml_ext._version import __version__
 from imaml_ext.checkpoint import load_checkpoint
+from imaml_ext.experiment import build, saved_config, train_to_end
 from imaml_ext.ops import build_info
-from imaml_ext.presets import CHOICES, PRESETS, Config, Experiment, build
+from imaml_ext.presets import CHOICES, FLAVOURS, PRESETS, ROWS, TABLES, Config
 from imaml_ext.reproduce import STUDIES
-from imaml_ext.reproduce.study import Settings, last_run
+from imaml_ext.reproduce.study import Settings, read
 from imaml_ext.reproduce.study import run as run_study
-from imaml_ext.trainer import Evaluation, NonfiniteError, Trainer, evaluate, restore
+from imaml_ext.trainer import Evaluation, NonfiniteError, evaluate, restore
 
 _HELP = {
     "method": "meta-learning method",
@@ -41,15 +39,21 @@ _HELP = {
     "inner": "inner solver of imaml",
     "linear": "linear solver of imaml",
     "last": "steps that truncated-maml differentiates",
+    "eval_proximal": "keep the proximal term of imaml in evaluation",
     "learn_lam": "learn the proximal strength of imaml too, one or many",
     "learn_lr": "learn the step size of maml too",
     "meta_lr": "learning rate of the outer Adam",
+    "meta_eps": "eps of the outer Adam",
+    "decay": "of the learning rate: linear: to 2%% over the second half of the run",
     "meta_steps": "meta-steps in all",
+    "minutes": "training time in all; the run ends there if it comes first; 0: meta-steps alone",
     "seed": "of the model's start and of the training tasks",
 }
 
 
-_OF_EVALUATION = ("method", "shot", "eval_query", "lam", "inner", "inner_lr", "inner_steps")
+_OF_EVALUATION = (
+    "method", "shot", "eval_query", "lam", "inner", "inner_lr", "inner_steps", "eval_proximal",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--download", action="store_true", help="fetch the data if it is not there")
     train.add_argument("--out", type=Path, help="folder of the run; default runs/DATASET-TIME")
     train.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
-    train.add_argument("--eval-every", type=int, default=250, help="meta-steps between validations")
+    train.add_argument("--validations", type=int, default=20, help="validations during the run")
 
     test = commands.add_parser(
         "eval", help="evaluate a checkpoint on unseen tasks",
@@ -96,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_experiment(test, "experiment (default: as it was trained)", _OF_EVALUATION)
 
     study = commands.add_parser(
-        "reproduce", help="measure and draw a figure or table of the paper's analysis",
+        "reproduce", help="measure and draw a figure or table of the paper",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="; ".join(f"{name}: {study.question}" for name, study in STUDIES.items()),
     )  # fmt: skip
@@ -107,8 +111,19 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--seed", type=int, default=0, help="of the tasks and the models")
     study.add_argument("--meta-steps", type=int, help="of each training, where there are any")
     study.add_argument(
-        "--draw-only", action="store_true", help="draw the last run of OUT/STUDY.jsonl again"
+        "--draw-only", action="store_true", help="draw what is in OUT/STUDY.jsonl again"
     )
+    cells = study.add_argument_group(f"cells of a table ({', '.join(TABLES)})")
+    columns = sorted({column for table in TABLES.values() for column in table.columns})
+    cells.add_argument("--cells", nargs="+", choices=columns, help="columns (default: all)")
+    cells.add_argument("--methods", nargs="+", choices=list(ROWS), help="rows (default: all)")
+    cells.add_argument("--flavour", choices=FLAVOURS, default="ours", help="whose settings")
+    cells.add_argument(
+        "--budget", type=float, default=0.0, metavar="MINUTES",
+        help="of training for each cell, over all runs of it; 0: as many meta-steps as it has",
+    )  # fmt: skip
+    cells.add_argument("--eval-tasks", type=int, default=600, help="tasks of each evaluation")
+    cells.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints")
     return parser
 
 
@@ -132,7 +147,7 @@ def _add_experiment(parser: argparse.ArgumentParser, heading: str, names: Sequen
         kind = type(getattr(PRESETS["sinusoid"], name))
         as_given: dict[str, Any] = {"type": kind, "choices": CHOICES.get(name)}
         if kind is bool:
-            as_given = {"action": "store_true"}
+            as_given = {"action": argparse.BooleanOptionalAction}
         group.add_argument(
             f"--{name.replace('_', '-')}",
             default=argparse.SUPPRESS,
@@ -167,7 +182,7 @@ def _device(options: argparse.Namespace) -> torch.device:
 
 def _train(options: argparse.Namespace) -> None:
     start = time.perf_counter()
-    for name in ("eval_every", "eval_tasks"):
+    for name in ("validations", "eval_tasks"):
         if getattr(options, name) < 1:
             raise ValueError(
                 f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}"
@@ -187,13 +202,16 @@ def _train(options: argparse.Namespace) -> None:
     trainer = experiment.trainer()
     if options.resume:
         trainer.load(checkpoint)
-        if trainer.steps >= config.meta_steps:
+        if experiment.progress(trainer) >= 1:
             raise ValueError(f"{checkpoint} is at meta-step {trainer.steps}: ask for more")
-    out.mkdir(parents=True, exist_ok=True)
-    _run(trainer, experiment, checkpoint, options.eval_every)
+    train_to_end(experiment, trainer, checkpoint, validations=options.validations)
 
     result = evaluate(
-        experiment.method, experiment.sources["test"], experiment.metrics, tasks=options.eval_tasks
+        experiment.method,
+        experiment.sources["test"],
+        experiment.metrics,
+        tasks=options.eval_tasks,
+        support_metrics=experiment.support_metrics,
     )
     pictures = [
         plots.learning_curves(trainer.history, trainer.validation, out / "learning_curves.png")
@@ -210,73 +228,23 @@ def _train(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def _saved_config(state: dict[str, Any], path: Path) -> Config:
-    saved = json.loads(state["config"])
-    if "dataset" not in saved or saved.keys() - {f.name for f in dataclasses.fields(Config)}:
-        raise ValueError(f"{path} was not written by imaml-ext train: it does not say of what")
-    return Config(**saved)
-
-
 def _resumed_config(path: Path, dataset: str, overrides: dict[str, Any]) -> Config:
-    saved = _saved_config(load_checkpoint(path), path)
+    saved = saved_config(load_checkpoint(path), path)
     if saved.dataset != dataset:
         raise ValueError(f"{path} was trained on {saved.dataset}, not on {dataset}")
     for name, value in overrides.items():
-        if name != "meta_steps" and getattr(saved, name) != value:
+        if name not in ("meta_steps", "minutes") and getattr(saved, name) != value:
             raise ValueError(
                 f"{path} was trained with {name}={getattr(saved, name)}, got {value}: "
-                "a resumed run keeps its settings, but for --meta-steps"
+                "a resumed run keeps its settings, but for --meta-steps and --minutes"
             )
     return dataclasses.replace(saved, **overrides)
-
-
-def _run(trainer: Trainer, experiment: Experiment, checkpoint: Path, eval_every: int) -> None:
-    """Train to the end, validating and saving every `eval_every` steps and when interrupted."""
-    config = experiment.config
-    saved = dataclasses.asdict(config)
-    eval_every = min(eval_every, max(1, config.meta_steps // 4))  # a short run has a curve too
-    progress = tqdm(
-        total=config.meta_steps, initial=trainer.steps, desc=config.dataset, unit="step",
-        mininterval=1.0, dynamic_ncols=True,
-    )  # fmt: skip
-    interrupted = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        while trainer.steps < config.meta_steps and not interrupted.is_set():
-            record = trainer.step()
-            progress.set_postfix(_postfix(record, trainer), refresh=False)
-            progress.update()
-            if trainer.steps % eval_every == 0 or trainer.steps == config.meta_steps:
-                trainer.validate(experiment.sources["val"], experiment.metrics, tasks=100)
-                trainer.save(checkpoint, saved)
-    finally:
-        signal.signal(signal.SIGINT, before)
-        progress.close()
-    if trainer.steps < config.meta_steps:  # a step was finished before the loop was left
-        trainer.save(checkpoint, saved)
-        raise KeyboardInterrupt(
-            f"at meta-step {trainer.steps}; to go on: --resume --out {checkpoint.parent}"
-        )
-
-
-def _postfix(record: dict[str, float], trainer: Trainer) -> dict[str, str]:
-    recent = trainer.history[-20:]
-    shown = {"loss": f"{sum(r['loss'] for r in recent) / len(recent):.3f}"}
-    if "accuracy" in record:
-        shown["acc"] = f"{100 * sum(r['accuracy'] for r in recent) / len(recent):.1f}%"
-    if "cg_residual" in record:
-        shown["cg"] = f"{record['cg_residual']:.1e}"
-    if record.get("negative_curvature", 0) > 0:
-        shown["negative"] = f"{100 * record['negative_curvature']:.0f}%"
-    if trainer.validation and "accuracy" in record:
-        shown["val"] = f"{100 * trainer.validation[-1]['accuracy']:.1f}%"
-    return shown
 
 
 def _eval(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     state = load_checkpoint(options.checkpoint)
-    config = dataclasses.replace(_saved_config(state, options.checkpoint), **_overrides(options))
+    config = dataclasses.replace(saved_config(state, options.checkpoint), **_overrides(options))
     experiment = build(config, data=options.data, device=_device(options))
     restore(experiment.method, state, options.checkpoint)
     result = evaluate(
@@ -284,6 +252,7 @@ def _eval(options: argparse.Namespace) -> None:
         experiment.sources[options.split],
         experiment.metrics,
         tasks=options.eval_tasks,
+        support_metrics=experiment.support_metrics,
     )
     _report(
         options, result, time.perf_counter() - start, meta_steps=state["steps"],
@@ -294,21 +263,34 @@ def _eval(options: argparse.Namespace) -> None:
 def _reproduce(options: argparse.Namespace) -> None:
     study = STUDIES[options.study]
     lines = options.out / f"{options.study}.jsonl"
-    if options.meta_steps is not None and options.meta_steps < 1:
-        raise ValueError(f"--meta-steps must be at least 1, got {options.meta_steps}")
-    if options.draw_only:
-        records = last_run(lines)
-    else:
-        settings = Settings(_device(options), options.data, options.seed, options.meta_steps)
-        records = run_study(study, settings, lines)
-    picture = study.draw(records, lines.with_suffix(".png"))
+    for name in ("meta_steps", "eval_tasks"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not options.draw_only:
+        settings = Settings(
+            _device(options),
+            options.data,
+            options.seed,
+            options.meta_steps,
+            options.out,
+            columns=options.cells,
+            rows=options.methods,
+            flavour=options.flavour,
+            minutes=options.budget,
+            tasks=options.eval_tasks,
+            runs=options.runs,
+        )
+        run_study(study, settings, lines)
+    records = read(study, lines)
+    written = study.draw(records, options.out)
     figures = study.summary(records)
     for name, values in figures.items():
         print(f"{name}: " + ", ".join(f"{key} {_short(v)}" for key, v in values.items()))
     print(f"measured  {lines}")
-    print(f"drawn     {picture}")
+    for path in written:
+        print(f"written   {path}")
     if options.json:
-        print(json.dumps(figures | {"measurements": str(lines), "plots": [str(picture)]}))
+        print(json.dumps(figures | {"measurements": str(lines), "plots": list(map(str, written))}))
 
 
 def _short(value: Any) -> str:
@@ -331,6 +313,12 @@ def _report(
         figures["accuracy"] = 100 * result.mean["accuracy"]
         figures["ci95"] = 100 * result.ci95["accuracy"]
         print(f"accuracy  {figures['accuracy']:.2f} ± {figures['ci95']:.2f} % (95%)")
+        figures["support_accuracy"] = 100 * result.mean["support_accuracy"]
+        figures["support_ci95"] = 100 * result.ci95["support_accuracy"]
+        print(
+            f"          {figures['support_accuracy']:.2f} ± {figures['support_ci95']:.2f} % with "
+            "batch norm's statistics of the support set alone"
+        )
     figures["loss"] = result.mean["loss"]
     figures["loss_ci95"] = result.ci95["loss"]
     print(f"loss      {figures['loss']:.4f} ± {figures['loss_ci95']:.4f} (95%)")

@@ -83,6 +83,7 @@ class IMAML(Method):
         lam: proximal strength, as in `implicit_meta_grad`; its tensors that require grad are
             learned too, as they are. Learn a `ProximalStrength` instead: it stays positive.
         inner, cg: as in `implicit_meta_grad`.
+        adapt_proximal: whether `adapt`, which evaluation uses, keeps the proximal term.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class IMAML(Method):
         lam: Lam | ProximalStrength = 2.0,
         inner: InnerSolver | None = None,
         cg: LinearSolver | None = None,
+        adapt_proximal: bool = True,
         query_loss: Loss | None = None,
         nonfinite: Nonfinite = "refuse",
     ) -> None:
@@ -101,6 +103,7 @@ class IMAML(Method):
         self.layout.flatten_lam(self._strength())  # says now what is wrong with it
         self.inner = GradientDescent() if inner is None else inner
         self.cg = cg
+        self.adapt_proximal = adapt_proximal
 
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
         with torch.enable_grad():
@@ -126,6 +129,8 @@ class IMAML(Method):
     @torch.no_grad()
     def adapt(self, support: Any) -> Params:
         lam = self.layout.flatten_lam(self._strength())
+        if not self.adapt_proximal:
+            lam = lam.new_zeros(1)
         objective = Objective(self.loss, self.layout, support, "support")
         problem = Proximal(objective, self.layout.flatten(self.params), lam)
         return self.layout.unflatten(self.inner.solve(problem).value)

@@ -1,27 +1,9 @@
 """Experiments as data: what to train on, how to adapt, how to differentiate, how to step."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from torch import nn
-
-from imaml_ext.cg import ConjugateGradient
-from imaml_ext.data import ImageEpisodes, Sinusoid, load_omniglot
-from imaml_ext.inner import LBFGS, Adam, GradientDescent, HessianFree, InnerSolver
-from imaml_ext.linear import LinearSolver
-from imaml_ext.maml import FOMAML, MAML, Reptile, TruncatedMAML
-from imaml_ext.methods import IMAML, Method
-from imaml_ext.minres import MINRES
-from imaml_ext.models import conv4, mlp
-from imaml_ext.neumann import NeumannSeries
-from imaml_ext.objective import ModuleLoss, module_loss
 from imaml_ext.solution import CurvatureKind
-from imaml_ext.strength import Form, ProximalStrength
-from imaml_ext.tasks import TaskSource
-from imaml_ext.trainer import Metric, Trainer, accuracy
 
 
 @dataclass(frozen=True)
@@ -44,10 +26,14 @@ class Config:
     inner: str = "gd"
     linear: str = "cg"
     last: int = 5
+    eval_proximal: bool = True
     learn_lam: str = "no"
     learn_lr: bool = False
     meta_lr: float = 1e-3
+    meta_eps: float = 1e-8
+    decay: str = "linear"
     meta_steps: int = 1000
+    minutes: float = 0.0
     seed: int = 0
 
 
@@ -74,162 +60,228 @@ PRESETS = {
         meta_lr=2e-3,
         meta_steps=1500,
     ),
+    "mini-imagenet": Config(
+        dataset="mini-imagenet",
+        query=5,
+        eval_query=15,
+        tasks=4,
+        lam=0.5,
+        inner_lr=0.1,
+        inner_steps=5,
+        cg_steps=3,
+        meta_steps=20_000,
+    ),
+    "tiny-imagenet": Config(
+        dataset="tiny-imagenet",
+        query=5,
+        eval_query=15,
+        tasks=4,
+        lam=0.5,
+        inner_lr=0.1,
+        inner_steps=5,
+        cg_steps=3,
+        meta_steps=3000,
+    ),
 }
 
 
 CHOICES = {
     "method": ["imaml", "maml", "maml-accelerated", "truncated-maml", "fomaml", "reptile"],
-    "inner": ["gd", "nesterov", "adam", "hessian-free", "lbfgs"],
-    "linear": ["cg", "cg-jacobi", "minres", "neumann"],
+    "inner": ["gd", "gd-then-proximal", "nesterov", "adam", "hessian-free", "lbfgs"],
+    "linear": ["cg", "cg-reference-code", "cg-jacobi", "minres", "neumann"],
     "curvature": ["hessian", "ggn"],
     "learn_lam": ["no", "scalar", "tensor", "diagonal"],
+    "decay": ["constant", "linear"],
 }
 
-_EVALUATED_AT_ONCE = 20  # not config.tasks: the evaluation tasks must not depend on it
+
+# The tables of the paper. A cell is a row (a method) in a column (a kind of task), in one flavour:
+# "paper", the published setting; "reference_code", what the authors' release does instead; "ours",
+# found on validation classes with the time of two CPU cores in mind.
+
+ROWS = {
+    "maml": "MAML",
+    "fomaml": "first-order MAML",
+    "reptile": "Reptile",
+    "imaml-gd": "iMAML, gradient descent",
+    "imaml-hf": "iMAML, Hessian-free",
+}
+FLAVOURS = ("ours", "paper", "reference_code")
+
+_ROW: dict[str, dict[str, Any]] = {
+    "maml": {"method": "maml"},
+    "fomaml": {"method": "fomaml"},
+    "reptile": {"method": "reptile"},
+    "imaml-gd": {"method": "imaml", "inner": "gd"},
+    "imaml-hf": {"method": "imaml", "inner": "hessian-free", "inner_steps": 3},
+}
+
+_TASKS: dict[str, dict[str, Any]] = {
+    "5w1s": {"way": 5, "shot": 1},
+    "5w5s": {"way": 5, "shot": 5},
+    "20w1s": {"way": 20, "shot": 1},
+    "20w5s": {"way": 20, "shot": 5},
+}
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """A config brought to life."""
+class Table:
+    """A table of the paper: its columns, and its accuracies and 95% half-widths in percent.
 
-    config: Config
-    loss: ModuleLoss
-    method: Method
-    sources: dict[str, TaskSource]  # train, val, test: of disjoint classes, where there are classes
-    metrics: dict[str, Metric]
+    Source: Rajeswaran, Finn, Kakade, Levine 2019, tables 2 and 3.
+    """
 
-    def trainer(self) -> Trainer:
-        """Adam, its rate constant for half of the meta-steps and then falling linearly to 2%."""
-        config = self.config
-        optimizer = torch.optim.Adam(self.method.learned().values(), lr=config.meta_lr)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, max(0.02, 2 - 2 * step / config.meta_steps))
-        )
-        watched = {name: metric for name, metric in self.metrics.items() if name != "loss"}
-        return Trainer(
-            self.method, self.sources["train"], optimizer, scheduler=scheduler, metrics=watched
-        )
+    title: str
+    dataset: str
+    columns: tuple[str, ...]
+    published: dict[str, tuple[tuple[float, float], ...]]  # by row, in the order of the columns
+
+    def figure(self, row: str, column: str) -> tuple[float, float] | None:
+        """The published accuracy and half-width, if there is one."""
+        return self.published[row][self.columns.index(column)] if row in self.published else None
 
 
-def build(
-    config: Config,
-    *,
-    data: str | Path = "data",
-    device: torch.device | str = "cpu",
-    download: bool = False,
-) -> Experiment:
-    """Model, method and task sources of a config. The model's start depends on the seed alone.
+TABLES = {
+    "table2": Table(
+        "Table 2: Omniglot",
+        "omniglot",
+        ("5w1s", "5w5s", "20w1s", "20w5s"),
+        {
+            "maml": ((98.7, 0.4), (99.9, 0.1), (95.8, 0.3), (98.9, 0.2)),
+            "fomaml": ((98.3, 0.5), (99.2, 0.2), (89.4, 0.5), (97.9, 0.1)),
+            "reptile": ((97.68, 0.04), (99.48, 0.06), (89.43, 0.14), (97.12, 0.32)),
+            "imaml-gd": ((99.16, 0.35), (99.67, 0.12), (94.46, 0.42), (98.69, 0.1)),
+            "imaml-hf": ((99.50, 0.26), (99.74, 0.11), (96.18, 0.36), (99.14, 0.1)),
+        },
+    ),
+    "table3": Table(
+        "Table 3: Mini-ImageNet",
+        "mini-imagenet",
+        ("5w1s",),
+        {
+            "maml": ((48.70, 1.84),),
+            "fomaml": ((48.07, 1.75),),
+            "reptile": ((49.97, 0.32),),
+            "imaml-gd": ((48.96, 1.84),),
+            "imaml-hf": ((49.30, 1.88),),
+        },
+    ),
+    "natural": Table(
+        "Table 3's protocol on other natural images: Tiny-ImageNet, 32x32",
+        "tiny-imagenet",
+        ("5w1s", "5w5s"),
+        {},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: how it is trained and tested, and what was published."""
+
+    table: str
+    column: str
+    row: str
+    flavour: str
+    train: Config
+    test: Config
+    published: tuple[float, float] | None  # accuracy and 95% half-width, in percent
+
+    @property
+    def name(self) -> str:
+        return f"{self.table}-{self.column}-{self.row}-{self.flavour}"
+
+
+def cell(table: str, column: str, row: str, flavour: str = "ours") -> Cell:
+    """A cell of TABLES.
 
     Raises:
-        FileNotFoundError, ValueError: the data is not there or not usable, or a setting is wrong.
+        ValueError: there is no such cell.
     """
-    for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise ValueError(f"{name} must be one of {choices}, got {getattr(config, name)!r}")
-    if config.meta_steps < 1:
-        raise ValueError(f"meta_steps must be at least 1, got {config.meta_steps}")
-    if config.dataset not in PRESETS:
-        raise ValueError(f"dataset must be one of {list(PRESETS)}, got {config.dataset!r}")
-    sources: dict[str, TaskSource]
-    if config.dataset == "sinusoid":
-        loss = module_loss(_seeded(config, lambda: mlp(1, 40, 40, 1)), nn.functional.mse_loss)
-        metrics: dict[str, Metric] = {"loss": loss}
-        sources = {
-            name: Sinusoid(
-                shot=config.shot,
-                query=config.query if name == "train" else config.eval_query,
-                tasks=config.tasks if name == "train" else _EVALUATED_AT_ONCE,
-                seed=_seed(config, name),
-                device=device,
-            )
-            for name in ("train", "val", "test")
-        }
-    else:
-        loss = module_loss(_seeded(config, lambda: conv4(config.way)), nn.functional.cross_entropy)
-        metrics = {"accuracy": accuracy(loss.outputs), "loss": loss}
-        images = load_omniglot(data, download=download).to(device).split()
-        sources = {
-            name: ImageEpisodes(
-                images[name],
-                way=config.way,
-                shot=config.shot,
-                query=config.query if name == "train" else config.eval_query,
-                tasks=config.tasks if name == "train" else _EVALUATED_AT_ONCE,
-                seed=_seed(config, name),
-                rotate=name == "train",
-            )
-            for name in ("train", "val", "test")
-        }
-    loss.model.to(device)
-    return Experiment(config, loss, _method(config, loss), sources, metrics)
-
-
-def _method(config: Config, loss: ModuleLoss) -> Method:
-    params = dict(loss.model.named_parameters())
-    if config.method == "imaml":
-        if config.learn_lr:
-            raise ValueError(
-                "learn_lr is for MAML: the implicit gradient does not see the step size"
-            )
-        lam: float | ProximalStrength = config.lam
-        if config.learn_lam != "no":
-            lam = ProximalStrength(params, config.lam, form=cast(Form, config.learn_lam))
-        return IMAML(loss, params, lam=lam, inner=_inner(config), cg=_linear(config))
-    if config.learn_lam != "no":
-        raise ValueError(f"learn_lam is for imaml, got method {config.method!r}")
-    if config.inner != "gd":
-        raise ValueError(f"inner is for imaml, got method {config.method!r} and {config.inner!r}")
-    descent = GradientDescent(lr=config.inner_lr, steps=config.inner_steps)
-    if config.method in ("fomaml", "reptile"):
-        if config.learn_lr:
-            raise ValueError(f"learn_lr needs a second-order method, got {config.method!r}")
-        return (FOMAML if config.method == "fomaml" else Reptile)(loss, params, inner=descent)
-    if config.method == "truncated-maml":
-        return TruncatedMAML(
-            loss, params, last=config.last, inner=descent, learn_lr=config.learn_lr
-        )
-    if config.method == "maml-accelerated":
-        return MAML(
-            loss, params, inner=descent, lam=config.lam, accelerated=True, learn_lr=config.learn_lr
-        )
-    return MAML(loss, params, inner=descent, learn_lr=config.learn_lr)
-
-
-def _inner(config: Config) -> InnerSolver:
-    lr, steps = config.inner_lr, config.inner_steps
-    if config.inner == "nesterov":
-        return GradientDescent.accelerated(lr=lr, steps=steps, strong_convexity=config.lam)
-    if config.inner == "adam":
-        return Adam(lr=lr, steps=steps)
-    if config.inner == "hessian-free":
-        return HessianFree(steps=steps)
-    if config.inner == "lbfgs":
-        return LBFGS(steps=steps)
-    return GradientDescent(lr=lr, steps=steps)
-
-
-def _linear(config: Config) -> LinearSolver:
-    max_iter, damping, curvature = config.cg_steps, config.damping, config.curvature
-    if config.linear == "minres":
-        return MINRES(max_iter=max_iter, damping=damping, curvature=curvature)
-    if config.linear == "neumann":
-        return NeumannSeries(
-            max_iter=max_iter, damping=damping, curvature=curvature, lr=config.inner_lr
-        )
-    return ConjugateGradient(
-        max_iter=max_iter,
-        damping=damping,
-        curvature=curvature,
-        preconditioner="jacobi" if config.linear == "cg-jacobi" else None,
+    _one_of("table", table, list(TABLES))
+    _one_of("column", column, list(TABLES[table].columns))
+    _one_of("row", row, list(ROWS))
+    _one_of("flavour", flavour, list(FLAVOURS))
+    settings = {"ours": _ours, "paper": _paper, "reference_code": _reference_code}[flavour]
+    train = replace(
+        Config(dataset=TABLES[table].dataset), **_TASKS[column], **settings(table, column, row)
     )
+    test = replace(train, **_test(table, column, row, flavour))
+    return Cell(table, column, row, flavour, train, test, TABLES[table].figure(row, column))
 
 
-def _seeded(config: Config, make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return make()
+def _one_of(name: str, value: str, choices: list[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def _seed(config: Config, source: str) -> int:
-    """Evaluation tasks are the same for every training seed."""
-    return config.seed if source == "train" else {"val": 101, "test": 102}[source]
+def _paper(table: str, column: str, row: str) -> dict[str, Any]:
+    if row == "reptile":
+        raise ValueError(
+            "no flavour 'paper' for reptile: its published number is of an inner Adam on "
+            "mini-batches, which is not built in; take 'ours'"
+        )
+    way, shot = _TASKS[column]["way"], _TASKS[column]["shot"]
+    natural = table != "table2"
+    common = {"decay": "constant", "meta_lr": 1e-3, "query": 15 if natural else shot}
+    common["eval_query"] = common["query"]
+    if row in ("maml", "fomaml"):  # Finn, Abbeel, Levine 2017, appendix A.1
+        if natural:
+            of_adaptation = {"inner_steps": 5, "inner_lr": 0.01, "tasks": 4 if shot == 1 else 2}
+        elif way == 5:
+            of_adaptation = {"inner_steps": 1, "inner_lr": 0.4, "tasks": 32}
+        else:
+            of_adaptation = {"inner_steps": 5, "inner_lr": 0.1, "tasks": 16}
+        return {**common, **_ROW[row], **of_adaptation, "meta_steps": 60_000}
+    steps = 10 if natural else 16 if way == 5 else 25
+    lam = 0.5 if natural else 2.0
+    return {
+        **common, "lam": lam, "inner_lr": 0.1, "inner_steps": steps, "cg_steps": 5, "tasks": 32,
+        "meta_steps": 20_000, **_ROW[row],
+    }  # fmt: skip
+
+
+def _reference_code(table: str, column: str, row: str) -> dict[str, Any]:
+    if table != "table2" or row != "imaml-gd":
+        raise ValueError("flavour 'reference_code' is of imaml-gd in table2 alone")
+    changed = {"inner": "gd-then-proximal", "linear": "cg-reference-code", "meta_eps": 1e-3}
+    return {**_paper(table, column, row), **changed}
+
+
+def _ours(table: str, column: str, row: str) -> dict[str, Any]:
+    shot = _TASKS[column]["shot"]
+    if table == "table2":
+        common = {"query": 5, "eval_query": shot, "tasks": 8, "meta_lr": 2e-3}
+        return {**common, "meta_steps": 20_000, **_ROW[row], **_OURS_OMNIGLOT[row]}
+    common = {"query": 5, "eval_query": 15, "tasks": 4, "meta_lr": 2e-3}
+    return {**common, "meta_steps": 60_000, **_ROW[row], **_OURS_NATURAL[row]}
+
+
+_OURS_OMNIGLOT: dict[str, dict[str, Any]] = {
+    "maml": {"inner_lr": 0.4, "inner_steps": 1},
+    "fomaml": {"inner_lr": 0.1, "inner_steps": 5},
+    "reptile": {"inner_lr": 0.1, "inner_steps": 8, "meta_lr": 1e-3},
+    "imaml-gd": {"lam": 0.3, "inner_lr": 0.1, "inner_steps": 8, "cg_steps": 3, "tasks": 6},
+    "imaml-hf": {"lam": 0.3, "inner_steps": 2, "cg_steps": 3, "tasks": 6, "curvature": "ggn"},
+}
+
+_OURS_NATURAL: dict[str, dict[str, Any]] = {
+    "maml": {"inner_lr": 0.1, "inner_steps": 3},
+    "fomaml": {"inner_lr": 0.1, "inner_steps": 5},
+    "reptile": {"inner_lr": 0.1, "inner_steps": 8, "meta_lr": 1e-3},
+    "imaml-gd": {
+        "lam": 0.3, "inner_lr": 0.1, "inner_steps": 8, "cg_steps": 3, "curvature": "ggn",
+    },
+    "imaml-hf": {"lam": 0.3, "inner_steps": 2, "cg_steps": 3, "curvature": "ggn"},
+}  # fmt: skip
+
+
+def _test(table: str, column: str, row: str, flavour: str) -> dict[str, Any]:
+    """What differs from training in evaluation."""
+    if flavour == "reference_code":
+        return {"eval_proximal": False}
+    if flavour == "paper" and row in ("maml", "fomaml"):
+        if table != "table2":
+            return {"inner_steps": 10}
+        return {"inner_steps": 3} if _TASKS[column]["way"] == 5 else {}
+    return {}

@@ -18,7 +18,8 @@ from imaml_ext.methods import Method
 from imaml_ext.solution import Status
 from imaml_ext.tasks import TaskBatch, TaskSource
 
-Metric = Callable[[Params, Any], Tensor]  # (phi, data) -> scalar, for one task
+Metric = Callable[[Params, Any], Tensor]  # (phi, query) -> scalar, for one task
+SupportMetric = Callable[[Params, Any, Any], Tensor]  # (phi, support, query) -> scalar
 Record = dict[str, float]
 
 
@@ -156,7 +157,7 @@ class Trainer:
             FileNotFoundError, ValueError: as `load_checkpoint`, or the checkpoint is of other
                 parameters or of another optimizer than this trainer's.
         """
-        state = load_checkpoint(path)
+        state = load_checkpoint(path, training=True)
         if state["optimizer_class"] != type(self.optimizer).__name__:
             raise ValueError(
                 f"{path} holds the state of {state['optimizer_class']}, "
@@ -212,18 +213,30 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    method: Method, source: TaskSource, metrics: dict[str, Metric], *, tasks: int
+    method: Method,
+    source: TaskSource,
+    metrics: dict[str, Metric],
+    *,
+    tasks: int,
+    support_metrics: dict[str, SupportMetric] | None = None,
 ) -> Evaluation:
-    """Adapt to `tasks` tasks of `source` (its steps 0, 1, ...) and judge on their query sets."""
+    """Adapt to `tasks` tasks of `source` (its steps 0, 1, ...) and judge on their query sets.
+
+    Args:
+        support_metrics: see the support set beside the query set; reported as "support_NAME".
+    """
     if tasks < 1:
         raise ValueError(f"tasks must be at least 1, got {tasks}")
     values: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    values |= {f"support_{name}": [] for name in support_metrics or {}}
     seen, step = 0, 0
     while seen < tasks:
         batch = source.sample(step)
         phi = method.adapt(batch.support)
         for name, metric in metrics.items():
             values[name].append(_per_task(metric, phi, batch.query))
+        for name, joint in (support_metrics or {}).items():
+            values[f"support_{name}"].append(_per_task(joint, phi, batch.support, batch.query))
         seen += next(iter(phi.values())).shape[0]
         step += 1
     joined = {name: torch.cat(parts)[:tasks].double() for name, parts in values.items()}
@@ -246,6 +259,16 @@ def accuracy(outputs: Callable[[Params, Any], Tensor]) -> Metric:
     return metric
 
 
-def _per_task(metric: Metric, params: Params, data: Any) -> Tensor:
+def support_accuracy(outputs: Callable[[Params, Any, Any], Tensor]) -> SupportMetric:
+    """As `accuracy`, of outputs for query examples that have seen the support examples."""
+
+    def metric(params: Params, support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor]) -> Any:
+        x, y = query
+        return (outputs(params, support[0], x).argmax(-1) == y).float().mean()
+
+    return metric
+
+
+def _per_task(metric: Callable[..., Tensor], params: Params, *data: Any) -> Tensor:
     with torch.no_grad():
-        return vmap(metric, randomness="different")(params, data)
+        return vmap(metric, randomness="different")(params, *data)

@@ -11,7 +11,8 @@ import torch
 from imaml_ext import Trainer, cli
 from imaml_ext.checkpoint import load_checkpoint
 from imaml_ext.cli import main
-from imaml_ext.presets import PRESETS, build
+from imaml_ext.experiment import build
+from imaml_ext.presets import PRESETS
 
 QUICK = ["--meta-steps", "4", "--tasks", "3", "--inner-steps", "2", "--eval-tasks", "5"]
 
@@ -151,7 +152,7 @@ def fails(arguments, capsys):
         (["train", "--tasks", "0"], "tasks must be at least 1"),
         (["train", "--meta-steps", "0"], "meta_steps must be at least 1"),
         (["train", "--eval-tasks", "0"], "--eval-tasks must be at least 1, got 0"),
-        (["train", "--eval-every", "0"], "--eval-every must be at least 1, got 0"),
+        (["train", "--validations", "0"], "--validations must be at least 1, got 0"),
         (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--method", "maml", "--learn-lam", "scalar"], "learn_lam is for imaml"),
         (["train", "--method", "maml", "--inner", "adam"], "inner is for imaml"),

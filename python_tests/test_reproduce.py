@@ -7,7 +7,7 @@ import torch
 
 from imaml_ext.cli import main
 from imaml_ext.reproduce import STUDIES, fig2a, fig2b, sinusoid, table1
-from imaml_ext.reproduce.study import Settings, last_run
+from imaml_ext.reproduce.study import Settings, read
 
 
 def settings(data="nowhere", **more):
@@ -110,7 +110,7 @@ def test_the_last_run_is_drawn(tmp_path):
     lines = tmp_path / "x.jsonl"
     dates = ["2026-01-01", "2026-01-02", "2026-01-02"]
     lines.write_text("\n".join(json.dumps({"source": {"date": d}, "n": d}) for d in dates))
-    assert [record["n"] for record in last_run(lines)] == dates[1:]
+    assert [record["n"] for record in read(STUDIES["sinusoid"], lines)] == dates[1:]
 
 
 @pytest.mark.parametrize("study", list(STUDIES))

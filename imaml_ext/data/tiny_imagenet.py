@@ -12,6 +12,7 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
         from PIL import Image
 
         for row in offset.tolist():
-            for start, end in zip(row[:-1], row[1:], strict=True):
+            for start, end in pairwise(row):
                 try:
                     image = Image.open(io.BytesIO(header + scan[start:end] + _END))
                     pixels = np.asarray(image.convert("RGB"))

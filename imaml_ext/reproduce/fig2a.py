@@ -114,7 +114,7 @@ def measure(settings: Settings) -> Iterator[Record]:
         yield {"method": "imaml", "cg_steps": cg_steps, **curves, **shared}
 
 
-def draw(records: list[Record], path: Path) -> Path:
+def draw(records: list[Record], folder: Path) -> list[Path]:
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     for record in records:
@@ -136,7 +136,7 @@ def draw(records: list[Record], path: Path) -> Path:
         axis.grid(alpha=0.3)
         axis.legend()
     left.set_title(f"kappa = {record['kappa']:.0f}, {record['tasks']} tasks")
-    return save(figure, path)
+    return [save(figure, folder / "fig2a.png")]
 
 
 def summary(records: list[Record]) -> Record:

@@ -106,7 +106,7 @@ def _resident_bytes(which: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def draw(records: list[Record], path: Path) -> Path:
+def draw(records: list[Record], folder: Path) -> list[Path]:
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
     for name, label in LABELS.items():
@@ -132,7 +132,7 @@ def draw(records: list[Record], path: Path) -> Path:
         axis.grid(alpha=0.3)
         axis.legend()
     axes[0].set_title(f"{WAY}-way {SHOT}-shot Omniglot, {records[0]['tasks']} task")
-    return save(figure, path)
+    return [save(figure, folder / "fig2b.png")]
 
 
 def summary(records: list[Record]) -> Record:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from imaml_ext.experiment import build
 from imaml_ext.plots import pyplot, save
-from imaml_ext.presets import PRESETS, build
+from imaml_ext.presets import PRESETS
 from imaml_ext.reproduce.study import Record, Settings, Study
 from imaml_ext.trainer import evaluate
 
@@ -51,7 +52,7 @@ def measure(settings: Settings) -> Iterator[Record]:
             }
 
 
-def draw(records: list[Record], path: Path) -> Path:
+def draw(records: list[Record], folder: Path) -> list[Path]:
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     for method, label in METHODS.items():
@@ -72,7 +73,7 @@ def draw(records: list[Record], path: Path) -> Path:
         axis.set_xlabel("inner gradient steps")
         axis.grid(alpha=0.3)
         axis.legend()
-    return save(figure, path)
+    return [save(figure, folder / "sinusoid.png")]
 
 
 def summary(records: list[Record]) -> Record:

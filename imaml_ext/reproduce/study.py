@@ -15,12 +15,33 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line may say about a study."""
+    """What the command line may say about a study.
+
+    Attributes:
+        meta_steps: of each training, where there are any.
+        out: folder of the records, pictures and models.
+        columns, rows, flavour: of a table, which cells; None: all.
+        minutes: of training for each cell, over all runs of it; 0: meta-steps alone.
+        tasks: of each evaluation.
+        runs: folder of the cells' checkpoints.
+    """
 
     device: torch.device
     data: Path
     seed: int = 0
     meta_steps: int | None = None
+    out: Path = Path("results")
+    columns: tuple[str, ...] | None = None
+    rows: tuple[str, ...] | None = None
+    flavour: str = "ours"
+    minutes: float = 0.0
+    tasks: int = 600
+    runs: Path = Path("runs")
+
+
+def last_run(records: list[Record]) -> list[Record]:
+    """The records of the latest run."""
+    return [r for r in records if r["source"]["date"] == records[-1]["source"]["date"]]
 
 
 @dataclass(frozen=True)
@@ -30,31 +51,29 @@ class Study:
     Attributes:
         question: what it answers.
         measure: yields records.
-        draw: a picture from the records of one run.
-        summary: figures to print, from the same.
+        draw: writes pictures, and whatever else follows from the records, to a folder.
+        summary: figures to print.
+        select: of all records that were ever appended, those that `draw` and `summary` are given.
     """
 
     question: str
     measure: Callable[[Settings], Iterator[Record]]
-    draw: Callable[[list[Record], Path], Path]
+    draw: Callable[[list[Record], Path], list[Path]]
     summary: Callable[[list[Record]], Record]
+    select: Callable[[list[Record]], list[Record]] = last_run
 
 
-def run(study: Study, settings: Settings, lines: Path) -> list[Record]:
+def run(study: Study, settings: Settings, lines: Path) -> None:
     """Measure, appending each record to `lines` as it comes, with command, commit and device."""
     lines.parent.mkdir(parents=True, exist_ok=True)
     source = describe_run(settings.device)
-    records = []
     for measured in study.measure(settings):
-        record = {**measured, "source": source}
         with lines.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        records.append(record)
-    return records
+            file.write(json.dumps({**measured, "source": source}) + "\n")
 
 
-def last_run(lines: Path) -> list[Record]:
-    """The records of the latest run in `lines`.
+def read(study: Study, lines: Path) -> list[Record]:
+    """The records in `lines` that count.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or nothing in it that can be read.
@@ -62,7 +81,9 @@ def last_run(lines: Path) -> list[Record]:
     if not lines.is_file():
         raise FileNotFoundError(f"no measurements at {lines}")
     try:
-        records = [json.loads(line) for line in lines.read_text().splitlines()]
-        return [r for r in records if r["source"]["date"] == records[-1]["source"]["date"]]
+        records = study.select([json.loads(line) for line in lines.read_text().splitlines()])
     except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{lines} does not hold measurements as JSON lines") from error
+    if not records:
+        raise ValueError(f"{lines} does not hold measurements as JSON lines")
+    return records

@@ -155,7 +155,7 @@ def curves(records: list[Record], name: str) -> dict[str, list[tuple[float, floa
     }
 
 
-def draw(records: list[Record], path: Path) -> Path:
+def draw(records: list[Record], folder: Path) -> list[Path]:
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     titles = {
@@ -175,7 +175,7 @@ def draw(records: list[Record], path: Path) -> Path:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    return save(figure, path)
+    return [save(figure, folder / "table1.png")]
 
 
 def summary(records: list[Record]) -> Record:

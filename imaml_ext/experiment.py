@@ -1,0 +1,312 @@
+"""A config brought to life: data, model, method, and the training loop."""
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from imaml_ext.cg import ConjugateGradient
+from imaml_ext.data import (
+    ImageEpisodes,
+    Sinusoid,
+    load_mini_imagenet,
+    load_omniglot,
+    load_tiny_imagenet,
+)
+from imaml_ext.inner import LBFGS, Adam, GradientDescent, HessianFree, InnerSolver
+from imaml_ext.linear import LinearSolver
+from imaml_ext.maml import FOMAML, MAML, Reptile, TruncatedMAML
+from imaml_ext.methods import IMAML, Method
+from imaml_ext.minres import MINRES
+from imaml_ext.models import SupportStatistics, conv4, mlp
+from imaml_ext.neumann import NeumannSeries
+from imaml_ext.objective import ModuleLoss, module_loss
+from imaml_ext.presets import CHOICES, PRESETS, Config
+from imaml_ext.reference_code import DescentThenProximal, ReferenceCodeCG
+from imaml_ext.strength import Form, ProximalStrength
+from imaml_ext.tasks import TaskSource
+from imaml_ext.trainer import Metric, SupportMetric, Trainer, accuracy, support_accuracy
+
+_EVALUATED_AT_ONCE = 20  # not config.tasks: the evaluation tasks must not depend on it
+_SAVED_EVERY = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A config brought to life."""
+
+    config: Config
+    loss: ModuleLoss
+    method: Method
+    sources: dict[str, TaskSource]  # train, val, test: of disjoint classes, where there are classes
+    metrics: dict[str, Metric]
+    support_metrics: dict[str, SupportMetric]  # with batch norm's statistics of the support set
+
+    def trainer(self) -> Trainer:
+        """Adam, its rate constant or falling linearly to 2% over the second half of the run."""
+        config = self.config
+        optimizer = torch.optim.Adam(
+            self.method.learned().values(), lr=config.meta_lr, eps=config.meta_eps
+        )
+        watched = {name: metric for name, metric in self.metrics.items() if name != "loss"}
+        trainer = Trainer(self.method, self.sources["train"], optimizer, metrics=watched)
+        if config.decay == "linear":
+            trainer.scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer,
+                lambda step: min(1.0, max(0.02, 2 - 2 * self._done(step, trainer.seconds))),
+            )
+        return trainer
+
+    def adapting(self, **changes: Any) -> "Experiment":
+        """The same model, adapted as the config with these changes says."""
+        config = dataclasses.replace(self.config, **changes)
+        return dataclasses.replace(self, config=config, method=_method(config, self.loss))
+
+    def progress(self, trainer: Trainer) -> float:
+        """0 at the start of the run that the config asks for, at least 1 at its end."""
+        return self._done(trainer.steps, trainer.seconds)
+
+    def _done(self, steps: int, seconds: float) -> float:
+        of_time = seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        return max(steps / self.config.meta_steps, of_time)
+
+
+def train_to_end(
+    experiment: Experiment,
+    trainer: Trainer,
+    checkpoint: Path,
+    *,
+    validations: int = 20,
+    name: str = "",
+) -> None:
+    """Train to the end, saving with each validation, once a minute, and when interrupted.
+
+    Args:
+        validations: how often to validate, evenly over the run.
+        name: before the progress bar.
+
+    Raises:
+        KeyboardInterrupt: after the meta-step in which SIGINT came; it is saved.
+    """
+    config = experiment.config
+    saved = dataclasses.asdict(config)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    progress = tqdm(
+        total=None if config.minutes else config.meta_steps, initial=trainer.steps,
+        desc=name or config.dataset, unit="step", mininterval=1.0, dynamic_ncols=True,
+    )  # fmt: skip
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    last_saved = trainer.seconds
+    try:
+        while (done := experiment.progress(trainer)) < 1 and not interrupted.is_set():
+            record = trainer.step()
+            progress.set_postfix(_postfix(record, trainer), refresh=False)
+            progress.update()
+            if int(validations * experiment.progress(trainer)) > int(validations * done):
+                trainer.validate(experiment.sources["val"], experiment.metrics, tasks=100)
+            elif trainer.seconds < last_saved + _SAVED_EVERY:
+                continue
+            trainer.save(checkpoint, saved)
+            last_saved = trainer.seconds
+    finally:
+        signal.signal(signal.SIGINT, before)
+        progress.close()
+    if experiment.progress(trainer) < 1:  # a step was finished before the loop was left
+        trainer.save(checkpoint, saved)
+        raise KeyboardInterrupt(
+            f"at meta-step {trainer.steps}; to go on: --resume --out {checkpoint.parent}"
+        )
+
+
+def saved_config(state: dict[str, Any], path: Path) -> Config:
+    """The config that a checkpoint of `train_to_end` was trained with."""
+    saved = json.loads(state["config"])
+    if "dataset" not in saved or saved.keys() - {f.name for f in dataclasses.fields(Config)}:
+        raise ValueError(f"{path} was not written by imaml-ext train: it does not say of what")
+    return Config(**saved)
+
+
+def _postfix(record: dict[str, float], trainer: Trainer) -> dict[str, str]:
+    recent = trainer.history[-20:]
+    shown = {"loss": f"{sum(r['loss'] for r in recent) / len(recent):.3f}"}
+    if "accuracy" in record:
+        shown["acc"] = f"{100 * sum(r['accuracy'] for r in recent) / len(recent):.1f}%"
+    if "cg_residual" in record:
+        shown["cg"] = f"{record['cg_residual']:.1e}"
+    if record.get("negative_curvature", 0) > 0:
+        shown["negative"] = f"{100 * record['negative_curvature']:.0f}%"
+    if trainer.validation and "accuracy" in record:
+        shown["val"] = f"{100 * trainer.validation[-1]['accuracy']:.1f}%"
+    return shown
+
+
+def build(
+    config: Config,
+    *,
+    data: str | Path = "data",
+    device: torch.device | str = "cpu",
+    download: bool = False,
+) -> Experiment:
+    """Model, method and task sources of a config. The model's start depends on the seed alone.
+
+    Raises:
+        FileNotFoundError, ValueError: the data is not there or not usable, or a setting is wrong.
+    """
+    _check(config)
+    if config.dataset == "sinusoid":
+        model = _seeded(config, lambda: mlp(1, 40, 40, 1)).to(device)
+        loss = module_loss(model, nn.functional.mse_loss)
+        metrics: dict[str, Metric] = {"loss": loss}
+        support_metrics: dict[str, SupportMetric] = {}
+        sources: dict[str, TaskSource] = {
+            name: Sinusoid(
+                shot=config.shot, query=query, tasks=tasks, seed=_seed(config, name), device=device
+            )
+            for name, query, tasks in _parts(config)
+        }
+    else:
+        images = _images(config, data, download)
+        network = _NETWORKS[config.dataset]
+        model = _seeded(config, lambda: network(config.way)).to(device)
+        loss = module_loss(model, nn.functional.cross_entropy)
+        metrics = {"accuracy": accuracy(loss.outputs), "loss": loss}
+        support_metrics = {"accuracy": support_accuracy(SupportStatistics(loss.model))}
+        sources = {
+            name: ImageEpisodes(
+                images[name].to(device),
+                way=config.way,
+                shot=config.shot,
+                query=query,
+                tasks=tasks,
+                seed=_seed(config, name),
+                rotate=name == "train" and config.dataset == "omniglot",
+            )
+            for name, query, tasks in _parts(config)
+        }
+    return Experiment(config, loss, _method(config, loss), sources, metrics, support_metrics)
+
+
+_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "omniglot": conv4,
+    "mini-imagenet": partial(conv4, channels=3, filters=32, image=84, pool=True),
+    "tiny-imagenet": partial(conv4, channels=3, filters=32, image=32, pool=True),
+}
+
+
+def _images(config: Config, root: str | Path, download: bool) -> dict[str, Tensor]:
+    """uint8 [classes, images, ...] of train, val and test."""
+    if config.dataset == "omniglot":
+        return load_omniglot(root, download=download).split()
+    if download:
+        raise ValueError(f"--download is for omniglot: {config.dataset} has no public archive")
+    load = load_mini_imagenet if config.dataset == "mini-imagenet" else load_tiny_imagenet
+    return load(root)
+
+
+def _check(config: Config) -> None:
+    for name, choices in {"dataset": list(PRESETS), **CHOICES}.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {getattr(config, name)!r}")
+    if config.meta_steps < 1:
+        raise ValueError(f"meta_steps must be at least 1, got {config.meta_steps}")
+    if not (math.isfinite(config.minutes) and config.minutes >= 0):
+        raise ValueError(f"minutes must be finite and not negative, got {config.minutes}")
+
+
+def _parts(config: Config) -> list[tuple[str, int, int]]:
+    """Name, query examples per class and tasks at once of each task source."""
+    evaluated = (config.eval_query, _EVALUATED_AT_ONCE)
+    return [("train", config.query, config.tasks), ("val", *evaluated), ("test", *evaluated)]
+
+
+def _method(config: Config, loss: ModuleLoss) -> Method:
+    params = dict(loss.model.named_parameters())
+    if config.method == "imaml":
+        if config.learn_lr:
+            raise ValueError(
+                "learn_lr is for MAML: the implicit gradient does not see the step size"
+            )
+        lam: float | ProximalStrength = config.lam
+        if config.learn_lam != "no":
+            lam = ProximalStrength(params, config.lam, form=cast(Form, config.learn_lam))
+        return IMAML(
+            loss,
+            params,
+            lam=lam,
+            inner=_inner(config),
+            cg=_linear(config),
+            adapt_proximal=config.eval_proximal,
+        )
+    if config.learn_lam != "no":
+        raise ValueError(f"learn_lam is for imaml, got method {config.method!r}")
+    if config.inner != "gd":
+        raise ValueError(f"inner is for imaml, got method {config.method!r} and {config.inner!r}")
+    descent = GradientDescent(lr=config.inner_lr, steps=config.inner_steps)
+    if config.method in ("fomaml", "reptile"):
+        if config.learn_lr:
+            raise ValueError(f"learn_lr needs a second-order method, got {config.method!r}")
+        return (FOMAML if config.method == "fomaml" else Reptile)(loss, params, inner=descent)
+    if config.method == "truncated-maml":
+        return TruncatedMAML(
+            loss, params, last=config.last, inner=descent, learn_lr=config.learn_lr
+        )
+    if config.method == "maml-accelerated":
+        return MAML(
+            loss, params, inner=descent, lam=config.lam, accelerated=True, learn_lr=config.learn_lr
+        )
+    return MAML(loss, params, inner=descent, learn_lr=config.learn_lr)
+
+
+def _inner(config: Config) -> InnerSolver:
+    lr, steps = config.inner_lr, config.inner_steps
+    if config.inner == "gd-then-proximal":
+        return DescentThenProximal(lr=lr, steps=steps)
+    if config.inner == "nesterov":
+        return GradientDescent.accelerated(lr=lr, steps=steps, strong_convexity=config.lam)
+    if config.inner == "adam":
+        return Adam(lr=lr, steps=steps)
+    if config.inner == "hessian-free":
+        return HessianFree(steps=steps)
+    if config.inner == "lbfgs":
+        return LBFGS(steps=steps)
+    return GradientDescent(lr=lr, steps=steps)
+
+
+def _linear(config: Config) -> LinearSolver:
+    max_iter, damping, curvature = config.cg_steps, config.damping, config.curvature
+    if config.linear == "minres":
+        return MINRES(max_iter=max_iter, damping=damping, curvature=curvature)
+    if config.linear == "neumann":
+        return NeumannSeries(
+            max_iter=max_iter, damping=damping, curvature=curvature, lr=config.inner_lr
+        )
+    if config.linear == "cg-reference-code":
+        return ReferenceCodeCG(max_iter=max_iter, damping=damping, curvature=curvature)
+    return ConjugateGradient(
+        max_iter=max_iter,
+        damping=damping,
+        curvature=curvature,
+        preconditioner="jacobi" if config.linear == "cg-jacobi" else None,
+    )
+
+
+def _seeded(config: Config, make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return make()
+
+
+def _seed(config: Config, source: str) -> int:
+    """Evaluation tasks are the same for every training seed."""
+    return config.seed if source == "train" else {"val": 101, "test": 102}[source]
