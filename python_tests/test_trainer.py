@@ -15,7 +15,7 @@ from imaml_ext import (
     evaluate,
     module_loss,
 )
-from imaml_ext.checkpoint import load_checkpoint, save_checkpoint
+from imaml_ext.checkpoint import load_checkpoint, save_checkpoint, save_model
 from imaml_ext.data import Sinusoid
 from imaml_ext.files import write_atomically
 from imaml_ext.models import mlp
@@ -396,8 +396,10 @@ def test_a_configuration_that_could_not_be_read_back_is_refused_when_saving(tmp_
 
 def test_a_checkpoint_with_something_missing_is_refused(tmp_path):
     save_checkpoint(tmp_path / "c.pt", {"steps": 1})
-    with pytest.raises(ValueError, match="is not a whole checkpoint: it lacks config, history"):
+    with pytest.raises(ValueError, match="is not a whole checkpoint: it lacks config, learned"):
         load_checkpoint(tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="it lacks config, history"):
+        load_checkpoint(tmp_path / "c.pt", training=True)
 
 
 def test_another_version_is_refused(tmp_path):
@@ -416,3 +418,14 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_loaded(tmp_path
     after = state_of(trainer)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert trainer.steps == 0
+
+
+def test_a_model_alone_is_enough_to_evaluate_and_not_to_resume(tmp_path):
+    trainer = make_trainer()
+    trainer.step()
+    trainer.save(tmp_path / "whole.pt")
+    save_model(tmp_path / "model.pt", load_checkpoint(tmp_path / "whole.pt", training=True))
+    assert load_checkpoint(tmp_path / "model.pt")["steps"] == 1
+    assert (tmp_path / "model.pt").stat().st_size < (tmp_path / "whole.pt").stat().st_size
+    with pytest.raises(ValueError, match="is a model alone: it can be evaluated, not trained"):
+        make_trainer().load(tmp_path / "model.pt")

@@ -32,7 +32,11 @@ def decoded_once(name: str, shape: tuple[int, ...], decode: Decode) -> Tensor:
         except OSError as error:
             warnings.warn(f"{name} will be decoded again next time: {error}", stacklevel=3)
     if images is None:
-        images = np.concatenate([block.reshape(-1) for block in decode()]).reshape(shape)
+        images = np.empty(shape, np.uint8)
+        flat, start = images.reshape(-1), 0
+        for block in decode():
+            flat[start : start + block.size] = block.reshape(-1)
+            start += block.size
     return torch.from_numpy(images)
 
 
