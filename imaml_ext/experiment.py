@@ -87,12 +87,13 @@ def train_to_end(
     checkpoint: Path,
     *,
     validations: int = 20,
+    validation_tasks: int = 100,
     name: str = "",
 ) -> None:
     """Train to the end, saving with each validation, once a minute, and when interrupted.
 
     Args:
-        validations: how often to validate, evenly over the run.
+        validations, validation_tasks: how often to validate, evenly over the run, and on what.
         name: before the progress bar.
 
     Raises:
@@ -114,7 +115,8 @@ def train_to_end(
             progress.set_postfix(_postfix(record, trainer), refresh=False)
             progress.update()
             if int(validations * experiment.progress(trainer)) > int(validations * done):
-                trainer.validate(experiment.sources["val"], experiment.metrics, tasks=100)
+                source = experiment.sources["val"]
+                trainer.validate(source, experiment.metrics, tasks=validation_tasks)
             elif trainer.seconds < last_saved + _SAVED_EVERY:
                 continue
             trainer.save(checkpoint, saved)

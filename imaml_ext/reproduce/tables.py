@@ -20,7 +20,8 @@ from imaml_ext.presets import ROWS, TABLES, Cell, Config, Table, cell
 from imaml_ext.reproduce.study import Record, Settings, Study
 from imaml_ext.trainer import Evaluation, evaluate
 
-_VALIDATIONS = 12
+_VALIDATIONS = 8
+_SIDE_TASKS = 200  # of validation, and of what is reported beside the accuracy
 _TRAINED = 100  # meta-steps; a shorter run says what a meta-step costs, not what is learned
 
 
@@ -85,7 +86,10 @@ def _measure(one: Cell, config: Config, settings: Settings) -> tuple[Record, dic
         ):
             raise ValueError(f"{checkpoint} is of other settings: move it away to train anew")
         trainer.load(checkpoint)
-    train_to_end(experiment, trainer, checkpoint, validations=_VALIDATIONS, name=one.name)
+    train_to_end(
+        experiment, trainer, checkpoint, validations=_VALIDATIONS,
+        validation_tasks=min(100, settings.tasks), name=one.name,
+    )  # fmt: skip
     tested = {name: getattr(one.test, name) for name in _changed(one)}
     experiment = experiment.adapting(**tested)
     record = {
@@ -100,13 +104,13 @@ def _measure(one: Cell, config: Config, settings: Settings) -> tuple[Record, dic
         "test_tasks": settings.tasks,
         "adaptation_steps": one.test.inner_steps,
         **_percent("", _evaluate(experiment, "test", settings.tasks)),
-        **_percent("val_", _evaluate(experiment, "val", min(200, settings.tasks))),
+        **_percent("val_", _evaluate(experiment, "val", min(_SIDE_TASKS, settings.tasks))),
     }
     if config.method == "imaml":
         proximal = not one.test.eval_proximal
         other = experiment.adapting(eval_proximal=proximal)
         name = "proximal_" if proximal else "no_proximal_"
-        record |= _percent(name, _evaluate(other, "test", settings.tasks))
+        record |= _percent(name, _evaluate(other, "test", min(_SIDE_TASKS, settings.tasks)))
     record["curve"] = [
         [r["step"], round(r["seconds"], 2), 100 * r["accuracy"]] for r in trainer.validation
     ]
