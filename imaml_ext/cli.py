@@ -204,7 +204,10 @@ def _train(options: argparse.Namespace) -> None:
         trainer.load(checkpoint)
         if experiment.progress(trainer) >= 1:
             raise ValueError(f"{checkpoint} is at meta-step {trainer.steps}: ask for more")
-    train_to_end(experiment, trainer, checkpoint, validations=options.validations)
+    train_to_end(
+        experiment, trainer, checkpoint, validations=options.validations,
+        resume=f"--resume --out {out}",
+    )  # fmt: skip
 
     result = evaluate(
         experiment.method,

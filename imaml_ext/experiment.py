@@ -89,12 +89,14 @@ def train_to_end(
     validations: int = 20,
     validation_tasks: int = 100,
     name: str = "",
+    resume: str = "the same command",
 ) -> None:
     """Train to the end, saving with each validation, once a minute, and when interrupted.
 
     Args:
         validations, validation_tasks: how often to validate, evenly over the run, and on what.
         name: before the progress bar.
+        resume: how to go on, for the message when interrupted.
 
     Raises:
         KeyboardInterrupt: after the meta-step in which SIGINT came; it is saved.
@@ -126,9 +128,7 @@ def train_to_end(
         progress.close()
     if experiment.progress(trainer) < 1:  # a step was finished before the loop was left
         trainer.save(checkpoint, saved)
-        raise KeyboardInterrupt(
-            f"at meta-step {trainer.steps}; to go on: --resume --out {checkpoint.parent}"
-        )
+        raise KeyboardInterrupt(f"at meta-step {trainer.steps}; to go on: {resume}")
 
 
 def saved_config(state: dict[str, Any], path: Path) -> Config:

@@ -60,28 +60,6 @@ PRESETS = {
         meta_lr=2e-3,
         meta_steps=1500,
     ),
-    "mini-imagenet": Config(
-        dataset="mini-imagenet",
-        query=5,
-        eval_query=15,
-        tasks=4,
-        lam=0.5,
-        inner_lr=0.1,
-        inner_steps=5,
-        cg_steps=3,
-        meta_steps=20_000,
-    ),
-    "tiny-imagenet": Config(
-        dataset="tiny-imagenet",
-        query=5,
-        eval_query=15,
-        tasks=4,
-        lam=0.5,
-        inner_lr=0.1,
-        inner_steps=5,
-        cg_steps=3,
-        meta_steps=3000,
-    ),
 }
 
 
@@ -285,3 +263,7 @@ def _test(table: str, column: str, row: str, flavour: str) -> dict[str, Any]:
             return {"inner_steps": 10}
         return {"inner_steps": 3} if _TASKS[column]["way"] == 5 else {}
     return {}
+
+
+PRESETS["mini-imagenet"] = replace(cell("table3", "5w1s", "imaml-gd").train, meta_steps=20_000)
+PRESETS["tiny-imagenet"] = replace(cell("natural", "5w1s", "imaml-gd").train, meta_steps=3000)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from imaml_ext.presets import FLAVOURS, PRESETS, ROWS, TABLES, cell
 from imaml_ext.proximal import Proximal
 from imaml_ext.reference_code import DescentThenProximal, ReferenceCodeCG
 from imaml_ext.reproduce import STUDIES, tables
+from imaml_ext.reproduce.study import read
 
 # ---- the data ---------------------------------------------------------------------------------
 
@@ -184,7 +186,7 @@ def lines(folder):
 
 def test_a_table_grows_cell_by_cell(tmp_path, capsys, few_classes, monkeypatch):
     monkeypatch.setattr(tables, "_TRAINED", 3)
-    quick = ["--meta-steps", "3"]
+    quick = ["--meta-steps", "3"]  # enough to be tested
     assert reproduce(tmp_path, *quick, "--methods", "fomaml") == 0
     assert "published 98.3" in capsys.readouterr().out
     (first,) = lines(tmp_path)
@@ -214,9 +216,20 @@ def test_a_table_grows_cell_by_cell(tmp_path, capsys, few_classes, monkeypatch):
     assert figures["support_accuracy"] == best["support_accuracy"]
 
 
+def test_a_short_run_is_a_timing(tmp_path, capsys, few_classes):
+    assert reproduce(tmp_path, "--methods", "maml", "--meta-steps", "2") == 0
+    assert "a timing: seconds a meta-step" in capsys.readouterr().out
+    (record,) = lines(tmp_path)
+    assert "accuracy" not in record
+    assert record["curve"] == []
+    assert not (tmp_path / "results" / "models").exists()
+    assert "s for a meta-step of 8 tasks" in (tmp_path / "results" / "README.md").read_text()
+
+
 def test_a_cell_that_was_stopped_goes_on_as_if_it_had_not_been(
     tmp_path, capsys, few_classes, monkeypatch
 ):
+    monkeypatch.setattr(tables, "_TRAINED", 1)
     command = ["--methods", "imaml-gd", "--meta-steps", "4"]
     assert reproduce(tmp_path / "whole", *command) == 0
     step = Trainer.step
@@ -229,6 +242,7 @@ def test_a_cell_that_was_stopped_goes_on_as_if_it_had_not_been(
     monkeypatch.setattr(Trainer, "step", interrupted_step)
     assert reproduce(tmp_path / "cut", *command) == 130
     monkeypatch.setattr(Trainer, "step", step)
+    assert "to go on: the same command" in capsys.readouterr().err
     (folder,) = (tmp_path / "cut" / "runs").iterdir()
     assert load_checkpoint(folder / "checkpoint.pt")["steps"] == 2
     assert reproduce(tmp_path / "cut", *command) == 0
@@ -255,7 +269,10 @@ def test_a_checkpoint_of_other_settings_is_not_taken_for_the_cell(
     assert "is of other settings: move it away" in capsys.readouterr().err
 
 
-def test_the_published_protocols_change_what_they_should(tmp_path, capsys, few_classes):
+def test_the_published_protocols_change_what_they_should(
+    tmp_path, capsys, few_classes, monkeypatch
+):
+    monkeypatch.setattr(tables, "_TRAINED", 1)
     assert reproduce(tmp_path, "--flavour", "reference_code", "--meta-steps", "1") == 0
     (record,) = lines(tmp_path)  # of the one row that has this flavour
     assert record["test"] == {"eval_proximal": False}
@@ -274,6 +291,15 @@ def test_sections_are_replaced_and_what_is_written_by_hand_stays(tmp_path):
     assert text.startswith("# By hand\n")
     assert "one" not in text
     assert text.index("three") < text.index("two")
+
+
+@pytest.mark.parametrize("table", list(TABLES))
+def test_the_published_section_follows_from_the_published_lines(table):
+    results = Path(__file__).parents[1] / "results"
+    if not (results / f"{table}.jsonl").is_file():
+        pytest.skip("nothing is published of this table, or the sources are not here")
+    section = tables.markdown(table, read(STUDIES[table], results / f"{table}.jsonl"))
+    assert section in (results / "README.md").read_text()
 
 
 def test_short_runs_say_what_a_whole_one_would_take():
