@@ -231,7 +231,7 @@ def _ours(table: str, column: str, row: str) -> dict[str, Any]:
     if table == "table2":
         common = {"query": 5, "eval_query": shot, "tasks": 8, "meta_lr": 2e-3}
         return {**common, "meta_steps": 20_000, **_ROW[row], **_OURS_OMNIGLOT[row]}
-    common = {"query": 5, "eval_query": 15, "tasks": 4, "meta_lr": 2e-3}
+    common = {"query": 5, "eval_query": 5, "tasks": 4, "meta_lr": 2e-3}
     return {**common, "meta_steps": 60_000, **_ROW[row], **_OURS_NATURAL[row]}
 
 
