@@ -91,7 +91,7 @@ def train_to_end(
     name: str = "",
     resume: str = "the same command",
 ) -> None:
-    """Train to the end, saving with each validation, once a minute, and when interrupted.
+    """Train to the end, saving with each validation, once a minute, and when it ends.
 
     Args:
         validations, validation_tasks: how often to validate, evenly over the run, and on what.
@@ -126,8 +126,8 @@ def train_to_end(
     finally:
         signal.signal(signal.SIGINT, before)
         progress.close()
+    trainer.save(checkpoint, saved)
     if experiment.progress(trainer) < 1:  # a step was finished before the loop was left
-        trainer.save(checkpoint, saved)
         raise KeyboardInterrupt(f"at meta-step {trainer.steps}; to go on: {resume}")
 
 
