@@ -269,6 +269,14 @@ def _reproduce(options: argparse.Namespace) -> None:
     for name in ("meta_steps", "eval_tasks"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    of_table = options.cells or options.methods or options.budget or options.flavour != "ours"
+    if of_table and options.study not in TABLES:
+        raise ValueError(
+            f"--cells, --methods, --flavour and --budget are of {', '.join(TABLES)}, "
+            f"got {options.study}"
+        )
+    if not (math.isfinite(options.budget) and options.budget >= 0):
+        raise ValueError(f"--budget must be finite and not negative, got {options.budget}")
     if not options.draw_only:
         settings = Settings(
             _device(options),
@@ -299,7 +307,7 @@ def _reproduce(options: argparse.Namespace) -> None:
 def _short(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(map(_short, value))
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _report(

@@ -37,7 +37,8 @@ from imaml_ext.strength import Form, ProximalStrength
 from imaml_ext.tasks import TaskSource
 from imaml_ext.trainer import Metric, SupportMetric, Trainer, accuracy, support_accuracy
 
-_EVALUATED_AT_ONCE = 20  # not config.tasks: the evaluation tasks must not depend on it
+# Not config.tasks: the evaluation tasks must not depend on it. Large images take much memory.
+_EVALUATED_AT_ONCE = {"sinusoid": 20, "omniglot": 20, "mini-imagenet": 4, "tiny-imagenet": 20}
 _SAVED_EVERY = 60.0  # seconds
 
 
@@ -70,7 +71,12 @@ class Experiment:
     def adapting(self, **changes: Any) -> "Experiment":
         """The same model, adapted as the config with these changes says."""
         config = dataclasses.replace(self.config, **changes)
-        return dataclasses.replace(self, config=config, method=_method(config, self.loss))
+        method = _method(config, self.loss)
+        learned = self.method.extra()
+        with torch.no_grad():
+            for name, tensor in method.extra().items():
+                tensor.copy_(learned.get(name, tensor))
+        return dataclasses.replace(self, config=config, method=method)
 
     def progress(self, trainer: Trainer) -> float:
         """0 at the start of the run that the config asks for, at least 1 at its end."""
@@ -109,7 +115,13 @@ def train_to_end(
         desc=name or config.dataset, unit="step", mininterval=1.0, dynamic_ncols=True,
     )  # fmt: skip
     interrupted = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(*_: Any) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)  # a second one does not wait for the meta-step
+
+    signal.signal(signal.SIGINT, interrupt)
     last_saved = trainer.seconds
     try:
         while (done := experiment.progress(trainer)) < 1 and not interrupted.is_set():
@@ -127,7 +139,7 @@ def train_to_end(
         signal.signal(signal.SIGINT, before)
         progress.close()
     trainer.save(checkpoint, saved)
-    if experiment.progress(trainer) < 1:  # a step was finished before the loop was left
+    if interrupted.is_set():  # a step was finished before the loop was left
         raise KeyboardInterrupt(f"at meta-step {trainer.steps}; to go on: {resume}")
 
 
@@ -228,7 +240,7 @@ def _check(config: Config) -> None:
 
 def _parts(config: Config) -> list[tuple[str, int, int]]:
     """Name, query examples per class and tasks at once of each task source."""
-    evaluated = (config.eval_query, _EVALUATED_AT_ONCE)
+    evaluated = (config.eval_query, _EVALUATED_AT_ONCE[config.dataset])
     return [("train", config.query, config.tasks), ("val", *evaluated), ("test", *evaluated)]
 
 

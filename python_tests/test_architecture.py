@@ -43,8 +43,9 @@ FLOORS = [
         "reproduce.fig2b",
         "reproduce.sinusoid",
         "reproduce.table1",
-        "reproduce.tables",
+        "reproduce.table_report",
     },
+    {"reproduce.tables"},
     {"reproduce"},
     {"cli"},
 ]

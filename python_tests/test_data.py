@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imaml_ext.data import ImageEpisodes, Sinusoid, load_omniglot
+from imaml_ext.data import ImageEpisodes, Sinusoid, load_omniglot, load_tiny_imagenet
 from imaml_ext.data import omniglot as module
 from imaml_ext.random import random_bits, uniform
 
@@ -152,6 +152,70 @@ def test_episodes_that_cannot_be_dealt_are_refused(change, message):
     arguments = {"images": labelled_images(), "way": 5, "shot": 1, "query": 1, "tasks": 2} | change
     with pytest.raises(ValueError, match=message):
         ImageEpisodes(arguments.pop("images"), **arguments)
+
+
+# ---- natural images ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_natural_images(tmp_path, monkeypatch):
+    """A file in the format of the natural images: 2 + 1 + 2 classes of 3 one-coloured JPEGs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    colours = np.random.default_rng(0).integers(0, 256, (5, 3, 3), dtype=np.uint8)
+
+    def jpeg(colour):
+        buffer = io.BytesIO()
+        image = Image.new("RGB", (32, 32), tuple(colour.tolist()))
+        image.save(buffer, "jpeg", quality=95, subsampling=0)
+        return buffer.getvalue()
+
+    files = [[jpeg(colour) for colour in of_class] for of_class in colours]
+    header = files[0][0].partition(b"\xff\xda")[0]  # all that comes before the scan
+    assert all(file.startswith(header) for of_class in files for file in of_class)
+    bodies = [[file[len(header) : -2] for file in of_class] for of_class in files]
+    lengths = np.array([[len(body) for body in of_class] for of_class in bodies])
+    ends = lengths.cumsum().reshape(lengths.shape)
+    path = tmp_path / "tiny_imagenet_fewshot.npz"
+    np.savez(
+        path,
+        scan=np.frombuffer(b"".join(b for of_class in bodies for b in of_class), np.uint8),
+        offset=np.concatenate([ends[:, :1] - lengths[:, :1], ends], axis=1),
+        header=np.frombuffer(header, np.uint8),
+        split=np.array(["train", "train", "val", "test", "test"]),
+    )
+    return path, torch.from_numpy(colours)
+
+
+def test_natural_images_are_decoded_split_and_kept(few_natural_images, monkeypatch):
+    path, colours = few_natural_images
+    parts = load_tiny_imagenet(path.parent)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 2, "val": 1, "test": 2}
+    images = torch.cat(list(parts.values()))
+    assert images.shape == (5, 3, 3, 32, 32)
+    want = colours[..., None, None].int().expand(5, 3, 3, 32, 32)
+    assert (images.int() - want).abs().max() <= 6  # JPEG rounds
+    monkeypatch.setattr(Image, "open", None)
+    assert torch.equal(load_tiny_imagenet(path.parent)["test"], parts["test"])
+    x, _ = ImageEpisodes(parts["test"], way=2, shot=1, query=2, tasks=4).sample(0).query
+    assert x.shape == (4, 4, 3, 32, 32)
+
+
+def test_natural_images_that_are_not_there_or_damaged_are_named(few_natural_images, tmp_path):
+    path, _ = few_natural_images
+    with pytest.raises(FileNotFoundError, match=r"tiny_imagenet_fewshot.npz; give its folder"):
+        load_tiny_imagenet(tmp_path / "elsewhere")
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{**arrays, "header": arrays["header"][::-1]})
+    with pytest.raises(ValueError, match="an image cannot be decoded"):
+        load_tiny_imagenet(tmp_path)
+    split = arrays["split"][[0, 3, 1, 2, 4]]
+    np.savez(path, **{**arrays, "split": split})
+    with pytest.raises(ValueError, match="classes must follow one another"):
+        load_tiny_imagenet(tmp_path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"is truncated or not tiny_imagenet_fewshot.npz"):
+        load_tiny_imagenet(tmp_path)
 
 
 # ---- Omniglot --------------------------------------------------------------------------------

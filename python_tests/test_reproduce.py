@@ -109,18 +109,36 @@ def test_a_study_is_measured_appended_and_drawn_again(tmp_path, capsys, monkeypa
 def test_the_last_run_is_drawn(tmp_path):
     lines = tmp_path / "x.jsonl"
     dates = ["2026-01-01", "2026-01-02", "2026-01-02"]
-    lines.write_text("\n".join(json.dumps({"source": {"date": d}, "n": d}) for d in dates))
+    lines.write_text("".join(json.dumps({"source": {"date": d}, "n": d}) + "\n" for d in dates))
     assert [record["n"] for record in read(STUDIES["sinusoid"], lines)] == dates[1:]
 
 
 @pytest.mark.parametrize("study", list(STUDIES))
 def test_nothing_to_draw_is_one_line(study, tmp_path, capsys):
     arguments = ["reproduce", study, "--draw-only", "--out", str(tmp_path)]
-    assert main(arguments) == 1
-    assert "no measurements at" in capsys.readouterr().err
-    (tmp_path / f"{study}.jsonl").write_text("{}")
+    if STUDIES[study].may_be_empty:
+        assert main(arguments) == 0  # a table in which nothing is trained
+        assert "Not trained:" in (tmp_path / "README.md").read_text()
+    else:
+        assert main(arguments) == 1
+        assert "no measurements at" in capsys.readouterr().err
+    (tmp_path / f"{study}.jsonl").write_text("{}\n")
     assert main(arguments) == 1
     assert "does not hold measurements" in capsys.readouterr().err
+
+
+def test_a_line_that_is_not_whole_is_named_before_anything_is_measured(tmp_path, capsys):
+    lines = tmp_path / "table1.jsonl"
+    for content in ('{"a": 1}\n{"b": ', '{"a": 1}\n{"b": 2}'):
+        lines.write_text(content)
+        assert main(["reproduce", "table1", "--out", str(tmp_path), "--device", "cpu"]) == 1
+        assert f"{lines}, line 2" in capsys.readouterr().err
+        assert lines.read_text() == content
+
+
+def test_what_is_of_tables_alone_is_refused_elsewhere(tmp_path, capsys):
+    assert main(["reproduce", "fig2a", "--budget", "3", "--out", str(tmp_path)]) == 1
+    assert "are of table2, table3, natural, got fig2a" in capsys.readouterr().err
 
 
 def test_figure_2b_without_data_is_one_line(tmp_path, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from imaml_ext import GradientDescent, Trainer, experiment
+from imaml_ext import MAML, GradientDescent, Trainer, experiment
 from imaml_ext.checkpoint import load_checkpoint
 from imaml_ext.cli import main
 from imaml_ext.experiment import build, train_to_end
@@ -22,6 +22,8 @@ from imaml_ext.proximal import Proximal
 from imaml_ext.reference_code import DescentThenProximal, ReferenceCodeCG
 from imaml_ext.reproduce import STUDIES, tables
 from imaml_ext.reproduce.study import read
+from imaml_ext.reproduce.table_report import markdown, write_section
+from imaml_ext.trainer import NonfiniteError
 
 # ---- the data ---------------------------------------------------------------------------------
 
@@ -57,6 +59,12 @@ def test_the_papers_settings():
     assert cell("table2", "20w1s", "imaml-hf", "paper").published == (96.18, 0.36)
     maml = cell("table2", "5w1s", "maml", "paper")
     assert (maml.train.inner_steps, maml.test.inner_steps) == (1, 3)
+
+
+def test_a_flavour_without_cells_is_refused(tmp_path, capsys):
+    arguments = ["reproduce", "table3", "--flavour", "reference_code", "--out", str(tmp_path)]
+    assert main(arguments) == 1
+    assert "table3 has no cell in flavour 'reference_code'" in capsys.readouterr().err
 
 
 def test_a_cell_that_is_not_there_is_refused():
@@ -119,6 +127,16 @@ def test_without_the_proximal_term_adaptation_is_plain_descent():
     for name, phi in without.method.adapt(support).items():
         torch.testing.assert_close(phi, maml[name])
         assert not torch.allclose(phi, with_term.method.adapt(support)[name])
+
+
+def test_adapting_otherwise_keeps_what_was_learned():
+    one = build(dataclasses.replace(PRESETS["sinusoid"], learn_lam="scalar"))
+    with torch.no_grad():
+        for tensor in one.method.extra().values():
+            tensor += 1
+    other = one.adapting(eval_proximal=False, inner_steps=3).method
+    for name, tensor in one.method.extra().items():
+        torch.testing.assert_close(other.extra()[name], tensor)
 
 
 # ---- time as the limit ------------------------------------------------------------------------
@@ -208,6 +226,7 @@ def test_a_table_grows_cell_by_cell(tmp_path, capsys, few_classes, monkeypatch):
 
     # the model kept is the better one on validation classes, and evaluates to its figure
     best = max((fomaml, imaml), key=lambda record: record["val_accuracy"])
+    assert f"{ROWS[best['row']]}, is kept: `imaml-ext eval models/table2-5w1s.pt" in text
     model = tmp_path / "results" / "models" / "table2-5w1s.pt"
     arguments = ["eval", str(model), "--eval-tasks", "20", "--device", "cpu", "--json"]
     assert main(arguments) == 0
@@ -216,12 +235,72 @@ def test_a_table_grows_cell_by_cell(tmp_path, capsys, few_classes, monkeypatch):
     assert figures["support_accuracy"] == best["support_accuracy"]
 
 
+def test_the_model_is_kept_by_validation_and_not_by_the_test(
+    tmp_path, capsys, few_classes, monkeypatch
+):
+    monkeypatch.setattr(tables, "_TRAINED", 1)
+    figures = {"maml": (90.0, 10.0), "fomaml": (10.0, 90.0), "reptile": (80.0, 80.0)}
+
+    def tested(_, one, tasks):
+        val, test = figures[one.row]
+        named = {"val_accuracy": val, "val_ci95": 1.0, "accuracy": test, "ci95": 1.0}
+        return {"test_tasks": tasks, "adaptation_steps": 1, **named}
+
+    monkeypatch.setattr(tables, "_tested", tested)
+    assert reproduce(tmp_path, "--meta-steps", "1", "--methods", *figures) == 0
+    capsys.readouterr()
+    state = load_checkpoint(tmp_path / "results" / "models" / "table2-5w1s.pt")
+    assert json.loads(state["config"])["method"] == "maml"
+
+
+def test_other_evaluation_tasks_are_another_test_of_the_same_training(
+    tmp_path, capsys, few_classes, monkeypatch
+):
+    monkeypatch.setattr(tables, "_TRAINED", 1)
+    command = ["--meta-steps", "1", "--methods", "fomaml"]
+    assert reproduce(tmp_path, *command) == 0
+    monkeypatch.setattr(Trainer, "step", None)  # nothing is trained again
+    assert reproduce(tmp_path, *command, "--eval-tasks", "40") == 0
+    assert [record["test_tasks"] for record in lines(tmp_path)] == [20, 40]
+    assert tables.select(lines(tmp_path)) == lines(tmp_path)[1:]
+    capsys.readouterr()
+
+
+def test_another_length_is_another_run_from_the_start(tmp_path, capsys, few_classes, monkeypatch):
+    monkeypatch.setattr(tables, "_TRAINED", 2)
+    for steps in ("1", "2", "3"):  # the first is a timing
+        assert reproduce(tmp_path, "--meta-steps", steps, "--methods", "fomaml") == 0
+    assert [record["meta_steps"] for record in lines(tmp_path)] == [1, 2, 3]
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+    assert len(tables.select(lines(tmp_path))) == 3  # none displaces another
+    capsys.readouterr()
+
+
+def test_a_cell_that_fails_is_reported_and_the_others_go_on(
+    tmp_path, capsys, few_classes, monkeypatch
+):
+    step = Trainer.step
+
+    def failing_step(trainer):
+        if isinstance(trainer.method, MAML):
+            raise NonfiniteError("meta-step 0: the meta-gradient is not finite")
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", failing_step)
+    assert reproduce(tmp_path, "--meta-steps", "1", "--methods", "maml", "fomaml") == 0
+    maml, fomaml = lines(tmp_path)
+    assert maml["failed"].startswith("meta-step 0")
+    assert fomaml["meta_steps"] == 1
+    assert "meta-step 0: the meta-gradient" in (tmp_path / "results" / "README.md").read_text()
+    capsys.readouterr()
+
+
 def test_a_short_run_is_a_timing(tmp_path, capsys, few_classes):
     assert reproduce(tmp_path, "--methods", "maml", "--meta-steps", "2") == 0
     assert "a timing: seconds a meta-step" in capsys.readouterr().out
     (record,) = lines(tmp_path)
     assert "accuracy" not in record
-    assert record["curve"] == []
+    assert "curve" not in record
     assert not (tmp_path / "results" / "models").exists()
     assert "s for a meta-step of 8 tasks" in (tmp_path / "results" / "README.md").read_text()
 
@@ -259,13 +338,10 @@ def test_a_checkpoint_of_other_settings_is_not_taken_for_the_cell(
     tmp_path, capsys, few_classes, monkeypatch
 ):
     assert reproduce(tmp_path, "--methods", "fomaml", "--meta-steps", "1") == 0
-    other = {**tables.cell("table2", "5w1s", "fomaml").train.__dict__, "inner_lr": 0.123}
-    changed = dataclasses.replace(
-        tables.cell("table2", "5w1s", "fomaml"),
-        train=dataclasses.replace(tables.cell("table2", "5w1s", "fomaml").train, **other),
-    )
+    one = cell("table2", "5w1s", "fomaml")
+    changed = dataclasses.replace(one, train=dataclasses.replace(one.train, inner_lr=0.123))
     monkeypatch.setattr(tables, "cell", lambda *_: changed)
-    assert reproduce(tmp_path, "--methods", "fomaml", "--meta-steps", "2") == 1
+    assert reproduce(tmp_path, "--methods", "fomaml", "--meta-steps", "1") == 1
     assert "is of other settings: move it away" in capsys.readouterr().err
 
 
@@ -284,9 +360,9 @@ def test_the_published_protocols_change_what_they_should(
 def test_sections_are_replaced_and_what_is_written_by_hand_stays(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("# By hand\n")
-    tables.write_section(path, "a", "one\n")
-    tables.write_section(path, "b", "two\n")
-    tables.write_section(path, "a", "three\n")
+    write_section(path, "a", "one\n")
+    write_section(path, "b", "two\n")
+    write_section(path, "a", "three\n")
     text = path.read_text()
     assert text.startswith("# By hand\n")
     assert "one" not in text
@@ -298,17 +374,20 @@ def test_the_published_section_follows_from_the_published_lines(table):
     results = Path(__file__).parents[1] / "results"
     if not (results / f"{table}.jsonl").is_file():
         pytest.skip("nothing is published of this table, or the sources are not here")
-    section = tables.markdown(table, read(STUDIES[table], results / f"{table}.jsonl"))
+    section = markdown(table, read(STUDIES[table], results / f"{table}.jsonl"))
     assert section in (results / "README.md").read_text()
 
 
 def test_short_runs_say_what_a_whole_one_would_take():
     record = {
         "table": "table2", "column": "20w5s", "row": "maml", "flavour": "paper", "seconds": 30.0,
-        "meta_steps": 3, "config": {"tasks": 16}, "source": {"device": "a machine"},
+        "meta_steps": 3, "config": {"tasks": 16}, "source": {"device": "a machine", "threads": 2},
     }  # fmt: skip
-    text = tables.markdown("table2", [record])
-    assert "10.0 s for a meta-step of 16 tasks on a machine, so 60,000 would take 167 hours" in text
+    text = markdown("table2", [record])
+    assert (
+        "10.0 s for a meta-step of 16 tasks on a machine, 2 thread(s), so 60,000 would take "
+        "167 hours" in text
+    )
 
 
 @pytest.mark.parametrize("table", list(TABLES))

@@ -7,6 +7,7 @@ a .zip of ALPHABET/CHARACTER/DRAWING.png.
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -120,7 +121,7 @@ class _Drawing:
             # Without convert("L"), LANCZOS on the 1-bit image would silently be NEAREST.
             with Image.open(io.BytesIO(self.read())) as image:
                 small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{self.place}: {self.name} cannot be decoded ({error})") from error
         return 255 - np.asarray(small)
 

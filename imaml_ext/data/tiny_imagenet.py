@@ -11,6 +11,7 @@ share; `offset` int [200, 551]; `header` uint8; `split` "train", "val" or "test"
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -38,10 +39,10 @@ def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no natural images: expected {path}; give its folder with --data")
     try:
-        with np.load(path) as file:
-            split, offset = file["split"], file["offset"]
-            scan, header = file["scan"].tobytes(), file["header"].tobytes()
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        with path.open("rb") as file, np.load(file) as arrays:
+            split, offset = arrays["split"], arrays["offset"]
+            scan, header = arrays["scan"].tobytes(), arrays["header"].tobytes()
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is truncated or not {_FILE} ({error})") from error
     per_class = offset.shape[1] - 1
 
@@ -59,7 +60,7 @@ def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
                     raise ValueError(f"{path}: an image is {pixels.shape}, expected 32x32 RGB")
                 yield pixels.transpose(2, 0, 1)
 
-    digest = hashlib.sha256(header + scan).hexdigest()[:16]
+    digest = hashlib.sha256(header + scan + offset.tobytes()).hexdigest()[:16]
     shape = (len(offset), per_class, 3, _SIDE, _SIDE)
     images = decoded_once(f"tiny-imagenet-{_SIDE}-{digest}", shape, decode)
     parts = {}

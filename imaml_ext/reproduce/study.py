@@ -1,6 +1,7 @@
 """What the studies share: records as JSON lines, each with where it is from."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ class Study:
         draw: writes pictures, and whatever else follows from the records, to a folder.
         summary: figures to print.
         select: of all records that were ever appended, those that `draw` and `summary` are given.
+        may_be_empty: whether there is something to draw where nothing was measured.
     """
 
     question: str
@@ -61,15 +63,19 @@ class Study:
     draw: Callable[[list[Record], Path], list[Path]]
     summary: Callable[[list[Record]], Record]
     select: Callable[[list[Record]], list[Record]] = last_run
+    may_be_empty: bool = False
 
 
 def run(study: Study, settings: Settings, lines: Path) -> None:
     """Measure, appending each record to `lines` as it comes, with command, commit and device."""
     lines.parent.mkdir(parents=True, exist_ok=True)
+    read_lines(lines)  # says now what is wrong with it
     source = describe_run(settings.device)
     for measured in study.measure(settings):
-        with lines.open("a") as file:
+        with lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**measured, "source": source}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read(study: Study, lines: Path) -> list[Record]:
@@ -78,12 +84,30 @@ def read(study: Study, lines: Path) -> list[Record]:
     Raises:
         FileNotFoundError, ValueError: there is no such file, or nothing in it that can be read.
     """
-    if not lines.is_file():
+    if not lines.is_file() and not study.may_be_empty:
         raise FileNotFoundError(f"no measurements at {lines}")
     try:
-        records = study.select([json.loads(line) for line in lines.read_text().splitlines()])
-    except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{lines} does not hold measurements as JSON lines") from error
-    if not records:
-        raise ValueError(f"{lines} does not hold measurements as JSON lines")
+        records = study.select(read_lines(lines))
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{lines} does not hold measurements of this study") from error
+    return records
+
+
+def read_lines(lines: Path) -> list[Record]:
+    """Every record in `lines`; none where there is no such file.
+
+    Raises:
+        ValueError: a line is not whole.
+    """
+    records = []
+    text = lines.read_text(encoding="utf-8") if lines.is_file() else ""
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{lines}, line {number} is not whole: delete it to go on ({error})"
+            ) from error
+    if text and not text.endswith("\n"):
+        raise ValueError(f"{lines}, line {len(records)} lacks its end: delete it to go on")
     return records
