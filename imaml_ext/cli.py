@@ -115,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     cells = study.add_argument_group(f"cells of a table ({', '.join(TABLES)})")
     columns = sorted({column for table in TABLES.values() for column in table.columns})
-    cells.add_argument("--cells", nargs="+", choices=columns, help="columns (default: all)")
-    cells.add_argument("--methods", nargs="+", choices=list(ROWS), help="rows (default: all)")
+    cells.add_argument("--cells", nargs="+", choices=columns, help="columns; None: all")
+    cells.add_argument("--methods", nargs="+", choices=list(ROWS), help="rows; None: all")
     cells.add_argument("--flavour", choices=FLAVOURS, default="ours", help="whose settings")
     cells.add_argument(
         "--budget", type=float, default=0.0, metavar="MINUTES",

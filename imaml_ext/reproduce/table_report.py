@@ -29,7 +29,6 @@ def _draw_column(records: list[Record], path: Path) -> Path:
         steps, seconds, accuracy = zip(*record["curve"], strict=True)
         axes[0].plot(steps, accuracy, ".-", label=_label(record, records))
         axes[1].plot([s / 60 for s in seconds], accuracy, ".-", label=_label(record, records))
-    axes[0].set_xscale("log")
     axes[0].set_xlabel("meta-steps")
     axes[1].set_xlabel("minutes of training")
     axes[0].set_ylabel("accuracy on validation classes (%)")
@@ -74,39 +73,35 @@ def _words(column: str) -> str:
     return f"{way}-way {shot}-shot"
 
 
-_HEADINGS = (
-    "method", "accuracy, %", "published, %", "support statistics, %", "without lam, %",
-    "validation, %", "meta-steps", "minutes", "adaptation",
-)  # fmt: skip
-
-
 def _trained(records: list[Record]) -> str:
-    lines = [
-        "| " + " | ".join(_HEADINGS) + " |",
-        "| " + " | ".join("---" for _ in _HEADINGS) + " |",
-    ]
-    for record in records:
-        config = record["config"] | record["test"]
-        adaptation = f"{record['adaptation_steps']} steps"
-        other = _interval(record, "no_proximal_")
-        if config["method"] == "imaml" and config["eval_proximal"]:
-            adaptation += f", lam {config['lam']:g}"
-        elif config["method"] == "imaml":
-            adaptation += ", without lam"
-            other = f"with lam {config['lam']:g}: {_interval(record, 'proximal_')}"
-        cells = [
-            _label(record, records),
-            f"**{_interval(record, '')}**",
-            "{:g} ± {:g}".format(*record["published"]) if record["published"] else "",
-            _interval(record, "support_"),
-            other,
-            _interval(record, "val_"),
-            str(record["meta_steps"]),
-            f"{record['seconds'] / 60:.0f}",
-            adaptation,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [_row(record, _label(record, records)) for record in records]
+    headings = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = [headings, ["---"] * len(headings)]
+    lines += [[row[name] for name in headings] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _row(record: Record, label: str) -> dict[str, str]:
+    config = record["config"] | record["test"]
+    steps = record["adaptation_steps"]
+    adaptation = f"{steps} step" if steps == 1 else f"{steps} steps"
+    other = _interval(record, "no_proximal_")
+    if config["method"] == "imaml" and config["eval_proximal"]:
+        adaptation += f", lam {config['lam']:g}"
+    elif config["method"] == "imaml":
+        adaptation += ", without lam"
+        other = f"with lam {config['lam']:g}: {_interval(record, 'proximal_')}"
+    return {
+        "method": label,
+        "accuracy, %": f"**{_interval(record, '')}**",
+        "published, %": "{:g} ± {:g}".format(*record["published"]) if record["published"] else "",
+        "support statistics, %": _interval(record, "support_"),
+        "without lam, %": other,
+        "validation, %": _interval(record, "val_"),
+        "meta-steps": str(record["meta_steps"]),
+        "minutes": f"{record['seconds'] / 60:.0f}",
+        "adaptation": adaptation,
+    }
 
 
 def _interval(record: Record, prefix: str) -> str:
