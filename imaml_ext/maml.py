@@ -5,11 +5,11 @@ query loss by its own row of theta is one backward pass for the whole batch.
 """
 
 from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from imaml_ext.flat import Lam, Params
 from imaml_ext.inner import GradientDescent
@@ -236,46 +236,40 @@ class FOMAML(_FirstOrder):
 
 
 class Reptile(_FirstOrder):
-    """`theta - phi_i` as the gradient, phi adapted to the support and query examples together.
+    """`theta - phi_i` as the gradient, phi descended to on the support and query sets in turn.
 
-    Reptile does not split a task: in training both sets are descended on, joined along their second
-    dimension. Evaluation adapts to the support set alone, as every method.
+    Reptile does not split a task, but it needs steps on different examples: on the same ones all
+    the way its gradient is that of joint training, in which nothing is learned about adapting. The
+    support set is the mini-batch of the first, third, ... step, the query set that of the others.
+    Evaluation adapts to the support set alone, as every method.
 
     Args: loss, params, inner, query_loss, nonfinite: as in `MAML`.
 
     Source: Nichol, Achiam, Schulman 2018.
     """
 
+    @torch.no_grad()
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
         judged = Objective(self.query_loss, self.layout, batch.query, "query")
-        self._problem(batch.support, judged.tasks)  # says what is wrong with either
-        together = pytree.tree_map(_join, batch.support, batch.query)
-        adapted = self.adapt(together)
-        phi = self.layout.flatten(adapted)
-        problem = self._problem(together)
+        problem = self._problem(batch.support, judged.tasks)
+        turns = cycle((problem, self._problem(batch.query)))
+        theta, phi, velocity = problem.theta, problem.start(), None
+        for _ in range(self.inner.steps):
+            phi, velocity = self._descend(next(turns), phi, theta, velocity, self.inner.lr, 1)
         finite = phi.isfinite().all(1)
         support_loss, inner = _report(problem, phi, self.inner.steps, finite)
         losses = judged.losses(phi)
         ok = ~failed_tasks(losses, inner)
-        away = torch.where(ok[:, None], problem.theta - phi, 0.0).sum(0)
+        away = torch.where(ok[:, None], theta - phi, 0.0).sum(0)
         return MetaGradient(
             params=self.layout.unflatten(away * task_share(ok, self.nonfinite, self.layout.dtype)),
             lam=None,
             support_loss=support_loss,
             query_loss=losses,
-            adapted=adapted,
+            adapted=self.layout.unflatten(phi),
             inner=inner,
             cg=None,
         )
-
-
-def _join(support: Tensor, query: Tensor) -> Tensor:
-    if support.dim() < 2 or support.shape[2:] != query.shape[2:]:
-        raise ValueError(
-            "Reptile joins support and query along their second dimension, got shapes "
-            f"{list(support.shape)} and {list(query.shape)}"
-        )
-    return torch.cat([support, query], dim=1)
 
 
 def _report(problem: Proximal, phi: Tensor, steps: int, finite: Tensor) -> tuple[Tensor, Solution]:

@@ -238,7 +238,7 @@ def _ours(table: str, column: str, row: str) -> dict[str, Any]:
 _OURS_OMNIGLOT: dict[str, dict[str, Any]] = {
     "maml": {"inner_lr": 0.4, "inner_steps": 1},
     "fomaml": {"inner_lr": 0.1, "inner_steps": 5},
-    "reptile": {"inner_lr": 0.1, "inner_steps": 5, "meta_lr": 1e-3},
+    "reptile": {"inner_lr": 0.1, "inner_steps": 4, "meta_lr": 1e-3},
     "imaml-gd": {"lam": 0.3, "inner_lr": 0.1, "inner_steps": 8, "cg_steps": 3, "tasks": 6},
     "imaml-hf": {"lam": 2.0, "inner_steps": 2, "cg_steps": 3, "tasks": 6, "curvature": "ggn"},
 }
@@ -246,7 +246,7 @@ _OURS_OMNIGLOT: dict[str, dict[str, Any]] = {
 _OURS_NATURAL: dict[str, dict[str, Any]] = {
     "maml": {"inner_lr": 0.1, "inner_steps": 3},
     "fomaml": {"inner_lr": 0.1, "inner_steps": 5},
-    "reptile": {"inner_lr": 0.1, "inner_steps": 5, "meta_lr": 1e-3},
+    "reptile": {"inner_lr": 0.1, "inner_steps": 4, "meta_lr": 1e-3},
     "imaml-gd": {
         "lam": 0.3, "inner_lr": 0.1, "inner_steps": 8, "cg_steps": 3, "curvature": "ggn",
     },
