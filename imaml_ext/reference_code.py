@@ -1,6 +1,6 @@
 """What the code released with the paper computes in place of the paper's formulas.
 
-For comparison alone: https://github.com/aravindr93/imaml_dev as of 2019.
+For comparison alone: https://github.com/aravindr93/imaml_dev.
 """
 
 from dataclasses import dataclass, replace

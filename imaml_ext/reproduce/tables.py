@@ -40,7 +40,7 @@ def measure(table: str, settings: Settings) -> Iterator[Record]:
             meta_steps=settings.meta_steps or one.train.meta_steps,
         )
         if any(_is_of(record, one, config, settings.tasks) for record in read_lines(lines)):
-            tqdm.write(f"{one.name}: measured already")
+            tqdm.write(f"{one.name}: measured already; delete its line to measure again")
             continue
         record = _about(one, config)
         try:
@@ -115,7 +115,7 @@ def _measure(one: Cell, config: Config, settings: Settings) -> Record:
     model = settings.out / "models" / f"{one.table}-{one.column}.pt"
     others = read_lines(settings.out / f"{one.table}.jsonl")
     best = [r["val_accuracy"] for r in others if r["column"] == one.column and "accuracy" in r]
-    if not model.exists() or record["val_accuracy"] > max(best, default=0.0):  # not by the test
+    if record["val_accuracy"] > max(best, default=0.0):  # never by the test classes
         state = load_checkpoint(checkpoint)
         state["config"] = json.dumps(vars(config) | _changed(one))
         save_model(model, state)
