@@ -13,6 +13,7 @@ from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
 from imaml_ext.flat import Layout, Params
+from imaml_ext.layers import task_layers
 from imaml_ext.solution import CurvatureKind, Matvec
 
 Loss = Callable[[Params, Any], Tensor]
@@ -90,7 +91,7 @@ class Objective:
 
     def losses(self, rows: Tensor) -> Tensor:
         """[B] from [B, D]."""
-        return vmap(self._one_loss, randomness="different")(rows, self.data)
+        return self._for_each_task(self._one_loss, rows, self.data)
 
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [B] and gradients [B, D]."""
@@ -135,10 +136,10 @@ class Objective:
             )
         x, y = self.loss.pair(self.data)
         leaf, outputs = self._record(
-            lambda leaf: vmap(self._one_output, randomness="different")(leaf, x), rows
+            lambda leaf: self._for_each_task(self._one_output, leaf, x), rows
         )
         z, losses = self._record(
-            lambda z: vmap(self._one_criterion, randomness="different")(z, y), outputs
+            lambda z: self._for_each_task(self._one_criterion, z, y), outputs
         )
         slope = _vjp(losses, z, torch.ones_like(losses), create_graph=True)
         gradient = _vjp(outputs, leaf, slope.detach(), retain_graph=True)
@@ -158,6 +159,10 @@ class Objective:
         leaf = at.detach().requires_grad_()
         with torch.enable_grad():
             return leaf, function(leaf)
+
+    def _for_each_task(self, function: Callable[..., Tensor], *operands: Any) -> Tensor:
+        with task_layers(self.layout.device):
+            return vmap(function, randomness="different")(*operands)
 
     def _one_loss(self, row: Tensor, data: Any) -> Tensor:
         return _scalar(self.loss(self.layout.unflatten(row), data))

@@ -38,6 +38,9 @@ def _load() -> ModuleType:
 
 _extension = _load()
 
+Pair = tuple[int, int]
+Window = tuple[int, int, int, int]
+
 
 def build_info() -> dict[str, str]:
     """How the extension was built: versions, compiler, CUDA ("" without), instruction set."""
@@ -67,6 +70,38 @@ def _(phi, grad, theta, lam):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("imaml::row_dot")
 def _(a, b):  # type: ignore[no-untyped-def]
     return a.new_empty((a.shape[0],), dtype=torch.float64)
+
+
+@torch.library.register_fake("imaml::conv")
+def _(x, w, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
+    height = (x.shape[2] + 2 * pad_h - w.shape[3]) // stride_h + 1
+    width = (x.shape[3] + 2 * pad_w - w.shape[4]) // stride_w + 1
+    return x.new_empty((*x.shape[:2], height, width, w.shape[1]))
+
+
+@torch.library.register_fake("imaml::conv_data_gradient")
+def _(g, w, in_h, in_w, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
+    return g.new_empty((*g.shape[:2], in_h, in_w, w.shape[2]))
+
+
+@torch.library.register_fake("imaml::conv_weight_gradient")
+def _(x, g, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], g.shape[4], x.shape[4], kernel_h, kernel_w))
+
+
+@torch.library.register_fake("imaml::batch_norm")
+def _(x, gamma, beta, eps):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
+
+
+@torch.library.register_fake("imaml::batch_norm_backward")
+def _(g, x, gamma, mean, scale):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
+
+
+@torch.library.register_fake("imaml::batch_norm_double_backward")
+def _(a, b, c, g, x, gamma, mean, scale):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(gamma)
 
 
 def _refuse_gradients(operator: str, *tensors: Tensor | None) -> None:
@@ -212,3 +247,76 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     _refuse_gradients("row_dot", a, b)
     product: Tensor = torch.ops.imaml.row_dot(a, b)
     return product
+
+
+def conv(x: Tensor, w: Tensor, window: Window) -> Tensor:
+    """Convolutions of B tasks, each with its own weights, on the CPU.
+
+    Args:
+        x: images, [B, N, H, W, C].
+        w: weights, [B, O, C, kH, kW].
+        window: strides and paddings, (sH, sW, pH, pW).
+
+    Returns:
+        [B, N, H', W', O], `H' = (H + 2 pH - kH) // sH + 1`.
+
+    Raises:
+        RuntimeError: a shape, dtype or layout does not fit; an operand is empty.
+    """
+    y: Tensor = torch.ops.imaml.conv(x, w, *window)
+    return y
+
+
+def conv_data_gradient(g: Tensor, w: Tensor, size: Pair, window: Window) -> Tensor:
+    """The gradient of `<g, conv(x, w)>` by x, [B, N, *size, C], for g like the convolutions."""
+    x: Tensor = torch.ops.imaml.conv_data_gradient(g, w, *size, *window)
+    return x
+
+
+def conv_weight_gradient(x: Tensor, g: Tensor, kernel: Pair, window: Window) -> Tensor:
+    """The gradient of `<g, conv(x, w)>` by w, [B, O, C, *kernel], for g like the convolutions."""
+    w: Tensor = torch.ops.imaml.conv_weight_gradient(x, g, *kernel, *window)
+    return w
+
+
+def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`gamma h + beta` with `h = (x - mean) scale` over the rows of each task, on the CPU.
+
+    Args:
+        x: [B, R, C].
+        gamma, beta: [B, C].
+        eps: added to the variance, of which `scale` is the inverse root.
+
+    Returns:
+        The result, like x, and mean and scale, [B, C].
+
+    Raises:
+        RuntimeError: a shape, dtype or layout does not fit; an operand is empty.
+    """
+    y, mean, scale = torch.ops.imaml.batch_norm(x, gamma, beta, eps)
+    return y, mean, scale
+
+
+def batch_norm_backward(
+    g: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `<g, batch_norm(x)>` by x, gamma and beta."""
+    dx, dgamma, dbeta = torch.ops.imaml.batch_norm_backward(g, x, gamma, mean, scale)
+    return dx, dgamma, dbeta
+
+
+def batch_norm_double_backward(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    g: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `<(a, b, c), batch_norm_backward(g, x, gamma)>` by g, x and gamma."""
+    to_g, to_x, to_gamma = torch.ops.imaml.batch_norm_double_backward(
+        a, b, c, g, x, gamma, mean, scale
+    )
+    return to_g, to_x, to_gamma

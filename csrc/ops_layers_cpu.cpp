@@ -1,0 +1,203 @@
+// The layers with weights for each task, on the CPU: check, then run the kernels under torch's
+// thread pool.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "checks.h"
+#include "kernels/batch_norm.h"
+#include "kernels/conv.h"
+
+namespace imaml {
+namespace {
+
+constexpr auto parallel_for = [](int64_t n, int64_t grain, const auto& body) {
+  torch::stable::parallel_for(0, n, grain, body);
+};
+
+// A tensor of `dims` dimensions, float32 or float64, contiguous, and not empty.
+void check(const char* op, const char* name, const Tensor& t, int64_t dims) {
+  if (t.dim() != dims) fail(op, name, " must have ", dims, " dimensions, got ", shape(t));
+  if (t.scalar_type() != ScalarType::Float && t.scalar_type() != ScalarType::Double)
+    fail(op, name, " must be float32 or float64, got ", toString(t.scalar_type()));
+  if (!t.is_contiguous()) fail(op, name, " must be contiguous");
+  if (t.numel() == 0) fail(op, name, " is empty: ", shape(t));
+}
+
+void check_like(const char* op, const char* name, const Tensor& t, const Tensor& first,
+                std::initializer_list<int64_t> sizes) {
+  check(op, name, t, static_cast<int64_t>(sizes.size()));
+  if (t.scalar_type() != first.scalar_type())
+    fail(op, name, " must be ", toString(first.scalar_type()), ", got ", toString(t.scalar_type()));
+  if (t.device() != first.device()) fail(op, name, " is on another device");
+  int64_t k = 0;
+  for (const int64_t size : sizes)
+    if (t.size(k++) != size) fail(op, name, " is of a shape that does not fit: ", shape(t));
+}
+
+struct Window {
+  int64_t stride_h, stride_w, pad_h, pad_w;
+
+  cpu::ConvShape on(const char* op, int64_t tasks, int64_t images, int64_t in_h, int64_t in_w,
+                    int64_t channels, int64_t filters, int64_t kernel_h, int64_t kernel_w) const {
+    if (stride_h < 1 || stride_w < 1) fail(op, "stride must be positive");
+    if (pad_h < 0 || pad_w < 0) fail(op, "padding must not be negative");
+    const int64_t room_h = in_h + 2 * pad_h - kernel_h, room_w = in_w + 2 * pad_w - kernel_w;
+    if (room_h < 0 || room_w < 0 || in_h < 1 || in_w < 1 || kernel_h < 1 || kernel_w < 1)
+      fail(op, "a ", kernel_h, " x ", kernel_w, " kernel does not fit into ", in_h, " x ", in_w,
+           " padded by ", pad_h, " x ", pad_w);
+    return {tasks,   images,   in_h,     in_w,     channels, room_h / stride_h + 1,
+            room_w / stride_w + 1, filters,  kernel_h, kernel_w, stride_h, stride_w,
+            pad_h,   pad_w};
+  }
+};
+
+Tensor conv(const Tensor& x, const Tensor& w, int64_t stride_h, int64_t stride_w, int64_t pad_h,
+            int64_t pad_w) {
+  constexpr const char* kName = "conv";
+  check(kName, "x", x, 5);
+  check(kName, "w", w, 5);
+  check_like(kName, "w", w, x, {x.size(0), w.size(1), x.size(4), w.size(3), w.size(4)});
+  const cpu::ConvShape s =
+      Window{stride_h, stride_w, pad_h, pad_w}.on(kName, x.size(0), x.size(1), x.size(2), x.size(3),
+                                                  x.size(4), w.size(1), w.size(3), w.size(4));
+  Tensor y = torch::stable::new_empty(x, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::conv(s, x.const_data_ptr<T>(), w.const_data_ptr<T>(), y.mutable_data_ptr<T>(),
+              parallel_for);
+  });
+  return y;
+}
+
+Tensor conv_data_gradient(const Tensor& g, const Tensor& w, int64_t in_h, int64_t in_w,
+                          int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w) {
+  constexpr const char* kName = "conv_data_gradient";
+  check(kName, "g", g, 5);
+  check(kName, "w", w, 5);
+  check_like(kName, "w", w, g, {g.size(0), g.size(4), w.size(2), w.size(3), w.size(4)});
+  const cpu::ConvShape s =
+      Window{stride_h, stride_w, pad_h, pad_w}.on(kName, g.size(0), g.size(1), in_h, in_w,
+                                                  w.size(2), w.size(1), w.size(3), w.size(4));
+  check_like(kName, "g", g, w, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
+  Tensor dx = torch::stable::new_empty(g, {s.tasks, s.images, s.in_h, s.in_w, s.channels});
+  dispatch(g, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::conv_data_gradient(s, g.const_data_ptr<T>(), w.const_data_ptr<T>(),
+                            dx.mutable_data_ptr<T>(), parallel_for);
+  });
+  return dx;
+}
+
+Tensor conv_weight_gradient(const Tensor& x, const Tensor& g, int64_t kernel_h, int64_t kernel_w,
+                            int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w) {
+  constexpr const char* kName = "conv_weight_gradient";
+  check(kName, "x", x, 5);
+  check(kName, "g", g, 5);
+  const cpu::ConvShape s =
+      Window{stride_h, stride_w, pad_h, pad_w}.on(kName, x.size(0), x.size(1), x.size(2), x.size(3),
+                                                  x.size(4), g.size(4), kernel_h, kernel_w);
+  check_like(kName, "g", g, x, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
+  Tensor dw = torch::stable::new_empty(x, {s.tasks, s.filters, s.channels, kernel_h, kernel_w});
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::conv_weight_gradient(s, x.const_data_ptr<T>(), g.const_data_ptr<T>(),
+                              dw.mutable_data_ptr<T>(), parallel_for);
+  });
+  return dw;
+}
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+cpu::NormShape norm_shape(const char* op, const Tensor& x) {
+  check(op, "x", x, 3);
+  return {x.size(0), x.size(1), x.size(2)};
+}
+
+void check_images(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  check_like(op, name, t, x, {x.size(0), x.size(1), x.size(2)});
+}
+
+void check_channels(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  check_like(op, name, t, x, {x.size(0), x.size(2)});
+}
+
+Three batch_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps) {
+  constexpr const char* kName = "batch_norm";
+  const cpu::NormShape s = norm_shape(kName, x);
+  check_channels(kName, "gamma", gamma, x);
+  check_channels(kName, "beta", beta, x);
+  Tensor y = torch::stable::empty_like(x), mean = torch::stable::empty_like(gamma);
+  Tensor scale = torch::stable::empty_like(gamma);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::batch_norm(
+        cpu::NormForward<T>{s, eps, x.const_data_ptr<T>(), gamma.const_data_ptr<T>(),
+                            beta.const_data_ptr<T>(), y.mutable_data_ptr<T>(),
+                            mean.mutable_data_ptr<T>(), scale.mutable_data_ptr<T>()},
+        parallel_for);
+  });
+  return {y, mean, scale};
+}
+
+Three batch_norm_backward(const Tensor& g, const Tensor& x, const Tensor& gamma, const Tensor& mean,
+                          const Tensor& scale) {
+  constexpr const char* kName = "batch_norm_backward";
+  const cpu::NormShape s = norm_shape(kName, x);
+  check_images(kName, "g", g, x);
+  check_channels(kName, "gamma", gamma, x);
+  check_channels(kName, "mean", mean, x);
+  check_channels(kName, "scale", scale, x);
+  Tensor dx = torch::stable::empty_like(x), dgamma = torch::stable::empty_like(gamma);
+  Tensor dbeta = torch::stable::empty_like(gamma);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::batch_norm(
+        cpu::NormBackward<T>{s, g.const_data_ptr<T>(), x.const_data_ptr<T>(),
+                             gamma.const_data_ptr<T>(), mean.const_data_ptr<T>(),
+                             scale.const_data_ptr<T>(), dx.mutable_data_ptr<T>(),
+                             dgamma.mutable_data_ptr<T>(), dbeta.mutable_data_ptr<T>()},
+        parallel_for);
+  });
+  return {dx, dgamma, dbeta};
+}
+
+Three batch_norm_double_backward(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& g,
+                                 const Tensor& x, const Tensor& gamma, const Tensor& mean,
+                                 const Tensor& scale) {
+  constexpr const char* kName = "batch_norm_double_backward";
+  const cpu::NormShape s = norm_shape(kName, x);
+  check_images(kName, "a", a, x);
+  check_images(kName, "g", g, x);
+  check_channels(kName, "b", b, x);
+  check_channels(kName, "c", c, x);
+  check_channels(kName, "gamma", gamma, x);
+  check_channels(kName, "mean", mean, x);
+  check_channels(kName, "scale", scale, x);
+  Tensor to_g = torch::stable::empty_like(x), to_x = torch::stable::empty_like(x);
+  Tensor to_gamma = torch::stable::empty_like(gamma);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::batch_norm(
+        cpu::NormDoubleBackward<T>{s, a.const_data_ptr<T>(), b.const_data_ptr<T>(),
+                                   c.const_data_ptr<T>(), g.const_data_ptr<T>(),
+                                   x.const_data_ptr<T>(), gamma.const_data_ptr<T>(),
+                                   mean.const_data_ptr<T>(), scale.const_data_ptr<T>(),
+                                   to_g.mutable_data_ptr<T>(), to_x.mutable_data_ptr<T>(),
+                                   to_gamma.mutable_data_ptr<T>()},
+        parallel_for);
+  });
+  return {to_g, to_x, to_gamma};
+}
+
+}  // namespace
+}  // namespace imaml
+
+STABLE_TORCH_LIBRARY_IMPL(imaml, CPU, m) {
+  m.impl("conv", TORCH_BOX(&imaml::conv));
+  m.impl("conv_data_gradient", TORCH_BOX(&imaml::conv_data_gradient));
+  m.impl("conv_weight_gradient", TORCH_BOX(&imaml::conv_weight_gradient));
+  m.impl("batch_norm", TORCH_BOX(&imaml::batch_norm));
+  m.impl("batch_norm_backward", TORCH_BOX(&imaml::batch_norm_backward));
+  m.impl("batch_norm_double_backward", TORCH_BOX(&imaml::batch_norm_double_backward));
+}
