@@ -46,14 +46,25 @@ struct Window {
     if (room_h < 0 || room_w < 0 || in_h < 1 || in_w < 1 || kernel_h < 1 || kernel_w < 1)
       fail(op, "a ", kernel_h, " x ", kernel_w, " kernel does not fit into ", in_h, " x ", in_w,
            " padded by ", pad_h, " x ", pad_w);
-    return {tasks,   images,   in_h,     in_w,     channels, room_h / stride_h + 1,
-            room_w / stride_w + 1, filters,  kernel_h, kernel_w, stride_h, stride_w,
-            pad_h,   pad_w};
+    return {tasks,
+            images,
+            in_h,
+            in_w,
+            channels,
+            room_h / stride_h + 1,
+            room_w / stride_w + 1,
+            filters,
+            kernel_h,
+            kernel_w,
+            stride_h,
+            stride_w,
+            pad_h,
+            pad_w};
   }
 };
 
-Tensor conv(const Tensor& x, const Tensor& w, int64_t stride_h, int64_t stride_w, int64_t pad_h,
-            int64_t pad_w) {
+Tensor conv(const Tensor& x, const Tensor& w, std::optional<Tensor> bias, int64_t stride_h,
+            int64_t stride_w, int64_t pad_h, int64_t pad_w) {
   constexpr const char* kName = "conv";
   check(kName, "x", x, 5);
   check(kName, "w", w, 5);
@@ -61,11 +72,12 @@ Tensor conv(const Tensor& x, const Tensor& w, int64_t stride_h, int64_t stride_w
   const cpu::ConvShape s =
       Window{stride_h, stride_w, pad_h, pad_w}.on(kName, x.size(0), x.size(1), x.size(2), x.size(3),
                                                   x.size(4), w.size(1), w.size(3), w.size(4));
+  if (bias) check_like(kName, "bias", *bias, x, {s.tasks, s.filters});
   Tensor y = torch::stable::new_empty(x, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::conv(s, x.const_data_ptr<T>(), w.const_data_ptr<T>(), y.mutable_data_ptr<T>(),
-              parallel_for);
+    cpu::conv(s, x.const_data_ptr<T>(), w.const_data_ptr<T>(),
+              bias ? bias->const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>(), parallel_for);
   });
   return y;
 }
@@ -76,9 +88,8 @@ Tensor conv_data_gradient(const Tensor& g, const Tensor& w, int64_t in_h, int64_
   check(kName, "g", g, 5);
   check(kName, "w", w, 5);
   check_like(kName, "w", w, g, {g.size(0), g.size(4), w.size(2), w.size(3), w.size(4)});
-  const cpu::ConvShape s =
-      Window{stride_h, stride_w, pad_h, pad_w}.on(kName, g.size(0), g.size(1), in_h, in_w,
-                                                  w.size(2), w.size(1), w.size(3), w.size(4));
+  const cpu::ConvShape s = Window{stride_h, stride_w, pad_h, pad_w}.on(
+      kName, g.size(0), g.size(1), in_h, in_w, w.size(2), w.size(1), w.size(3), w.size(4));
   check_like(kName, "g", g, w, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
   Tensor dx = torch::stable::new_empty(g, {s.tasks, s.images, s.in_h, s.in_w, s.channels});
   dispatch(g, [&](auto zero) {
@@ -94,9 +105,8 @@ Tensor conv_weight_gradient(const Tensor& x, const Tensor& g, int64_t kernel_h, 
   constexpr const char* kName = "conv_weight_gradient";
   check(kName, "x", x, 5);
   check(kName, "g", g, 5);
-  const cpu::ConvShape s =
-      Window{stride_h, stride_w, pad_h, pad_w}.on(kName, x.size(0), x.size(1), x.size(2), x.size(3),
-                                                  x.size(4), g.size(4), kernel_h, kernel_w);
+  const cpu::ConvShape s = Window{stride_h, stride_w, pad_h, pad_w}.on(
+      kName, x.size(0), x.size(1), x.size(2), x.size(3), x.size(4), g.size(4), kernel_h, kernel_w);
   check_like(kName, "g", g, x, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
   Tensor dw = torch::stable::new_empty(x, {s.tasks, s.filters, s.channels, kernel_h, kernel_w});
   dispatch(x, [&](auto zero) {
@@ -131,40 +141,51 @@ Three batch_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, doubl
   Tensor scale = torch::stable::empty_like(gamma);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::batch_norm(
-        cpu::NormForward<T>{s, eps, x.const_data_ptr<T>(), gamma.const_data_ptr<T>(),
-                            beta.const_data_ptr<T>(), y.mutable_data_ptr<T>(),
-                            mean.mutable_data_ptr<T>(), scale.mutable_data_ptr<T>()},
-        parallel_for);
+    cpu::batch_norm(cpu::NormForward<T>{.shape = s,
+                                        .eps = eps,
+                                        .x = x.const_data_ptr<T>(),
+                                        .gamma = gamma.const_data_ptr<T>(),
+                                        .beta = beta.const_data_ptr<T>(),
+                                        .y = y.mutable_data_ptr<T>(),
+                                        .mean = mean.mutable_data_ptr<T>(),
+                                        .scale = scale.mutable_data_ptr<T>()},
+                    parallel_for);
   });
   return {y, mean, scale};
 }
 
-Three batch_norm_backward(const Tensor& g, const Tensor& x, const Tensor& gamma, const Tensor& mean,
-                          const Tensor& scale) {
+Three batch_norm_backward(const Tensor& g, const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                          const Tensor& mean, const Tensor& scale, bool relu) {
   constexpr const char* kName = "batch_norm_backward";
   const cpu::NormShape s = norm_shape(kName, x);
   check_images(kName, "g", g, x);
   check_channels(kName, "gamma", gamma, x);
+  check_channels(kName, "beta", beta, x);
   check_channels(kName, "mean", mean, x);
   check_channels(kName, "scale", scale, x);
   Tensor dx = torch::stable::empty_like(x), dgamma = torch::stable::empty_like(gamma);
   Tensor dbeta = torch::stable::empty_like(gamma);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::batch_norm(
-        cpu::NormBackward<T>{s, g.const_data_ptr<T>(), x.const_data_ptr<T>(),
-                             gamma.const_data_ptr<T>(), mean.const_data_ptr<T>(),
-                             scale.const_data_ptr<T>(), dx.mutable_data_ptr<T>(),
-                             dgamma.mutable_data_ptr<T>(), dbeta.mutable_data_ptr<T>()},
-        parallel_for);
+    cpu::batch_norm(cpu::NormBackward<T>{.shape = s,
+                                         .relu = relu,
+                                         .g = g.const_data_ptr<T>(),
+                                         .x = x.const_data_ptr<T>(),
+                                         .gamma = gamma.const_data_ptr<T>(),
+                                         .beta = beta.const_data_ptr<T>(),
+                                         .mean = mean.const_data_ptr<T>(),
+                                         .scale = scale.const_data_ptr<T>(),
+                                         .dx = dx.mutable_data_ptr<T>(),
+                                         .dgamma = dgamma.mutable_data_ptr<T>(),
+                                         .dbeta = dbeta.mutable_data_ptr<T>()},
+                    parallel_for);
   });
   return {dx, dgamma, dbeta};
 }
 
 Three batch_norm_double_backward(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& g,
-                                 const Tensor& x, const Tensor& gamma, const Tensor& mean,
-                                 const Tensor& scale) {
+                                 const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                 const Tensor& mean, const Tensor& scale, bool relu) {
   constexpr const char* kName = "batch_norm_double_backward";
   const cpu::NormShape s = norm_shape(kName, x);
   check_images(kName, "a", a, x);
@@ -172,20 +193,28 @@ Three batch_norm_double_backward(const Tensor& a, const Tensor& b, const Tensor&
   check_channels(kName, "b", b, x);
   check_channels(kName, "c", c, x);
   check_channels(kName, "gamma", gamma, x);
+  check_channels(kName, "beta", beta, x);
   check_channels(kName, "mean", mean, x);
   check_channels(kName, "scale", scale, x);
   Tensor to_g = torch::stable::empty_like(x), to_x = torch::stable::empty_like(x);
   Tensor to_gamma = torch::stable::empty_like(gamma);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::batch_norm(
-        cpu::NormDoubleBackward<T>{s, a.const_data_ptr<T>(), b.const_data_ptr<T>(),
-                                   c.const_data_ptr<T>(), g.const_data_ptr<T>(),
-                                   x.const_data_ptr<T>(), gamma.const_data_ptr<T>(),
-                                   mean.const_data_ptr<T>(), scale.const_data_ptr<T>(),
-                                   to_g.mutable_data_ptr<T>(), to_x.mutable_data_ptr<T>(),
-                                   to_gamma.mutable_data_ptr<T>()},
-        parallel_for);
+    cpu::batch_norm(cpu::NormDoubleBackward<T>{.shape = s,
+                                               .relu = relu,
+                                               .a = a.const_data_ptr<T>(),
+                                               .b = b.const_data_ptr<T>(),
+                                               .c = c.const_data_ptr<T>(),
+                                               .g = g.const_data_ptr<T>(),
+                                               .x = x.const_data_ptr<T>(),
+                                               .gamma = gamma.const_data_ptr<T>(),
+                                               .beta = beta.const_data_ptr<T>(),
+                                               .mean = mean.const_data_ptr<T>(),
+                                               .scale = scale.const_data_ptr<T>(),
+                                               .to_g = to_g.mutable_data_ptr<T>(),
+                                               .to_x = to_x.mutable_data_ptr<T>(),
+                                               .to_gamma = to_gamma.mutable_data_ptr<T>()},
+                    parallel_for);
   });
   return {to_g, to_x, to_gamma};
 }

@@ -16,7 +16,8 @@ STABLE_TORCH_LIBRARY(imaml, m) {
   m.def("prox_norms(Tensor phi, Tensor grad, Tensor theta, Tensor lam) -> Tensor");
   m.def("row_dot(Tensor a, Tensor b) -> Tensor");
   m.def(
-      "conv(Tensor x, Tensor w, int stride_h, int stride_w, int pad_h, int pad_w) -> Tensor");
+      "conv(Tensor x, Tensor w, Tensor? bias, int stride_h, int stride_w, int pad_h, int pad_w) -> "
+      "Tensor");
   m.def(
       "conv_data_gradient(Tensor g, Tensor w, int in_h, int in_w, int stride_h, int stride_w, "
       "int pad_h, int pad_w) -> Tensor");
@@ -24,11 +25,12 @@ STABLE_TORCH_LIBRARY(imaml, m) {
       "conv_weight_gradient(Tensor x, Tensor g, int kernel_h, int kernel_w, int stride_h, "
       "int stride_w, int pad_h, int pad_w) -> Tensor");
   m.def(
-      "batch_norm(Tensor x, Tensor gamma, Tensor beta, float eps) -> (Tensor, Tensor, Tensor)");
+      "batch_norm(Tensor x, Tensor gamma, Tensor beta, float eps) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def(
-      "batch_norm_backward(Tensor g, Tensor x, Tensor gamma, Tensor mean, Tensor scale) "
-      "-> (Tensor, Tensor, Tensor)");
+      "batch_norm_backward(Tensor g, Tensor x, Tensor gamma, Tensor beta, Tensor mean, "
+      "Tensor scale, bool relu) -> (Tensor, Tensor, Tensor)");
   m.def(
       "batch_norm_double_backward(Tensor a, Tensor b, Tensor c, Tensor g, Tensor x, Tensor gamma, "
-      "Tensor mean, Tensor scale) -> (Tensor, Tensor, Tensor)");
+      "Tensor beta, Tensor mean, Tensor scale, bool relu) -> (Tensor, Tensor, Tensor)");
 }

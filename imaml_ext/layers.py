@@ -9,6 +9,7 @@ operators can be differentiated to any order.
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,22 +39,23 @@ def task_layers(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class Conv(torch.autograd.Function):
-    """x * w, task by task: [B, N, H, W, C] and [B, O, C, kH, kW] to [B, N, H', W', O]."""
+    """x * w + bias: [B, N, H, W, C], [B, O, C, kH, kW] and [B, O] to [B, N, H', W', O]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, window: Window) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, window: Window) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.window = window
-        return conv(x, w, window)
+        return conv(x, w, bias, window)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, w = ctx.saved_tensors
-        to_x, to_w, _ = ctx.needs_input_grad
+        to_x, to_w, to_bias, _ = ctx.needs_input_grad
         g = g.contiguous()
         return (
             ConvDataGradient.apply(g, w, x.shape[2:4], ctx.window) if to_x else None,
             ConvWeightGradient.apply(x, g, w.shape[3:], ctx.window) if to_w else None,
+            g.sum((1, 2, 3)) if to_bias else None,
             None,
         )
 
@@ -73,7 +75,7 @@ class ConvDataGradient(torch.autograd.Function):
         to_g, to_w, _, _ = ctx.needs_input_grad
         x = x.contiguous()
         return (
-            Conv.apply(x, w, ctx.window) if to_g else None,
+            Conv.apply(x, w, None, ctx.window) if to_g else None,
             ConvWeightGradient.apply(x, g, w.shape[3:], ctx.window) if to_w else None,
             None,
             None,
@@ -96,25 +98,57 @@ class ConvWeightGradient(torch.autograd.Function):
         w = w.contiguous()
         return (
             ConvDataGradient.apply(g, w, x.shape[2:4], ctx.window) if to_x else None,
-            Conv.apply(x, w, ctx.window) if to_g else None,
+            Conv.apply(x, w, None, ctx.window) if to_g else None,
             None,
             None,
         )
 
 
 class BatchNorm(torch.autograd.Function):
-    """Batch norm over the rows of each task: x [B, R, C], gamma and beta [B, C]."""
+    """Batch norm over the rows of each task: x [B, R, C], gamma and beta [B, C].
+
+    Also gives the mean and the inverse root of the variance, [B, C], outside the graph.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, scale = batch_norm(x, gamma, beta, eps)
-        ctx.save_for_backward(x, gamma, mean, scale)
+        ctx.save_for_backward(x, gamma, beta, mean, scale)
+        ctx.mark_non_differentiable(mean, scale)
+        ctx.set_materialize_grads(False)
         ctx.eps = eps
-        return y
+        return y, mean, scale
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: None) -> Any:
+        slopes = BatchNormBackward.apply(g.contiguous(), *ctx.saved_tensors, ctx.eps, False)
+        return *slopes, None
+
+
+class BatchNormReLU(torch.autograd.Function):
+    """The positive part of y, which is the batch norm of x, in the graph of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, gamma, beta, mean, scale)
+        ctx.eps = eps
+        return y.relu()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return *BatchNormBackward.apply(g.contiguous(), *ctx.saved_tensors, ctx.eps), None
+        slopes = BatchNormBackward.apply(g.contiguous(), *ctx.saved_tensors, ctx.eps, True)
+        return None, *slopes, None, None, None
 
 
 class BatchNormBackward(torch.autograd.Function):
@@ -122,138 +156,183 @@ class BatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, scale: Tensor, eps: float
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        eps: float,
+        relu: bool,
     ) -> Any:
-        ctx.save_for_backward(g, x, gamma, mean, scale)
-        ctx.eps = eps
-        return batch_norm_backward(g, x, gamma, mean, scale)
+        ctx.save_for_backward(g, x, gamma, beta, mean, scale)
+        ctx.settings = eps, relu
+        return batch_norm_backward(g, x, gamma, beta, mean, scale, relu)
 
     @staticmethod
     def backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor) -> Any:
-        g, x, gamma, mean, scale = ctx.saved_tensors
+        g, x, gamma, beta, mean, scale = ctx.saved_tensors
+        eps, relu = ctx.settings
         if torch.is_grad_enabled():
-            slopes = _batch_norm_double_backward(a, b, c, g, x, gamma, ctx.eps)
+            slopes = _batch_norm_double_backward(a, b, c, g, x, gamma, beta, eps, relu)
         else:
             cotangents = a.contiguous(), b.contiguous(), c.contiguous()
-            slopes = batch_norm_double_backward(*cotangents, g, x, gamma, mean, scale)
-        return *slopes, None, None, None
+            operands = g, x, gamma, beta, mean, scale
+            slopes = batch_norm_double_backward(*cotangents, *operands, relu)
+        return *slopes, None, None, None, None, None
 
 
 def _batch_norm_double_backward(
-    a: Tensor, b: Tensor, c: Tensor, g: Tensor, x: Tensor, gamma: Tensor, eps: float
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    g: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `batch_norm_double_backward` computes, in torch's operators: a graph of any order."""
 
     def mean(u: Tensor) -> Tensor:
         return u.mean(1, keepdim=True)
 
-    b, c, gamma = b[:, None], c[:, None], gamma[:, None]
+    b, c, gamma, beta = b[:, None], c[:, None], gamma[:, None], beta[:, None]
     away = x - mean(x)
     scale = (mean(away * away) + eps).rsqrt()
     h = away * scale
+    passes = (gamma * h + beta > 0).to(x.dtype) if relu else 1.0
 
     def centre(u: Tensor) -> Tensor:
         return u - mean(u) - mean(h * u) * h
 
+    g = g * passes
     slope, pa, pg = gamma * scale, centre(a), centre(g)
     apg = mean(a * pg)
     to_x = (b - slope * mean(h * a)) * pg - slope * (mean(h * g) * pa + apg * h)
     to_gamma = x.shape[1] * scale * apg
-    return slope * pa + b * h + c, to_x * scale, to_gamma[:, 0]
+    return (slope * pa + b * h + c) * passes, to_x * scale, to_gamma[:, 0]
 
 
-class _TaskConv2d(torch.autograd.Function):
-    """`conv2d`, and how it is vmapped."""
-
-    @staticmethod
-    def forward(x: Tensor, w: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-        return F.conv2d(x, w, bias, window[:2], window[2:])
+class _ForTasks(torch.autograd.Function):
+    """`function(*operands)` of a vmapped function's operands, their task dimensions in front."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, x: Tensor, w: Tensor, bias: Tensor | None, window: Window
-    ) -> tuple[Tensor, int]:
-        x, w = x.movedim(in_dims[0], 0), w.movedim(in_dims[1], 0)
-        y = Conv.apply(x.permute(0, 1, 3, 4, 2).contiguous(), w.contiguous(), window)
-        if bias is not None:
-            y = y + bias.movedim(in_dims[2], 0)[:, None, None, None]
-        return y.permute(0, 1, 4, 2, 3), 0
-
-
-class _TaskBatchNorm(torch.autograd.Function):
-    """`batch_norm` by the statistics of the batch, and how it is vmapped."""
-
-    @staticmethod
-    def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-        return F.batch_norm(x, None, None, gamma, beta, training=True, eps=eps)
+    def forward(function: Callable[..., Any], *operands: Any) -> Any:
+        raise AssertionError("called outside vmap")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float
-    ) -> tuple[Tensor, int]:
-        x = x.movedim(in_dims[0], 0).movedim(2, -1)
-        gamma, beta = gamma.movedim(in_dims[1], 0), beta.movedim(in_dims[2], 0)
-        rows = x.reshape(x.shape[0], -1, x.shape[-1]).contiguous()
-        y = BatchNorm.apply(rows, gamma.contiguous(), beta.contiguous(), eps)
-        return y.reshape(x.shape).movedim(-1, 2), 0
+    def vmap(info: Any, in_dims: Any, function: Callable[..., Any], *operands: Any) -> Any:
+        result = function(
+            *(
+                operand if dim is None else operand.movedim(dim, 0)
+                for dim, operand in zip(in_dims[1:], operands, strict=True)
+            )
+        )
+        return result, (0,) * len(result) if isinstance(result, tuple) else 0
+
+
+def _conv2d(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window) -> Tensor:
+    x = x.permute(0, 1, 3, 4, 2).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y: Tensor = Conv.apply(x, w.contiguous(), bias, window)
+    return y.permute(0, 1, 4, 2, 3)
+
+
+def _batch_norm(
+    x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _rows(x)
+    y, mean, scale = BatchNorm.apply(rows, gamma.contiguous(), beta.contiguous(), eps)
+    return _images(y, x), mean, scale
+
+
+def _batch_norm_relu(
+    y: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, scale: Tensor, *, eps: float
+) -> Tensor:
+    arguments = _rows(x), gamma.contiguous(), beta.contiguous(), mean, scale, eps
+    return _images(BatchNormReLU.apply(_rows(y.detach()), *arguments), x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, N H W, C] from [B, N, C, H, W], whatever the number of dimensions after C."""
+    return x.movedim(2, -1).reshape(x.shape[0], -1, x.shape[2]).contiguous()
+
+
+def _images(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.reshape(like.movedim(2, -1).shape).movedim(-1, 2)
 
 
 class _TaskLayers(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self._normalised: tuple[Any, ...] | None = None  # by the call just before, if it was one
+
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = _RULES.get(function)
-        replaced = rule(*args, **kwargs) if rule else None
-        return function(*args, **kwargs) if replaced is None else replaced
+        before, self._normalised = self._normalised, None
+        result = None
+        if function is F.conv2d:
+            result = self._conv2d(*args, **kwargs)
+        elif function is F.batch_norm:
+            result = self._batch_norm(*args, **kwargs)
+        elif function is F.relu and before is not None:
+            result = self._relu(before, *args, **kwargs)
+        return function(*args, **kwargs) if result is None else result
 
+    # Each takes what the function takes, and gives None where the function itself is to be called.
 
-def _conv2d(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Pair = 1,
-    padding: int | Pair | str = 0,
-    dilation: int | Pair = 1,
-    groups: int = 1,
-) -> Tensor | None:
-    if isinstance(padding, str) or groups != 1 or _pair(dilation) != (1, 1) or x.dim() != 4:
-        return None
-    if not _is_for_tasks(x, w) or (bias is not None and not _is_for_tasks(bias)):
-        return None
-    result: Tensor = _TaskConv2d.apply(x, w, bias, (*_pair(stride), *_pair(padding)))
-    return result
+    def _conv2d(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        groups: int = 1,
+    ) -> Any:
+        if isinstance(padding, str) or groups != 1 or _pair(dilation) != (1, 1):
+            return None
+        if input.dim() != 4 or not _have_tasks(input, weight, bias):
+            return None
+        window = *_pair(stride), *_pair(padding)
+        return _ForTasks.apply(partial(_conv2d, window=window), input, weight, bias)
 
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Any:
+        if not training or running_mean is not None or running_var is not None:
+            return None
+        if weight is None or bias is None or not _have_tasks(input, weight, bias):
+            return None
+        if input.numel() == input.shape[1]:  # one value a channel: torch has a message for that
+            return None
+        y, mean, scale = _ForTasks.apply(partial(_batch_norm, eps=eps), input, weight, bias)
+        self._normalised = (y, input, weight, bias, mean, scale), eps
+        return y
 
-def _batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    if not training or running_mean is not None or running_var is not None:
-        return None
-    if weight is None or bias is None or not _is_for_tasks(x, weight, bias):
-        return None
-    if x.numel() == x.shape[1]:  # one value a channel: torch has a message for that
-        return None
-    result: Tensor = _TaskBatchNorm.apply(x, weight, bias, eps)
-    return result
-
-
-_RULES: dict[Any, Callable[..., Tensor | None]] = {F.conv2d: _conv2d, F.batch_norm: _batch_norm}
+    def _relu(self, normalised: tuple[Any, ...], input: Tensor, inplace: bool = False) -> Any:
+        operands, eps = normalised
+        if input is not operands[0] or inplace:
+            return None
+        return _ForTasks.apply(partial(_batch_norm_relu, eps=eps), *operands)
 
 
 def _pair(value: int | Iterable[int]) -> Pair:
@@ -263,11 +342,11 @@ def _pair(value: int | Iterable[int]) -> Pair:
     return (first, *rest) if rest else (first, first)
 
 
-def _is_for_tasks(*tensors: Tensor) -> bool:
-    """Whether each has a task dimension and no transform but that vmap is under way."""
+def _have_tasks(*tensors: Tensor | None) -> bool:
+    """Whether vmap is the only transform under way, and each tensor has a task dimension."""
     return (
         _functorch.maybe_current_level() == 1
-        and all(_functorch.is_batchedtensor(t) for t in tensors)
-        and len({t.dtype for t in tensors} - {torch.float32, torch.float64}) == 0
+        and all(t is None or _functorch.is_batchedtensor(t) for t in tensors)
+        and {t.dtype for t in tensors if t is not None} in ({torch.float32}, {torch.float64})
         and not torch.is_autocast_enabled("cpu")
     )

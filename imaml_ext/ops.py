@@ -73,7 +73,7 @@ def _(a, b):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("imaml::conv")
-def _(x, w, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
+def _(x, w, bias, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
     height = (x.shape[2] + 2 * pad_h - w.shape[3]) // stride_h + 1
     width = (x.shape[3] + 2 * pad_w - w.shape[4]) // stride_w + 1
     return x.new_empty((*x.shape[:2], height, width, w.shape[1]))
@@ -95,12 +95,12 @@ def _(x, gamma, beta, eps):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("imaml::batch_norm_backward")
-def _(g, x, gamma, mean, scale):  # type: ignore[no-untyped-def]
+def _(g, x, gamma, beta, mean, scale, relu):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
 
 
 @torch.library.register_fake("imaml::batch_norm_double_backward")
-def _(a, b, c, g, x, gamma, mean, scale):  # type: ignore[no-untyped-def]
+def _(a, b, c, g, x, gamma, beta, mean, scale, relu):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), torch.empty_like(x), torch.empty_like(gamma)
 
 
@@ -249,12 +249,13 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
-def conv(x: Tensor, w: Tensor, window: Window) -> Tensor:
+def conv(x: Tensor, w: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """Convolutions of B tasks, each with its own weights, on the CPU.
 
     Args:
         x: images, [B, N, H, W, C].
         w: weights, [B, O, C, kH, kW].
+        bias: added to every pixel, [B, O].
         window: strides and paddings, (sH, sW, pH, pW).
 
     Returns:
@@ -263,7 +264,7 @@ def conv(x: Tensor, w: Tensor, window: Window) -> Tensor:
     Raises:
         RuntimeError: a shape, dtype or layout does not fit; an operand is empty.
     """
-    y: Tensor = torch.ops.imaml.conv(x, w, *window)
+    y: Tensor = torch.ops.imaml.conv(x, w, bias, *window)
     return y
 
 
@@ -279,7 +280,9 @@ def conv_weight_gradient(x: Tensor, g: Tensor, kernel: Pair, window: Window) -> 
     return w
 
 
-def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def batch_norm(
+    x: Tensor, gamma: Tensor, beta: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """`gamma h + beta` with `h = (x - mean) scale` over the rows of each task, on the CPU.
 
     Args:
@@ -298,10 +301,14 @@ def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tens
 
 
 def batch_norm_backward(
-    g: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, scale: Tensor
+    g: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, scale: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `<g, batch_norm(x)>` by x, gamma and beta."""
-    dx, dgamma, dbeta = torch.ops.imaml.batch_norm_backward(g, x, gamma, mean, scale)
+    """The gradients of `<g, batch_norm(x)>`, or of its positive part with `relu`, by x, gamma, beta.
+
+    Args:
+        g, x, mean, scale: as in `batch_norm`, g like the result.
+    """
+    dx, dgamma, dbeta = torch.ops.imaml.batch_norm_backward(g, x, gamma, beta, mean, scale, relu)
     return dx, dgamma, dbeta
 
 
@@ -312,11 +319,13 @@ def batch_norm_double_backward(
     g: Tensor,
     x: Tensor,
     gamma: Tensor,
+    beta: Tensor,
     mean: Tensor,
     scale: Tensor,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `<(a, b, c), batch_norm_backward(g, x, gamma)>` by g, x and gamma."""
     to_g, to_x, to_gamma = torch.ops.imaml.batch_norm_double_backward(
-        a, b, c, g, x, gamma, mean, scale
+        a, b, c, g, x, gamma, beta, mean, scale, relu
     )
     return to_g, to_x, to_gamma

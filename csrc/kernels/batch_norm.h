@@ -5,7 +5,7 @@
 //
 //   y = gamma h + beta
 //
-//   given g = dS/dy:
+//   given g = dS/dy, or, with `relu`, g = dS/d(max(y, 0)), which then counts as 0 where y <= 0:
 //     dx = gamma / s P g,   dgamma = N M(h g),   dbeta = N M g
 //
 //   given a, b, c, the slopes of S by dx, dgamma and dbeta:
@@ -47,9 +47,11 @@ struct NormForward {
 template <typename T>
 struct NormBackward {
   NormShape shape;
+  bool relu;
   const T* g;
   const T* x;
   const T* gamma;
+  const T* beta;
   const T* mean;
   const T* scale;
   T* dx;
@@ -60,12 +62,14 @@ struct NormBackward {
 template <typename T>
 struct NormDoubleBackward {
   NormShape shape;
+  bool relu;
   const T* a;
   const T* b;
   const T* c;
   const T* g;
   const T* x;
   const T* gamma;
+  const T* beta;
   const T* mean;
   const T* scale;
   T* to_g;
@@ -74,9 +78,9 @@ struct NormDoubleBackward {
 };
 
 // One block of channels of one task.
-#define IMAML_DECLARE(T)                                                   \
-  void norm_block(const NormForward<T>&, int64_t task, int64_t channel);   \
-  void norm_block(const NormBackward<T>&, int64_t task, int64_t channel);  \
+#define IMAML_DECLARE(T)                                                  \
+  void norm_block(const NormForward<T>&, int64_t task, int64_t channel);  \
+  void norm_block(const NormBackward<T>&, int64_t task, int64_t channel); \
   void norm_block(const NormDoubleBackward<T>&, int64_t task, int64_t channel);
 IMAML_DECLARE(float)
 IMAML_DECLARE(double)

@@ -1,6 +1,7 @@
 #include "conv.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "formulas.h"
 #include "isa.h"
@@ -47,6 +48,9 @@ std::vector<PixelMap> input_pixels(const ConvShape& s) {
 
 namespace {
 
+// How many pixels of the slopes the weight gradient takes at a time.
+constexpr int64_t kChunkPixels = 96;
+
 // Half a tile's lanes: two of these are a row of the tile, and six rows fill the sixteen vector
 // registers of AVX2 but for what they are multiplied with.
 template <typename T>
@@ -82,18 +86,39 @@ struct Lanes {
   }
 };
 
+// Calls add(std::integral_constant<int64_t, rows>, first) for tiles that cover [0, count).
+template <typename Add>
+IMAML_INLINE void for_tiles(int64_t count, const Add& add) {
+  int64_t first = 0;
+  for (; first + kTileRows <= count; first += kTileRows)
+    add(std::integral_constant<int64_t, kTileRows>{}, first);
+  switch (count - first) {
+    case 5:
+      return add(std::integral_constant<int64_t, 5>{}, first);
+    case 4:
+      return add(std::integral_constant<int64_t, 4>{}, first);
+    case 3:
+      return add(std::integral_constant<int64_t, 3>{}, first);
+    case 2:
+      return add(std::integral_constant<int64_t, 2>{}, first);
+    case 1:
+      return add(std::integral_constant<int64_t, 1>{}, first);
+  }
+}
+
 // What the gathering tile reads: pixels of `depth` contiguous values, an image's at source[i].
 template <typename T>
 struct Gather {
-  const T* source;   // of the task
-  int64_t image;     // values between images
-  int64_t depth;     // values summed over in a pixel
-  const T* zeros;    // [depth]
-  const T* panel;    // [all taps, depth, lanes]
-  T* result;         // of the task, at the block
+  const T* source;  // of the task
+  int64_t image;    // values between images
+  int64_t depth;    // values summed over in a pixel
+  const T* zeros;   // [depth]
+  const T* panel;   // [all taps, depth, lanes]
+  const T* bias;    // [lanes], or null
+  T* result;        // of the task, at the block
   int64_t result_image;
   int64_t result_pixel;
-  int64_t width;     // lanes that exist
+  int64_t width;  // lanes that exist
 };
 
 // Results kRows of them, from the `first`-th pixel of the batch on.
@@ -107,6 +132,8 @@ IMAML_INLINE void gather_tile(const Gather<T>& a, const PixelMap& map, int64_t f
     pixel[r] = (first + r) % count;
   }
   Lanes<T> total[kRows] = {};
+  if (a.bias != nullptr)
+    for (Lanes<T>& row : total) row = Lanes<T>::load(a.bias);
   for (std::size_t t = 0; t < map.taps.size(); ++t) {
     const int64_t* sources = map.sources.data() + static_cast<int64_t>(t) * count;
     const T* row[kRows];
@@ -138,16 +165,9 @@ IMAML_INLINE void gather_tile(const Gather<T>& a, const PixelMap& map, int64_t f
 
 template <typename T>
 IMAML_INLINE void gather(const Gather<T>& a, const PixelMap& map, int64_t images) {
-  const int64_t rows = images * static_cast<int64_t>(map.pixels.size());
-  int64_t first = 0;
-  for (; first + kTileRows <= rows; first += kTileRows) gather_tile<kTileRows>(a, map, first);
-  switch (rows - first) {
-    case 5: return gather_tile<5>(a, map, first);
-    case 4: return gather_tile<4>(a, map, first);
-    case 3: return gather_tile<3>(a, map, first);
-    case 2: return gather_tile<2>(a, map, first);
-    case 1: return gather_tile<1>(a, map, first);
-  }
+  for_tiles(images * static_cast<int64_t>(map.pixels.size()),
+            [&](auto rows, int64_t first)
+                IMAML_INLINE_LAMBDA { gather_tile<rows()>(a, map, first); });
 }
 
 // [taps, depth, lanes] from weights [filters, channels, taps], lanes that do not exist being 0.
@@ -173,16 +193,19 @@ struct Scratch {
 
 template <typename T>
 IMAML_INLINE void forward_block(const ConvShape& s, const PixelMap& map, const T* x, const T* w,
-                                T* y, int64_t task, int64_t block) {
+                                const T* bias, T* y, int64_t task, int64_t block) {
   const int64_t first = block * kTileLanes<T>;
   const int64_t width = std::min(kTileLanes<T>, s.filters - first);
   Scratch<T> scratch(s.taps(), s.channels);
   pack(w + task * s.weights() + first * s.channels * s.taps(), s.taps(), s.channels, s.taps(),
        s.channels * s.taps(), width, scratch.panel.data());
   const int64_t in = s.in_pixels() * s.channels, out = s.out_pixels() * s.filters;
-  gather<T>({x + task * s.images * in, in, s.channels, scratch.zeros.data(), scratch.panel.data(),
-             y + task * s.images * out + first, out, s.filters, width},
-            map, s.images);
+  T shift[kTileLanes<T>] = {};
+  if (bias != nullptr) std::copy_n(bias + task * s.filters + first, width, shift);
+  gather<T>(
+      {x + task * s.images * in, in, s.channels, scratch.zeros.data(), scratch.panel.data(),
+       bias == nullptr ? nullptr : shift, y + task * s.images * out + first, out, s.filters, width},
+      map, s.images);
 }
 
 template <typename T>
@@ -195,27 +218,65 @@ IMAML_INLINE void data_block(const ConvShape& s, const std::vector<PixelMap>& ma
        s.taps(), width, scratch.panel.data());
   const int64_t in = s.in_pixels() * s.channels, out = s.out_pixels() * s.filters;
   for (const PixelMap& map : maps)
-    gather<T>({g + task * s.images * out, out, s.filters, scratch.zeros.data(),
-               scratch.panel.data(), dx + task * s.images * in + first, in, s.channels, width},
-              map, s.images);
+    gather<T>(
+        {g + task * s.images * out, out, s.filters, scratch.zeros.data(), scratch.panel.data(),
+         nullptr, dx + task * s.images * in + first, in, s.channels, width},
+        map, s.images);
 }
 
-// dw of channels [channel, channel + kRows) through one tap, for the lanes of one block of filters.
+// Some images of a task, small enough for their pixels to stay in cache while every weight takes
+// its share of them.
+template <typename T>
+struct Chunk {
+  const ConvShape& shape;
+  const PixelMap& map;
+  int64_t images;
+  const T* x;       // [images, in_pixels, channels]
+  const T* slopes;  // [images, out_pixels, lanes]: of one block of filters
+};
+
+// Adds the chunk's share of dw to kRows weights of `tap`, of the channels from `channel` on.
 template <int64_t kRows, typename T>
-IMAML_INLINE void weight_tile(const ConvShape& s, const std::vector<int64_t>& seen,
-                              const int64_t* sources, const T* x, const T* g, T* result) {
-  Lanes<T> total[kRows] = {};
-  for (int64_t n = 0; n < s.images; ++n) {
-    const T* image = x + n * s.in_pixels() * s.channels;
-    const T* slope = g + n * s.out_pixels() * s.filters;
-    for (const int64_t pixel : seen) {
+IMAML_INLINE void add_channels(const Chunk<T>& a, int64_t tap, int64_t channel, T* result) {
+  const ConvShape& s = a.shape;
+  const int64_t* sources = a.map.sources.data() + tap * s.out_pixels();
+  Lanes<T> total[kRows];
+  for (int64_t r = 0; r < kRows; ++r) total[r] = Lanes<T>::load(result + r * kTileLanes<T>);
+  const T* slope = a.slopes;
+  for (int64_t n = 0; n < a.images; ++n) {
+    const T* image = a.x + n * s.in_pixels() * s.channels + channel;
+    for (int64_t pixel = 0; pixel < s.out_pixels(); ++pixel, slope += kTileLanes<T>) {
+      if (sources[pixel] < 0) continue;
       const T* row = image + sources[pixel] * s.channels;
-      const Lanes<T> lanes = Lanes<T>::load(slope + pixel * s.filters);
+      const Lanes<T> lanes = Lanes<T>::load(slope);
 #pragma GCC unroll 8
       for (int64_t r = 0; r < kRows; ++r) total[r].add_product(row[r], lanes);
     }
   }
   for (int64_t r = 0; r < kRows; ++r) total[r].store(result + r * kTileLanes<T>);
+}
+
+// The same for kRows taps from `tap` on, of one channel: where channels are too few to fill a tile.
+template <int64_t kRows, typename T>
+IMAML_INLINE void add_taps(const Chunk<T>& a, int64_t tap, int64_t channel, T* result) {
+  const ConvShape& s = a.shape;
+  const int64_t* sources = a.map.sources.data() + tap * s.out_pixels();
+  const int64_t apart = s.channels * kTileLanes<T>;
+  Lanes<T> total[kRows];
+  for (int64_t r = 0; r < kRows; ++r) total[r] = Lanes<T>::load(result + r * apart);
+  const T* slope = a.slopes;
+  for (int64_t n = 0; n < a.images; ++n) {
+    const T* image = a.x + n * s.in_pixels() * s.channels + channel;
+    for (int64_t pixel = 0; pixel < s.out_pixels(); ++pixel, slope += kTileLanes<T>) {
+      const Lanes<T> lanes = Lanes<T>::load(slope);
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < kRows; ++r) {
+        const int64_t source = sources[r * s.out_pixels() + pixel];
+        total[r].add_product(source < 0 ? T(0) : image[source * s.channels], lanes);
+      }
+    }
+  }
+  for (int64_t r = 0; r < kRows; ++r) total[r].store(result + r * apart);
 }
 
 template <typename T>
@@ -225,36 +286,24 @@ IMAML_INLINE void weight_block(const ConvShape& s, const PixelMap& map, const T*
   const int64_t first = block * lanes, width = std::min(lanes, s.filters - first);
   const T* images = x + task * s.images * s.in_pixels() * s.channels;
   const T* slopes = g + task * s.images * s.out_pixels() * s.filters + first;
-  int64_t stride = s.filters;
-  std::vector<T> padded;  // a copy of the block's slopes with all its lanes, where some are missing
-  ConvShape inner = s;
-  if (width < lanes) {
-    const int64_t pixels = s.images * s.out_pixels();
-    padded.resize(static_cast<std::size_t>(pixels * lanes));
-    for (int64_t p = 0; p < pixels; ++p)
-      std::copy_n(slopes + p * stride, width, padded.data() + p * lanes);
-    slopes = padded.data();
-    inner.filters = lanes;
-  }
+  const int64_t together = std::max<int64_t>(1, kChunkPixels / s.out_pixels());
+  std::vector<T> packed(static_cast<std::size_t>(together * s.out_pixels() * lanes));
   std::vector<T> result(static_cast<std::size_t>(s.taps() * s.channels * lanes));
-  std::vector<int64_t> seen;
-  for (int64_t t = 0; t < s.taps(); ++t) {
-    const int64_t* sources = map.sources.data() + t * s.out_pixels();
-    seen.clear();
-    for (int64_t pixel = 0; pixel < s.out_pixels(); ++pixel)
-      if (sources[pixel] >= 0) seen.push_back(pixel);
-    for (int64_t c = 0; c < s.channels;) {
-      T* to = result.data() + (t * s.channels + c) * lanes;
-      const int64_t rows = std::min(kTileRows, s.channels - c);
-      switch (rows) {
-        case 6: weight_tile<6>(inner, seen, sources, images + c, slopes, to); break;
-        case 5: weight_tile<5>(inner, seen, sources, images + c, slopes, to); break;
-        case 4: weight_tile<4>(inner, seen, sources, images + c, slopes, to); break;
-        case 3: weight_tile<3>(inner, seen, sources, images + c, slopes, to); break;
-        case 2: weight_tile<2>(inner, seen, sources, images + c, slopes, to); break;
-        case 1: weight_tile<1>(inner, seen, sources, images + c, slopes, to); break;
-      }
-      c += rows;
+  for (int64_t n = 0; n < s.images; n += together) {
+    const int64_t count = std::min(together, s.images - n);
+    for (int64_t p = 0; p < count * s.out_pixels(); ++p)
+      std::copy_n(slopes + (n * s.out_pixels() + p) * s.filters, width, packed.data() + p * lanes);
+    const Chunk<T> chunk{s, map, count, images + n * s.in_pixels() * s.channels, packed.data()};
+    if (s.channels < kTileRows) {
+      for (int64_t c = 0; c < s.channels; ++c)
+        for_tiles(s.taps(), [&](auto rows, int64_t tap) IMAML_INLINE_LAMBDA {
+          add_taps<rows()>(chunk, tap, c, result.data() + (tap * s.channels + c) * lanes);
+        });
+    } else {
+      for (int64_t tap = 0; tap < s.taps(); ++tap)
+        for_tiles(s.channels, [&](auto rows, int64_t c) IMAML_INLINE_LAMBDA {
+          add_channels<rows()>(chunk, tap, c, result.data() + (tap * s.channels + c) * lanes);
+        });
     }
   }
   T* out = dw + task * s.weights() + first * s.channels * s.taps();
@@ -266,19 +315,20 @@ IMAML_INLINE void weight_block(const ConvShape& s, const PixelMap& map, const T*
 
 }  // namespace
 
-#define IMAML_DEFINE(T)                                                                         \
-  IMAML_MULTIVERSION void conv_block(const ConvShape& s, const PixelMap& map, const T* x,       \
-                                     const T* w, T* y, int64_t task, int64_t block) {           \
-    forward_block<T>(s, map, x, w, y, task, block);                                             \
-  }                                                                                             \
+#define IMAML_DEFINE(T)                                                                          \
+  IMAML_MULTIVERSION void conv_block(const ConvShape& s, const PixelMap& map, const T* x,        \
+                                     const T* w, const T* bias, T* y, int64_t task,              \
+                                     int64_t block) {                                            \
+    forward_block<T>(s, map, x, w, bias, y, task, block);                                        \
+  }                                                                                              \
   IMAML_MULTIVERSION void conv_data_block(const ConvShape& s, const std::vector<PixelMap>& maps, \
-                                          const T* g, const T* w, T* dx, int64_t task,          \
-                                          int64_t block) {                                      \
-    data_block<T>(s, maps, g, w, dx, task, block);                                              \
-  }                                                                                             \
+                                          const T* g, const T* w, T* dx, int64_t task,           \
+                                          int64_t block) {                                       \
+    data_block<T>(s, maps, g, w, dx, task, block);                                               \
+  }                                                                                              \
   IMAML_MULTIVERSION void conv_weight_block(const ConvShape& s, const PixelMap& map, const T* x, \
-                                            const T* g, T* dw, int64_t task, int64_t block) {   \
-    weight_block<T>(s, map, x, g, dw, task, block);                                             \
+                                            const T* g, T* dw, int64_t task, int64_t block) {    \
+    weight_block<T>(s, map, x, g, dw, task, block);                                              \
   }
 IMAML_DEFINE(float)
 IMAML_DEFINE(double)

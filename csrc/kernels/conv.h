@@ -1,13 +1,13 @@
 // Convolutions in which every task has its own weights, on the CPU: plain pointers, no torch.
 //
-//   y[b,n,p,o]  = sum over tap t, channel c of  x[b,n,source(t,p),c] w[b,o,c,t]      conv
-//   dx[b,n,q,c] = sum over tap t, filter o  of  g[b,n,target(t,q),o] w[b,o,c,t]      data gradient
-//   dw[b,o,c,t] = sum over image n, pixel p of  x[b,n,source(t,p),c] g[b,n,p,o]      weight gradient
+//   y[b,n,p,o]  = bias[b,o] + sum over tap t, channel c of  x[b,n,source(t,p),c] w[b,o,c,t]
+//   dx[b,n,q,c] = sum over tap t, filter o of  g[b,n,target(t,q),o] w[b,o,c,t]
+//   dw[b,o,c,t] = sum over image n, pixel p of  x[b,n,source(t,p),c] g[b,n,p,o]
 //
-// All three are linear in each operand, and each is the derivative of another: with them a network
-// can be differentiated to any order. Images are [tasks, images, height, width, channels], so that
-// a pixel's channels are contiguous; weights are [tasks, filters, channels, kernel_h, kernel_w], as
-// in torch.nn.Conv2d.
+// But for the bias all three are linear in each operand, and each is the derivative of another:
+// with them a network can be differentiated to any order. Images are [tasks, images, height, width,
+// channels], so that a pixel's channels are contiguous; weights are [tasks, filters, channels,
+// kernel_h, kernel_w], as in torch.nn.Conv2d.
 //
 // No column matrix is built: a tile of kTileRows pixels by kTileLanes outputs stays in registers
 // while it gathers its pixels through pointers, zeros standing in for those outside the image.
@@ -57,12 +57,12 @@ PixelMap output_pixels(const ConvShape& s);
 // A map of the inputs for each residue of (row, column) modulo the stride.
 std::vector<PixelMap> input_pixels(const ConvShape& s);
 
-#define IMAML_DECLARE(T)                                                                         \
-  void conv_block(const ConvShape&, const PixelMap&, const T* x, const T* w, T* y, int64_t task, \
-                  int64_t block);                                                                \
-  void conv_data_block(const ConvShape&, const std::vector<PixelMap>&, const T* g, const T* w,   \
-                       T* dx, int64_t task, int64_t block);                                      \
-  void conv_weight_block(const ConvShape&, const PixelMap&, const T* x, const T* g, T* dw,       \
+#define IMAML_DECLARE(T)                                                                          \
+  void conv_block(const ConvShape&, const PixelMap&, const T* x, const T* w, const T* bias, T* y, \
+                  int64_t task, int64_t block);                                                   \
+  void conv_data_block(const ConvShape&, const std::vector<PixelMap>&, const T* g, const T* w,    \
+                       T* dx, int64_t task, int64_t block);                                       \
+  void conv_weight_block(const ConvShape&, const PixelMap&, const T* x, const T* g, T* dw,        \
                          int64_t task, int64_t block);
 IMAML_DECLARE(float)
 IMAML_DECLARE(double)
@@ -77,11 +77,13 @@ void for_blocks(int64_t tasks, int64_t outputs, const ParallelFor& parallel_for,
   });
 }
 
+// `bias` may be null.
 template <typename T, typename ParallelFor>
-void conv(const ConvShape& s, const T* x, const T* w, T* y, const ParallelFor& parallel_for) {
+void conv(const ConvShape& s, const T* x, const T* w, const T* bias, T* y,
+          const ParallelFor& parallel_for) {
   const PixelMap map = output_pixels(s);
   for_blocks<T>(s.tasks, s.filters, parallel_for, [&](int64_t task, int64_t block) {
-    conv_block(s, map, x, w, y, task, block);
+    conv_block(s, map, x, w, bias, y, task, block);
   });
 }
 

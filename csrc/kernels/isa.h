@@ -2,6 +2,10 @@
 // when the library is loaded (ifunc), so a wheel built anywhere runs AVX-512 where there is one.
 // GCC >= 12 and Clang >= 17 on x86-64 with glibc; elsewhere it is empty and the baseline runs.
 #pragma once
+
+// For a lambda inside such a function: one that is not inlined would run the baseline.
+#define IMAML_INLINE_LAMBDA __attribute__((always_inline))
+
 #include <cstdint>  // defines __GLIBC__
 
 #if !defined(IMAML_NO_MULTIVERSION) && defined(__x86_64__) && defined(__ELF__) && \
