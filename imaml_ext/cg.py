@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.linear import LinearSolver, System, check_settings, initial_status, squared_tolerance
+from imaml_ext.looking import may_look
 from imaml_ext.ops import cg_step_, row_dot
 from imaml_ext.random import random_bits
 from imaml_ext.solution import Lanczos, Matvec, Solution, Status
@@ -137,7 +138,7 @@ def conjugate_gradient(
         steps = torch.zeros_like(status)
         curvature, beta = rr.new_zeros(2, max_iter, b.shape[0])
     for k in range(max_iter):
-        if b.device.type == "cpu" and not (status == Status.RUNNING).any():
+        if may_look(b) and not (status == Status.RUNNING).any():
             break
         hp = system.unfused(p)
         with torch.no_grad():
@@ -164,7 +165,7 @@ def _inverse(preconditioner: Tensor, b: Tensor) -> Tensor:
             f"got {list(preconditioner.shape)} {preconditioner.dtype}"
         )
     inverse = 1 / preconditioner.detach()
-    if b.device.type == "cpu" and not bool(((inverse > 0) & inverse.isfinite()).all()):
+    if may_look(b) and not bool(((inverse > 0) & inverse.isfinite()).all()):
         raise ValueError("preconditioner must be positive in every entry, and so its inverse")
     return inverse.expand_as(b).contiguous()
 

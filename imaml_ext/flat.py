@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml_ext.looking import may_look
+
 Params = dict[str, Tensor]
 Lam = float | Tensor | Mapping[str, Tensor]
 
@@ -97,7 +99,7 @@ class Layout:
             raise TypeError(
                 f"lam must be a float, a tensor or a dict of tensors, got {type(lam).__name__}"
             )
-        if flat.device.type == "cpu" and not bool(is_positive(flat)):
+        if may_look(flat) and not bool(is_positive(flat)):
             if flat.dim() == 2:
                 raise ValueError("a dense lam must be finite, symmetric and positive definite")
             raise ValueError("lam must be positive and finite in every entry")

@@ -7,7 +7,7 @@ instead. A convolution is bilinear: it and its two gradients are each other's de
 operators can be differentiated to any order.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from imaml_ext.ops import (
     conv_data_gradient,
     conv_weight_gradient,
 )
+
 
 def task_layers(device: torch.device) -> AbstractContextManager[Any]:
     """What to run a vmapped forward pass in, on this device."""
@@ -335,11 +336,8 @@ class _TaskLayers(TorchFunctionMode):
         return _ForTasks.apply(partial(_batch_norm_relu, eps=eps), *operands)
 
 
-def _pair(value: int | Iterable[int]) -> Pair:
-    if isinstance(value, int):
-        return value, value
-    first, *rest = value
-    return (first, *rest) if rest else (first, first)
+def _pair(value: int | Sequence[int]) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def _have_tasks(*tensors: Tensor | None) -> bool:

@@ -138,9 +138,7 @@ class Objective:
         leaf, outputs = self._record(
             lambda leaf: self._for_each_task(self._one_output, leaf, x), rows
         )
-        z, losses = self._record(
-            lambda z: self._for_each_task(self._one_criterion, z, y), outputs
-        )
+        z, losses = self._record(lambda z: self._for_each_task(self._one_criterion, z, y), outputs)
         slope = _vjp(losses, z, torch.ones_like(losses), create_graph=True)
         gradient = _vjp(outputs, leaf, slope.detach(), retain_graph=True)
         u = torch.zeros_like(outputs, requires_grad=True)

@@ -280,9 +280,7 @@ def conv_weight_gradient(x: Tensor, g: Tensor, kernel: Pair, window: Window) -> 
     return w
 
 
-def batch_norm(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """`gamma h + beta` with `h = (x - mean) scale` over the rows of each task, on the CPU.
 
     Args:
@@ -303,10 +301,12 @@ def batch_norm(
 def batch_norm_backward(
     g: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, scale: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `<g, batch_norm(x)>`, or of its positive part with `relu`, by x, gamma, beta.
+    """The gradients of `<g, y>` by x, gamma and beta, y the result of `batch_norm`.
 
     Args:
-        g, x, mean, scale: as in `batch_norm`, g like the result.
+        g: like y.
+        x, gamma, beta, mean, scale: what `batch_norm` took and gave.
+        relu: of `<g, max(y, 0)>` instead.
     """
     dx, dgamma, dbeta = torch.ops.imaml.batch_norm_backward(g, x, gamma, beta, mean, scale, relu)
     return dx, dgamma, dbeta

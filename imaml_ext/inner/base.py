@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from imaml_ext.looking import may_look
 from imaml_ext.proximal import Proximal
 from imaml_ext.solution import Solution, Status
 
@@ -42,7 +43,7 @@ def judge(status: Tensor, residual: Tensor, tol: float | None) -> Tensor:
 
 def all_done(status: Tensor) -> bool:
     """Whether no task is RUNNING; not asked on an accelerator, where looking would synchronise."""
-    return status.device.type == "cpu" and not bool((status == Status.RUNNING).any())
+    return may_look(status) and not bool((status == Status.RUNNING).any())
 
 
 def unjudged(phi: Tensor, status: Tensor, steps: Tensor) -> Solution:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imaml_ext.looking import may_look
 from imaml_ext.proximal import Proximal
 
 
@@ -57,7 +58,7 @@ class Backtracking:
         t, at_full = torch.zeros_like(value), value
         length = 1.0
         for trial in range(self.trials):
-            if phi.device.type == "cpu" and not bool(pending.any()):
+            if may_look(phi) and not bool(pending.any()):
                 break
             tried = problem.values(torch.add(phi, direction, alpha=length))
             enough = tried <= value + self.sufficient * length * slope + rounding
