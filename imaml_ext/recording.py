@@ -54,9 +54,7 @@ def cuda_graph(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callab
             with _synchronising_raises():
                 rehearse()
         caller.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            result = function()
+        graph, result = _captured(function, stream)
     finally:
         torch.cuda.set_stream(caller)  # which a capture that fails does not restore
 
@@ -65,6 +63,15 @@ def cuda_graph(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callab
         return result
 
     return replay
+
+
+def _captured(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Any, T]:
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            return graph, function()
+    except RuntimeError as error:  # ending a capture that failed hides why it did
+        raise RuntimeError(str(error.__context__ or error)) from error
 
 
 def unrecorded(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable[[], T]:

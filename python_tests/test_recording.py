@@ -1,120 +1,12 @@
-"""What is replayed, or decided on the device, is what would have been done step by step.
-
-On the CPU a tape stands in for a CUDA graph: a number from the host, or a tensor that is replaced
-instead of written, is as stale in its replays as in a graph's.
-"""
-
-import copy
-import importlib
-import warnings
-from itertools import pairwise
+"""A recorded meta-gradient is that of the batch it is called with."""
 
 import pytest
 import torch
-from tape import Tape
-from torch import nn
+from trainings import assert_close, make_method, sinusoid
 
-from imaml_ext import (
-    IMAML,
-    MAML,
-    ConjugateGradient,
-    External,
-    GradientDescent,
-    ProximalStrength,
-    RecordedMetaGradient,
-    TaskBatch,
-    Trainer,
-    implicit_meta_grad,
-    module_loss,
-)
+from imaml_ext import RecordedMetaGradient, TaskBatch, implicit_meta_grad
 from imaml_ext.data import Sinusoid
-from imaml_ext.device_step import DeviceStep
-from imaml_ext.models import mlp
-from imaml_ext.recording import cuda_graph, unrecorded
-from imaml_ext.trainer import NonfiniteError
-
-
-@pytest.fixture
-def capture(device):
-    return cuda_graph if device.type == "cuda" else Tape()
-
-
-@pytest.fixture(autouse=True)
-def _adam_is_capturable_on_the_cpu_too(monkeypatch):
-    adam = importlib.import_module("torch.optim.adam")
-    monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *_: ["cpu", "cuda"])
-
-
-def make_method(device, kind=IMAML, **settings):
-    torch.manual_seed(0)
-    model = mlp(1, 12, 1).to(device, torch.float64)
-    loss = module_loss(model, nn.functional.mse_loss)
-    if kind is IMAML:
-        settings = {"lam": 1.0, "cg": ConjugateGradient(max_iter=3), **settings}
-    return kind(
-        loss, dict(model.named_parameters()), inner=GradientDescent(lr=0.005, steps=4), **settings
-    )
-
-
-def sinusoid(device, tasks=6, **settings):
-    return Sinusoid(tasks=tasks, device=device, dtype=torch.float64, **settings)
-
-
-def make_trainer(
-    device, capture=None, *, source=None, decay=0.5, method=None, capturable=True, **settings
-):
-    method = method or make_method(device)
-    adam = torch.optim.Adam(method.learned().values(), lr=2**-7, capturable=capturable)
-    trainer = Trainer(
-        method, source or sinusoid(device), adam,
-        scheduler=torch.optim.lr_scheduler.StepLR(adam, 3, decay), capture=capture, **settings,
-    )  # fmt: skip
-    if capture is None:
-        trainer.capture = None  # on CUDA too
-    return trainer
-
-
-def state_of(trainer):
-    """What is learned, and what the optimizer remembers."""
-    learned = [t.detach().clone() for t in trainer.method.learned().values()]
-    states = trainer.optimizer.state.values()
-    return learned + [v.clone() for s in states for v in s.values() if isinstance(v, torch.Tensor)]
-
-
-def assert_close(got, expected, **tolerance):
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a.cpu(), b.cpu(), **tolerance)
-
-
-def assert_same_training(got, expected, rtol=1e-5):
-    assert_close(state_of(got), state_of(expected), rtol=rtol, atol=rtol / 100)
-    assert len(got.history) == len(expected.history) == got.steps == expected.steps
-    for a, b in zip(got.history, expected.history, strict=True):
-        assert a.keys() == b.keys()
-        assert {k: v for k, v in a.items() if k != "seconds"} == pytest.approx(
-            {k: v for k, v in b.items() if k != "seconds"}, rel=rtol, abs=rtol / 100
-        )
-    rates = [[g["lr"] for g in t.optimizer.param_groups] for t in (got, expected)]
-    assert rates[0] == rates[1]
-
-
-class Poisoned:
-    """Sinusoids, but for some tasks of some steps. Takes the step as an int only."""
-
-    def __init__(self, device, steps, tasks):
-        self.good, self.steps, self.poisoned = (
-            sinusoid(device),
-            steps,
-            tasks,
-        )
-
-    def sample(self, step):
-        assert isinstance(step, int)
-        batch = self.good.sample(step)
-        if step in self.steps:
-            batch.support[1][self.poisoned] = torch.nan
-        return batch
-
+from imaml_ext.recording import cuda_graph
 
 # ---- a meta-gradient -------------------------------------------------------------------------
 
@@ -171,345 +63,87 @@ def test_a_cuda_graph_needs_cuda():
         RecordedMetaGradient(method.meta_gradient, Sinusoid(tasks=2).sample(0))
 
 
-# ---- a meta-step -----------------------------------------------------------------------------
+# ---- the order of things around a CUDA graph --------------------------------------------------
 
 
-@pytest.mark.parametrize("recordable", [True, False], ids=["device-source", "host-source"])
-@pytest.mark.parametrize("record", [True, False], ids=["recorded", "unrecorded"])
-def test_training_is_that_of_steps_decided_on_the_host(recordable, record, device, capture):
-    def source():
-        return None if recordable else Poisoned(device, (), ())
+class CudaOnPaper:
+    """torch.cuda's part in recording, written down."""
 
-    capture = capture if record else unrecorded
-    trainer = make_trainer(device, capture, source=source(), read_every=4)
-    expected = make_trainer(device, source=source())
-    for _ in range(11):
-        trainer.step()
-        expected.step()
-    assert_same_training(trainer, expected)
-    if isinstance(capture, Tape):
-        assert (capture.recordings, capture.replays) == (1, 10)
+    def __init__(self, monkeypatch):
+        self.log, self.current, self.mode = [], "caller", 0
+        paper = self
 
+        class Stream:
+            def wait_stream(self, other):
+                paper.log.append(f"{self.name} waits")
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda device: make_method(device, MAML, learn_lr=True),
-        lambda device: (
-            lambda m: IMAML(m.loss, m.params, lam=ProximalStrength(m.params), inner=m.inner)
-        )(make_method(device)),
-    ],
-    ids=["maml-lr", "imaml-strength"],
-)
-def test_what_a_method_learns_beside_theta_is_learned_in_a_recording_too(make, device, capture):
-    trainer = make_trainer(device, capture, method=make(device))
-    expected = make_trainer(device, method=make(device))
-    for _ in range(5):
-        trainer.step()
-        expected.step()
-    assert_same_training(trainer, expected)
+            def __init__(self, name="side"):
+                self.name = name
 
+        class Within:
+            def __init__(self, stream):
+                self.stream = stream
 
-def test_metrics_are_recorded_too(device, capture):
-    def largest(params, data):
-        return data[1].amax()
+            def __enter__(self):
+                self.before, paper.current = paper.current, self.stream.name
 
-    trainer = make_trainer(device, capture, metrics={"largest": largest})
-    for _ in range(4):
-        trainer.step()
-    source = trainer.source
-    expected = [source.sample(n).query[1].amax((1, 2)).double().mean().item() for n in range(4)]
-    assert [r["largest"] for r in trainer.history] == pytest.approx(expected)
+            def __exit__(self, *_):
+                paper.current = self.before
 
+        class Graph:
+            def replay(self):
+                paper.log.append("replay")
 
-def test_records_are_read_when_asked_for_or_when_enough_were_made(device, monkeypatch):
-    trainer = make_trainer(device, unrecorded, read_every=3)
-    reads = []
-    read = DeviceStep.read
-    monkeypatch.setattr(DeviceStep, "read", lambda self, n: reads.append(n) or read(self, n))
-    trainer.step()  # the first is decided on the host
-    late = [trainer.step() for _ in range(2)]
-    assert reads == []
-    assert late[1]["step"] == 3  # reads both
-    assert late[0]["loss"] == trainer.history[1]["loss"]
-    assert reads == [range(1, 3)]
-    for _ in range(3):
-        trainer.step()
-    assert reads == [range(1, 3), range(3, 6)]
-    trainer.step()
-    assert len(trainer.history) == 7
-    trainer.step()
-    trainer.validate(trainer.source, {"loss": trainer.method.loss}, tasks=2)
-    assert reads[2:] == [range(6, 7), range(7, 8)]
-    seconds = [r["seconds"] for r in trainer.history]
-    assert seconds == sorted(seconds)
-    assert seconds[-1] == pytest.approx(trainer.seconds)
+        class Capture(Within):
+            def __init__(self, graph, stream):
+                super().__init__(stream)
+
+            def __enter__(self):
+                super().__enter__()
+                paper.log.append("begin")
+
+            def __exit__(self, kind, *_):
+                if kind is not None:  # as torch: the stream stays, and this error hides the cause
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                super().__exit__()
+                paper.log.append("end")
+
+        fakes = {
+            "Stream": Stream,
+            "stream": Within,
+            "CUDAGraph": Graph,
+            "graph": Capture,
+            "current_stream": lambda: Stream("caller"),
+            "set_stream": lambda stream: setattr(self, "current", stream.name),
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
 
 
-@pytest.mark.parametrize("record", [True, False], ids=["recorded", "unrecorded"])
-def test_a_step_that_is_not_finite_is_refused_with_all_after_it(record, device, capture):
-    capture = capture if record else unrecorded
-    trainer = make_trainer(device, capture, source=Poisoned(device, {5}, 2), read_every=4)
-    expected = make_trainer(device)
-    for _ in range(5):
-        trainer.step()
-        expected.step()
-    trainer.read()
-    before = state_of(trainer)
-    assert_close(before, state_of(expected), rtol=1e-5, atol=1e-7)
-    late = [trainer.step() for _ in range(3)]
-    with pytest.raises(NonfiniteError, match=r"meta-step 5: .* NONFINITE: 1 of 6 tasks: 2"):
-        trainer.step()
-    assert_close(state_of(trainer), before, rtol=0, atol=0)
-    assert trainer.steps == len(trainer.history) == 5
-    assert trainer.optimizer.param_groups[0]["lr"] == expected.optimizer.param_groups[0]["lr"]
-    with pytest.raises(NonfiniteError, match="meta-step 5"):
-        late[2]["loss"]
-
-    trainer.source.steps = ()  # the data is mended: the training goes on
-    for _ in range(4):
-        trainer.step()
-        expected.step()
-    assert_same_training(trainer, expected)
+def test_a_cuda_graph_is_rehearsed_on_its_stream_then_captured(monkeypatch):
+    paper = CudaOnPaper(monkeypatch)
+    replay = cuda_graph(
+        lambda: paper.log.append(f"run on {paper.current}") or "result",
+        lambda: paper.log.append(f"rehearse on {paper.current}, {paper.mode}"),
+    )
+    rehearsed = ["rehearse on side, 0"] * 2 + ["rehearse on side, error"]
+    around = ["side waits", *rehearsed, "caller waits", "begin", "run on side", "end"]
+    assert paper.log == around
+    assert replay() == "result"
+    assert paper.log == [*around, "replay"]
+    assert (paper.current, paper.mode) == ("caller", 0)
 
 
-def test_a_step_before_the_one_refused_is_in_the_history(device):
-    trainer = make_trainer(device, unrecorded, source=Poisoned(device, {3}, 0))
-    late = [trainer.step() for _ in range(5)]
-    with pytest.raises(NonfiniteError, match="meta-step 3"):
-        trainer.read()
-    assert [r["step"] for r in trainer.history] == [1, 2, 3]
-    assert late[2]["step"] == 3
+@pytest.mark.parametrize("place", ["rehearsal", "capture"])
+def test_a_capture_that_fails_says_why_and_leaves_no_trace(place, monkeypatch):
+    paper = CudaOnPaper(monkeypatch)
 
+    def fails():
+        raise RuntimeError("the cause")
 
-def test_when_all_tasks_are_skipped_a_step_changes_nothing(device, capture):
-    method = make_method(device, nonfinite="skip")
-    source = Poisoned(device, {2, 4}, slice(None))
-    trainer = make_trainer(device, capture, method=method, source=source)
-    states = []
-    for _ in range(6):
-        trainer.step()
-        states.append(state_of(trainer))
-    for step, (a, b) in enumerate(pairwise(states), start=1):
-        same = all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-        assert same == (step in source.steps)
-    assert [r["failed"] for r in trainer.history] == [0, 0, 1, 0, 1, 0]
-
-
-def test_tasks_that_are_skipped_are_left_out_of_a_recording_too(device, capture):
-    trainers = [
-        make_trainer(
-            device, c, method=make_method(device, nonfinite="skip"),
-            source=Poisoned(device, {1, 3}, 2),
-        )
-        for c in (capture, None)
-    ]  # fmt: skip
-    for _ in range(5):
-        for trainer in trainers:
-            trainer.step()
-    assert_same_training(*trainers)
-    assert trainers[0].history[3]["failed"] == pytest.approx(1 / 6)
-
-
-def test_resuming_a_recorded_training(tmp_path, device, capture):
-    whole = make_trainer(device, capture)
-    for _ in range(8):
-        whole.step()
-    half = make_trainer(device, copy.copy(capture))
-    for _ in range(5):
-        half.step()
-    half.save(tmp_path / "c.pt")
-    resumed = make_trainer(device, copy.copy(capture))
-    resumed.step()
-    resumed.step()  # so that there is a recording of what load replaces
-    forgotten = resumed.step()
-    resumed.load(tmp_path / "c.pt")
-    for _ in range(3):
-        resumed.step()
-    assert_same_training(resumed, whole)
-    with pytest.raises(LookupError, match="forgotten when a checkpoint was loaded"):
-        forgotten["loss"]
-
-
-def test_a_checkpoint_goes_from_one_kind_of_step_to_the_other(tmp_path, device, capture):
-    expected = make_trainer(device)
-    kinds = [make_trainer(device, capture), make_trainer(device, capturable=False)]
-    for _ in range(3):
-        kinds[0].step()
-    kinds[0].save(tmp_path / "c.pt")
-    kinds[1].load(tmp_path / "c.pt")
-    assert kinds[1].optimizer.param_groups[0]["capturable"] is False
-    for _ in range(3):
-        kinds[1].step()
-    kinds[1].save(tmp_path / "c.pt")
-    kinds[0].load(tmp_path / "c.pt")
-    assert kinds[0].optimizer.param_groups[0]["capturable"] is True
-    for _ in range(3):
-        kinds[0].step()
-    for _ in range(9):
-        expected.step()
-    # capturable, Adam's bias correction is in float32: 1 - 0.999^t has 4 digits at first.
-    assert_same_training(kinds[0], expected, rtol=1e-3)
-
-
-def test_what_is_replaced_is_recorded_anew(device, capture):
-    trainer, expected = make_trainer(device, capture), make_trainer(device)
-    for t in (trainer, expected):
-        for _ in range(3):
-            t.step()
-        t.optimizer.load_state_dict(copy.deepcopy(t.optimizer.state_dict()))
-        t.step()
-        t.method.lam = 5.0
-        t.step()
-        t.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
-        t.step()
-        t.source = sinusoid(device, 4, seed=3)
-        for _ in range(3):
-            t.step()
-    assert_same_training(trainer, expected)
-    if isinstance(capture, Tape):
-        assert capture.recordings == 5
-
-
-# ---- where it cannot be ----------------------------------------------------------------------
-
-
-def test_what_cannot_be_recorded_is_run_as_it_is_and_says_so_once(device):
-    def refuses(function, rehearse):
-        rehearse()
-        raise RuntimeError("operation not permitted\nand a second line")
-
-    trainer, expected = make_trainer(device, refuses), make_trainer(device)
-    trainer.step()
-    with pytest.warns(UserWarning, match=r"run without recording them: operation not permitted$"):
-        trainer.step()
-    for _ in range(4):
-        trainer.step()
-    for _ in range(6):
-        expected.step()
-    assert_same_training(trainer, expected)
-
-
-def test_settings_that_change_in_every_step_are_not_recorded_again_and_again(device, capture):
-    trainer, expected = make_trainer(device, capture), make_trainer(device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(14):
-            for t in (trainer, expected):
-                t.optimizer.param_groups[0]["betas"] = (0.5 + 0.01 * step, 0.9)
-                t.step()
-    assert ["changes again and again" in str(w.message) for w in caught] == [True]
-    assert_same_training(trainer, expected)
-
-
-def test_batches_of_changing_shape_are_not_recorded(device, capture):
-    class Growing:
-        def sample(self, step):
-            return sinusoid(device, 3 + (step > 3)).sample(step)
-
-    trainer = make_trainer(device, capture, source=Growing())
-    expected = make_trainer(device, source=Growing())
-    for t in (trainer, expected):
-        for _ in range(4):
-            t.step()
-    with pytest.warns(UserWarning, match=r"without recording them: the batch must be of"):
-        trainer.step()
-    expected.step()
-    for t in (trainer, expected):
-        t.step()
-        t.step()
-    assert_same_training(trainer, expected)
-
-
-@pytest.mark.parametrize(
-    ("make", "advice"),
-    [
-        (lambda p: torch.optim.Adam(p, lr=0.01), "make Adam with capturable=True"),
-        (lambda p: torch.optim.SGD(p, lr=0.01), "make SGD with fused=True"),
-        (lambda p: torch.optim.LBFGS(p, lr=0.01), "LBFGS is not capturable"),
-    ],
-    ids=["adam", "sgd", "lbfgs"],
-)
-def test_an_optimizer_that_needs_the_host_is_asked_there(make, advice, device, capture):
-    trainers = []
-    for chosen in (capture, None):
-        method = make_method(device)
-        trainer = Trainer(
-            method,
-            sinusoid(device),
-            make(list(method.learned().values())),
-        )
-        trainer.capture = chosen
-        trainers.append(trainer)
-    with pytest.warns(UserWarning, match=f"each meta-step waits for the device: {advice}"):
-        trainers[0].step()
-    trainers[1].step()
-    for trainer in trainers:
-        for _ in range(3):
-            trainer.step()
-    assert_same_training(*trainers)
-
-
-def test_reading_less_than_every_step_is_refused():
-    with pytest.raises(ValueError, match="read_every must be at least 1, got 0"):
-        make_trainer("cpu", read_every=0)
-
-
-# ---- on CUDA ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cuda(device):
-    if device.type != "cuda":
-        pytest.skip("about CUDA")
-    return device
-
-
-@pytest.fixture
-def synchronising_raises(cuda):
-    """A context in which whatever waits for the device raises."""
-
-    class Context:
-        def __enter__(self):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the mode is a prototype
-                torch.cuda.set_sync_debug_mode("error")
-
-        def __exit__(self, *_):
-            torch.cuda.set_sync_debug_mode("default")
-
-    return Context()
-
-
-@pytest.mark.parametrize("kind", [cuda_graph, unrecorded])
-def test_a_step_on_cuda_does_not_synchronise(kind, cuda, synchronising_raises):
-    trainer = make_trainer(cuda, kind)
-    trainer.step()
-    trainer.step()  # recorded here
-    with synchronising_raises:
-        for _ in range(5):
-            trainer.step()
-    assert len(trainer.history) == 7
-
-
-def test_on_cuda_the_default_is_to_record(cuda):
-    trainer = Trainer(make_method(cuda), sinusoid(cuda))
-    assert trainer.capture is cuda_graph
-    assert trainer.optimizer.param_groups[0]["capturable"]
-
-
-def test_an_inner_solver_that_looks_falls_back_on_cuda(cuda):
-    def solve(problem):
-        phi = problem.start()
-        if phi.sum().item() > -1e9:
-            phi = 0.9 * phi
-        return phi
-
-    method = make_method(cuda)
-    method.inner = External(solve)
-    trainer = make_trainer(cuda, cuda_graph, method=method)
-    trainer.step()
-    with pytest.warns(UserWarning, match="run without recording them: .*synchroniz"):
-        trainer.step()
-    trainer.step()
-    assert all(record["failed"] == 0 for record in trainer.history)
+    arguments = (fails, lambda: None) if place == "capture" else (lambda: None, fails)
+    with pytest.raises(RuntimeError, match=r"^the cause$"):
+        cuda_graph(*arguments)
+    assert (paper.current, paper.mode) == ("caller", 0)
