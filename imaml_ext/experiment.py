@@ -42,6 +42,7 @@ from imaml_ext.trainer import Trainer, is_on_cuda
 # Not config.tasks: the evaluation tasks must not depend on it. Large images take much memory.
 _EVALUATED_AT_ONCE = {"sinusoid": 20, "omniglot": 20, "mini-imagenet": 4, "tiny-imagenet": 20}
 _SAVED_EVERY = 60.0  # seconds
+_SHOWN_EVERY = 1.0  # seconds; to look waits for the device
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def train_to_end(
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     progress = tqdm(
         total=None if config.minutes else config.meta_steps, initial=trainer.steps,
-        desc=name or config.dataset, unit="step", mininterval=1.0, dynamic_ncols=True,
+        desc=name or config.dataset, unit="step", mininterval=_SHOWN_EVERY, dynamic_ncols=True,
     )  # fmt: skip
     interrupted = threading.Event()
     before = signal.getsignal(signal.SIGINT)
@@ -131,7 +132,7 @@ def train_to_end(
     try:
         while (done := experiment.progress(trainer)) < 1 and not interrupted.is_set():
             trainer.step()
-            if time.monotonic() >= shown + progress.mininterval:
+            if time.monotonic() >= shown + _SHOWN_EVERY:
                 progress.set_postfix(_postfix(trainer), refresh=False)
                 shown = time.monotonic()
             progress.update()
