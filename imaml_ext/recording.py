@@ -67,6 +67,7 @@ def cuda_graph(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callab
 
 def _captured(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Any, T]:
     graph = torch.cuda.CUDAGraph()
+    torch.clear_autocast_cache()  # casts of the rehearsals, which will be freed
     try:
         with torch.cuda.graph(graph, stream=stream):
             return graph, function()
