@@ -2,6 +2,7 @@
 
 from imaml_ext._version import __version__
 from imaml_ext.cg import ConjugateGradient, conjugate_gradient
+from imaml_ext.evaluation import Evaluation, evaluate
 from imaml_ext.implicit import adapt, implicit_meta_grad
 from imaml_ext.inner import (
     LBFGS,
@@ -21,10 +22,11 @@ from imaml_ext.neumann import NeumannSeries
 from imaml_ext.objective import module_loss
 from imaml_ext.ops import build_info
 from imaml_ext.proximal import Proximal
+from imaml_ext.recording import RecordedMetaGradient
 from imaml_ext.solution import Solution, Status
 from imaml_ext.strength import ProximalStrength
 from imaml_ext.tasks import TaskBatch, TaskSource
-from imaml_ext.trainer import Evaluation, Trainer, evaluate
+from imaml_ext.trainer import Trainer
 
 __all__ = [
     "FOMAML",
@@ -46,6 +48,7 @@ __all__ = [
     "NeumannSeries",
     "Proximal",
     "ProximalStrength",
+    "RecordedMetaGradient",
     "Reptile",
     "Solution",
     "Status",

@@ -15,13 +15,14 @@ import torch
 from imaml_ext import plots
 from imaml_ext._version import __version__
 from imaml_ext.checkpoint import load_checkpoint
+from imaml_ext.evaluation import Evaluation, evaluate
 from imaml_ext.experiment import build, saved_config, train_to_end
 from imaml_ext.ops import build_info
 from imaml_ext.presets import CHOICES, FLAVOURS, PRESETS, ROWS, TABLES, Config
 from imaml_ext.reproduce import STUDIES
 from imaml_ext.reproduce.study import Settings, read
 from imaml_ext.reproduce.study import run as run_study
-from imaml_ext.trainer import Evaluation, NonfiniteError, evaluate, restore
+from imaml_ext.trainer import NonfiniteError, restore
 
 _HELP = {
     "method": "meta-learning method",

@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from imaml_ext.data import (
     load_omniglot,
     load_tiny_imagenet,
 )
+from imaml_ext.evaluation import Metric, SupportMetric, accuracy, support_accuracy
 from imaml_ext.inner import LBFGS, Adam, GradientDescent, HessianFree, InnerSolver
 from imaml_ext.linear import LinearSolver
 from imaml_ext.maml import FOMAML, MAML, Reptile, TruncatedMAML
@@ -35,11 +37,12 @@ from imaml_ext.presets import CHOICES, PRESETS, Config
 from imaml_ext.reference_code import DescentThenProximal, ReferenceCodeCG
 from imaml_ext.strength import Form, ProximalStrength
 from imaml_ext.tasks import TaskSource
-from imaml_ext.trainer import Metric, SupportMetric, Trainer, accuracy, support_accuracy
+from imaml_ext.trainer import Trainer, is_on_cuda
 
 # Not config.tasks: the evaluation tasks must not depend on it. Large images take much memory.
 _EVALUATED_AT_ONCE = {"sinusoid": 20, "omniglot": 20, "mini-imagenet": 4, "tiny-imagenet": 20}
 _SAVED_EVERY = 60.0  # seconds
+_SHOWN_EVERY = 1.0  # seconds; to look waits for the device
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ class Experiment:
         """Adam, its rate constant or falling linearly to 2% over the second half of the run."""
         config = self.config
         optimizer = torch.optim.Adam(
-            self.method.learned().values(), lr=config.meta_lr, eps=config.meta_eps
+            self.method.learned().values(),
+            lr=config.meta_lr,
+            eps=config.meta_eps,
+            capturable=is_on_cuda(self.method),
         )
         watched = {name: metric for name, metric in self.metrics.items() if name != "loss"}
         trainer = Trainer(self.method, self.sources["train"], optimizer, metrics=watched)
@@ -112,7 +118,7 @@ def train_to_end(
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     progress = tqdm(
         total=None if config.minutes else config.meta_steps, initial=trainer.steps,
-        desc=name or config.dataset, unit="step", mininterval=1.0, dynamic_ncols=True,
+        desc=name or config.dataset, unit="step", mininterval=_SHOWN_EVERY, dynamic_ncols=True,
     )  # fmt: skip
     interrupted = threading.Event()
     before = signal.getsignal(signal.SIGINT)
@@ -122,11 +128,13 @@ def train_to_end(
         signal.signal(signal.SIGINT, before)  # a second one does not wait for the meta-step
 
     signal.signal(signal.SIGINT, interrupt)
-    last_saved = trainer.seconds
+    last_saved, shown = trainer.seconds, -math.inf
     try:
         while (done := experiment.progress(trainer)) < 1 and not interrupted.is_set():
-            record = trainer.step()
-            progress.set_postfix(_postfix(record, trainer), refresh=False)
+            trainer.step()
+            if time.monotonic() >= shown + _SHOWN_EVERY:
+                progress.set_postfix(_postfix(trainer), refresh=False)
+                shown = time.monotonic()
             progress.update()
             if int(validations * experiment.progress(trainer)) > int(validations * done):
                 source = experiment.sources["val"]
@@ -151,8 +159,9 @@ def saved_config(state: dict[str, Any], path: Path) -> Config:
     return Config(**saved)
 
 
-def _postfix(record: dict[str, float], trainer: Trainer) -> dict[str, str]:
+def _postfix(trainer: Trainer) -> dict[str, str]:
     recent = trainer.history[-20:]
+    record = recent[-1]
     shown = {"loss": f"{sum(r['loss'] for r in recent) / len(recent):.3f}"}
     if "accuracy" in record:
         shown["acc"] = f"{100 * sum(r['accuracy'] for r in recent) / len(recent):.1f}%"

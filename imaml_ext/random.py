@@ -2,10 +2,12 @@
 
 A counter-based generator: SplitMix64's output function applied to a key and a counter. Resuming,
 sharding the tasks of a step over machines, or recording a step as a CUDA graph cannot change what
-is drawn.
+is drawn. A recorded step is a tensor on the device: its value is never looked at.
 
 Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
 """
+
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -16,40 +18,68 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 
 
 def random_bits(
-    seed: int, step: int, stream: int, tasks: int, shape: tuple[int, ...], device: torch.device
+    seed: int,
+    step: int | Tensor,
+    stream: int,
+    tasks: int,
+    shape: tuple[int, ...],
+    device: torch.device,
 ) -> Tensor:
     """63 random bits in each entry of an int64 tensor [tasks, *shape].
 
     Task i's entries do not depend on `tasks`. Different `stream`s are independent.
+
+    Args:
+        step: an int, or a 0-d int64 tensor on `device`: the same bits.
     """
-    key = 0
+    key: int | Tensor = 0
     for word in (seed, step, stream):
-        key = _mix(key + word * _GOLDEN + _GOLDEN)
+        key = _mix(_wrapped(key) + _wrapped(word * _wrapped(_GOLDEN) + _wrapped(_GOLDEN)))
     count = tasks
     for size in shape:
         count *= size
-    z = torch.arange(count, dtype=torch.int64, device=device) * _signed(_GOLDEN) + _signed(key)
-    for shift, factor in _MIX:
-        z = (z ^ _shift_right(z, shift)) * _signed(factor)
+    counter = torch.arange(count, dtype=torch.int64, device=device)
+    z = _mix(counter * _wrapped(_GOLDEN) + _wrapped(key))
     return _shift_right(z, 1).view(tasks, *shape)
 
 
 def uniform(
-    seed: int, step: int, stream: int, tasks: int, shape: tuple[int, ...], device: torch.device
+    seed: int,
+    step: int | Tensor,
+    stream: int,
+    tasks: int,
+    shape: tuple[int, ...],
+    device: torch.device,
 ) -> Tensor:
-    """Uniform in [0, 1), float64 [tasks, *shape]."""
+    """Uniform in [0, 1), float64 [tasks, *shape]; from `random_bits`."""
     bits = random_bits(seed, step, stream, tasks, shape, device)
     return (bits >> 10).double() * 2.0**-53
 
 
-def _mix(z: int) -> int:
+@overload
+def _mix(z: int) -> int: ...
+@overload
+def _mix(z: Tensor) -> Tensor: ...
+def _mix(z: int | Tensor) -> int | Tensor:
+    """SplitMix64's output function, of 64 bits or of each entry of an int64 tensor."""
+    if isinstance(z, Tensor):  # its arithmetic wraps around by itself
+        for shift, factor in _MIX:
+            z = (z ^ _shift_right(z, shift)) * _wrapped(factor)
+        return z
     z &= _MASK
     for shift, factor in _MIX:
         z = ((z ^ (z >> shift)) * factor) & _MASK
     return z
 
 
-def _signed(word: int) -> int:
+@overload
+def _wrapped(word: int) -> int: ...
+@overload
+def _wrapped(word: Tensor) -> Tensor: ...
+def _wrapped(word: int | Tensor) -> int | Tensor:
+    """An int as the int64 of the same 64 bits, which a tensor takes as an operand."""
+    if isinstance(word, Tensor):
+        return word
     word &= _MASK
     return word - (1 << 64) if word >> 63 else word
 

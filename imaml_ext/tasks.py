@@ -1,7 +1,10 @@
 """Batches of tasks, and where they come from."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
@@ -11,8 +14,41 @@ class TaskBatch:
     support: Any
     query: Any
 
+    def clone(self) -> "TaskBatch":
+        return TaskBatch(*pytree.tree_map(lambda t: t.detach().clone(), self._parts()))
+
+    def copy_(self, other: "TaskBatch") -> None:
+        """Overwrite every tensor by that of another batch.
+
+        Raises:
+            ValueError: their structures, shapes or dtypes differ; nothing is written.
+        """
+        mine, structure = pytree.tree_flatten(self._parts())
+        theirs, other_structure = pytree.tree_flatten(other._parts())
+        expected, got = ([(list(t.shape), t.dtype) for t in leaves] for leaves in (mine, theirs))
+        if structure != other_structure or expected != got:
+            raise ValueError(f"the batch must be of {expected}, as it was first, got {got}")
+        for to, source in zip(mine, theirs, strict=True):
+            to.copy_(source)
+
+    def _parts(self) -> tuple[Any, Any]:
+        return self.support, self.query
+
 
 class TaskSource(Protocol):
     """Anything that deals batches of tasks. The same step always gives the same batch."""
 
     def sample(self, step: int) -> TaskBatch: ...
+
+
+@runtime_checkable
+class RecordableSource(Protocol):
+    """A source that can be recorded as a part of the meta-step.
+
+    Its `sample` takes the step also as a 0-d int64 tensor on the device of the tasks, and does not
+    look at its value. It says so by having `recordable`.
+    """
+
+    recordable: bool
+
+    def sample(self, step: int | Tensor) -> TaskBatch: ...

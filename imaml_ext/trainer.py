@@ -1,25 +1,23 @@
-"""The outer loop: meta-gradients into any `torch.optim` optimizer, evaluation, checkpoints."""
+"""The outer loop: meta-gradients into any `torch.optim` optimizer, and checkpoints."""
 
 import json
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from imaml_ext.checkpoint import load_checkpoint, save_checkpoint
-from imaml_ext.flat import Params
+from imaml_ext.device_step import DeviceStep, LateRecord, summarise, why_not_on_device
+from imaml_ext.evaluation import Metric, evaluate
+from imaml_ext.meta_gradient import MetaGradient
 from imaml_ext.methods import Method
-from imaml_ext.solution import Status
+from imaml_ext.recording import Capture, cuda_graph
 from imaml_ext.tasks import TaskBatch, TaskSource
 
-Metric = Callable[[Params, Any], Tensor]  # (phi, query) -> scalar, for one task
-SupportMetric = Callable[[Params, Any, Any], Tensor]  # (phi, support, query) -> scalar
 Record = dict[str, float]
 
 
@@ -30,17 +28,26 @@ class NonfiniteError(ArithmeticError):
 class Trainer:
     """Meta-training: `optimizer` steps along the meta-gradients of the batches of `source`.
 
+    On CUDA the whole meta-step is recorded once and replayed, and nothing in it synchronises; see
+    docs/recording.md for what it asks of the model, the source and the optimizer, and what happens
+    where they cannot give it.
+
     Args:
         method: owns what is learned.
         source: deals a batch for each step.
-        optimizer: over the tensors of `method.learned()`; default Adam with lr 1e-3.
+        optimizer: over the tensors of `method.learned()`; default Adam with lr 1e-3. On CUDA it
+            should be capturable.
         scheduler: of the optimizer's learning rate, stepped with it.
         metrics: reported beside the loss, by name; evaluated on the query set at phi.
+        capture: how to record a meta-step; default `cuda_graph` on CUDA, where `unrecorded` runs
+            each as it is. On the CPU steps are decided on the host, unless a capture is given.
+        read_every: steps after which their records are read from the device.
 
     Attributes:
         steps: meta-steps made.
-        seconds: time spent in `step`, over all runs of this training.
-        history: one record a step.
+        seconds: time spent in `step` and `read`, over all runs of this training. Of steps that are
+            read together each record has its share.
+        history: one record a step; reads what was not read yet.
         validation: one record a call of `validate`.
     """
 
@@ -52,32 +59,107 @@ class Trainer:
         *,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         metrics: dict[str, Metric] | None = None,
+        capture: Capture | None = None,
+        read_every: int = 50,
     ) -> None:
+        if read_every < 1:
+            raise ValueError(f"read_every must be at least 1, got {read_every}")
+        on_cuda = is_on_cuda(method)
         self.method = method
         self.source = source
-        self.optimizer = optimizer or torch.optim.Adam(method.learned().values(), lr=1e-3)
+        self.optimizer = optimizer or torch.optim.Adam(
+            method.learned().values(), lr=1e-3, capturable=on_cuda
+        )
         self.scheduler = scheduler
         self.metrics = metrics or {}
+        self.capture = cuda_graph if capture is None and on_cuda else capture
+        self.read_every = read_every
         self.steps = 0
         self.seconds = 0.0
-        self.history: list[Record] = []
         self.validation: list[Record] = []
+        self._history: list[Record] = []
+        self._pending: list[LateRecord] = []
+        self._device_step: DeviceStep | None = None
+        self._warned_of: torch.optim.Optimizer | None = None
 
-    def step(self) -> Record:
-        """One meta-step. Its record is read from the device once, to decide whether to apply it.
+    @property
+    def history(self) -> list[Record]:
+        self.read()
+        return self._history
 
-        If the method skips tasks that are not finite and all of them are, nothing is applied. An
-        optimizer that evaluates more than once in a step, as L-BFGS does, sees the same batch; the
-        record is of the first time.
+    def step(self) -> Mapping[str, float]:
+        """One meta-step. On the CPU, and the first of a run on CUDA, it is decided on the host.
+
+        The others on CUDA synchronise nothing: the record that they return, `history` and the error
+        wait until it is asked for or `read_every` of them were made.
+
+        If the method skips tasks that are not finite and all of them are, nothing is applied. On
+        the host, an optimizer that evaluates more than once in a step, as L-BFGS does, sees the
+        same batch; the record is of the first time.
 
         Raises:
             NonfiniteError: a task is not finite and the method does not skip such tasks. Neither
-                the parameters nor the optimizer have changed.
+                the parameters nor the optimizer have changed in that step, nor after it.
         """
         start = time.perf_counter()
+        parts = (self.method, self.source, self.optimizer, self.metrics)
+        if self._device_step is not None and not self._device_step.is_of(*parts):
+            self.read()
+            self._device_step = None
+        record: Mapping[str, float]
+        if self._device_step is None:
+            values = self._step_on_host()
+            self.steps += 1
+            self.seconds += time.perf_counter() - start
+            record = {"step": self.steps, "seconds": self.seconds} | values
+            self._history.append(record)
+        else:
+            late = LateRecord(self.read, self.seconds, *self._schedule())
+            self._device_step.run(self.steps)
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self._pending.append(late)
+            self.steps += 1
+            self.seconds += time.perf_counter() - start
+            record = late
+            if len(self._pending) == self._device_step.rows:
+                self.read()
+        return record
+
+    def read(self) -> None:
+        """Wait for the steps that were made, and add their records to `history`.
+
+        Raises:
+            NonfiniteError: one of them was refused. `steps` and the scheduler are as before it.
+        """
+        if not self._pending:
+            return
+        assert self._device_step is not None
+        start = time.perf_counter()
+        pending, self._pending = self._pending, []
+        first = self.steps - len(pending)
+        records = self._device_step.read(range(first, self.steps))
+        self.seconds += time.perf_counter() - start
+        spent = (self.seconds - pending[0].begun) / len(pending)  # each, on the device
+        for number, (late, values) in enumerate(zip(pending, records, strict=True)):
+            if values["failed"] > 0 and self.method.nonfinite == "refuse":
+                self.steps = first + number
+                self._restore_schedule(late.schedule, late.rates)
+                self._device_step.forgive()
+                error = self._refusal(self.method.meta_gradient(self.source.sample(self.steps)))
+                for refused in pending[number:]:
+                    refused.error = error
+                raise error
+            seconds = pending[0].begun + (number + 1) * spent
+            late.filled = {"step": first + number + 1, "seconds": seconds} | values
+            self._history.append(late.filled)
+
+    def _step_on_host(self) -> Record:
+        """A step that looks at its meta-gradient before it applies it."""
         batch = self.source.sample(self.steps)
         record = self._evaluate(batch)
-        if record["failed"] < 1:
+        applied = record["failed"] < 1
+        if applied:
             evaluated = [record]
 
             def closure() -> float:
@@ -86,43 +168,64 @@ class Trainer:
             self.optimizer.step(closure)
         if self.scheduler is not None:
             self.scheduler.step()
-        self.steps += 1
-        self.seconds += time.perf_counter() - start
-        record = {"step": self.steps, "seconds": self.seconds} | record
-        self.history.append(record)
+        if applied and self.capture is not None:
+            self._go_to_device(list(record))
         return record
 
     def _evaluate(self, batch: TaskBatch) -> Record:
         """Fill the gradients of what is learned, and say how the batch went."""
         out = self.method.meta_gradient(batch)
-        values = {
-            "loss": out.query_loss,
-            "support_loss": out.support_loss,
-            **{name: _per_task(m, out.adapted, batch.query) for name, m in self.metrics.items()},
-            "inner_residual": out.inner.residual,
-        }
-        if out.cg is not None:
-            values["cg_residual"] = out.cg.residual
-            values["negative_curvature"] = out.cg.status == Status.NEGATIVE_CURVATURE
-        failed = out.failed
-        means = [
-            torch.where(failed, 0, v.double()).sum() / (~failed).sum() for v in values.values()
-        ]
-        values["failed"] = failed
-        numbers = torch.stack([*means, failed.double().mean()]).tolist()
-        record = dict(zip(values, numbers, strict=True))
+        summary = summarise(out, batch, self.metrics)
+        numbers = torch.stack(list(summary.values())).tolist()
+        record = dict(zip(summary, numbers, strict=True))
         if record["failed"] > 0 and self.method.nonfinite == "refuse":
-            raise NonfiniteError(
-                f"meta-step {self.steps}: the meta-gradient is not finite, so it was not applied. "
-                f"{out.describe()}"
-            )
+            raise self._refusal(out)
         gradients = out.named()
         for name, tensor in self.method.learned().items():
             tensor.grad = gradients[name]
         return record
 
+    def _go_to_device(self, names: list[str]) -> None:
+        """Decide the steps from here on on the device, if the optimizer can."""
+        assert self.capture is not None
+        reason = why_not_on_device(self.optimizer)
+        if reason is not None:
+            if self.optimizer is not self._warned_of:
+                self._warned_of = self.optimizer
+                warnings.warn(f"each meta-step waits for the device: {reason}", stacklevel=4)
+            return
+        self._device_step = DeviceStep(
+            self.method, self.source, self.optimizer, self.metrics,
+            names=names, rows=self.read_every, capture=self.capture,
+        )  # fmt: skip
+
+    def _refusal(self, out: MetaGradient) -> "NonfiniteError":
+        return NonfiniteError(
+            f"meta-step {self.steps}: the meta-gradient is not finite, so it was not applied. "
+            f"{out.describe()}"
+        )
+
+    def _schedule(self) -> tuple[dict[str, Any], list[Any]]:
+        """The scheduler's state, and the learning rates."""
+        state = self.scheduler.state_dict() if self.scheduler else {}
+        return state, [_value(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _restore_schedule(self, state: dict[str, Any], rates: list[Any]) -> None:
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(rate)
+            else:
+                group["lr"] = rate
+
     def validate(self, source: TaskSource, metrics: dict[str, Metric], *, tasks: int) -> Record:
-        """Evaluate and remember the means with the meta-step and the time."""
+        """Evaluate and remember the means with the meta-step and the time.
+
+        Raises:
+            NonfiniteError: as `read`.
+        """
+        self.read()
         means = evaluate(self.method, source, metrics, tasks=tasks).mean
         record = {"step": self.steps, "seconds": self.seconds, **means}
         self.validation.append(record)
@@ -133,12 +236,16 @@ class Trainer:
 
         Args:
             config: kept beside it; anything that JSON can hold.
+
+        Raises:
+            NonfiniteError: as `read`.
         """
+        self.read()
         state = {
             "config": json.dumps(config or {}),
             "steps": self.steps,
             "seconds": self.seconds,
-            "history": self.history,
+            "history": self._history,
             "validation": self.validation,
             "learned": {name: t.detach() for name, t in self.method.learned().items()},
             "optimizer_class": type(self.optimizer).__name__,
@@ -163,20 +270,33 @@ class Trainer:
                 f"{path} holds the state of {state['optimizer_class']}, "
                 f"but the optimizer is {type(self.optimizer).__name__}"
             )
+        self._device_step, self._pending = None, []
         restore(self.method, state, path)
         torch.set_rng_state(state["random"]["cpu"])
         if "cuda" in state["random"] and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["random"]["cuda"])
+        groups = self.optimizer.param_groups
+        for saved, own in zip(state["optimizer"]["param_groups"], groups, strict=False):
+            if "capturable" in own:  # on which device it runs is not the checkpoint's to say
+                saved["capturable"] = own["capturable"]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.steps, self.seconds = state["steps"], state["seconds"]
-        self.history, self.validation = state["history"], state["validation"]
+        self._history, self.validation = state["history"], state["validation"]
+
+
+def is_on_cuda(method: Method) -> bool:
+    return any(tensor.is_cuda for tensor in method.learned().values())
+
+
+def _value(rate: Any) -> Any:
+    return rate.clone() if isinstance(rate, Tensor) else rate
 
 
 def _random_states(method: Method) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
-    if any(tensor.is_cuda for tensor in method.learned().values()):
+    if is_on_cuda(method):
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
@@ -200,75 +320,3 @@ def restore(method: Method, state: dict[str, Any], path: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in learned.items():
             tensor.copy_(state["learned"][name])
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Means over tasks, and half-widths of their 95% intervals, `1.96 std / sqrt(tasks)`."""
-
-    mean: dict[str, float]
-    ci95: dict[str, float]
-    tasks: int
-
-
-@torch.no_grad()
-def evaluate(
-    method: Method,
-    source: TaskSource,
-    metrics: dict[str, Metric],
-    *,
-    tasks: int,
-    support_metrics: dict[str, SupportMetric] | None = None,
-) -> Evaluation:
-    """Adapt to `tasks` tasks of `source` (its steps 0, 1, ...) and judge on their query sets.
-
-    Args:
-        support_metrics: see the support set beside the query set; reported as "support_NAME".
-    """
-    if tasks < 1:
-        raise ValueError(f"tasks must be at least 1, got {tasks}")
-    values: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    values |= {f"support_{name}": [] for name in support_metrics or {}}
-    seen, step = 0, 0
-    while seen < tasks:
-        batch = source.sample(step)
-        phi = method.adapt(batch.support)
-        for name, metric in metrics.items():
-            values[name].append(_per_task(metric, phi, batch.query))
-        for name, joint in (support_metrics or {}).items():
-            values[f"support_{name}"].append(_per_task(joint, phi, batch.support, batch.query))
-        seen += next(iter(phi.values())).shape[0]
-        step += 1
-    joined = {name: torch.cat(parts)[:tasks].double() for name, parts in values.items()}
-    return Evaluation(
-        mean={name: v.mean().item() for name, v in joined.items()},
-        ci95={
-            name: 1.96 * v.std(correction=0).item() / math.sqrt(tasks) for name, v in joined.items()
-        },
-        tasks=tasks,
-    )
-
-
-def accuracy(outputs: Callable[[Params, Any], Tensor]) -> Metric:
-    """Share of a task's examples whose largest output is at the label."""
-
-    def metric(params: Params, data: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = data
-        return (outputs(params, x).argmax(-1) == y).float().mean()
-
-    return metric
-
-
-def support_accuracy(outputs: Callable[[Params, Any, Any], Tensor]) -> SupportMetric:
-    """As `accuracy`, of outputs for query examples that have seen the support examples."""
-
-    def metric(params: Params, support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor]) -> Any:
-        x, y = query
-        return (outputs(params, support[0], x).argmax(-1) == y).float().mean()
-
-    return metric
-
-
-def _per_task(metric: Callable[..., Tensor], params: Params, *data: Any) -> Tensor:
-    with torch.no_grad():
-        return vmap(metric, randomness="different")(params, *data)

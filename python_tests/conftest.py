@@ -1,10 +1,13 @@
+import importlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from tape import Tape
 
 import imaml_ext
+from imaml_ext.recording import cuda_graph
 
 CUDA = torch.cuda.is_available() and bool(imaml_ext.build_info()["cuda"])
 
@@ -24,6 +27,18 @@ def device(request):
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
 def dtype(request):
     return request.param
+
+
+@pytest.fixture
+def capture(device):
+    """How work is recorded, on the CPU by a stand-in."""
+    return cuda_graph if device.type == "cuda" else Tape()
+
+
+@pytest.fixture
+def adam_capturable_on_the_cpu_too(monkeypatch):
+    adam = importlib.import_module("torch.optim.adam")
+    monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *_: ["cpu", "cuda"])
 
 
 # The tests are small: a second thread would mostly wait for the first.

@@ -12,6 +12,7 @@ from PIL import Image
 from imaml_ext.data import ImageEpisodes, Sinusoid, load_omniglot, load_tiny_imagenet
 from imaml_ext.data import omniglot as module
 from imaml_ext.random import random_bits, uniform
+from imaml_ext.tasks import RecordableSource
 
 CPU = torch.device("cpu")
 
@@ -47,6 +48,28 @@ def test_seed_step_and_stream_all_matter():
         for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
     ]
     assert len({str(draw) for draw in draws}) == 4
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40, -3])
+@pytest.mark.parametrize("step", [0, 1, 41, 12345678901])
+@pytest.mark.parametrize("stream", [0, 2, 9])
+def test_a_step_on_the_device_draws_the_same_bits(seed, step, stream, device):
+    expected = random_bits(seed, step, stream, 3, (2,), CPU)
+    number = torch.tensor(step, device=device)
+    assert torch.equal(random_bits(seed, number, stream, 3, (2,), device).cpu(), expected)
+
+
+def test_a_step_on_the_device_deals_the_same_tasks(device):
+    images = torch.randint(256, (9, 5, 6, 6), dtype=torch.uint8, device=device)
+    episodes = ImageEpisodes(images, way=3, shot=1, query=2, tasks=4, seed=5, rotate=True)
+    for source in (episodes, Sinusoid(tasks=4, seed=5, device=device)):
+        assert isinstance(source, RecordableSource)
+        expected, got = (source.sample(n) for n in (11, torch.tensor(11, device=device)))
+        other = source.sample(torch.tensor(12, device=device))
+        for part in ("support", "query"):
+            for a, b in zip(getattr(expected, part), getattr(got, part), strict=True):
+                assert torch.equal(a, b)
+            assert not torch.equal(getattr(expected, part)[0], getattr(other, part)[0])
 
 
 def test_uniform_is_uniform():

@@ -1,8 +1,10 @@
-"""Nothing from the task batch to the meta-gradient reads a value back to the host.
+"""Nothing from the task batch to the update of theta reads a value back to the host.
 
 The meta device has shapes but no values: whatever asks a tensor for its value, `.item()`,
 `.tolist()`, `bool(tensor)`, raises there. And like CUDA it is not the CPU, where looking is free.
 """
+
+import importlib
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ from imaml_ext import (
     module_loss,
 )
 from imaml_ext.data import ImageEpisodes, Sinusoid
+from imaml_ext.device_step import DeviceStep
 from imaml_ext.models import conv4, mlp
+from imaml_ext.recording import unrecorded
 
 META = torch.device("meta")
 
@@ -106,3 +110,34 @@ def test_adapt_and_its_backward_do_not_synchronise():
     phi = adapt(loss, dict(model.named_parameters()), batch.support, lam=2.0)
     torch.func.vmap(loss)(phi, batch.query).mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("nonfinite", ["refuse", "skip"])
+@pytest.mark.parametrize("dataset", ["sinusoid", "images"])
+def test_a_meta_step_does_not_synchronise_from_dealing_to_the_update(
+    dataset, nonfinite, monkeypatch
+):
+    adam = importlib.import_module("torch.optim.adam")
+    monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *_: ["meta"])
+    if dataset == "images":
+        model, criterion = conv4(5, filters=4).to(META), torch.nn.functional.cross_entropy
+        images = torch.empty(9, 4, 28, 28, dtype=torch.uint8, device=META)
+        source = ImageEpisodes(images, way=5, shot=1, query=2, tasks=3, rotate=True)
+    else:
+        model, criterion = mlp(1, 8, 1).to(META), torch.nn.functional.mse_loss
+        source = Sinusoid(tasks=4, device=META)
+    loss = module_loss(model, criterion)
+    method = IMAML(
+        loss, dict(model.named_parameters()), inner=GradientDescent(steps=2), nonfinite=nonfinite
+    )
+    optimizer = torch.optim.Adam(method.learned().values(), lr=1e-3, capturable=True)
+    names = ["loss", "support_loss", "query", "inner_residual"]
+    names += ["cg_residual", "negative_curvature", "failed"]
+    step = DeviceStep(
+        method, source, optimizer, {"query": loss}, names=names, rows=5, capture=unrecorded
+    )
+    for number in (0, 1, 7):
+        step.run(number)
+    assert all(state["step"].is_meta for state in optimizer.state.values())
+    with pytest.raises(NotImplementedError):
+        step.read(range(7, 8))

@@ -12,7 +12,7 @@ _CLASSES, _IMAGES, _ROTATIONS = range(3)  # streams of random numbers
 class ImageEpisodes:
     """`way`-way `shot`-shot tasks with `query` query images per class; labels are class positions.
 
-    A batch is a function of (seed, step) alone, drawn on the device of the images.
+    A batch is a function of (seed, step) alone, drawn on the device of the images: `recordable`.
 
     Args:
         images: uint8 [classes, images per class, H, W], or [..., channels, H, W].
@@ -23,6 +23,8 @@ class ImageEpisodes:
     Raises:
         ValueError: more ways than classes, or more images asked for than a class has.
     """
+
+    recordable = True
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class ImageEpisodes:
         self.way, self.shot, self.query, self.tasks = way, shot, query, tasks
         self.seed, self.rotate, self.dtype = seed, rotate, dtype
 
-    def sample(self, step: int) -> TaskBatch:
+    def sample(self, step: int | Tensor) -> TaskBatch:
         """Support and query (x [B, N, channels, H, W], y [B, N]), N = way shot and way query."""
         classes, per_class = self.images.shape[:2]
         drawn = self._bits(step, _CLASSES, classes).topk(self.way).indices
@@ -74,5 +76,5 @@ class ImageEpisodes:
 
         return TaskBatch(support=part(0, self.shot), query=part(self.shot, self.query))
 
-    def _bits(self, step: int, stream: int, *shape: int) -> Tensor:
+    def _bits(self, step: int | Tensor, stream: int, *shape: int) -> Tensor:
         return random_bits(self.seed, step, stream, self.tasks, shape, self.images.device)

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 from imaml_ext.random import uniform
 from imaml_ext.tasks import TaskBatch
@@ -11,7 +12,7 @@ _TASK, _SUPPORT, _QUERY = range(3)  # streams of random numbers
 
 
 class Sinusoid:
-    """`y = a sin(x - b)` with a in [0.1, 5], b in [0, pi] and x in [-5, 5], uniform.
+    """`y = a sin(x - b)` with a in [0.1, 5], b in [0, pi] and x in [-5, 5], uniform; `recordable`.
 
     Args:
         shot, query: points in the support and the query set.
@@ -19,6 +20,8 @@ class Sinusoid:
 
     Source: Finn, Abbeel, Levine 2017, section 5.1.
     """
+
+    recordable = True
 
     def __init__(
         self,
@@ -36,17 +39,17 @@ class Sinusoid:
         self.shot, self.query, self.tasks, self.seed = shot, query, tasks, seed
         self.device, self.dtype = torch.device(device), dtype
 
-    def sample(self, step: int) -> TaskBatch:
+    def sample(self, step: int | Tensor) -> TaskBatch:
         """Support and query (x [B, N, 1], y [B, N, 1])."""
         draw = self._uniform(step, _TASK, 2, 1, 1)
         amplitude, phase = 0.1 + 4.9 * draw[:, 0], math.pi * draw[:, 1]
 
-        def part(stream: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def part(stream: int, count: int) -> tuple[Tensor, Tensor]:
             x = 10 * self._uniform(step, stream, count, 1) - 5
             y = amplitude * torch.sin(x - phase)
             return x.to(self.dtype), y.to(self.dtype)
 
         return TaskBatch(support=part(_SUPPORT, self.shot), query=part(_QUERY, self.query))
 
-    def _uniform(self, step: int, stream: int, *shape: int) -> torch.Tensor:
+    def _uniform(self, step: int | Tensor, stream: int, *shape: int) -> Tensor:
         return uniform(self.seed, step, stream, self.tasks, shape, self.device)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from imaml_ext.evaluation import evaluate
 from imaml_ext.experiment import build
 from imaml_ext.plots import pyplot, save
 from imaml_ext.presets import PRESETS
 from imaml_ext.reproduce.study import Record, Settings, Study
-from imaml_ext.trainer import evaluate
 
 METHODS = {"imaml": "iMAML", "maml": "MAML", "fomaml": "first-order MAML"}
 INNER_STEPS = (1, 2, 5, 10, 20, 40)
@@ -37,6 +37,7 @@ def measure(settings: Settings) -> Iterator[Record]:
             start = time.perf_counter()
             for _ in tqdm(range(config.meta_steps), desc=f"{method}, {inner_steps} steps"):
                 trainer.step()
+            trainer.read()
             seconds = time.perf_counter() - start
             result = evaluate(
                 experiment.method, experiment.sources["test"], experiment.metrics, tasks=EVALUATED

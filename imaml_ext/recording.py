@@ -1,0 +1,146 @@
+"""Work of fixed shapes, recorded once and replayed: on CUDA, where launching it is what takes time.
+
+A CUDA graph repeats what was launched while it was recorded, on the same memory. What came from
+the host stays as it was then; what is to change between replays is a tensor, written in place.
+
+Source: torch's notes on CUDA graphs, "Whole-network capture".
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.utils import _pytree as pytree
+
+from imaml_ext.meta_gradient import MetaGradient
+from imaml_ext.tasks import TaskBatch
+
+T = TypeVar("T")
+
+_REHEARSALS = 3  # allocate workspaces, choose algorithms, load kernels
+
+
+class Capture(Protocol):
+    """A way to record: gives a function that does what `function` does, once a call.
+
+    `rehearse` is run before, any number of times: what `function` does, but for its effects.
+
+    Raises:
+        RuntimeError: it cannot be recorded. `function` has had no effect.
+    """
+
+    def __call__(
+        self, function: Callable[[], T], rehearse: Callable[[], Any]
+    ) -> Callable[[], T]: ...
+
+
+def cuda_graph(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable[[], T]:
+    """A CUDA graph of `function` on the current device, in a memory pool of its own; a `Capture`.
+
+    Recording waits for the device; replaying does not. A replay returns the same tensors as the
+    one before, with new values.
+    """
+    caller, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    try:
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            for _ in range(_REHEARSALS - 1):
+                rehearse()
+            # What synchronises is found here: a capture that fails can leave the generator of
+            # random numbers unusable.
+            with _synchronising_raises():
+                rehearse()
+        caller.wait_stream(stream)
+        graph, result = _captured(function, stream)
+    finally:
+        torch.cuda.set_stream(caller)  # which a capture that fails does not restore
+
+    def replay() -> T:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _captured(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Any, T]:
+    graph = torch.cuda.CUDAGraph()
+    torch.clear_autocast_cache()  # casts of the rehearsals, which will be freed
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            return graph, function()
+    except RuntimeError as error:  # ending a capture that failed hides why it did
+        raise RuntimeError(str(error.__context__ or error)) from error
+
+
+def unrecorded(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable[[], T]:
+    """`function` itself; a `Capture` that records nothing."""
+    return function
+
+
+class RecordedMetaGradient:
+    """A meta-gradient, recorded once for batches of one shape; call it with a batch.
+
+    The result is the recording's own memory: the next call overwrites it, so clone what is to be
+    kept. theta and tensors of lam are read anew in each call; they may be updated in place, as
+    optimizers do, but not replaced. Plain numbers, such as a float lam, are as they were when it
+    was recorded, and so is whether the model was in training mode.
+
+    Args:
+        meta_gradient: `method.meta_gradient`, or any function of a batch that calls
+            `implicit_meta_grad`; nothing in it may synchronise.
+        batch: of the shapes that all will have; on CUDA.
+        capture: how to record.
+
+    Raises:
+        RuntimeError: it cannot be recorded; the message says why.
+    """
+
+    def __init__(
+        self,
+        meta_gradient: Callable[[TaskBatch], MetaGradient],
+        batch: TaskBatch,
+        *,
+        capture: Capture = cuda_graph,
+    ) -> None:
+        self._batch = batch.clone()
+
+        def function() -> MetaGradient:
+            return meta_gradient(self._batch)
+
+        example = pytree.tree_leaves(self._batch.support)[0]
+        if capture is cuda_graph and not example.is_cuda:
+            raise RuntimeError(f"a CUDA graph needs a batch on CUDA, got one on {example.device}")
+        with torch.cuda.device_of(example):
+            self._replay = capture(function, function)
+
+    def __call__(self, batch: TaskBatch) -> MetaGradient:
+        """The meta-gradient of the batch, in the recording's memory. Nothing synchronises.
+
+        Raises:
+            ValueError: the batch is of other shapes than the one recorded.
+        """
+        self._batch.copy_(batch)
+        result: MetaGradient = _anew(self._replay())
+        return result
+
+
+def _anew(value: Any) -> Any:
+    """The same tensors in new dataclasses, which have not computed any property yet."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _anew(getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+@contextmanager
+def _synchronising_raises() -> Iterator[None]:
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

@@ -1,0 +1,149 @@
+"""A recorded meta-gradient is that of the batch it is called with."""
+
+import pytest
+import torch
+from trainings import assert_close, make_method, sinusoid
+
+from imaml_ext import RecordedMetaGradient, TaskBatch, implicit_meta_grad
+from imaml_ext.data import Sinusoid
+from imaml_ext.recording import cuda_graph
+
+# ---- a meta-gradient -------------------------------------------------------------------------
+
+
+def test_a_recorded_meta_gradient_follows_the_batch_and_theta(device, capture):
+    method = make_method(
+        device, lam=torch.tensor(2.0, device=device, dtype=torch.float64, requires_grad=True)
+    )
+    source = sinusoid(device, 5)
+    recorded = RecordedMetaGradient(method.meta_gradient, source.sample(0), capture=capture)
+    for step in range(1, 4):
+        expected = method.meta_gradient(source.sample(step))
+        got = recorded(source.sample(step))
+        assert_close(got.named().values(), expected.named().values(), rtol=1e-5, atol=1e-7)
+        assert torch.equal(got.cg.status, expected.cg.status)
+        assert_close([got.cg.error_bound], [expected.cg.error_bound], rtol=1e-4, atol=1e-9)
+        with torch.no_grad():
+            for tensor in method.learned().values():
+                tensor.mul_(0.9)
+
+
+def test_a_recorded_meta_gradient_is_of_any_function_of_a_batch(device, capture):
+    method = make_method(device)
+
+    def meta_gradient(batch):
+        return implicit_meta_grad(
+            method.loss, method.params, batch.support, batch.query, lam=3.0, cg=method.cg
+        )
+
+    source = sinusoid(device, 5)
+    recorded = RecordedMetaGradient(meta_gradient, source.sample(0), capture=capture)
+    expected = meta_gradient(source.sample(1))
+    got = recorded(source.sample(1))
+    assert_close(got.params.values(), expected.params.values(), rtol=1e-5, atol=1e-7)
+    assert_close([got.query_loss], [expected.query_loss])
+
+
+def test_a_batch_of_another_shape_is_refused_and_nothing_is_written(device, capture):
+    method, source = make_method(device), sinusoid(device, 5)
+    batch = source.sample(0)
+    recorded = RecordedMetaGradient(method.meta_gradient, batch, capture=capture)
+    before = [t.clone() for t in recorded(batch).params.values()]
+    with pytest.raises(ValueError, match=r"the batch must be of .*\[5, 10, 1\].* got .*\[4, 10, 1"):
+        recorded(sinusoid(device, 4).sample(1))
+    other = source.sample(1)
+    with pytest.raises(ValueError, match="the batch must be of"):
+        recorded(TaskBatch(other.support, (other.query[0], other.query[1].float())))
+    assert_close(recorded(batch).params.values(), before, rtol=0, atol=0)
+
+
+def test_a_cuda_graph_needs_cuda():
+    method = make_method("cpu")
+    with pytest.raises(RuntimeError, match="needs a batch on CUDA, got one on cpu"):
+        RecordedMetaGradient(method.meta_gradient, Sinusoid(tasks=2).sample(0))
+
+
+# ---- the order of things around a CUDA graph --------------------------------------------------
+
+
+class CudaOnPaper:
+    """torch.cuda's part in recording, written down."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.current, self.mode = [], "caller", 0
+        paper = self
+
+        class Stream:
+            def wait_stream(self, other):
+                paper.log.append(f"{self.name} waits")
+
+            def __init__(self, name="side"):
+                self.name = name
+
+        class Within:
+            def __init__(self, stream):
+                self.stream = stream
+
+            def __enter__(self):
+                self.before, paper.current = paper.current, self.stream.name
+
+            def __exit__(self, *_):
+                paper.current = self.before
+
+        class Graph:
+            def replay(self):
+                paper.log.append("replay")
+
+        class Capture(Within):
+            def __init__(self, graph, stream):
+                super().__init__(stream)
+
+            def __enter__(self):
+                super().__enter__()
+                paper.log.append("begin")
+
+            def __exit__(self, kind, *_):
+                if kind is not None:  # as torch: the stream stays, and this error hides the cause
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                super().__exit__()
+                paper.log.append("end")
+
+        fakes = {
+            "Stream": Stream,
+            "stream": Within,
+            "CUDAGraph": Graph,
+            "graph": Capture,
+            "current_stream": lambda: Stream("caller"),
+            "set_stream": lambda stream: setattr(self, "current", stream.name),
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_a_cuda_graph_is_rehearsed_on_its_stream_then_captured(monkeypatch):
+    paper = CudaOnPaper(monkeypatch)
+    replay = cuda_graph(
+        lambda: paper.log.append(f"run on {paper.current}") or "result",
+        lambda: paper.log.append(f"rehearse on {paper.current}, {paper.mode}"),
+    )
+    rehearsed = ["rehearse on side, 0"] * 2 + ["rehearse on side, error"]
+    around = ["side waits", *rehearsed, "caller waits", "begin", "run on side", "end"]
+    assert paper.log == around
+    assert replay() == "result"
+    assert paper.log == [*around, "replay"]
+    assert (paper.current, paper.mode) == ("caller", 0)
+
+
+@pytest.mark.parametrize("place", ["rehearsal", "capture"])
+def test_a_capture_that_fails_says_why_and_leaves_no_trace(place, monkeypatch):
+    paper = CudaOnPaper(monkeypatch)
+
+    def fails():
+        raise RuntimeError("the cause")
+
+    arguments = (fails, lambda: None) if place == "capture" else (lambda: None, fails)
+    with pytest.raises(RuntimeError, match=r"^the cause$"):
+        cuda_graph(*arguments)
+    assert (paper.current, paper.mode) == ("caller", 0)
