@@ -6,7 +6,7 @@ graph, which `torch.compile`'s compiler fuses into few kernels.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -20,9 +20,9 @@ T = TypeVar("T")
 def compiled(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable[[], T]:
     """`function`, compiled; a `Capture`. The tensors that it reads are read anew in each call.
 
-    It must not write them, and what it returns must be a pytree of tensors. Compiling takes from
-    seconds to minutes and needs a C++ compiler; torch keeps what it compiled in its cache, so that
-    the next process is done in seconds.
+    It must not write them, and what it returns must be a pytree whose numbers do not change.
+    Compiling takes from seconds to minutes and needs a C++ compiler; torch keeps what it compiled
+    in its cache, so that the next process is done sooner.
 
     Raises:
         RuntimeError: it cannot be traced; the message says why.
@@ -31,23 +31,29 @@ def compiled(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable
     from torch._inductor.compile_fx import compile_fx
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    structure: Any = None
+    result: Any = None
 
-    def leaves() -> list[Any]:
-        nonlocal structure
-        found, structure = pytree.tree_flatten(function())
-        return found
+    def tensors() -> list[Tensor]:
+        nonlocal result
+        result = function()
+        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
     with recording():
-        graph = make_fx(leaves)()
+        graph = make_fx(tensors)()
     operands = _lift_tensors(graph)
     with torch.no_grad():
         run: Any = compile_fx(graph, operands)
+    leaves, structure = pytree.tree_flatten(result)
 
     def replay() -> T:
         with torch.no_grad():
-            result: T = pytree.tree_unflatten(run(*operands), structure)
-        return result
+            found = iter(run(*operands))
+        return cast(
+            T,
+            pytree.tree_unflatten(
+                [next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
+            ),
+        )
 
     return replay
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from imaml_ext.flat import Params
 from imaml_ext.solution import Solution, Status
@@ -59,6 +60,9 @@ class MetaGradient:
         """Which tasks' solves ended how, and what to do, in one line. Synchronises on CUDA."""
         text = f"Inner solve: {self.inner.describe()}"
         return text if self.cg is None else f"{text}. Linear solve: {self.cg.describe()}"
+
+
+pytree.register_dataclass(MetaGradient)
 
 
 def check_nonfinite(nonfinite: Nonfinite) -> None:

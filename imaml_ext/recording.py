@@ -9,12 +9,12 @@ Source: torch's notes on CUDA graphs, "Whole-network capture".
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch.utils import _pytree as pytree
 
+from imaml_ext.compiling import compiled
 from imaml_ext.meta_gradient import MetaGradient
 from imaml_ext.tasks import TaskBatch
 
@@ -91,8 +91,8 @@ class RecordedMetaGradient:
     Args:
         meta_gradient: `method.meta_gradient`, or any function of a batch that calls
             `implicit_meta_grad`; nothing in it may synchronise.
-        batch: of the shapes that all will have; on CUDA.
-        capture: how to record.
+        batch: of the shapes that all will have.
+        capture: how to record; default `cuda_graph` on CUDA, `compiled` on the CPU.
 
     Raises:
         RuntimeError: it cannot be recorded; the message says why.
@@ -103,7 +103,7 @@ class RecordedMetaGradient:
         meta_gradient: Callable[[TaskBatch], MetaGradient],
         batch: TaskBatch,
         *,
-        capture: Capture = cuda_graph,
+        capture: Capture | None = None,
     ) -> None:
         self._batch = batch.clone()
 
@@ -111,6 +111,8 @@ class RecordedMetaGradient:
             return meta_gradient(self._batch)
 
         example = pytree.tree_leaves(self._batch.support)[0]
+        if capture is None:
+            capture = cuda_graph if example.is_cuda else compiled
         if capture is cuda_graph and not example.is_cuda:
             raise RuntimeError(f"a CUDA graph needs a batch on CUDA, got one on {example.device}")
         with torch.cuda.device_of(example):
@@ -123,15 +125,8 @@ class RecordedMetaGradient:
             ValueError: the batch is of other shapes than the one recorded.
         """
         self._batch.copy_(batch)
-        result: MetaGradient = _anew(self._replay())
-        return result
-
-
-def _anew(value: Any) -> Any:
-    """The same tensors in new dataclasses, which have not computed any property yet."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _anew(getattr(value, f.name)) for f in fields(value)})
-    return value
+        # New dataclasses around the same tensors: the old ones may have computed properties.
+        return cast(MetaGradient, pytree.tree_map(lambda leaf: leaf, self._replay()))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Matvec = Callable[[Tensor], Tensor]  # [B, D] -> [B, D], row i times the matrix of task i
 CurvatureKind = Literal["hessian", "ggn"]
@@ -144,3 +145,7 @@ class Solution:
                 remedy = f" ({_REMEDY[kind]})" if kind in _REMEDY else ""
                 parts.append(f"{kind.name}: {len(tasks)} of {len(status)} tasks: {shown}{remedy}")
         return "; ".join(parts)
+
+
+pytree.register_dataclass(Lanczos)
+pytree.register_dataclass(Solution)

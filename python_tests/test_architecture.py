@@ -9,9 +9,9 @@ import imaml_ext
 
 # From the ground up; a room imports from rooms below it only.
 FLOORS = [
-    {"_version", "files", "random"},
-    {"ops", "solution", "flat", "checkpoint", "data.cache"},
-    {"models", "presets"},
+    {"_version", "files", "looking", "random"},
+    {"ops", "solution", "flat", "checkpoint", "compiling", "data.cache"},
+    {"layers", "models", "presets"},
     {"objective", "linear", "strength"},
     {"cg", "minres", "neumann", "proximal"},
     {"inner.base", "inner.line_search", "meta_gradient", "tasks"},

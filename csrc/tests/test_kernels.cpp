@@ -53,6 +53,7 @@ int main() {
   imaml::test_the_emulation_sees_a_missing_barrier();
   imaml::test_cg_step();
   imaml::test_prox();
+  imaml::test_layers();
   std::printf("%d checks, %d failed\n", imaml::checks, imaml::failures);
   return imaml::failures == 0 ? 0 : 1;
 }

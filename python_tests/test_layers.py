@@ -1,0 +1,279 @@
+"""Layers with weights for each task give what vmap of the layers themselves gives, to any order."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from imaml_ext import layers, module_loss
+from imaml_ext.flat import Layout
+from imaml_ext.models import conv4
+from imaml_ext.objective import Objective
+
+TASKS = 3
+
+
+class Residual(nn.Module):
+    """What comes out of the batch norm is used before and after the ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 5, (3, 2), stride=(1, 2), padding=(0, 1))
+        self.norm = nn.BatchNorm2d(5, track_running_stats=False)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return (F.relu(y) * y.sigmoid()).flatten(1)
+
+
+class ChangedBetween(Residual):
+    """The batch norm's result is overwritten before the ReLU."""
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        y.mul_(-1)
+        return F.relu(y).flatten(1)
+
+
+def norm_of(size, *dims):
+    kind = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[len(dims) or 1]
+    return kind(size, track_running_stats=False)
+
+
+def convs(*modules):
+    return nn.Sequential(*modules, nn.Flatten())
+
+
+MODELS = {
+    "conv4": (lambda: conv4(4, channels=2, filters=5, image=9), (2, 9, 9)),
+    "pooling": (lambda: conv4(4, channels=2, filters=5, image=16, pool=True), (2, 16, 16)),
+    "relu beside": (Residual, (2, 5, 4)),
+    "overwritten": (ChangedBetween, (2, 5, 4)),
+    "relu in place": (
+        lambda: convs(nn.Conv2d(2, 3, 2), norm_of(3, 1, 1), nn.ReLU(inplace=True)),
+        (2, 4, 4),
+    ),
+    "tanh": (lambda: convs(nn.Conv2d(2, 3, 2, bias=False), norm_of(3, 1, 1), nn.Tanh()), (2, 4, 4)),
+    "1d": (lambda: convs(nn.Linear(4, 6), norm_of(6), nn.ReLU()), (4,)),
+    "3d": (lambda: convs(nn.Conv3d(1, 3, 2), norm_of(3, 1, 1, 1), nn.ReLU()), (1, 3, 3, 3)),
+    "groups": (lambda: convs(nn.Conv2d(4, 6, 2, groups=2), nn.Tanh()), (4, 4, 4)),
+    "dilation": (lambda: convs(nn.Conv2d(2, 3, 2, dilation=2), nn.Tanh()), (2, 4, 4)),
+    "same": (lambda: convs(nn.Conv2d(2, 3, 3, padding="same"), nn.Tanh()), (2, 4, 4)),
+    "reflected": (
+        lambda: convs(nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), nn.Tanh()),
+        (2, 4, 4),
+    ),
+    "not affine": (
+        lambda: convs(
+            nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3, affine=False, track_running_stats=False)
+        ),
+        (2, 4, 4),
+    ),
+}
+
+
+def make(name, frozen=()):
+    build, shape = MODELS[name]
+    model = build().double()
+    params = {n: p for n, p in model.named_parameters() if n not in frozen}
+    layout = Layout(params)
+    rows = layout.flatten(params).detach() + 0.1 * torch.randn(TASKS, layout.dim).double()
+    data = (torch.randn(TASKS, 6, *shape).double(), torch.randn(TASKS, 6, 1).double())
+    loss = module_loss(model, lambda z, y: (z.pow(3) * y).mean())
+    return Objective(loss, layout, data), rows
+
+
+def second(objective, rows, v):
+    at = rows.clone().requires_grad_()
+    (first,) = torch.autograd.grad(objective.losses(at).sum(), at, create_graph=True)
+    (product,) = torch.autograd.grad(first, at, v, create_graph=True)
+    return at, first, product
+
+
+def derivatives(objective, rows):
+    """Losses, gradients, Hessian products with and without a graph, Gauss-Newton products."""
+    v = torch.randn_like(rows)
+    _, first, product = second(objective, rows, v)
+    without_graph = [objective.linearise(rows, kind).matvec(v) for kind in ("hessian", "ggn")]
+    return [objective.losses(rows), first, product, *without_graph]
+
+
+def assert_close(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
+
+
+def both(monkeypatch, compute):
+    torch.manual_seed(1)
+    got = compute()
+    monkeypatch.setattr("imaml_ext.objective.task_layers", lambda device: nullcontext())
+    torch.manual_seed(1)
+    return got, compute()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_derivatives_are_those_of_plain_vmap(name, monkeypatch):
+    objective, rows = make(name)
+    assert_close(*both(monkeypatch, lambda: derivatives(objective, rows)))
+
+
+@pytest.mark.parametrize("name", ["relu beside", "tanh", "relu in place", "1d"])
+def test_the_third_derivative_is_right(name):
+    # Not against vmap: torch's own batch norm holds its statistics fast in the third derivative.
+    objective, rows = make(name)
+    v, step = torch.randn_like(rows), 1e-5
+    at, _, product = second(objective, rows, v)
+    (got,) = torch.autograd.grad(product, at, v)
+    ahead, behind = (second(objective, rows + s * v, v)[2].detach() for s in (step, -step))
+    expected = (ahead - behind) / (2 * step)
+    assert (got - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("frozen", [("0.weight",), ("0.weight", "0.bias"), ("1.weight",)])
+def test_parameters_that_tasks_share_are_left_to_vmap(frozen, monkeypatch):
+    objective, rows = make("tanh" if "0.bias" not in frozen else "relu in place", frozen)
+    assert_close(*both(monkeypatch, lambda: derivatives(objective, rows)))
+
+
+def count_calls(monkeypatch):
+    calls = []
+    for name in ("conv", "batch_norm", "batch_norm_backward"):
+        original = getattr(layers, name)
+
+        def counted(*args, name=name, original=original):
+            calls.append((name, args[-1] if name == "batch_norm_backward" else None))
+            return original(*args)
+
+        monkeypatch.setattr(layers, name, counted)
+    return calls
+
+
+def test_the_operators_run_where_they_can(monkeypatch):
+    calls = count_calls(monkeypatch)
+    objective, rows = make("conv4")
+    objective.gradient(rows)
+    kinds = [("conv", None), ("batch_norm", None)] * 4
+    # The four ReLUs, each behind a batch norm, are part of its derivative.
+    assert calls == kinds + [("batch_norm_backward", True)] * 4
+
+
+@pytest.mark.parametrize("name", ["overwritten", "relu in place", "tanh"])
+def test_a_relu_is_joined_to_a_batch_norm_only_if_it_is_next_and_apart(name, monkeypatch):
+    calls = count_calls(monkeypatch)
+    objective, rows = make(name)
+    objective.gradient(rows)
+    assert calls[-1] == ("batch_norm_backward", False)
+
+
+def test_under_autocast_the_layers_are_torchs(monkeypatch):
+    calls = count_calls(monkeypatch)
+    objective, rows = make("tanh")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        objective.losses(rows)
+    assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_a_transform_inside_the_loss_sees_torchs_layers():
+    model = convs(nn.Conv2d(1, 2, 2), norm_of(2, 1, 1), nn.ReLU()).double()
+    params = dict(model.named_parameters())
+    layout = Layout(params)
+
+    def loss(params, data):
+        x, direction = data
+        outputs = lambda x: functional_call(model, params, (x,))  # noqa: E731
+        value, tangent = torch.func.jvp(outputs, (x,), (direction,))
+        slope = torch.func.grad(lambda x: outputs(x).pow(2).sum())(x)
+        return value.pow(2).mean() + tangent.pow(2).mean() + slope.pow(2).mean()
+
+    data = tuple(torch.randn(TASKS, 3, 1, 4, 4).double() for _ in range(2))
+    rows = layout.flatten(params).detach().expand(TASKS, -1).clone()
+    got = Objective(loss, layout, data).losses(rows)
+    expected = [loss(params, tuple(t[i] for t in data)) for i in range(TASKS)]
+    torch.testing.assert_close(got, torch.stack(expected))
+
+
+def test_a_batch_norm_of_one_value_a_channel_is_refused_as_torch_does():
+    model = nn.Sequential(nn.Linear(2, 3), norm_of(3))
+    params = dict(model.named_parameters())
+    objective = Objective(
+        module_loss(model, F.mse_loss), Layout(params), (torch.rand(2, 1, 2), torch.rand(2, 1, 3))
+    )
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        objective.losses(objective.layout.flatten(params).expand(2, -1))
+
+
+def test_batch_norm_and_convolution_pass_gradgradcheck():
+    def random(*shape):
+        # A slice: what comes from a row of parameters is not contiguous.
+        return torch.randn(*shape, 2, dtype=torch.float64)[..., 0].requires_grad_()
+
+    def conv(x, w, b):
+        y = layers.Conv.apply(x.contiguous(), w.contiguous(), b.contiguous(), (2, 1, 1, 0))
+        return y.sin()
+
+    def norm(x, gamma, beta):
+        return layers._batch_norm(x, gamma, beta, eps=0.1)[0].sin()
+
+    operands = random(2, 2, 3, 3, 2), random(2, 3, 2, 3, 2), random(2, 3)
+    assert torch.autograd.gradgradcheck(conv, operands)
+    assert torch.autograd.gradgradcheck(norm, (random(2, 4, 2, 2), random(2, 2), random(2, 2)))
+
+
+# ---- the operators ---------------------------------------------------------------------------
+
+
+def operands():
+    x, w, g = torch.rand(2, 3, 5, 4, 2), torch.rand(2, 6, 2, 3, 2), torch.rand(2, 3, 3, 3, 6)
+    rows, channels = torch.rand(2, 7, 3), torch.rand(2, 3)
+    return {
+        "conv": (x, w, torch.rand(2, 6), 2, 1, 1, 0),
+        "conv_data_gradient": (g, w, 5, 4, 2, 1, 1, 0),
+        "conv_weight_gradient": (x, g, 3, 2, 2, 1, 1, 0),
+        "batch_norm": (rows, channels, channels, 1e-5),
+        "batch_norm_backward": (rows, rows, *[channels] * 4, True),
+        "batch_norm_double_backward": (rows, channels, channels, rows, rows, *[channels] * 4, True),
+    }
+
+
+@pytest.mark.parametrize("name", operands())
+def test_an_operator_passes_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.imaml, name).default, operands()[name])
+
+
+@pytest.mark.parametrize("name", operands())
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda t: t.to(torch.float16),
+        lambda t: t[:1],
+        lambda t: t[..., :1] if t.shape[-1] > 1 else torch.cat([t, t], -1),
+        lambda t: t.transpose(0, -1),
+        lambda t: t[None],
+        lambda t: t[:, :0],
+    ],
+    ids=["dtype", "tasks", "last size", "layout", "dimensions", "empty"],
+)
+def test_an_operator_refuses_what_does_not_fit(name, spoil):
+    good = operands()[name]
+    for position, operand in enumerate(good):
+        if isinstance(operand, torch.Tensor):
+            bad = [*good[:position], spoil(operand), *good[position + 1 :]]
+            with pytest.raises(RuntimeError, match=rf"{name}: "):
+                getattr(torch.ops.imaml, name)(*bad)
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        ((0, 1, 0, 0), "stride"),
+        ((1, 1, -1, 0), "padding"),
+        ((1, 1, 0, 0), "does not fit into 2 x 2"),
+    ],
+)
+def test_a_window_that_cannot_be_is_refused(window, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.imaml.conv(torch.rand(1, 1, 2, 2, 1), torch.rand(1, 1, 1, 3, 3), None, *window)
