@@ -1,4 +1,6 @@
 // cg_step: every way an iteration can end, and whole solves.
+#include <set>
+
 #include "harness.h"
 #include "kernels/cg_step.cuh"
 
@@ -189,32 +191,31 @@ CgState<T> cpu_step(CgState<T> state, int threads = 1, const ParallelFor& parall
   return state;
 }
 
+// The devices that a launch can meet, by the dynamic shared memory of a block in clusters of 1, 2,
+// 4, 8 and 16 blocks: compute capability 9.0; the same where 16 blocks are refused; 8.0; none.
+constexpr int64_t kHopper = 227 * 1024;
+constexpr cuda::ClusterLimits kDevices[] = {{kHopper, kHopper, kHopper, kHopper, kHopper},
+                                            {kHopper, kHopper, kHopper, kHopper, 0},
+                                            {163 * 1024},
+                                            {}};
+
 template <typename T>
 CgState<T> cuda_step(CgState<T> state) {
-  std::vector<double> workspace(at(cuda::cg_workspace_doubles(state.rows, state.dim)), NAN);
+  std::vector<double> workspace(at(cuda::cg_workspace(state.args())), NAN);
   cuda::cg_step(state.args(), workspace.data(), nullptr);
   return state;
 }
 
+// On the device that shim::cluster_limits describes.
 template <typename T>
-void test_cg(int64_t rows, int64_t dim, bool diagonal, bool preconditioned) {
-  const std::string name = name_of<T>("cg_step", rows, dim) + (diagonal ? " diagonal" : "") +
-                           (preconditioned ? " preconditioned" : "");
-  const CgState<T> before(rows, dim, diagonal, preconditioned);
-  const CgState<T> serial = cpu_step(before);
-  context = name + " cpu";
-  check_cg(before, serial);
-  for (int threads : {2, 3, 8}) {
-    context = name + " cpu, threads " + std::to_string(threads);
-    expect(cpu_step(before, threads, Threads{threads}).same(serial),
-           "the number of threads changes the bits");
-  }
+CgState<T> test_on_device(const CgState<T>& before) {
+  const std::string outer = context;
   CgState<T> first = before;
   for (auto order : {shim::Order::kForwards, shim::Order::kBackwards, shim::Order::kShuffled,
                      shim::Order::kWarpByWarp}) {
     shim::order = order;
     const CgState<T> state = cuda_step(before);
-    context = name + " cuda, order " + std::to_string(static_cast<int>(order));
+    context = outer + ", order " + std::to_string(static_cast<int>(order));
     if (order == shim::Order::kForwards) {
       check_cg(before, state);
       first = state;
@@ -222,13 +223,64 @@ void test_cg(int64_t rows, int64_t dim, bool diagonal, bool preconditioned) {
       expect(state.same(first), "the order of threads changes the bits: a race");
     }
   }
-  if (preconditioned) return;
-  context = name;
-  CgState<T> identity = before, on_cpu = serial, on_cuda = first;
-  identity.inverse.assign(before.x.size(), T(1));
-  for (CgState<T>* state : {&identity, &on_cpu, &on_cuda}) state->rz = state->rr;
-  expect(cpu_step(identity).same(on_cpu), "M = I has other bits than none, cpu");
-  expect(cuda_step(identity).same(on_cuda), "M = I has other bits than none, cuda");
+  context = outer;
+  return first;
+}
+
+template <typename T>
+void test_cg(int64_t rows, int64_t dim, bool diagonal, bool preconditioned) {
+  const std::string name = name_of<T>("cg_step", rows, dim) + (diagonal ? " diagonal" : "") +
+                           (preconditioned ? " preconditioned" : "");
+  const CgState<T> before(rows, dim, diagonal, preconditioned);
+  CgState<T> serial = cpu_step(before), identity = before;
+  context = name + " cpu";
+  check_cg(before, serial);
+  for (int threads : {2, 3, 8}) {
+    context = name + " cpu, threads " + std::to_string(threads);
+    expect(cpu_step(before, threads, Threads{threads}).same(serial),
+           "the number of threads changes the bits");
+  }
+  if (!preconditioned) {
+    identity.inverse.assign(before.x.size(), T(1));
+    identity.rz = identity.rr;
+    serial.rz = serial.rr;
+    expect(cpu_step(identity).same(serial), "M = I has other bits than none, cpu");
+  }
+  std::set<int> tested;
+  for (const cuda::ClusterLimits& limits : kDevices) {
+    // A short row is a matter of one block, but on the device that has none.
+    const int blocks = cuda::cg_row_blocks<T>(dim, limits);
+    if (!tested.insert(blocks).second || (blocks == 0 && dim < 4095)) continue;
+    shim::cluster_limits = limits;
+    context = name + " cuda, blocks " + std::to_string(blocks);
+    CgState<T> state = test_on_device(before);
+    if (preconditioned) continue;
+    state.rz = state.rr;
+    expect(cuda_step(identity).same(state), "M = I has other bits than none, cuda");
+  }
+}
+
+// Which form a row takes: as many blocks as its length is worth, if the device holds it.
+void test_forms() {
+  context = "cg_row_blocks";
+  const auto expect_blocks = [](int64_t dim, std::array<int, 4> floats,
+                                std::array<int, 4> doubles) {
+    for (std::size_t k = 0; k < 4; ++k) {
+      expect(cuda::cg_row_blocks<float>(dim, kDevices[k]) == floats[k], "floats");
+      expect(cuda::cg_row_blocks<double>(dim, kDevices[k]) == doubles[k], "doubles");
+    }
+  };
+  expect_blocks(0, {1, 1, 1, 0}, {1, 1, 1, 0});
+  expect_blocks(4096, {1, 1, 1, 0}, {1, 1, 1, 0});
+  expect_blocks(4097, {2, 2, 0, 0}, {2, 2, 0, 0});
+  expect_blocks(8193, {4, 4, 0, 0}, {4, 4, 0, 0});
+  expect_blocks(32768, {8, 8, 0, 0}, {8, 8, 0, 0});
+  expect_blocks(32769, {16, 8, 0, 0}, {16, 8, 0, 0});
+  expect_blocks(113221, {16, 8, 0, 0}, {16, 8, 0, 0});
+  expect_blocks(115712, {16, 8, 0, 0}, {16, 8, 0, 0});
+  expect_blocks(115713, {16, 8, 0, 0}, {16, 0, 0, 0});
+  expect_blocks(462848, {16, 0, 0, 0}, {0, 0, 0, 0});
+  expect_blocks(462849, {0, 0, 0, 0}, {0, 0, 0, 0});
 }
 
 // A row arrives by r.r, whatever r.z is; it goes on only while r.z is positive and finite.
@@ -287,6 +339,9 @@ void test_solve(int64_t dim, bool jacobi) {
   }
 }
 
+// In 16 blocks, or in 8 whose shares are more than a thread loads together.
+constexpr int64_t kLargestCluster = 8 * 4096 + 1;
+
 template <typename T>
 void test_type() {
   for (int64_t dim : kDims)
@@ -295,7 +350,11 @@ void test_type() {
         if (dim > 1 || (dim == 1 && !diagonal)) test_cg<T>(rows, dim, diagonal, false);
       if (dim > 0) test_cg<T>(rows, dim, /*diagonal=*/dim > 1 && dim % 2 == 1, true);
     }
-  for (bool preconditioned : {false, true}) test_cg<T>(1, kManyBlocks, true, preconditioned);
+  for (bool preconditioned : {false, true}) {
+    test_cg<T>(1, kManyBlocks, true, preconditioned);
+    test_cg<T>(1, kLargestCluster, !preconditioned, preconditioned);
+  }
+  shim::cluster_limits = kDevices[0];
   for (int64_t dim : {5, 100, 5000})
     for (bool jacobi : {false, true}) test_solve<T>(dim, jacobi);
 }
@@ -304,6 +363,7 @@ void test_type() {
 
 void test_cg_step() {
   test_direction();
+  test_forms();
   test_type<float>();
   test_type<double>();
 }
