@@ -104,7 +104,8 @@ int cg_row_blocks(int64_t dim, const ClusterLimits& limits) {
   return 0;
 }
 
-// Block `at.block` works on elements first + j, j < count, of the row.
+// Block `at.block` works on elements first + j, j < count, of the row, and each of its threads on
+// the same ones in all three passes: what is kept needs no barrier.
 template <bool kPreconditioned, typename T>
 __global__ void __launch_bounds__(kThreads, 2) cg_row_kernel(CgArgs<T> a, int blocks) {
   const Place at(blocks);

@@ -5,7 +5,7 @@
 // in. Buffers have exactly the size that a kernel may touch, so that AddressSanitizer sees the
 // rest.
 #include "harness.h"
-#include "kernels/device.cuh"
+#include "kernels/cluster.cuh"
 
 namespace imaml {
 namespace {
@@ -30,6 +30,18 @@ __global__ void reusing_kernel(double* out) {
   out[threadIdx.x] = total;
 }
 
+// And between the blocks of a cluster: each writes to the next and does not wait for its own.
+__global__ void racy_cluster_kernel(double* out) {
+  cuda::cluster_arrive();
+  cuda::cluster_wait();  // every block has begun
+  const unsigned rank = blockIdx.x % 4;
+  if (threadIdx.x == 0) cuda::in_block(cuda::dynamic_shared(), (rank + 1) % 4)[0] = rank;
+  __syncthreads();
+  out[blockIdx.x * 256 + threadIdx.x] = cuda::dynamic_shared()[0];
+  cuda::cluster_arrive();
+  cuda::cluster_wait();  // none ends before all have written
+}
+
 void test_the_emulation_sees_a_missing_barrier() {
   context = "cuda_shim";
   std::vector<double> forwards(256), backwards(256);
@@ -43,6 +55,13 @@ void test_the_emulation_sees_a_missing_barrier() {
   shim::order = shim::Order::kWarpByWarp;
   cuda::launch(reusing_kernel, 1, nullptr, backwards.data());
   expect(!same_bits(forwards, backwards), "a write after read without a barrier gives one result");
+  forwards.resize(2 * 4 * 256);
+  backwards.resize(2 * 4 * 256);
+  shim::order = shim::Order::kForwards;
+  cuda::launch_clusters(racy_cluster_kernel, 2, 4, sizeof(double), nullptr, forwards.data());
+  shim::order = shim::Order::kBackwards;
+  cuda::launch_clusters(racy_cluster_kernel, 2, 4, sizeof(double), nullptr, backwards.data());
+  expect(!same_bits(forwards, backwards), "a cluster without its barrier gives one result");
 }
 
 }  // namespace
