@@ -184,6 +184,15 @@ inline bool run_block(unsigned first, unsigned last) {
   return moved;
 }
 
+inline void prepare(Fiber& fiber, char* stack) {
+  fiber.stack = stack;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = stack;
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, entry, 0);
+}
+
 inline void run_cluster(const std::function<void()>& body, unsigned first_block, unsigned blocks,
                         unsigned threads, std::size_t shared_bytes) {
   Cluster here;
@@ -197,15 +206,7 @@ inline void run_cluster(const std::function<void()>& body, unsigned first_block,
   here.shuffles.assign(blocks * threads, 0);
   static std::vector<std::unique_ptr<char[]>> stacks;
   while (stacks.size() < here.fibers.size()) stacks.emplace_back(new char[kStackBytes]);
-  for (std::size_t k = 0; k < here.fibers.size(); ++k) {
-    Fiber& fiber = here.fibers[k];
-    fiber.stack = stacks[k].get();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack;
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, entry, 0);
-  }
+  for (std::size_t k = 0; k < here.fibers.size(); ++k) prepare(here.fibers[k], stacks[k].get());
   std::vector<bool> ended(blocks);
   for (bool running = true; running;) {
     bool moved = false;
