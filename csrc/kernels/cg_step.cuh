@@ -12,9 +12,9 @@
 //   three launches, blocks_per_row(dim) blocks a row: 8 reads and 3 writes per element, with M^-1
 //     two more reads. A row's sums go through `workspace`.
 // cg_row_blocks chooses by the row's length and by what the device offers, never by the batch:
-// clusters, which begin with compute capability 9.0, hold rows of up to 462,848 floats there; a block
-// alone holds a short row on any device. A row's sums are added in a fixed order, nothing is read
-// back to the host, no atomics: the same input on the same kind of device gives the same bits.
+// clusters, which begin with compute capability 9.0, hold rows of up to 462,848 floats there; a
+// block alone holds a short row on any device. A row's sums are added in a fixed order, nothing is
+// read back to the host, no atomics: the same input on the same kind of device gives the same bits.
 #pragma once
 #include "cluster.cuh"
 
