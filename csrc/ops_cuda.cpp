@@ -41,10 +41,10 @@ void cg_step_(Tensor x, Tensor r, Tensor p, const Tensor& hp, const Tensor& lam,
                           rr, rz, tol2, status, steps, curvature, beta};
   tensors.check();
   const Device device("cg_step_", x);
-  Tensor workspace = new_doubles(x, {cuda::cg_step_workspace(x.size(0), x.size(1))});
   dispatch(x, [&](auto zero) {
-    device.check(cuda::cg_step_on(tensors.args<decltype(zero)>(),
-                                  workspace.mutable_data_ptr<double>(), device.stream()));
+    const auto args = tensors.args<decltype(zero)>();
+    Tensor workspace = new_doubles(x, {cuda::cg_step_workspace(args)});
+    device.check(cuda::cg_step_on(args, workspace.mutable_data_ptr<double>(), device.stream()));
   });
 }
 

@@ -7,6 +7,7 @@
 namespace imaml::cuda {
 
 #define IMAML_DEFINE(T)                                                                           \
+  std::int64_t cg_step_workspace(const CgArgs<T>& a) { return cg_workspace(a); }                  \
   int cg_step_on(const CgArgs<T>& a, double* workspace, void* stream) {                           \
     return cg_step(a, workspace, static_cast<Stream>(stream));                                    \
   }                                                                                               \
@@ -27,9 +28,6 @@ IMAML_DEFINE(float)
 IMAML_DEFINE(double)
 #undef IMAML_DEFINE
 
-std::int64_t cg_step_workspace(std::int64_t rows, std::int64_t dim) {
-  return cg_workspace_doubles(rows, dim);
-}
 std::int64_t sums_workspace(std::int64_t rows, std::int64_t dim, int sums) {
   return row_sums_workspace(rows, dim, sums);
 }

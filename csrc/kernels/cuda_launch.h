@@ -9,6 +9,7 @@
 namespace imaml::cuda {
 
 #define IMAML_DECLARE(T)                                                                    \
+  std::int64_t cg_step_workspace(const CgArgs<T>&); /* doubles, on the current device */    \
   int cg_step_on(const CgArgs<T>&, double* workspace, void* stream);                        \
   int prox_step_on(const ProxArgs<T>&, const Descent<T>&, void* stream);                    \
   int prox_step_on(const ProxArgs<T>&, const Adam<T>&, void* stream);                       \
@@ -19,7 +20,6 @@ IMAML_DECLARE(float)
 IMAML_DECLARE(double)
 #undef IMAML_DECLARE
 
-std::int64_t cg_step_workspace(std::int64_t rows, std::int64_t dim);         // doubles
 std::int64_t sums_workspace(std::int64_t rows, std::int64_t dim, int sums);  // doubles
 const char* error_string(int error);
 

@@ -40,21 +40,27 @@ struct Place {
   __device__ static int64_t stride(int64_t blocks) { return blocks * kThreads; }
 };
 
-// Replaces value[k] by its sum over the block's threads, in every thread. Fixed order.
+// Replaces value[k] by its sum over the block's threads, in every thread. Fixed order. `warp_sum`
+// is shared memory for N * kWarps doubles.
 template <int N>
-__device__ void block_sum(double (&value)[N]) {
-  __shared__ double warp_sum[N][kWarps];
+__device__ void block_sum(double (&value)[N], double* warp_sum) {
   for (int k = 0; k < N; ++k) {
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
       value[k] += __shfl_xor_sync(0xffffffffu, value[k], offset);
-    if (threadIdx.x % kWarp == 0) warp_sum[k][threadIdx.x / kWarp] = value[k];
+    if (threadIdx.x % kWarp == 0) warp_sum[k * kWarps + threadIdx.x / kWarp] = value[k];
   }
   __syncthreads();
   for (int k = 0; k < N; ++k) {
     value[k] = 0;
-    for (int w = 0; w < kWarps; ++w) value[k] += warp_sum[k][w];
+    for (int w = 0; w < kWarps; ++w) value[k] += warp_sum[k * kWarps + w];
   }
   __syncthreads();  // before the next call overwrites warp_sum
+}
+
+template <int N>
+__device__ void block_sum(double (&value)[N]) {
+  __shared__ double warp_sum[N * kWarps];
+  block_sum(value, warp_sum);
 }
 
 // Puts a block's sums where sum_partials finds them. For one thread of the block.

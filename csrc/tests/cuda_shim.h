@@ -5,12 +5,16 @@
 // setting: forwards, backwards, shuffled, or one warp as far as it gets before the next. A kernel
 // that lacks a barrier gives another result in one of the orders, unless the race needs a finer
 // interleaving; threads that do not all reach a barrier are reported as a deadlock.
-// Blocks run one after the other, in that order too.
+// Blocks run one after the other, in that order too; in a cluster each as far as it gets before the
+// next. Dynamic shared memory exists from a block's first step to its last, and begins as NaN;
+// reaching for another block's before or after is reported.
 //
 // Under AddressSanitizer, buffers sized exactly make it find every access out of bounds.
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -45,17 +49,22 @@ inline Order order = Order::kForwards;
 constexpr int kWarpSize = 32;
 constexpr std::size_t kStackBytes = 64 * 1024;
 
-enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+enum class State { kReady, kAtClusterBarrier, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
 struct Fiber {
   ucontext_t context{};
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  char* stack = nullptr;
   void* fake_stack = nullptr;
   State state = State::kReady;
+  unsigned arrivals = 0;  // at the cluster's barrier
 };
 
-struct Block {
+// All blocks of a cluster; their threads are numbered block by block.
+struct Cluster {
+  unsigned threads = 0;      // of a block
+  unsigned first_block = 0;  // in the grid
   std::vector<Fiber> fibers;
+  std::vector<std::unique_ptr<char[]>> shared;  // dynamic, one a block; null if it does not run
   ucontext_t scheduler{};
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
@@ -66,7 +75,14 @@ struct Block {
   std::vector<double> exchange[2];
   std::vector<unsigned> shuffles;
 };
-inline Block* block = nullptr;
+inline Cluster* cluster = nullptr;
+
+inline std::array<std::int64_t, 5> cluster_limits{};  // what cuda::cluster_limits answers
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "cuda_shim: %s\n", what);
+  std::abort();
+}
 
 inline void start_switch([[maybe_unused]] void** save, [[maybe_unused]] const void* stack,
                          [[maybe_unused]] std::size_t size) {
@@ -82,30 +98,31 @@ inline void finish_switch([[maybe_unused]] void* fake, [[maybe_unused]] const vo
 }
 
 inline void entry() {
-  finish_switch(nullptr, &block->scheduler_stack, &block->scheduler_stack_size);
-  block->body();
-  Fiber& fiber = block->fibers[block->current];
+  finish_switch(nullptr, &cluster->scheduler_stack, &cluster->scheduler_stack_size);
+  cluster->body();
+  Fiber& fiber = cluster->fibers[cluster->current];
   fiber.state = State::kDone;
-  start_switch(nullptr, block->scheduler_stack, block->scheduler_stack_size);
-  swapcontext(&fiber.context, &block->scheduler);
+  start_switch(nullptr, cluster->scheduler_stack, cluster->scheduler_stack_size);
+  swapcontext(&fiber.context, &cluster->scheduler);
 }
 
 inline void wait(State state) {
-  Fiber& fiber = block->fibers[block->current];
+  Fiber& fiber = cluster->fibers[cluster->current];
   fiber.state = state;
-  start_switch(&fiber.fake_stack, block->scheduler_stack, block->scheduler_stack_size);
-  swapcontext(&fiber.context, &block->scheduler);
-  finish_switch(fiber.fake_stack, &block->scheduler_stack, &block->scheduler_stack_size);
+  start_switch(&fiber.fake_stack, cluster->scheduler_stack, cluster->scheduler_stack_size);
+  swapcontext(&fiber.context, &cluster->scheduler);
+  finish_switch(fiber.fake_stack, &cluster->scheduler_stack, &cluster->scheduler_stack_size);
 }
 
 inline void resume(unsigned thread) {
-  block->current = thread;
-  threadIdx.x = thread;
-  Fiber& fiber = block->fibers[thread];
+  cluster->current = thread;
+  threadIdx.x = thread % cluster->threads;
+  blockIdx.x = cluster->first_block + thread / cluster->threads;
+  Fiber& fiber = cluster->fibers[thread];
   fiber.state = State::kReady;
-  start_switch(&block->scheduler_fake_stack, fiber.stack.get(), kStackBytes);
-  swapcontext(&block->scheduler, &fiber.context);
-  finish_switch(block->scheduler_fake_stack, nullptr, nullptr);
+  start_switch(&cluster->scheduler_fake_stack, fiber.stack, kStackBytes);
+  swapcontext(&cluster->scheduler, &fiber.context);
+  finish_switch(cluster->scheduler_fake_stack, nullptr, nullptr);
 }
 
 inline std::vector<unsigned> schedule(unsigned count) {
@@ -117,49 +134,106 @@ inline std::vector<unsigned> schedule(unsigned count) {
   return threads;
 }
 
-// Lets go of a group of threads if all of them wait at the same kind of barrier.
-inline bool release(unsigned first, unsigned last, State barrier) {
+inline bool all_in(State state, unsigned first, unsigned last) {
   for (unsigned k = first; k < last; ++k)
-    if (block->fibers[k].state != barrier) return false;
-  for (unsigned k = first; k < last; ++k) block->fibers[k].state = State::kReady;
+    if (cluster->fibers[k].state != state) return false;
   return true;
 }
 
-inline void run_block(const std::function<void()>& body, unsigned threads) {
-  Block here;
-  block = &here;
-  here.body = body;
-  here.fibers.resize(threads);
-  for (auto& slots : here.exchange) slots.assign(threads, NAN);
-  here.shuffles.assign(threads, 0);
-  for (Fiber& fiber : here.fibers) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, entry, 0);
-  }
-  const unsigned ahead = order == Order::kWarpByWarp ? kWarpSize : threads;
-  for (;;) {
-    bool moved = false;
-    for (unsigned start = 0; start < threads; start += ahead) {
-      bool warp_moved = true;
-      while (warp_moved) {
-        for (unsigned thread : schedule(ahead))
-          if (here.fibers[start + thread].state == State::kReady) resume(start + thread);
+// Lets go of a group of threads if all of them wait at the same kind of barrier.
+inline bool release(unsigned first, unsigned last, State barrier) {
+  if (!all_in(barrier, first, last)) return false;
+  for (unsigned k = first; k < last; ++k) cluster->fibers[k].state = State::kReady;
+  return true;
+}
+
+// Lets go of the threads whose arrival at the cluster's barrier all others have matched, or ended.
+inline bool release_cluster() {
+  unsigned fewest = ~0u;
+  for (const Fiber& fiber : cluster->fibers)
+    if (fiber.state != State::kDone) fewest = std::min(fewest, fiber.arrivals);
+  bool released = false;
+  for (Fiber& fiber : cluster->fibers)
+    if (fiber.state == State::kAtClusterBarrier && fiber.arrivals <= fewest) {
+      fiber.state = State::kReady;
+      released = true;
+    }
+  return released;
+}
+
+// Runs the threads first ... last - 1, a block, as far as they get. Tells whether any moved.
+inline bool run_block(unsigned first, unsigned last) {
+  const unsigned ahead = order == Order::kWarpByWarp ? kWarpSize : last - first;
+  bool moved = false;
+  for (bool again = true; again;) {
+    again = false;
+    for (unsigned start = first; start < last; start += ahead) {
+      for (bool warp_moved = true; warp_moved;) {
         warp_moved = false;
-        for (unsigned first = start; first < start + ahead; first += kWarpSize)
-          warp_moved |= release(first, first + kWarpSize, State::kAtWarpBarrier);
-        moved |= warp_moved;
+        for (unsigned thread : schedule(ahead))
+          if (cluster->fibers[start + thread].state == State::kReady) {
+            resume(start + thread);
+            moved = true;
+          }
+        for (unsigned warp = start; warp < start + ahead; warp += kWarpSize)
+          warp_moved |= release(warp, warp + kWarpSize, State::kAtWarpBarrier);
       }
     }
-    moved |= release(0, threads, State::kAtBlockBarrier);
-    if (moved) continue;
-    if (release(0, threads, State::kDone)) break;
-    std::fprintf(stderr, "cuda_shim: deadlock: threads wait at different barriers\n");
-    std::abort();
+    again = release(first, last, State::kAtBlockBarrier);
   }
-  block = nullptr;
+  return moved;
+}
+
+inline void prepare(Fiber& fiber, char* stack) {
+  fiber.stack = stack;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = stack;
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, entry, 0);
+}
+
+inline void run_cluster(const std::function<void()>& body, unsigned first_block, unsigned blocks,
+                        unsigned threads, std::size_t shared_bytes) {
+  Cluster here;
+  cluster = &here;
+  here.threads = threads;
+  here.first_block = first_block;
+  here.body = body;
+  here.fibers.resize(blocks * threads);
+  here.shared.resize(blocks);
+  for (auto& slots : here.exchange) slots.assign(blocks * threads, NAN);
+  here.shuffles.assign(blocks * threads, 0);
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() < here.fibers.size()) stacks.emplace_back(new char[kStackBytes]);
+  for (std::size_t k = 0; k < here.fibers.size(); ++k) prepare(here.fibers[k], stacks[k].get());
+  std::vector<bool> ended(blocks);
+  for (bool running = true; running;) {
+    bool moved = false;
+    for (unsigned block : schedule(blocks)) {
+      if (ended[block]) continue;
+      if (here.shared[block] == nullptr) {
+        here.shared[block].reset(new char[shared_bytes]);
+        std::memset(here.shared[block].get(), 0xff, shared_bytes);
+      }
+      const unsigned first = block * threads, last = first + threads;
+      moved |= run_block(first, last);
+      if (all_in(State::kDone, first, last)) {
+        here.shared[block].reset();
+        ended[block] = true;
+      }
+    }
+    moved |= release_cluster();
+    running = std::find(ended.begin(), ended.end(), false) != ended.end();
+    if (running && !moved) fail("deadlock: threads wait at different barriers");
+  }
+  cluster = nullptr;
+}
+
+inline char* shared_of(unsigned block) {
+  char* const shared = cluster->shared[block].get();
+  if (shared == nullptr) fail("shared memory of a block that has not begun, or has ended");
+  return shared;
 }
 
 }  // namespace shim
@@ -167,8 +241,8 @@ inline void run_block(const std::function<void()>& body, unsigned threads) {
 inline void __syncthreads() { shim::wait(shim::State::kAtBlockBarrier); }
 
 inline double __shfl_xor_sync(unsigned, double value, int mask) {
-  const unsigned lane = shim::block->current;
-  auto& slots = shim::block->exchange[shim::block->shuffles[lane]++ % 2];
+  const unsigned lane = shim::cluster->current;
+  auto& slots = shim::cluster->exchange[shim::cluster->shuffles[lane]++ % 2];
   slots[lane] = value;
   shim::wait(shim::State::kAtWarpBarrier);
   return slots[lane ^ static_cast<unsigned>(mask)];
@@ -178,16 +252,36 @@ namespace imaml::cuda {
 
 using Stream = void*;
 
+inline double* dynamic_shared() {
+  return reinterpret_cast<double*>(
+      shim::shared_of(shim::cluster->current / shim::cluster->threads));
+}
+
+inline void cluster_arrive() { ++shim::cluster->fibers[shim::cluster->current].arrivals; }
+inline void cluster_wait() { shim::wait(shim::State::kAtClusterBarrier); }
+
+inline double* in_block(double* own, unsigned block) {
+  return reinterpret_cast<double*>(shim::shared_of(block)) + (own - dynamic_shared());
+}
+
+inline std::array<std::int64_t, 5> cluster_limits(const void*) { return shim::cluster_limits; }
+
 // `threads` is kThreads; device.cuh, which includes this, has not defined it yet.
 template <int threads = 256, typename... Params, typename... Args>
-int launch(void (*kernel)(Params...), std::int64_t blocks, Stream, Args... args) {
-  gridDim.x = static_cast<unsigned>(blocks);
+int launch_clusters(void (*kernel)(Params...), std::int64_t clusters, int blocks,
+                    std::int64_t shared_bytes, Stream, Args... args) {
+  const unsigned size = static_cast<unsigned>(blocks);
+  gridDim.x = static_cast<unsigned>(clusters) * size;
   blockDim.x = threads;
-  for (unsigned index : shim::schedule(gridDim.x)) {
-    blockIdx.x = index;
-    shim::run_block([&] { kernel(args...); }, threads);
-  }
+  for (unsigned index : shim::schedule(static_cast<unsigned>(clusters)))
+    shim::run_cluster([&] { kernel(args...); }, index * size, size, threads,
+                      static_cast<std::size_t>(shared_bytes));
   return 0;
+}
+
+template <typename... Params, typename... Args>
+int launch(void (*kernel)(Params...), std::int64_t blocks, Stream stream, Args... args) {
+  return launch_clusters(kernel, blocks, 1, 0, stream, args...);
 }
 
 }  // namespace imaml::cuda

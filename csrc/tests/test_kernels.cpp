@@ -5,7 +5,7 @@
 // in. Buffers have exactly the size that a kernel may touch, so that AddressSanitizer sees the
 // rest.
 #include "harness.h"
-#include "kernels/device.cuh"
+#include "kernels/cluster.cuh"
 
 namespace imaml {
 namespace {
@@ -30,6 +30,18 @@ __global__ void reusing_kernel(double* out) {
   out[threadIdx.x] = total;
 }
 
+// And between the blocks of a cluster: each writes to the next and does not wait for its own.
+__global__ void racy_cluster_kernel(double* out) {
+  cuda::cluster_arrive();
+  cuda::cluster_wait();  // every block has begun
+  const unsigned rank = blockIdx.x % 4;
+  if (threadIdx.x == 0) cuda::in_block(cuda::dynamic_shared(), (rank + 1) % 4)[0] = rank;
+  __syncthreads();
+  out[blockIdx.x * 256 + threadIdx.x] = cuda::dynamic_shared()[0];
+  cuda::cluster_arrive();
+  cuda::cluster_wait();  // none ends before all have written
+}
+
 void test_the_emulation_sees_a_missing_barrier() {
   context = "cuda_shim";
   std::vector<double> forwards(256), backwards(256);
@@ -43,6 +55,55 @@ void test_the_emulation_sees_a_missing_barrier() {
   shim::order = shim::Order::kWarpByWarp;
   cuda::launch(reusing_kernel, 1, nullptr, backwards.data());
   expect(!same_bits(forwards, backwards), "a write after read without a barrier gives one result");
+  forwards.resize(2 * 4 * 256);
+  backwards.resize(2 * 4 * 256);
+  shim::order = shim::Order::kForwards;
+  cuda::launch_clusters(racy_cluster_kernel, 2, 4, sizeof(double), nullptr, forwards.data());
+  shim::order = shim::Order::kBackwards;
+  cuda::launch_clusters(racy_cluster_kernel, 2, 4, sizeof(double), nullptr, backwards.data());
+  expect(!same_bits(forwards, backwards), "a cluster without its barrier gives one result");
+}
+
+constexpr int kBlocks = 8;
+
+struct Sums {
+  double of[2];
+};
+
+// out[j] = the sums of values and of their squares, as thread j has them.
+__global__ void sum_kernel(const double* values, Sums* out) {
+  const cuda::Place at(kBlocks);
+  double* const shared = cuda::dynamic_shared();
+  const double value = threadIdx.x == 0 ? values[blockIdx.x] : 0;
+  double sum[2] = {value, value * value};
+  cuda::cluster_arrive();
+  cuda::cluster_wait();
+  cuda::cluster_sum(sum, shared, shared + 2 * cuda::kWarps, kBlocks, at.block);
+  for (int k = 0; k < 2; ++k) out[blockIdx.x * cuda::kThreads + threadIdx.x].of[k] = sum[k];
+}
+
+// In any other order 1e16 would swallow something else.
+void test_every_block_of_a_cluster_adds_in_the_same_order() {
+  const std::vector<double> values = {1,    1e16, 3, -1e16, 5, 1e16, -7,   -1e16,  // one cluster
+                                      1e16, 1,    1, -1e16, 9, 1e-3, 1e16, 2};
+  std::vector<Sums> got(values.size() * cuda::kThreads);
+  for (auto order : {shim::Order::kForwards, shim::Order::kBackwards}) {
+    context = "cluster_sum, order " + std::to_string(static_cast<int>(order));
+    shim::order = order;
+    cuda::launch_clusters(sum_kernel, 2, kBlocks, (2 * cuda::kWarps + 2 * kBlocks) * 8, nullptr,
+                          values.data(), got.data());
+    for (std::size_t cluster = 0; cluster < 2; ++cluster) {
+      double sum = 0, squares = 0;
+      for (std::size_t j = 0; j < kBlocks; ++j) {
+        sum += values[cluster * kBlocks + j];
+        squares += values[cluster * kBlocks + j] * values[cluster * kBlocks + j];
+      }
+      for (std::size_t j = 0; j < kBlocks * cuda::kThreads; ++j) {
+        const Sums& one = got[cluster * kBlocks * cuda::kThreads + j];
+        expect(one.of[0] == sum && one.of[1] == squares, "a sum in another order");
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -51,6 +112,7 @@ void test_the_emulation_sees_a_missing_barrier() {
 int main() {
   std::printf("instruction set: %s\n", imaml::cpu::instruction_set());
   imaml::test_the_emulation_sees_a_missing_barrier();
+  imaml::test_every_block_of_a_cluster_adds_in_the_same_order();
   imaml::test_cg_step();
   imaml::test_prox();
   imaml::test_layers();

@@ -1,0 +1,186 @@
+// States of cg_step to start from, one kind of row for every way an iteration can end, and what an
+// iteration makes of them, in float64.
+#pragma once
+#include "harness.h"
+
+namespace imaml {
+
+// What happens to a row in this iteration. Row k is of kind k % kKinds.
+enum Kind {
+  kHealthy,
+  kFrozen,
+  kNegativeAtOnce,
+  kNegativeLater,
+  kNanProduct,
+  kArrives,
+  kInfiniteNorm,
+  kOverflows,   // alpha is finite in float64; x or r.r is not finite in T
+  kIndefinite,  // its M^-1 is negative, so that the new r.z is; healthy without a preconditioner
+  kKinds
+};
+inline Kind kind_of(int64_t row) { return static_cast<Kind>(row % kKinds); }
+
+template <typename T>
+struct CgState {
+  int64_t rows, dim;
+  std::vector<T> x, r, p, hp, lam;
+  T damping = T(0.25);
+  std::vector<double> rr, tol2, curvature, beta;
+  std::vector<std::int32_t> status, steps;
+  std::vector<T> inverse;  // empty without a preconditioner, and so is rz
+  std::vector<double> rz;
+
+  CgState(int64_t rows, int64_t dim, bool diagonal, bool preconditioned) : rows(rows), dim(dim) {
+    const unsigned seed = static_cast<unsigned>(rows * 100003 + dim);
+    x = normal<T>(rows * dim, seed + 1);
+    r = normal<T>(rows * dim, seed + 2);
+    p = normal<T>(rows * dim, seed + 3);
+    hp = normal<T>(rows * dim, seed + 4);
+    lam = normal<T>(diagonal ? dim : 1, seed + 5);
+    for (T& value : lam) value = std::abs(value) + T(0.5);
+    for (int64_t i = 0; i < rows * dim; ++i)  // H = 2 I plus a little, so that p.Ap > 0
+      hp[at(i)] = T(2) * p[at(i)] + T(0.01) * hp[at(i)];
+    rr.assign(at(rows), 0);
+    tol2.assign(at(rows), 0);
+    curvature.assign(at(rows), -7);
+    beta.assign(at(rows), -7);
+    status.assign(at(rows), kRunning);
+    steps.assign(at(rows), 3);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = 0; i < dim; ++i)
+        rr[at(row)] += double(r[at(row * dim + i)]) * double(r[at(row * dim + i)]);
+      const Kind kind = kind_of(row);
+      T* h = hp.data() + row * dim;
+      if (kind == kFrozen) status[at(row)] = kConverged;
+      if (kind == kNegativeAtOnce) steps[at(row)] = 0;
+      if (kind == kNegativeAtOnce || kind == kNegativeLater)
+        for (int64_t i = 0; i < dim; ++i) h[i] = T(-50) * p[at(row * dim + i)];
+      if (kind == kNanProduct && dim > 0) h[dim / 2] = static_cast<T>(NAN);
+      if (kind == kArrives) tol2[at(row)] = 1e30;
+      if (kind == kInfiniteNorm) rr[at(row)] = INFINITY;
+      if (kind == kOverflows) rr[at(row)] = sizeof(T) == 4 ? 1e76 : 1e300;
+    }
+    if (preconditioned) precondition(normal<T>(rows * dim, seed + 6));
+  }
+
+  void precondition(std::vector<T> values) {
+    inverse = std::move(values);
+    rz = rr;  // where a row's is not finite, or too large
+    for (int64_t row = 0; row < rows; ++row) {
+      const Kind kind = kind_of(row);
+      if (kind != kInfiniteNorm && kind != kOverflows) rz[at(row)] = 0;
+      for (int64_t j = row * dim; j < (row + 1) * dim; ++j) {
+        inverse[at(j)] = std::abs(inverse[at(j)]) + T(0.5);
+        rz[at(row)] += double(r[at(j)]) * double(inverse[at(j)]) * double(r[at(j)]);
+        if (kind == kIndefinite) inverse[at(j)] = -inverse[at(j)];
+      }
+    }
+  }
+
+  bool preconditioned() const { return !inverse.empty(); }
+
+  CgArgs<T> args() {
+    CgArgs<T> a{};
+    a.x = x.data();
+    a.r = r.data();
+    a.p = p.data();
+    a.hp = hp.data();
+    a.lam = lam.data();
+    a.lam_stride = lam.size() > 1 ? 1 : 0;
+    a.damping = damping;
+    a.inverse = preconditioned() ? inverse.data() : nullptr;
+    a.rr = rr.data();
+    a.rz = preconditioned() ? rz.data() : nullptr;
+    a.tol2 = tol2.data();
+    a.status = status.data();
+    a.steps = steps.data();
+    a.curvature = curvature.data();
+    a.beta = beta.data();
+    a.rows = rows;
+    a.dim = dim;
+    return a;
+  }
+
+  bool same(const CgState& o) const {
+    return same_bits(x, o.x) && same_bits(r, o.r) && same_bits(p, o.p) && same_bits(rr, o.rr) &&
+           same_bits(rz, o.rz) && same_bits(curvature, o.curvature) && same_bits(beta, o.beta) &&
+           status == o.status && steps == o.steps;
+  }
+};
+
+// Compares `got` with what one CG iteration makes of `before`, computed here, in float64.
+template <typename T>
+void check_cg(const CgState<T>& before, const CgState<T>& got) {
+  for (int64_t row = 0; row < before.rows; ++row) {
+    const std::string outer = context;
+    context += ", row " + std::to_string(row);
+    const T* p = before.p.data() + row * before.dim;
+    const T* hp = before.hp.data() + row * before.dim;
+    std::vector<double> ap(at(before.dim)), lam(at(before.dim));
+    long double pap = 0, size = 0;
+    for (int64_t i = 0; i < before.dim; ++i) {
+      lam[at(i)] = double(before.lam[before.lam.size() > 1 ? at(i) : 0]);
+      ap[at(i)] = double(hp[i]) + (lam[at(i)] + double(before.damping)) * double(p[i]);
+      pap += static_cast<long double>(p[i]) * ap[at(i)];
+      size += std::abs(double(p[i]) * ap[at(i)]);
+    }
+    const Kind kind = kind_of(row);
+    const bool preconditioned = before.preconditioned();
+    const double rr = before.rr[at(row)], rz = preconditioned ? before.rz[at(row)] : rr;
+    const bool moves = kind == kHealthy || kind == kArrives || kind == kIndefinite;
+    const bool clears = kind == kNanProduct || kind == kInfiniteNorm || kind == kOverflows ||
+                        (kind == kIndefinite && preconditioned);
+    const bool goes_on = moves && !clears && kind != kArrives;
+    const double alpha = moves ? static_cast<double>(rz / pap) : 0;
+    const auto inverse = [&](std::size_t j) {
+      return preconditioned ? double(before.inverse[j]) : 1.0;
+    };
+    long double rr_new = 0, rz_new = 0;
+    for (int64_t i = 0; i < before.dim; ++i) {
+      const std::size_t j = at(row * before.dim + i);
+      const double r = double(before.r[j]) - (moves ? alpha * ap[at(i)] : 0);
+      rr_new += r * r;
+      rz_new += r * inverse(j) * r;
+    }
+    const double beta = moves && !clears ? static_cast<double>(rz_new / rz) : 0;
+    for (int64_t i = 0; i < before.dim; ++i) {
+      const std::size_t j = at(row * before.dim + i);
+      double x = double(before.x[j]) + alpha * double(p[i]);
+      if (kind == kNegativeAtOnce) x += double(before.r[j]) / lam[at(i)];
+      if (clears) x = 0;
+      const double change = moves ? alpha * ap[at(i)] : 0;
+      const double r = double(before.r[j]) - change, z = inverse(j) * r;
+      const double direction = goes_on ? z + beta * double(p[i]) : double(p[i]);
+      expect_close<T>(double(got.x[j]), x, std::abs(x) + std::abs(double(before.x[j])) + 1, "x");
+      if (kind != kOverflows)
+        expect_close<T>(double(got.r[j]), r, std::abs(double(before.r[j])) + std::abs(change) + 1,
+                        "r");
+      expect_close<T>(double(got.p[j]), direction, 4 * (std::abs(z) + std::abs(double(p[i])) + 1),
+                      "p");
+    }
+    const std::int32_t ends[kKinds] = {
+        kRunning,           kConverged, kNegativeCurvature,
+        kNegativeCurvature, kNonfinite, kConverged,
+        kNonfinite,         kNonfinite, preconditioned ? kNonfinite : kRunning};
+    expect(got.status[at(row)] == ends[kind], "status");
+    expect(got.steps[at(row)] == before.steps[at(row)] + (moves && !clears ? 1 : 0), "steps");
+    expect_close<T>(got.beta[at(row)], beta, 8 * std::abs(beta) + 1, "beta");
+    if (kind != kNanProduct && kind != kInfiniteNorm)
+      expect_close<T>(got.curvature[at(row)], kind == kFrozen ? 0 : pap / rz, size / rz,
+                      "curvature");
+    expect_close<T>(got.rr[at(row)],
+                    clears  ? NAN
+                    : moves ? rr_new
+                            : rr,
+                    4 * (rr + rr_new) + 1, "rr");
+    if (preconditioned)
+      expect_close<T>(got.rz[at(row)],
+                      clears  ? NAN
+                      : moves ? rz_new
+                              : rz,
+                      4 * (rz + rz_new) + 1, "rz");
+    context = outer;
+  }
+}
+
+}  // namespace imaml
