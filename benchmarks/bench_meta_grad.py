@@ -1,8 +1,8 @@
 """How fast is a complete meta-gradient of a batch of tasks, and against what else?
 
 Against loops over tasks, TorchOpt's among them, against batched PyTorch without our kernels and
-without the retained graph of the gradient, and against JAX. JAX's formulations are first timed among
-themselves, and its fastest takes part. Compiling is not in the times: it is the excess of an
+without the retained graph of the gradient, and against JAX. JAX's formulations are first timed
+among themselves, and its fastest takes part. Compiling is not in the times: it is the excess of an
 implementation's first call over its median, and reported for those that compile.
 
 The flops are those of the loop with the gradient's graph recorded once: `inner_steps + 2` gradients
@@ -85,7 +85,9 @@ def set_precision(device: torch.device, tf32: bool) -> None:
         if has_peer("jax"):
             import jax
 
-            jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 else "float32")
+            jax.config.update(
+                "jax_default_matmul_precision", "tensorfloat32" if tf32 else "float32"
+            )
 
 
 def main() -> None:
@@ -110,9 +112,7 @@ def main() -> None:
     check_agreement(every, lambda: None, 1e-8)
 
     set_precision(device, chosen.tf32)
-    workload = make_workload(
-        chosen.workload, device, torch.float32, tasks=chosen.tasks, **sizes
-    )
+    workload = make_workload(chosen.workload, device, torch.float32, tasks=chosen.tasks, **sizes)
     check_work(workload)
     implementations = {
         name: call for name, call in torch_implementations(workload).items() if name in every

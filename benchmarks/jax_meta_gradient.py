@@ -97,8 +97,25 @@ def conjugate_gradient(matvec: Callable[[Tree], Tree], b: Tree, steps: int) -> T
     return lax.fori_loop(0, steps, iterate, start)[0]
 
 
-def formulations(workload: Workload) -> dict[str, Callable[[], Tensor]]:
-    """The meta-gradient [D] by each formulation, by its name. Compiles when first called."""
+class MetaGradient:
+    """A formulation on a workload: a call gives the mean meta-gradient [D]; the first compiles."""
+
+    def __init__(self, batch: Callable[..., Array], operands: tuple[Tree, Tree, Tree]) -> None:
+        self.compiled = jax.jit(batch)
+        self.operands = operands
+
+    def __call__(self) -> Tensor:
+        return torch.from_dlpack(self.compiled(*self.operands).block_until_ready())
+
+    def temporary_bytes(self) -> int:
+        """What the compiled function reserves beside its operands and its result."""
+        analysis = self.compiled.lower(*self.operands).compile().memory_analysis()
+        reserved: int = analysis.temp_size_in_bytes
+        return reserved
+
+
+def formulations(workload: Workload) -> dict[str, MetaGradient]:
+    """The meta-gradient by each formulation, by its name."""
     convolutions = [("vmap", lax_convolution)]
     if workload.name != "sinusoid":
         convolutions = [
@@ -115,7 +132,7 @@ def formulations(workload: Workload) -> dict[str, Callable[[], Tensor]]:
 
 def _meta_gradient(
     workload: Workload, name: str, convolution: Convolution, product: str
-) -> Callable[[], Tensor]:
+) -> MetaGradient:
     outputs = forward(workload.model, convolution)
     lr, lam = workload.lr, workload.lam
 
@@ -124,9 +141,9 @@ def _meta_gradient(
         z = outputs(params, x)
         if workload.name == "sinusoid":
             return ((z - y) ** 2).mean()
-        return -(jax.nn.log_softmax(z) * jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype)).sum(
-            -1
-        ).mean()
+        return (
+            -(jax.nn.log_softmax(z) * jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype)).sum(-1).mean()
+        )
 
     gradient = jax.grad(loss)
 
@@ -174,5 +191,4 @@ def _meta_gradient(
         return tuple(jnp.from_dlpack(tensor.contiguous().clone()) for tensor in (x, y))
 
     support, query = data(workload.support), data(workload.query)
-    compiled = jax.jit(batch)
-    return lambda: torch.from_dlpack(compiled(theta, support, query).block_until_ready())
+    return MetaGradient(batch, (theta, support, query))

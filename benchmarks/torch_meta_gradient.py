@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from harness import Implementation
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp, vjp, vmap
 from workload import Workload
 
 from imaml_ext import (
@@ -111,15 +111,32 @@ def authors_loop(workload: Workload) -> Implementation:
 
 def batched_eager(workload: Workload) -> Implementation:
     """All tasks at once by `torch.func`: products with the Hessian by forward over reverse."""
-    return _batched(workload, lambda function: function)
+
+    def product(gradient: Any, phi: Params, p: Params) -> Params:
+        hp: Params = jvp(gradient, (phi,), (p,))[1]
+        return hp
+
+    return _batched(workload, product, lambda function: function)
 
 
 def batched_compiled(workload: Workload) -> Implementation:
-    """As `batched_eager`; an inner step, the start of CG and a CG iteration are each compiled."""
-    return _batched(workload, lambda function: torch.compile(function, dynamic=False))
+    """As `batched_eager`; an inner step, the start of CG and a CG iteration are each compiled.
+
+    Products by reverse over reverse: what torch 2.13 compiles of the other crashes on the CPU.
+    """
+
+    def product(gradient: Any, phi: Params, p: Params) -> Params:
+        hp: Params = vjp(gradient, phi)[1](p)[0]
+        return hp
+
+    return _batched(workload, product, lambda function: torch.compile(function, dynamic=False))
 
 
-def _batched(workload: Workload, compiled: Callable[[Any], Any]) -> Implementation:
+def _batched(
+    workload: Workload,
+    product: Callable[[Any, Params, Params], Params],
+    compiled: Callable[[Any], Any],
+) -> Implementation:
     w = workload
 
     # Not vmap(grad(loss)): in torch 2.13 its derivative through batch norm is wrong, silently.
@@ -138,9 +155,7 @@ def _batched(workload: Workload, compiled: Callable[[Any], Any]) -> Implementati
 
     def descend(phi: Params, support: Any) -> Params:
         at = gradient(phi, support)
-        return {
-            name: p - w.lr * (at[name] + w.lam * (p - theta[name])) for name, p in phi.items()
-        }
+        return {name: p - w.lr * (at[name] + w.lam * (p - theta[name])) for name, p in phi.items()}
 
     def start(phi: Params, query: Any) -> tuple[Params, Tensor]:
         v = gradient(phi, query)
@@ -149,7 +164,7 @@ def _batched(workload: Workload, compiled: Callable[[Any], Any]) -> Implementati
     def iterate(
         x: Params, r: Params, p: Params, rr: Tensor, phi: Params, support: Any
     ) -> tuple[Params, Params, Params, Tensor]:
-        hp = jvp(lambda at: gradient(at, support), (phi,), (p,))[1]
+        hp = product(lambda at: gradient(at, support), phi, p)
         ap = {name: hp[name] + w.lam * tensor for name, tensor in p.items()}
         alpha = rr / dot(p, ap)
         step, change = along(alpha, p), along(alpha, ap)
@@ -167,7 +182,8 @@ def _batched(workload: Workload, compiled: Callable[[Any], Any]) -> Implementati
         for _ in range(w.inner_steps):
             phi = descend(phi, w.support)
         v, rr = start(phi, w.query)
-        x, r, p = {name: torch.zeros_like(t) for name, t in v.items()}, v, v
+        x = {name: torch.zeros_like(tensor) for name, tensor in v.items()}
+        r, p = v, {name: tensor.clone() for name, tensor in v.items()}
         for _ in range(w.cg_steps):
             x, r, p, rr = iterate(x, r, p, rr, phi, w.support)
         return w.layout.flatten({name: w.lam * t.mean(0) for name, t in x.items()})

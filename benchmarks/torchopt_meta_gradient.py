@@ -4,6 +4,7 @@ One task at a time, since its conjugate gradient solves one system. Its root's d
 the gradient's graph once per task and uses it in all iterations.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torchopt.linear_solve import solve_cg
 from workload import Workload
 
 from imaml_ext.flat import Params
+
+# It still calls torch.func by the name of functorch.
+warnings.filterwarnings("ignore", "We've integrated functorch", FutureWarning)
 
 
 def implementation(workload: Workload) -> Implementation:
