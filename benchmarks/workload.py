@@ -19,8 +19,9 @@ IMAGES = {
     "omniglot-20w5s": (20, 5, 4),
 }
 WORKLOADS = ("sinusoid", *IMAGES)
-# Strong enough that every task has positive curvature, so that no solve ends early.
-LAM = 50.0
+# Strong enough that every task has positive curvature, and not so strong that a solve is exact
+# before its last iteration: no solve ends early.
+LAM_SINUSOID, LAM_IMAGES = 20.0, 50.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Workload:
         model, loss, params, layout: the network, its loss for one task, its D parameters.
         theta: the parameters as a row, [D].
         support, query: pairs (x [B, N, ...], y [B, N, ...]).
-        lr, inner_steps, cg_steps: of gradient descent and of conjugate gradient.
+        inner_steps, cg_steps: of gradient descent and of conjugate gradient.
+        lam: the proximal strength.
     """
 
     name: str
@@ -44,8 +46,11 @@ class Workload:
     query: tuple[Tensor, Tensor]
     inner_steps: int
     cg_steps: int
-    lam: float = LAM
-    lr: float = 0.5 / LAM
+    lam: float
+
+    @property
+    def lr(self) -> float:
+        return 0.5 / self.lam
 
     @property
     def tasks(self) -> int:
@@ -113,4 +118,5 @@ def make_workload(
         query=query,
         inner_steps=inner_steps,
         cg_steps=cg_steps,
+        lam=LAM_SINUSOID if name == "sinusoid" else LAM_IMAGES,
     )
