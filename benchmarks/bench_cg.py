@@ -20,6 +20,7 @@ from harness import (
     check_agreement,
     copy_bandwidth,
     has_peer,
+    jax_peer,
     leave_out,
     parser,
     provenance,
@@ -138,16 +139,15 @@ def per_task(systems: Systems) -> Implementation:
     return call
 
 
-def in_jax(systems: Systems) -> Implementation:
+def in_jax(systems: Systems, peer: Any) -> Implementation:
     """All iterations in one jitted function, so that XLA may fuse across them."""
-    from jax_meta_gradient import jax, jnp, to_jax
 
     def dot(u: Any, v: Any) -> Any:
-        return jnp.einsum("bd,bd->b", u, v)[:, None]  # faster than a sum of products in XLA
+        return peer.jnp.einsum("bd,bd->b", u, v)[:, None]  # faster than a sum of products in XLA
 
-    @jax.jit
+    @peer.jax.jit
     def solve(b: Any, products: list[Any]) -> Any:
-        x, r, p, rr = jnp.zeros_like(b), b, b, dot(b, b)
+        x, r, p, rr = peer.jnp.zeros_like(b), b, b, dot(b, b)
         for hp in products:
             ap = hp + LAM * p
             alpha = rr / dot(p, ap)
@@ -156,7 +156,7 @@ def in_jax(systems: Systems) -> Implementation:
             p = r + (rr / old) * p
         return x
 
-    b, products = to_jax(systems.b), [to_jax(hp) for hp in systems.products]
+    b, products = peer.to_jax(systems.b), [peer.to_jax(hp) for hp in systems.products]
     return lambda: torch.from_dlpack(solve(b, products).block_until_ready())
 
 
@@ -219,8 +219,9 @@ def make_implementations(systems: Systems) -> tuple[Fused, Implementations]:
         "compiled batched PyTorch": batched(systems, compiled),
         "the authors' loop over tasks": per_task(systems),
     }
-    if has_peer("jax"):
-        made["JAX, jit"] = in_jax(systems)
+    peer = jax_peer(systems.b.device)
+    if peer is not None:
+        made["JAX, jit"] = in_jax(systems, peer)
     if has_peer("torchopt"):
         made["TorchOpt, loop over tasks"] = in_torchopt(systems)
     if has_peer("linear_operator"):

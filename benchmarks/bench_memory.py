@@ -13,6 +13,7 @@ from harness import (
     Implementation,
     add_without,
     has_peer,
+    jax_peer,
     leave_out,
     parser,
     provenance,
@@ -55,10 +56,9 @@ def measures(workload: Workload, device: torch.device) -> dict[str, Callable[[],
         made["TorchOpt, loop over tasks"] = by_torch(
             torchopt_meta_gradient.implementation(workload)
         )
-    if has_peer("jax"):
-        import jax_meta_gradient
-
-        for name, formulation in jax_meta_gradient.formulations(workload).items():
+    peer = jax_peer(device)
+    if peer is not None:
+        for name, formulation in peer.formulations(workload).items():
             if "lax.conv" not in name:  # the slow ones
                 made[name] = formulation.temporary_bytes
     return made

@@ -17,6 +17,7 @@ from harness import (
     add_without,
     check_agreement,
     has_peer,
+    jax_peer,
     leave_out,
     matmul_rate,
     parser,
@@ -40,11 +41,8 @@ def torch_implementations(workload: Workload) -> Implementations:
 
 
 def jax_formulations(workload: Workload) -> Implementations:
-    if not has_peer("jax"):
-        return {}
-    import jax_meta_gradient
-
-    return jax_meta_gradient.formulations(workload)
+    peer = jax_peer(workload.theta.device)
+    return {} if peer is None else dict(peer.formulations(workload))
 
 
 def screen(
@@ -82,12 +80,10 @@ def set_precision(device: torch.device, tf32: bool) -> None:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
-        if has_peer("jax"):
-            import jax
-
-            jax.config.update(
-                "jax_default_matmul_precision", "tensorfloat32" if tf32 else "float32"
-            )
+        peer = jax_peer(device)
+        if peer is not None:
+            precision = "tensorfloat32" if tf32 else "float32"
+            peer.jax.config.update("jax_default_matmul_precision", precision)
 
 
 def main() -> None:
@@ -107,8 +103,8 @@ def main() -> None:
     few = make_workload(
         chosen.workload, device, torch.float64, tasks=min(chosen.tasks or 2, 2), **sizes
     )
-    every = leave_out(torch_implementations(few) | jax_formulations(few), chosen.without)
     set_precision(device, False)
+    every = leave_out(torch_implementations(few) | jax_formulations(few), chosen.without)
     check_agreement(every, lambda: None, 1e-8)
 
     set_precision(device, chosen.tf32)

@@ -16,7 +16,7 @@ from harness import (
     add_without,
     check_agreement,
     copy_bandwidth,
-    has_peer,
+    jax_peer,
     leave_out,
     parser,
     provenance,
@@ -158,20 +158,18 @@ class TorchOptim:
 class Jitted:
     """The formula in JAX, jitted; phi and the moments are donated, so it may work in place."""
 
-    def __init__(self, problem: Problem) -> None:
-        from jax_meta_gradient import jax, jnp, to_jax
-
-        self.copy = jnp.copy
+    def __init__(self, problem: Problem, peer: Any) -> None:
+        self.copy = peer.jnp.copy
         adam = problem.kind == "adam"
         written = [problem.start] + [torch.zeros_like(problem.start)] * (2 if adam else 0)
-        self.start = [to_jax(tensor) for tensor in written]
-        self.read = to_jax(problem.grad), to_jax(problem.theta)
+        self.start = [peer.to_jax(tensor) for tensor in written]
+        self.read = peer.to_jax(problem.grad), peer.to_jax(problem.theta)
         step = STEPS[problem.kind]
 
         def reordered(state: list[Any], grad: Any, theta: Any) -> list[Any]:
             return list(step(state[0], grad, theta, *state[1:]))
 
-        self.step = jax.jit(reordered, donate_argnums=0)
+        self.step = peer.jax.jit(reordered, donate_argnums=0)
 
     def prepare(self) -> None:
         self.state = [self.copy(array) for array in self.start]
@@ -198,8 +196,9 @@ def make_candidates(problem: Problem) -> dict[str, Candidate]:
         "torch.optim, foreach": TorchOptim(problem, "foreach"),
         "torch.optim, fused": TorchOptim(problem, "fused"),
     }
-    if has_peer("jax"):
-        made["JAX, jit"] = Jitted(problem)
+    peer = jax_peer(problem.theta.device)
+    if peer is not None:
+        made["JAX, jit"] = Jitted(problem, peer)
     return made
 
 

@@ -67,6 +67,18 @@ def has_peer(module: str) -> bool:
     return False
 
 
+def jax_peer(device: torch.device) -> Any:
+    """The module with the formulations in JAX, or None, said on stderr, where they cannot run."""
+    if not has_peer("jax"):
+        return None
+    import jax_meta_gradient
+
+    if device.type == "cuda" and not jax_meta_gradient.has_gpu():
+        print("left out, installed without CUDA: JAX", file=sys.stderr)
+        return None
+    return jax_meta_gradient
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

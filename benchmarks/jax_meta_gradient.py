@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 os.environ.setdefault("NPROC", str(torch.get_num_threads()))  # XLA's threads on the CPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the GPU
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,10 @@ jax.config.update("jax_enable_x64", True)  # allows float64; what is float32 sta
 
 Tree = Any
 Convolution = Callable[[Array, Array], Array]  # ([N, H, W, I], [3, 3, I, O]) -> [N, H', W', O]
+
+
+def has_gpu() -> bool:
+    return jax.default_backend() == "gpu"
 
 
 def lax_convolution(x: Array, weight: Array) -> Array:
