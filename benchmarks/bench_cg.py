@@ -1,42 +1,54 @@
 """How fast is the vector work of conjugate gradient, fused, against what one would write otherwise?
 
-Five iterations on [B, D] systems, the products with H given: only what lies between them is timed.
-Seven passes over memory are counted for an iteration, the floor, against the bandwidth of a copy of
-the same footprint.
+A fixed number of iterations on [B, D] systems `(H + lam I) x = b`. The products with H are recorded
+beforehand and handed to all alike, so only what lies between them is timed. Seven passes over
+memory are counted for an iteration, the floor, against the bandwidth of a copy of the same
+footprint. TorchOpt and linear_operator also ask for the product with their first guess, 0: they get
+a zero.
 """
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from harness import (
+    Implementation,
+    Implementations,
+    add_without,
     check_agreement,
     copy_bandwidth,
+    has_peer,
+    jax_peer,
+    leave_out,
     parser,
+    provenance,
     report,
+    seconds,
     time_in_turn,
 )
 from torch import Tensor
 
 from imaml_ext.ops import cg_step_, row_dot
-from imaml_ext.provenance import describe_run
 
 LAM = 2.0
 
+State = tuple[Any, Any, Any, Any]  # x, r, p and r·r
 
-def batched_step(
-    x: Tensor, r: Tensor, p: Tensor, rr: Tensor, hp: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One iteration in plain batched PyTorch."""
+
+def batched_step(x: Any, r: Any, p: Any, rr: Any, hp: Any) -> State:
+    """One iteration for all rows, in plain PyTorch or JAX."""
     ap = hp + LAM * p
-    alpha = rr / (p * ap).sum(1, keepdim=True)
+    alpha = rr / (p * ap).sum(1)[:, None]
     x = x + alpha * p
     r = r - alpha * ap
-    rr_new = (r * r).sum(1, keepdim=True)
+    rr_new = (r * r).sum(1)[:, None]
     p = r + (rr_new / rr) * p
     return x, r, p, rr_new
 
 
-def one_task_step(
-    x: Tensor, r: Tensor, p: Tensor, rr: Tensor, hp: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def one_task_step(x: Tensor, r: Tensor, p: Tensor, rr: Tensor, hp: Tensor) -> State:
     """One iteration for one task, as the iMAML authors' code loops over tasks."""
     ap = hp + LAM * p
     alpha = rr / torch.dot(p, ap)
@@ -47,8 +59,179 @@ def one_task_step(
     return x, r, p, rr_new
 
 
+@dataclass(frozen=True)
+class Systems:
+    """Right-hand sides [B, D] of norm 1 and the products `H p` [B, D] of a true solve."""
+
+    b: Tensor
+    products: list[Tensor]
+
+    @staticmethod
+    def make(tasks: int, dim: int, iterations: int, like: Tensor) -> "Systems":
+        # Drawn in float64, so that both precisions solve the same systems. linear_operator divides
+        # by the norm of b: recorded products fit its iterates where that is 1.
+        generator = torch.Generator().manual_seed(0)
+        b = torch.randn(tasks, dim, dtype=torch.float64, generator=generator)
+        b /= b.norm(dim=1, keepdim=True)
+        h = 10 * torch.rand(tasks, dim, dtype=torch.float64, generator=generator)
+        products = []
+        state: State = torch.zeros_like(b), b, b, (b * b).sum(1)[:, None]
+        for _ in range(iterations):
+            products.append(h * state[2])
+            state = batched_step(*state, products[-1])
+        return Systems(b.to(like), [product.to(like) for product in products])
+
+
+class Fused:
+    """`cg_step_`, in place; `prepare` restores its operands."""
+
+    def __init__(self, systems: Systems) -> None:
+        b = systems.b
+        self.systems = systems
+        self.lam = b.new_full((1,), LAM)
+        self.x, self.r, self.p = torch.zeros_like(b), b.clone(), b.clone()
+        self.rr = row_dot(b, b)
+        self.first_rr, self.tol2 = self.rr.clone(), torch.zeros_like(self.rr)
+        self.status = torch.zeros(len(b), dtype=torch.int32, device=b.device)
+        self.steps = torch.zeros_like(self.status)
+        self.curvature, self.beta = self.rr.new_empty(2, len(b))
+
+    def prepare(self) -> None:
+        self.x.zero_()
+        self.r.copy_(self.systems.b)
+        self.p.copy_(self.systems.b)
+        self.rr.copy_(self.first_rr)
+        self.status.zero_()
+        self.steps.zero_()
+
+    def __call__(self) -> Tensor:
+        for hp in self.systems.products:
+            cg_step_(
+                self.x, self.r, self.p, hp, self.lam, damping=0.0, rr=self.rr, tol2=self.tol2,
+                status=self.status, steps=self.steps, curvature=self.curvature, beta=self.beta,
+            )  # fmt: skip
+        return self.x
+
+
+def batched(systems: Systems, step: Callable[..., State] = batched_step) -> Implementation:
+    b = systems.b
+
+    def call() -> Tensor:
+        now: State = torch.zeros_like(b), b, b, (b * b).sum(1)[:, None]
+        for hp in systems.products:
+            now = step(*now, hp)
+        solved: Tensor = now[0]
+        return solved
+
+    return call
+
+
+def per_task(systems: Systems) -> Implementation:
+    def call() -> Tensor:
+        solved = []
+        for task, b in enumerate(systems.b):
+            now: State = torch.zeros_like(b), b, b, torch.dot(b, b)
+            for hp in systems.products:
+                now = one_task_step(*now, hp[task])
+            solved.append(now[0])
+        return torch.stack(solved)
+
+    return call
+
+
+def in_jax(systems: Systems, peer: Any) -> Implementation:
+    """All iterations in one jitted function, so that XLA may fuse across them."""
+
+    def dot(u: Any, v: Any) -> Any:
+        return peer.jnp.einsum("bd,bd->b", u, v)[:, None]  # faster than a sum of products in XLA
+
+    @peer.jax.jit
+    def solve(b: Any, products: list[Any]) -> Any:
+        x, r, p, rr = peer.jnp.zeros_like(b), b, b, dot(b, b)
+        for hp in products:
+            ap = hp + LAM * p
+            alpha = rr / dot(p, ap)
+            x, r = x + alpha * p, r - alpha * ap
+            rr, old = dot(r, r), rr
+            p = r + (rr / old) * p
+        return x
+
+    b, products = peer.to_jax(systems.b), [peer.to_jax(hp) for hp in systems.products]
+    return lambda: torch.from_dlpack(solve(b, products).block_until_ready())
+
+
+class Recorded:
+    """`(H + lam I) p` from recorded products: 0 for the first guess, then one product a call."""
+
+    def __init__(self, products: list[Tensor]) -> None:
+        self.products = iter(products)
+        self.started = False
+
+    def __call__(self, p: Tensor) -> Tensor:
+        if not self.started:
+            self.started = True
+            return torch.zeros_like(p)
+        return torch.add(next(self.products), p, alpha=LAM)
+
+
+def in_torchopt(systems: Systems) -> Implementation:
+    """One system after another: what it solves at once has one step length."""
+    import torchopt
+
+    iterations = len(systems.products)
+
+    def call() -> Tensor:
+        solved = []
+        for task, b in enumerate(systems.b):
+            matvec = Recorded([hp[task] for hp in systems.products])
+            solved.append(torchopt.linalg.cg(matvec, b, rtol=0.0, atol=0.0, maxiter=iterations))
+        return torch.stack(solved)
+
+    return call
+
+
+def in_linear_operator(systems: Systems) -> Implementation:
+    """Its batched solver, with a tolerance that it cannot reach."""
+    from linear_operator.utils.linear_cg import linear_cg
+    from linear_operator.utils.warnings import NumericalWarning
+
+    columns = [hp[..., None] for hp in systems.products]  # it solves for the columns of [B, D, 1]
+
+    def call() -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NumericalWarning)  # says that it was not reached
+            solved: Tensor = linear_cg(
+                Recorded(columns), systems.b[..., None], tolerance=0.0, stop_updating_after=0.0,
+                eps=1e-30, max_iter=len(columns), max_tridiag_iter=0,
+            )  # fmt: skip
+        return solved[..., 0]
+
+    return call
+
+
+def make_implementations(systems: Systems) -> tuple[Fused, Implementations]:
+    """Ours, whose operands are to be prepared before each call, and all by name."""
+    ours = Fused(systems)
+    compiled = torch.compile(batched_step, dynamic=False)
+    made: Implementations = {
+        "imaml_ext": ours,
+        "plain batched PyTorch": batched(systems),
+        "compiled batched PyTorch": batched(systems, compiled),
+        "the authors' loop over tasks": per_task(systems),
+    }
+    peer = jax_peer(systems.b.device)
+    if peer is not None:
+        made["JAX, jit"] = in_jax(systems, peer)
+    if has_peer("torchopt"):
+        made["TorchOpt, loop over tasks"] = in_torchopt(systems)
+    if has_peer("linear_operator"):
+        made["linear_operator, linear_cg"] = in_linear_operator(systems)
+    return ours, made
+
+
 def main() -> None:
     options = parser(__doc__)
+    add_without(options)
     options.add_argument("--tasks", type=int, default=16)
     options.add_argument("--dim", type=int, default=113221)
     options.add_argument("--iterations", type=int, default=5)
@@ -56,93 +239,49 @@ def main() -> None:
     chosen = options.parse_args()
     device, dtype = torch.device(chosen.device), getattr(torch, chosen.dtype)
     tasks, dim, iterations = chosen.tasks, chosen.dim, chosen.iterations
-    torch.manual_seed(0)
 
-    # The products of a true solve, H = diag(h), recorded once.
-    b = torch.randn(tasks, dim, dtype=dtype, device=device)
-    h = 10 * torch.rand(tasks, dim, dtype=dtype, device=device)
-    products = []
-    state = torch.zeros_like(b), b, b, (b * b).sum(1, keepdim=True)
-    for _ in range(iterations):
-        products.append(h * state[2])
-        state = batched_step(*state, products[-1])
+    def systems(dtype: torch.dtype) -> Systems:
+        like = torch.empty((), dtype=dtype, device=device)
+        return Systems.make(tasks, dim, iterations, like)
 
-    lam = torch.full((1,), LAM, dtype=dtype, device=device)
-    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
-    rr, tol2 = row_dot(b, b), torch.zeros(tasks, dtype=torch.float64, device=device)
-    status = torch.zeros(tasks, dtype=torch.int32, device=device)
-    steps = torch.zeros_like(status)
-    curvature, beta = torch.empty(2, tasks, dtype=torch.float64, device=device)
-    first_rr = rr.clone()
-
-    def prepare() -> None:
-        x.zero_()
-        r.copy_(b)
-        p.copy_(b)
-        rr.copy_(first_rr)
-        status.zero_()
-        steps.zero_()
-
-    def fused() -> Tensor:
-        for hp in products:
-            cg_step_(
-                x, r, p, hp, lam, damping=0.0, rr=rr, tol2=tol2, status=status, steps=steps,
-                curvature=curvature, beta=beta,
-            )  # fmt: skip
-        return x
-
-    def batched(step=batched_step) -> Tensor:  # type: ignore[no-untyped-def]
-        now = torch.zeros_like(b), b, b, first_rr.to(dtype)[:, None]
-        for hp in products:
-            now = step(*now, hp)
-        return now[0]
-
-    def per_task() -> Tensor:
-        solved = []
-        for task in range(tasks):
-            now = torch.zeros_like(b[task]), b[task], b[task], torch.dot(b[task], b[task])
-            for hp in products:
-                now = one_task_step(*now, hp[task])
-            solved.append(now[0])
-        return torch.stack(solved)
-
-    compiled_step = torch.compile(batched_step, dynamic=False)
-    implementations = {
-        "fused": fused,
-        "plain batched PyTorch": batched,
-        "compiled batched PyTorch": lambda: batched(compiled_step),
-        "per-task loop (the authors')": per_task,
-    }
     with torch.no_grad():
-        check_agreement(implementations, prepare, 1e-4 if dtype == torch.float32 else 1e-10)
-        prepare()
-        fused()
-        assert (steps == iterations).all(), "rows froze: the work was not done"
-        timings = time_in_turn(implementations, prepare, device, chosen.rounds)
-        # Seven passes are the floor; the buffers in play are x, r, p and a product per iteration.
-        footprint = (3 + iterations) * b.numel() * b.element_size()
-        copy = copy_bandwidth(footprint, device, chosen.rounds)
-    moved = 7 * iterations * b.numel() * b.element_size()
+        exact, every = make_implementations(systems(torch.float64))
+        every = leave_out(every, chosen.without)
+        check_agreement(every, exact.prepare, 1e-10)
+        ours, made = make_implementations(systems(dtype))
+        made = {name: call for name, call in made.items() if name in every}
+        first_call = {}
+        for name, call in made.items():
+            ours.prepare()
+            first_call[name] = seconds(call, device)
+        check_agreement(made, ours.prepare, 1e-4 if dtype == torch.float32 else 1e-10)
+        ours.prepare()
+        ours()
+        if not (ours.steps == iterations).all():
+            raise SystemExit(f"rows froze, so that work was left out: {ours.steps.tolist()}")
+        timings = time_in_turn(made, ours.prepare, device, chosen.rounds)
+        # The buffers in play are x, r, p and a product per iteration.
+        element = torch.finfo(dtype).bits // 8
+        copy = copy_bandwidth((3 + iterations) * tasks * dim * element, device, chosen.rounds)
+    moved = 7 * iterations * tasks * dim * element
     rows = {}
     print(f"{iterations} CG iterations, B={tasks}, D={dim}, {chosen.dtype}, {device}")
     print(f"copy bandwidth {copy / 1e9:.1f} GB/s")
     for name, timing in timings.items():
-        rows[name] = timing | {
-            "speedup_of_fused": timing["median"] / timings["fused"]["median"],
-            "share_of_copy_bandwidth": moved / timing["median"] / copy,
-        }
+        ratio = timing["median"] / timings["imaml_ext"]["median"]
+        rows[name] = timing | {"share_of_copy_bandwidth": moved / timing["median"] / copy}
+        if "compiled" in name or "jit" in name:
+            rows[name]["compile"] = first_call[name] - timing["median"]
         print(
             f"{name:30s} {1e3 * timing['median']:8.2f} ms "
-            f"[{1e3 * timing['min']:.2f}, {1e3 * timing['max']:.2f}]  "
-            f"fused is {rows[name]['speedup_of_fused']:.2f}x as fast, "
+            f"[{1e3 * timing['min']:.2f}, {1e3 * timing['max']:.2f}], {ratio:5.2f} of imaml_ext's, "
             f"{100 * rows[name]['share_of_copy_bandwidth']:.0f}% of copy bandwidth"
         )
     settings = {"tasks": tasks, "dim": dim, "iterations": iterations, "dtype": chosen.dtype}
     report(
-        {"benchmark": "cg", **describe_run(device), "settings": settings, "copy_bandwidth": copy,
-         "implementations": rows},
+        {**provenance("cg", device, settings), "copy_bandwidth": copy, "implementations": rows},
         chosen.json,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -1,131 +1,151 @@
-"""How fast is a complete meta-gradient of a batch, against a lean loop over its tasks?
+"""How fast is a complete meta-gradient of a batch of tasks, and against what else?
 
-The loop is imaml_ext/reference.py: plain PyTorch, one task at a time, the graph of the gradient
-built anew in every Hessian-vector product, as in all published implementations.
+Against loops over tasks, TorchOpt's among them, against batched PyTorch without our kernels and
+without the retained graph of the gradient, and against JAX. JAX's formulations are first timed
+among themselves, and its fastest takes part. Compiling is not in the times: it is the excess of an
+implementation's first call over its median, and reported for those that compile.
+
+The flops are those of the loop with the gradient's graph recorded once: `inner_steps + 2` gradients
+and `cg_steps` products per task. Their share of the measured rate of a matrix product is what the
+device could still give.
 """
 
 import torch
 from harness import (
     Implementation,
+    Implementations,
+    add_without,
     check_agreement,
+    has_peer,
+    jax_peer,
+    leave_out,
+    matmul_rate,
     parser,
+    provenance,
     report,
+    seconds,
     time_in_turn,
 )
-from torch import Tensor, nn
-
-from imaml_ext import (
-    ConjugateGradient,
-    GradientDescent,
-    Status,
-    implicit_meta_grad,
-    module_loss,
-    reference,
-)
-from imaml_ext.data import Sinusoid
-from imaml_ext.flat import Layout
-from imaml_ext.models import conv4, mlp
-from imaml_ext.provenance import describe_run
-from imaml_ext.tasks import TaskBatch
-
-# way, shot, tasks
-IMAGES = {
-    "omniglot-5w1s": (5, 1, 16),
-    "omniglot-20w1s": (20, 1, 16),
-    "omniglot-20w5s": (20, 5, 4),
-}
-# Strong enough that every task has positive curvature, so that no solve ends early.
-LAM = 50.0
+from torch.utils.flop_counter import FlopCounterMode
+from torch_meta_gradient import IMPLEMENTATIONS, check_work
+from workload import WORKLOADS, Workload, make_workload
 
 
-class Workload:
-    """A batch of tasks, and its meta-gradient [D] computed both ways."""
+def torch_implementations(workload: Workload) -> Implementations:
+    made = {name: make(workload) for name, make in IMPLEMENTATIONS.items()}
+    if has_peer("torchopt"):
+        import torchopt_meta_gradient
 
-    def __init__(
-        self, name: str, device: torch.device, dtype: torch.dtype, inner_steps: int, cg_steps: int
-    ) -> None:
-        torch.manual_seed(0)
-        self.inner_steps, self.cg_steps, self.lr = inner_steps, cg_steps, 0.5 / LAM
-        model: nn.Module
-        if name == "sinusoid":
-            model, criterion = mlp(1, 40, 40, 1), nn.functional.mse_loss
-            self.batch = Sinusoid(tasks=25, device=device, dtype=dtype).sample(0)
-        else:
-            way, shot, tasks = IMAGES[name]
-            model, criterion = conv4(way), nn.functional.cross_entropy
-            labels = torch.arange(way, device=device).repeat_interleave(shot).expand(tasks, -1)
-            images = torch.rand(2, tasks, way * shot, 1, 28, 28, device=device).to(dtype)
-            self.batch = TaskBatch((images[0], labels), (images[1], labels))
-        self.loss = module_loss(model.to(device, dtype), criterion)
-        self.params = dict(model.named_parameters())
-        self.layout = Layout(self.params)
-        self.theta = self.layout.flatten(self.params).detach()
-        self.lam = torch.full((1,), LAM, dtype=dtype, device=device)
-        self.tasks = self.batch.support[0].shape[0]
+        made["TorchOpt, loop over tasks"] = torchopt_meta_gradient.implementation(workload)
+    return made
 
-    def batched(self) -> Tensor:
-        out = implicit_meta_grad(
-            self.loss, self.params, self.batch.support, self.batch.query, lam=LAM,
-            inner=GradientDescent(lr=self.lr, steps=self.inner_steps),
-            cg=ConjugateGradient(max_iter=self.cg_steps),
-        )  # fmt: skip
-        self.status = out.cg.status
-        return self.layout.flatten(out.params)
 
-    def looped(self) -> Tensor:
-        total = torch.zeros_like(self.theta)
-        for task in range(self.tasks):
-            support, query = (
-                tuple(tensor[task] for tensor in data)
-                for data in (self.batch.support, self.batch.query)
-            )
-            total += reference.implicit_meta_gradient(
-                lambda row, data: self.loss(self.layout.unflatten(row), data),
-                self.theta, support, query, self.lam,
-                lr=self.lr, inner_steps=self.inner_steps, cg_steps=self.cg_steps,
-            )[0]  # fmt: skip
-        return total / self.tasks
+def jax_formulations(workload: Workload) -> Implementations:
+    peer = jax_peer(workload.theta.device)
+    return {} if peer is None else dict(peer.formulations(workload))
 
-    def implementations(self) -> dict[str, Implementation]:
-        return {"imaml_ext": self.batched, "per-task loop": self.looped}
+
+def screen(
+    formulations: Implementations, device: torch.device
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of each one's first call, and of its fastest of three later ones.
+
+    One that takes over three times as long as the fastest so far is not called again.
+    """
+    first = {name: seconds(call, device) for name, call in formulations.items()}
+    fastest = {name: seconds(call, device) for name, call in formulations.items()}
+    for _ in range(2):
+        for name, call in formulations.items():
+            if fastest[name] < 3 * min(fastest.values()):
+                fastest[name] = min(fastest[name], seconds(call, device))
+    return first, fastest
+
+
+def count_flops(workload: Workload) -> int:
+    """Multiplications and additions of the convolutions and matrix products, for all tasks."""
+    support, _ = workload.task(0)
+    phi = {name: t.detach().clone().requires_grad_() for name, t in workload.params.items()}
+    leaves = list(phi.values())
+    with FlopCounterMode(display=False) as of_gradient:
+        gradients = torch.autograd.grad(workload.loss(phi, support), leaves, create_graph=True)
+    with FlopCounterMode(display=False) as of_product:
+        torch.autograd.grad(gradients, leaves, [torch.ones_like(g) for g in gradients])
+    one_task = (workload.inner_steps + 2) * of_gradient.get_total_flops()
+    one_task += workload.cg_steps * of_product.get_total_flops()
+    return workload.tasks * one_task
+
+
+def set_precision(device: torch.device, tf32: bool) -> None:
+    """The same products for all on CUDA, where torch and JAX round differently if left alone."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+        peer = jax_peer(device)
+        if peer is not None:
+            precision = "tensorfloat32" if tf32 else "float32"
+            peer.jax.config.update("jax_default_matmul_precision", precision)
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--workload", choices=["sinusoid", *IMAGES], default="omniglot-5w1s")
+    add_without(options)
+    options.add_argument("--workload", choices=WORKLOADS, default="omniglot-5w1s")
     options.add_argument("--inner-steps", type=int, default=16)
     options.add_argument("--cg-steps", type=int, default=5)
+    options.add_argument("--tasks", type=int, help="default: the workload's own")
+    options.add_argument("--width", type=int, help="of the network; default: the workload's own")
+    options.add_argument("--tf32", action="store_true", help="round the factors of products, CUDA")
     chosen = options.parse_args()
     device = torch.device(chosen.device)
-    sizes = (chosen.inner_steps, chosen.cg_steps)
+    sizes = {"inner_steps": chosen.inner_steps, "cg_steps": chosen.cg_steps, "width": chosen.width}
 
-    # In float64, where the two can only differ by a mistake; then the clock, in float32.
-    exact = Workload(chosen.workload, device, torch.float64, *sizes)
-    check_agreement(exact.implementations(), lambda: None, 1e-8)
-    workload = Workload(chosen.workload, device, torch.float32, *sizes)
-    timings = time_in_turn(workload.implementations(), lambda: None, device, chosen.rounds)
-    assert (workload.status == Status.MAX_ITER).all(), "a solve ended early: work not done"
-    ratio = timings["per-task loop"]["median"] / timings["imaml_ext"]["median"]
-    print(
-        f"{chosen.workload}: {workload.tasks} tasks, D={workload.layout.dim}, "
-        f"{chosen.inner_steps} inner steps, {chosen.cg_steps} CG steps, {device}"
+    # In float64, where they can only differ by a mistake; two tasks are enough to mix them up.
+    few = make_workload(
+        chosen.workload, device, torch.float64, tasks=min(chosen.tasks or 2, 2), **sizes
     )
-    for name, timing in timings.items():
-        print(
-            f"{name:15s} {1e3 * timing['median']:9.1f} ms "
-            f"[{1e3 * timing['min']:.1f}, {1e3 * timing['max']:.1f}]"
-        )
-    print(f"imaml_ext is {ratio:.2f}x as fast")
-    settings = {
-        "workload": chosen.workload,
-        "tasks": workload.tasks,
-        "dim": workload.layout.dim,
-        "inner_steps": chosen.inner_steps,
-        "cg_steps": chosen.cg_steps,
+    set_precision(device, False)
+    every = leave_out(torch_implementations(few) | jax_formulations(few), chosen.without)
+    check_agreement(every, lambda: None, 1e-8)
+
+    set_precision(device, chosen.tf32)
+    workload = make_workload(chosen.workload, device, torch.float32, tasks=chosen.tasks, **sizes)
+    check_work(workload)
+    implementations = {
+        name: call for name, call in torch_implementations(workload).items() if name in every
     }
+    formulations = {
+        name: call for name, call in jax_formulations(workload).items() if name in every
+    }
+    first_call = {name: seconds(call, device) for name, call in implementations.items()}
+    tried: dict[str, float] = {}
+    if formulations:
+        first_jax, tried = screen(formulations, device)
+        best: str = min(tried, key=lambda name: tried[name])
+        best_call: Implementation = formulations[best]
+        implementations[best], first_call[best] = best_call, first_jax[best]
+    timings = time_in_turn(implementations, lambda: None, device, chosen.rounds, warm_up=1)
+    flops, rate = count_flops(workload), matmul_rate(device, chosen.rounds)
+
+    settings = workload.settings() | {"tf32": chosen.tf32}
+    print(", ".join(f"{key} {value}" for key, value in settings.items()) + f", {device}")
+    print(f"{flops / 1e9:.2f} Gflop; a matrix product makes {rate / 1e9:.0f} Gflop/s")
+    for name, took in tried.items():
+        print(f"tried: {name:45s} {1e3 * took:9.1f} ms")
+    rows = {}
+    for name, timing in timings.items():
+        ratio = timing["median"] / timings["imaml_ext"]["median"]
+        rows[name] = timing | {"share_of_matmul": flops / timing["median"] / rate}
+        if "compiled" in name or "JAX" in name:
+            rows[name]["compile"] = first_call[name] - timing["median"]
+        print(
+            f"{name:42s} {1e3 * timing['median']:9.1f} ms "
+            f"[{1e3 * timing['min']:.1f}, {1e3 * timing['max']:.1f}], {ratio:6.2f} of imaml_ext's, "
+            f"{100 * rows[name]['share_of_matmul']:3.0f}% of a matrix product's rate"
+            + (f", compiled in {rows[name]['compile']:.1f} s" if "compile" in rows[name] else "")
+        )
     report(
-        {"benchmark": "meta_grad", **describe_run(device), "settings": settings,
-         "implementations": timings, "speedup": ratio},
+        {**provenance("meta_grad", device, settings), "flops": flops, "matmul_rate": rate,
+         "tried": tried, "implementations": rows},
         chosen.json,
     )  # fmt: skip
 

@@ -1,10 +1,13 @@
-"""What the benchmarks share: timing in turn, copy bandwidth, results that say where they are from.
+"""What the benchmarks share: timing in turn, agreement, rooflines, results that say where they are
+from.
 
 Implementations are timed one after the other, round by round (A B C A B C ...), so that a noisy
 machine disturbs all alike; `prepare` runs untimed before each call.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import statistics
 import sys
@@ -14,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from imaml_ext.provenance import describe_run
 
 Implementation = Callable[[], Any]
+Implementations = dict[str, Implementation]
 Timing = dict[str, float]
+PEERS = {"jax": "JAX", "torchopt": "TorchOpt", "linear_operator": "linear_operator"}
 
 
-def parser(question: str) -> argparse.ArgumentParser:
+def parser(question: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         description=question, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -29,28 +37,78 @@ def parser(question: str) -> argparse.ArgumentParser:
     return options
 
 
+def add_without(options: argparse.ArgumentParser) -> None:
+    options.add_argument(
+        "--without", nargs="*", default=[], metavar="TEXT",
+        help="leave out the implementations whose names contain one of these",
+    )  # fmt: skip
+
+
+def leave_out(implementations: Implementations, without: list[str]) -> Implementations:
+    """Those that remain; says on stderr which do not. The first one is ours and stays."""
+    ours = next(iter(implementations))
+    kept = {}
+    for name, call in implementations.items():
+        if name != ours and any(text in name for text in without):
+            print(f"left out, as asked: {name}", file=sys.stderr)
+        else:
+            kept[name] = call
+    return kept
+
+
+def has_peer(module: str) -> bool:
+    """Whether a peer can take part; says so on stderr if it is not installed."""
+    if importlib.util.find_spec(module) is not None:
+        return True
+    print(
+        f"left out, not installed: {PEERS[module]} (pip install '.[bench]')",
+        file=sys.stderr,
+    )
+    return False
+
+
+def jax_peer(device: torch.device) -> Any:
+    """The module with the formulations in JAX, or None, said on stderr, where they cannot run."""
+    if not has_peer("jax"):
+        return None
+    import jax_meta_gradient
+
+    if device.type == "cuda" and not jax_meta_gradient.has_gpu():
+        print("left out, installed without CUDA: JAX", file=sys.stderr)
+        return None
+    return jax_meta_gradient
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+def seconds(call: Implementation, device: torch.device) -> float:
+    """Of one call, with what it leaves running on the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 def time_in_turn(
-    implementations: dict[str, Implementation],
+    implementations: Implementations,
     prepare: Callable[[], None],
     device: torch.device,
     rounds: int,
+    *,
+    warm_up: int = 2,
 ) -> dict[str, Timing]:
     """Seconds per call of each implementation: median, min and max over the rounds."""
     samples: dict[str, list[float]] = {name: [] for name in implementations}
-    for round_number in range(-2, rounds):  # two rounds to warm up
+    for round_number in range(-warm_up, rounds):
         for name, call in implementations.items():
             prepare()
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
+            took = seconds(call, device)
             if round_number >= 0:
-                samples[name].append(time.perf_counter() - start)
+                samples[name].append(took)
     return {
         name: {"median": statistics.median(s), "min": min(s), "max": max(s)}
         for name, s in samples.items()
@@ -58,14 +116,14 @@ def time_in_turn(
 
 
 def check_agreement(
-    implementations: dict[str, Implementation], prepare: Callable[[], None], tolerance: float
+    implementations: Implementations, prepare: Callable[[], None], tolerance: float
 ) -> None:
     """Every result against the first one's, relative in norm; exits where they differ."""
-    want = None
+    want: Tensor | None = None
     for name, call in implementations.items():
         prepare()
         got = call().double()
-        want = got if want is None else want
+        want = got.clone() if want is None else want  # in case it is a buffer that others write
         difference = ((got - want).norm() / want.norm()).item()
         if not difference <= tolerance:
             sys.exit(f"{name} differs by {difference:.1e} (tolerance {tolerance:.0e}): not timed")
@@ -77,13 +135,33 @@ def copy_bandwidth(total_bytes: int, device: torch.device, rounds: int) -> float
     A CPU reads a cache line before it overwrites it, so a copy moves three bytes for each byte
     copied, where an update in place moves two; a GPU moves two in both.
     """
-    source = torch.rand(total_bytes // 8, device=device)
+    source = torch.rand(max(total_bytes // 8, 1), device=device)
     target = torch.empty_like(source)
     timing = time_in_turn(
         {"copy": lambda: target.copy_(source)}, lambda: None, device, max(rounds, 20)
     )
     moved = (3 if device.type == "cpu" else 2) * source.numel() * source.element_size()
     return moved / timing["copy"]["median"]
+
+
+def matmul_rate(device: torch.device, rounds: int, *, size: int | None = None) -> float:
+    """Flops per second of a product of two square float32 matrices, the fastest of the rounds."""
+    size = size or (4096 if device.type == "cuda" else 1024)
+    a, b = torch.rand(2, size, size, device=device)
+    timing = time_in_turn({"matmul": lambda: a @ b}, lambda: None, device, max(rounds, 10))
+    return 2 * size**3 / timing["matmul"]["min"]
+
+
+def provenance(benchmark: str, device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
+    """The head of every result: where it was measured, of what, and against which versions."""
+    installed = [module for module in PEERS if importlib.util.find_spec(module) is not None]
+    return {
+        "benchmark": benchmark,
+        "device_type": device.type,
+        **describe_run(device),
+        "peers": {PEERS[module]: importlib.metadata.version(module) for module in installed},
+        "settings": settings,
+    }
 
 
 def report(results: dict[str, Any], path: Path | None) -> None:

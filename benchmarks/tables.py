@@ -1,31 +1,20 @@
 """Writes benchmarks/README.md from benchmarks/results/*.json: `python benchmarks/tables.py`."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+
+Result = dict[str, Any]
 
 HEADER = """# Benchmarks
 
 Written by `python benchmarks/tables.py` from `results/*.json`, which also hold minima and maxima.
 Implementations were timed in turn in one process, after their results were found to agree; times
 are medians. On a noisy machine trust the ratios. To run one again, take the command beside it, in
-this folder, with `--device cuda` if you like: nothing here has been measured on a GPU yet.
-"""
-
-CG = """
-## Conjugate gradient: the vector work of {iterations} iterations, B={tasks}, D={dim}, {dtype}
-
-| implementation | ms | fused is faster by | share of copy bandwidth ({copy:.0f} GB/s) |
-| --- | --- | --- | --- |
-"""
-
-META = """
-## Complete meta-gradients: {inner_steps} inner steps, {cg_steps} CG steps, float32
-
-| workload | tasks | D | imaml_ext, ms | per-task loop, ms | faster by | from |
-| --- | --- | --- | --- | --- | --- | --- |
+this folder; what it compares with comes with `pip install '.[bench]'`.
 """
 
 INNER = """
@@ -39,34 +28,114 @@ one {worth_ggn:.2f}, a forward pass {worth_forward:.2f}. The residual is the med
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
+TITLES: dict[str, Callable[[Result], str]] = {
+    "cg": lambda s: (
+        f"Conjugate gradient: the vector work of {s['iterations']} iterations, "
+        f"B={s['tasks']}, D={s['dim']}, {s['dtype']}"
+    ),
+    "prox": lambda s: (
+        f"A proximal step of {'Adam' if s['step'] == 'adam' else 'gradient descent'}, "
+        f"B={s['tasks']}, D={s['dim']}, {s['dtype']}"
+    ),
+    "meta_grad": lambda s: (
+        f"A meta-gradient: {s['workload']}, {s['tasks']} tasks, D={s['dim']}, "
+        f"{s['inner_steps']} inner steps, {s['cg_steps']} CG steps, "
+        f"{'TF32' if s.get('tf32') else 'float32'}"
+    ),
+    "memory": lambda s: (
+        f"Peak memory of a meta-gradient, MiB: {s['workload']}, {s['tasks']} tasks, D={s['dim']}"
+    ),
+    "scaling": lambda s: f"How the time grows: {s['workload']}",
+}
+# Column title and what it is a share of, where a result has it.
+SHARES = {
+    "share_of_copy_bandwidth": ("copy bandwidth", "copy_bandwidth", "GB/s"),
+    "share_of_matmul": ("a matrix product's rate", "matmul_rate", "Gflop/s"),
+}
 
-def source(result: dict[str, Any]) -> str:
+
+def source(result: Result) -> str:
+    peers = "".join(f", {name} {version}" for name, version in result.get("peers", {}).items())
     return (
         f"`{result['command']}` at {result['commit']}, {result['device']}, "
-        f"{result['threads']} threads, torch {result['torch']}, {result['date'][:10]}"
+        f"{result['threads']} threads, torch {result['torch']}{peers}, {result['date'][:10]}"
     )
 
 
-def cg_table(result: dict[str, Any]) -> str:
-    text = CG.format(**result["settings"], copy=result["copy_bandwidth"] / 1e9)
-    for name, row in result["implementations"].items():
-        text += (
-            f"| {name} | {1e3 * row['median']:.1f} | {row['speedup_of_fused']:.1f}x "
-            f"| {100 * row['share_of_copy_bandwidth']:.0f}% |\n"
+def table(columns: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def times(result: Result) -> str:
+    """Implementations by rising median, against the first one, which is ours."""
+    rows = result["implementations"]
+    ours = next(iter(rows))
+    share = next((key for key in SHARES if key in rows[ours]), None)
+    columns = ["implementation", "ms", f"time over {ours}'s"]
+    if share is not None:
+        of, rate, unit = SHARES[share]
+        columns.append(f"share of {of} ({result[rate] / 1e9:.0f} {unit})")
+    compiles = any("compile" in row for row in rows.values())
+    columns += ["compiled in"] if compiles else []
+    lines = []
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["median"]):
+        line = [f"**{name}**" if name == ours else name, f"{1e3 * row['median']:.3g}"]
+        if row["median"] >= 1:
+            line[1] = f"{1e3 * row['median']:.0f}"
+        line.append(f"{row['median'] / rows[ours]['median']:.2f}")
+        if share is not None:
+            line.append(f"{100 * row[share]:.0f}%")
+        if compiles:
+            line.append(f"{row['compile']:.1f} s" if "compile" in row else "")
+        lines.append(line)
+    text = table(columns, lines)
+    if result.get("tried"):
+        tried = sorted(result["tried"].items(), key=lambda item: item[1])
+        listed = "; ".join(
+            f"{name.removeprefix('JAX, ')} {1e3 * took:.3g} ms" for name, took in tried
         )
-    return text + f"\n{source(result)}\n"
+        text += f"\nJAX's formulations, the fastest of a few calls: {listed}.\n"
+    return text
 
 
-def meta_row(result: dict[str, Any]) -> str:
-    settings, times = result["settings"], result["implementations"]
-    ours, loop = (1e3 * times[name]["median"] for name in ("imaml_ext", "per-task loop"))
-    return (
-        f"| {settings['workload']} | {settings['tasks']} | {settings['dim']} | {ours:.0f} "
-        f"| {loop:.0f} | {result['speedup']:.1f}x | {source(result)} |\n"
+def memory(result: Result) -> str:
+    rows = result["implementations"]
+    over_inner, over_cg = (
+        list(next(iter(rows.values()))[f"over_{which}_steps"]) for which in ("inner", "cg")
+    )
+    columns = ["implementation"]
+    columns += [f"{n} inner steps" for n in over_inner] + [f"{n} CG steps" for n in over_cg]
+    lines = []
+    for name, row in rows.items():
+        peaks = [row["over_inner_steps"][n] for n in over_inner]
+        peaks += [row["over_cg_steps"].get(n) for n in over_cg]
+        lines.append([name, *("" if peak is None else f"{peak / 2**20:.1f}" for peak in peaks)])
+    settings = result["settings"]
+    return table(columns, lines) + (
+        f"\nOver the inner steps with {settings['cg_steps_over_inner']} CG step(s), over the CG "
+        f"steps with {settings['inner_steps_over_cg']} inner step(s).\n"
     )
 
 
-def inner_table(result: dict[str, Any]) -> str:
+def scaling(result: Result) -> str:
+    lines = []
+    for label, points in result["series"].items():
+        fitted = result["fits"][label]
+        found = (
+            f"size^{fitted['power']:.2f}"
+            if "power" in fitted
+            else f"{1e3 * fitted['start']:.1f} ms + {1e3 * fitted['each']:.2f} ms a step"
+        )
+        measured = ", ".join(f"{size:g}: {1e3 * time:.3g}" for size, time in points)
+        lines.append([label, measured, found])
+    text = table(["against", "ms", "fit"], lines)
+    text += f"\nLaunches of a CG iteration: {result['launches_per_iteration']}, always.\n"
+    picture = result["settings"]["picture"]
+    return text if picture is None else f"{text}\n![The curves](results/{picture})\n"
+
+
+def inner(result: Result) -> str:
     settings, worth = result["settings"], result["worth"]
     text = INNER.format(**settings, **{f"worth_{name}": value for name, value in worth.items()})
     for row in result["solvers"]:
@@ -79,21 +148,32 @@ def inner_table(result: dict[str, Any]) -> str:
     return text + f"\n{source(result)}\n"
 
 
-def main() -> None:
-    results = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
+BODIES = {"cg": times, "prox": times, "meta_grad": times, "memory": memory, "scaling": scaling}
+
+
+def make(results: list[Result]) -> str:
+    """The page. Of each benchmark's setting: what was measured on the CPU, and on CUDA."""
     text = HEADER
-    for result in results:
-        if result["benchmark"] == "cg":
-            text += cg_table(result)
-    whole = [result for result in results if result["benchmark"] == "meta_grad"]
-    text += META.format(**whole[0]["settings"])
-    for result in sorted(whole, key=lambda result: -result["speedup"]):
-        text += meta_row(result)
-    for result in results:
-        if result["benchmark"] == "inner":
-            text += inner_table(result)
-    (HERE / "README.md").write_text(text)
+    for benchmark, title in TITLES.items():
+        settings: dict[str, dict[str, Result]] = {}
+        for result in results:
+            if result["benchmark"] == benchmark:
+                on = settings.setdefault(title(result["settings"]), {})
+                on[result.get("device_type", "cpu")] = result
+        for heading, on in settings.items():
+            text += f"\n## {heading}\n"
+            for device_type, label in (("cpu", "CPU"), ("cuda", "CUDA")):
+                if device_type in on:
+                    result = on[device_type]
+                    text += f"\n{label}:\n\n{BODIES[benchmark](result)}\n{source(result)}\n"
+                else:
+                    text += f"\n{label}: not measured.\n"
+    return text + "".join(inner(result) for result in results if result["benchmark"] == "inner")
+
+
+def committed() -> list[Result]:
+    return [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
 
 
 if __name__ == "__main__":
-    main()
+    (HERE / "README.md").write_text(make(committed()))

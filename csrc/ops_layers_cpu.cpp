@@ -15,18 +15,29 @@ constexpr auto parallel_for = [](int64_t n, int64_t grain, const auto& body) {
   torch::stable::parallel_for(0, n, grain, body);
 };
 
-// A tensor of `dims` dimensions, float32 or float64, contiguous, and not empty.
-void check(const char* op, const char* name, const Tensor& t, int64_t dims) {
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+// A tensor of `dims` dimensions, float32 or float64, each task contiguous, and not empty.
+void check_tasks(const char* op, const char* name, const Tensor& t, int64_t dims) {
   if (t.dim() != dims) fail(op, name, " must have ", dims, " dimensions, got ", shape(t));
   if (t.scalar_type() != ScalarType::Float && t.scalar_type() != ScalarType::Double)
     fail(op, name, " must be float32 or float64, got ", toString(t.scalar_type()));
-  if (!t.is_contiguous()) fail(op, name, " must be contiguous");
   if (t.numel() == 0) fail(op, name, " is empty: ", shape(t));
+  int64_t step = 1;
+  for (int64_t k = dims - 1; k > 0; --k) {
+    if (t.size(k) != 1 && t.stride(k) != step) fail(op, name, " must be contiguous");
+    step *= t.size(k);
+  }
 }
 
-void check_like(const char* op, const char* name, const Tensor& t, const Tensor& first,
-                std::initializer_list<int64_t> sizes) {
-  check(op, name, t, static_cast<int64_t>(sizes.size()));
+// The same, contiguous as a whole.
+void check(const char* op, const char* name, const Tensor& t, int64_t dims) {
+  check_tasks(op, name, t, dims);
+  if (!t.is_contiguous()) fail(op, name, " must be contiguous");
+}
+
+void check_shape(const char* op, const char* name, const Tensor& t, const Tensor& first,
+                 std::initializer_list<int64_t> sizes) {
   if (t.scalar_type() != first.scalar_type())
     fail(op, name, " must be ", toString(first.scalar_type()), ", got ", toString(t.scalar_type()));
   if (t.device() != first.device()) fail(op, name, " is on another device");
@@ -35,31 +46,43 @@ void check_like(const char* op, const char* name, const Tensor& t, const Tensor&
     if (t.size(k++) != size) fail(op, name, " is of a shape that does not fit: ", shape(t));
 }
 
+void check_like(const char* op, const char* name, const Tensor& t, const Tensor& first,
+                std::initializer_list<int64_t> sizes) {
+  check(op, name, t, static_cast<int64_t>(sizes.size()));
+  check_shape(op, name, t, first, sizes);
+}
+
 struct Window {
   int64_t stride_h, stride_w, pad_h, pad_w;
 
-  cpu::ConvShape on(const char* op, int64_t tasks, int64_t images, int64_t in_h, int64_t in_w,
-                    int64_t channels, int64_t filters, int64_t kernel_h, int64_t kernel_w) const {
+  // `images` [B, N, H, W, C] convolved with weights [B, O, C, kH, kW], `apart` from task to task.
+  cpu::ConvShape on(const char* op, std::initializer_list<int64_t> images, int64_t filters,
+                    int64_t kernel_h, int64_t kernel_w, int64_t apart) const {
+    const int64_t* size = images.begin();
+    cpu::ConvShape s{.tasks = size[0],
+                     .images = size[1],
+                     .in_h = size[2],
+                     .in_w = size[3],
+                     .channels = size[4],
+                     .out_h = 0,
+                     .out_w = 0,
+                     .filters = filters,
+                     .kernel_h = kernel_h,
+                     .kernel_w = kernel_w,
+                     .stride_h = stride_h,
+                     .stride_w = stride_w,
+                     .pad_h = pad_h,
+                     .pad_w = pad_w,
+                     .task_weights = apart};
     if (stride_h < 1 || stride_w < 1) fail(op, "stride must be positive");
     if (pad_h < 0 || pad_w < 0) fail(op, "padding must not be negative");
-    const int64_t room_h = in_h + 2 * pad_h - kernel_h, room_w = in_w + 2 * pad_w - kernel_w;
-    if (room_h < 0 || room_w < 0 || in_h < 1 || in_w < 1 || kernel_h < 1 || kernel_w < 1)
-      fail(op, "a ", kernel_h, " x ", kernel_w, " kernel does not fit into ", in_h, " x ", in_w,
+    const int64_t room_h = s.in_h + 2 * pad_h - kernel_h, room_w = s.in_w + 2 * pad_w - kernel_w;
+    if (room_h < 0 || room_w < 0 || s.in_h < 1 || s.in_w < 1 || kernel_h < 1 || kernel_w < 1)
+      fail(op, "a ", kernel_h, " x ", kernel_w, " kernel does not fit into ", s.in_h, " x ", s.in_w,
            " padded by ", pad_h, " x ", pad_w);
-    return {tasks,
-            images,
-            in_h,
-            in_w,
-            channels,
-            room_h / stride_h + 1,
-            room_w / stride_w + 1,
-            filters,
-            kernel_h,
-            kernel_w,
-            stride_h,
-            stride_w,
-            pad_h,
-            pad_w};
+    s.out_h = room_h / stride_h + 1;
+    s.out_w = room_w / stride_w + 1;
+    return s;
   }
 };
 
@@ -67,17 +90,18 @@ Tensor conv(const Tensor& x, const Tensor& w, std::optional<Tensor> bias, int64_
             int64_t stride_w, int64_t pad_h, int64_t pad_w) {
   constexpr const char* kName = "conv";
   check(kName, "x", x, 5);
-  check(kName, "w", w, 5);
-  check_like(kName, "w", w, x, {x.size(0), w.size(1), x.size(4), w.size(3), w.size(4)});
-  const cpu::ConvShape s =
-      Window{stride_h, stride_w, pad_h, pad_w}.on(kName, x.size(0), x.size(1), x.size(2), x.size(3),
-                                                  x.size(4), w.size(1), w.size(3), w.size(4));
+  check_tasks(kName, "w", w, 5);
+  check_shape(kName, "w", w, x, {x.size(0), w.size(1), x.size(4), w.size(3), w.size(4)});
+  const cpu::ConvShape s = Window{stride_h, stride_w, pad_h, pad_w}.on(
+      kName, {x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)}, w.size(1), w.size(3),
+      w.size(4), w.stride(0));
   if (bias) check_like(kName, "bias", *bias, x, {s.tasks, s.filters});
   Tensor y = torch::stable::new_empty(x, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     cpu::conv(s, x.const_data_ptr<T>(), w.const_data_ptr<T>(),
-              bias ? bias->const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>(), parallel_for);
+              bias ? bias->const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>(), threads(),
+              parallel_for);
   });
   return y;
 }
@@ -86,16 +110,17 @@ Tensor conv_data_gradient(const Tensor& g, const Tensor& w, int64_t in_h, int64_
                           int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w) {
   constexpr const char* kName = "conv_data_gradient";
   check(kName, "g", g, 5);
-  check(kName, "w", w, 5);
-  check_like(kName, "w", w, g, {g.size(0), g.size(4), w.size(2), w.size(3), w.size(4)});
+  check_tasks(kName, "w", w, 5);
+  check_shape(kName, "w", w, g, {g.size(0), g.size(4), w.size(2), w.size(3), w.size(4)});
   const cpu::ConvShape s = Window{stride_h, stride_w, pad_h, pad_w}.on(
-      kName, g.size(0), g.size(1), in_h, in_w, w.size(2), w.size(1), w.size(3), w.size(4));
+      kName, {g.size(0), g.size(1), in_h, in_w, w.size(2)}, w.size(1), w.size(3), w.size(4),
+      w.stride(0));
   check_like(kName, "g", g, w, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
   Tensor dx = torch::stable::new_empty(g, {s.tasks, s.images, s.in_h, s.in_w, s.channels});
   dispatch(g, [&](auto zero) {
     using T = decltype(zero);
     cpu::conv_data_gradient(s, g.const_data_ptr<T>(), w.const_data_ptr<T>(),
-                            dx.mutable_data_ptr<T>(), parallel_for);
+                            dx.mutable_data_ptr<T>(), threads(), parallel_for);
   });
   return dx;
 }
@@ -106,13 +131,14 @@ Tensor conv_weight_gradient(const Tensor& x, const Tensor& g, int64_t kernel_h, 
   check(kName, "x", x, 5);
   check(kName, "g", g, 5);
   const cpu::ConvShape s = Window{stride_h, stride_w, pad_h, pad_w}.on(
-      kName, x.size(0), x.size(1), x.size(2), x.size(3), x.size(4), g.size(4), kernel_h, kernel_w);
+      kName, {x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)}, g.size(4), kernel_h, kernel_w,
+      0);
   check_like(kName, "g", g, x, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
   Tensor dw = torch::stable::new_empty(x, {s.tasks, s.filters, s.channels, kernel_h, kernel_w});
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     cpu::conv_weight_gradient(s, x.const_data_ptr<T>(), g.const_data_ptr<T>(),
-                              dw.mutable_data_ptr<T>(), parallel_for);
+                              dw.mutable_data_ptr<T>(), threads(), parallel_for);
   });
   return dw;
 }
@@ -149,7 +175,7 @@ Three batch_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, doubl
                                         .y = y.mutable_data_ptr<T>(),
                                         .mean = mean.mutable_data_ptr<T>(),
                                         .scale = scale.mutable_data_ptr<T>()},
-                    parallel_for);
+                    threads(), parallel_for);
   });
   return {y, mean, scale};
 }
@@ -178,7 +204,7 @@ Three batch_norm_backward(const Tensor& g, const Tensor& x, const Tensor& gamma,
                                          .dx = dx.mutable_data_ptr<T>(),
                                          .dgamma = dgamma.mutable_data_ptr<T>(),
                                          .dbeta = dbeta.mutable_data_ptr<T>()},
-                    parallel_for);
+                    threads(), parallel_for);
   });
   return {dx, dgamma, dbeta};
 }
@@ -214,7 +240,7 @@ Three batch_norm_double_backward(const Tensor& a, const Tensor& b, const Tensor&
                                                .to_g = to_g.mutable_data_ptr<T>(),
                                                .to_x = to_x.mutable_data_ptr<T>(),
                                                .to_gamma = to_gamma.mutable_data_ptr<T>()},
-                    parallel_for);
+                    threads(), parallel_for);
   });
   return {to_g, to_x, to_gamma};
 }

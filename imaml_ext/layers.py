@@ -96,7 +96,7 @@ class ConvWeightGradient(torch.autograd.Function):
     def backward(ctx: Any, w: Tensor) -> Any:
         x, g = ctx.saved_tensors
         to_x, to_g, _, _ = ctx.needs_input_grad
-        w = w.contiguous()
+        w = _weights(w)
         return (
             ConvDataGradient.apply(g, w, x.shape[2:4], ctx.window) if to_x else None,
             Conv.apply(x, w, None, ctx.window) if to_g else None,
@@ -242,8 +242,13 @@ class _ForTasks(torch.autograd.Function):
 def _conv2d(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window) -> Tensor:
     x = x.permute(0, 1, 3, 4, 2).contiguous()
     bias = None if bias is None else bias.contiguous()
-    y: Tensor = Conv.apply(x, w.contiguous(), bias, window)
+    y: Tensor = Conv.apply(x, _weights(w), bias, window)
     return y.permute(0, 1, 4, 2, 3)
+
+
+def _weights(w: Tensor) -> Tensor:
+    """As they lie in the rows of parameters, where the weights of each task are contiguous."""
+    return w if w[0].is_contiguous() else w.contiguous()
 
 
 def _batch_norm(

@@ -254,7 +254,7 @@ def conv(x: Tensor, w: Tensor, bias: Tensor | None, window: Window) -> Tensor:
 
     Args:
         x: images, [B, N, H, W, C].
-        w: weights, [B, O, C, kH, kW].
+        w: weights, [B, O, C, kH, kW]; contiguous within each task.
         bias: added to every pixel, [B, O].
         window: strides and paddings, (sH, sW, pH, pW).
 
@@ -301,7 +301,7 @@ def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tens
 def batch_norm_backward(
     g: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, scale: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `<g, y>` by x, gamma and beta, y the result of `batch_norm`.
+    """The gradients of `<g, y>` by x, gamma and beta, y what `batch_norm` gives for them.
 
     Args:
         g: like y.

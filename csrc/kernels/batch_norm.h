@@ -5,7 +5,7 @@
 //
 //   y = gamma h + beta
 //
-//   given g = dS/dy, or, with `relu`, g = dS/d(max(y, 0)), which then counts as 0 where y <= 0:
+//   given g = dS/dy, which with `relu` counts as 0 where y <= 0:
 //     dx = gamma / s P g,   dgamma = N M(h g),   dbeta = N M g
 //
 //   given a, b, c, the slopes of S by dx, dgamma and dbeta:
@@ -15,18 +15,22 @@
 //
 // (P is linear and symmetric, and dh = P dx / s.)
 //
-// Images are [tasks, rows, channels], the rest [tasks, channels]. The work is shared out by task
-// and block of kNormLanes channels. A sum is taken over all rows in order, in float64: the same
-// input gives the same bits whatever the number of threads.
+// Images are [tasks, rows, channels], the rest [tasks, channels]. Bound by memory: a pass reads its
+// images twice and writes once, kNormRows rows at a time through all blocks of kNormLanes channels.
+// Sums are taken in float64, in an order that does not depend on how the work is shared out: the
+// same input gives the same bits whatever the number of threads.
 #pragma once
 #include <algorithm>
 #include <cstdint>
+
+#include "blocks.h"
 
 namespace imaml::cpu {
 
 using std::int64_t;
 
 inline constexpr int64_t kNormLanes = 16;
+inline constexpr int64_t kNormRows = 64;
 
 struct NormShape {
   int64_t tasks, rows, channels;
@@ -77,23 +81,21 @@ struct NormDoubleBackward {
   T* to_gamma;
 };
 
-// One block of channels of one task.
-#define IMAML_DECLARE(T)                                                  \
-  void norm_block(const NormForward<T>&, int64_t task, int64_t channel);  \
-  void norm_block(const NormBackward<T>&, int64_t task, int64_t channel); \
-  void norm_block(const NormDoubleBackward<T>&, int64_t task, int64_t channel);
-IMAML_DECLARE(float)
-IMAML_DECLARE(double)
+#define IMAML_DECLARE(Pass) void norm_blocks(const Pass&, int64_t task, Blocks);
+IMAML_DECLARE(NormForward<float>)
+IMAML_DECLARE(NormForward<double>)
+IMAML_DECLARE(NormBackward<float>)
+IMAML_DECLARE(NormBackward<double>)
+IMAML_DECLARE(NormDoubleBackward<float>)
+IMAML_DECLARE(NormDoubleBackward<double>)
 #undef IMAML_DECLARE
 
 // `pass` is any of the three above.
 template <typename Pass, typename ParallelFor>
-void batch_norm(const Pass& pass, const ParallelFor& parallel_for) {
+void batch_norm(const Pass& pass, int threads, const ParallelFor& parallel_for) {
   const int64_t blocks = (pass.shape.channels + kNormLanes - 1) / kNormLanes;
-  parallel_for(pass.shape.tasks * blocks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t item = first; item < last; ++item)
-      norm_block(pass, item / blocks, item % blocks * kNormLanes);
-  });
+  for_blocks(pass.shape.tasks, blocks, threads, parallel_for,
+             [&](int64_t task, Blocks range) { norm_blocks(pass, task, range); });
 }
 
 }  // namespace imaml::cpu

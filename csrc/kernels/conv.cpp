@@ -1,6 +1,5 @@
 #include "conv.h"
 
-#include <cstring>
 #include <type_traits>
 
 #include "formulas.h"
@@ -48,7 +47,7 @@ std::vector<PixelMap> input_pixels(const ConvShape& s) {
 
 namespace {
 
-// How many pixels of the slopes the weight gradient takes at a time.
+// Pixels of the result, or of the slopes, that go through all blocks together.
 constexpr int64_t kChunkPixels = 96;
 
 // Half a tile's lanes: two of these are a row of the tile, and six rows fill the sixteen vector
@@ -106,34 +105,38 @@ IMAML_INLINE void for_tiles(int64_t count, const Add& add) {
   }
 }
 
-// What the gathering tile reads: pixels of `depth` contiguous values, an image's at source[i].
+// What the gathering tile reads and writes: pixels of `depth` contiguous values of the source, and
+// of `outputs` of the result.
 template <typename T>
 struct Gather {
   const T* source;  // of the task
-  int64_t image;    // values between images
+  int64_t image;    // values between its images
   int64_t depth;    // values summed over in a pixel
-  const T* zeros;   // [depth]
-  const T* panel;   // [all taps, depth, lanes]
-  const T* bias;    // [lanes], or null
-  T* result;        // of the task, at the block
+  T* result;        // of the task
   int64_t result_image;
-  int64_t result_pixel;
-  int64_t width;  // lanes that exist
+  int64_t outputs;
+  Blocks blocks;
+  const T* zeros;   // [depth]
+  const T* panels;  // [blocks, all taps, depth, lanes]
+  const T* bias;    // [outputs] of the task, or null
 };
 
-// Results kRows of them, from the `first`-th pixel of the batch on.
+// kRows pixels of the result, from the `first`-th of the batch on, in one block.
 template <int64_t kRows, typename T>
-IMAML_INLINE void gather_tile(const Gather<T>& a, const PixelMap& map, int64_t first) {
+IMAML_INLINE void gather_tile(const Gather<T>& a, const PixelMap& map, const T* panel,
+                              int64_t output, int64_t first) {
   const int64_t count = static_cast<int64_t>(map.pixels.size());
+  const int64_t width = std::min(kTileLanes<T>, a.outputs - output);
   const T* image[kRows];
   int64_t pixel[kRows];
   for (int64_t r = 0; r < kRows; ++r) {
     image[r] = a.source + (first + r) / count * a.image;
     pixel[r] = (first + r) % count;
   }
-  Lanes<T> total[kRows] = {};
-  if (a.bias != nullptr)
-    for (Lanes<T>& row : total) row = Lanes<T>::load(a.bias);
+  T lanes[kTileLanes<T>] = {};
+  if (a.bias != nullptr) std::copy_n(a.bias + output, width, lanes);
+  Lanes<T> total[kRows];
+  for (Lanes<T>& row : total) row = Lanes<T>::load(lanes);
   for (std::size_t t = 0; t < map.taps.size(); ++t) {
     const int64_t* sources = map.sources.data() + static_cast<int64_t>(t) * count;
     const T* row[kRows];
@@ -144,84 +147,97 @@ IMAML_INLINE void gather_tile(const Gather<T>& a, const PixelMap& map, int64_t f
       any |= source >= 0;
     }
     if (!any) continue;
-    const T* panel = a.panel + map.taps[t] * a.depth * kTileLanes<T>;
+    const T* factors = panel + map.taps[t] * a.depth * kTileLanes<T>;
     for (int64_t k = 0; k < a.depth; ++k) {
-      const Lanes<T> lanes = Lanes<T>::load(panel + k * kTileLanes<T>);
+      const Lanes<T> factor = Lanes<T>::load(factors + k * kTileLanes<T>);
 #pragma GCC unroll 8
-      for (int64_t r = 0; r < kRows; ++r) total[r].add_product(row[r][k], lanes);
+      for (int64_t r = 0; r < kRows; ++r) total[r].add_product(row[r][k], factor);
     }
   }
   for (int64_t r = 0; r < kRows; ++r) {
-    T* to = a.result + (first + r) / count * a.result_image + map.pixels[pixel[r]] * a.result_pixel;
-    if (a.width == kTileLanes<T>) {
-      total[r].store(to);
+    T* to = a.result + (first + r) / count * a.result_image + map.pixels[pixel[r]] * a.outputs;
+    if (width == kTileLanes<T>) {
+      total[r].store(to + output);
     } else {
-      T lanes[kTileLanes<T>];
       total[r].store(lanes);
-      std::memcpy(to, lanes, static_cast<std::size_t>(a.width) * sizeof(T));
+      std::copy_n(lanes, width, to + output);
     }
   }
 }
 
 template <typename T>
-IMAML_INLINE void gather(const Gather<T>& a, const PixelMap& map, int64_t images) {
-  for_tiles(images * static_cast<int64_t>(map.pixels.size()),
-            [&](auto rows, int64_t first)
-                IMAML_INLINE_LAMBDA { gather_tile<rows()>(a, map, first); });
-}
-
-// [taps, depth, lanes] from weights [filters, channels, taps], lanes that do not exist being 0.
-// `deep` and `wide` are the strides of what is summed over and of the lanes.
-template <typename T>
-IMAML_INLINE void pack(const T* weights, int64_t taps, int64_t depth, int64_t deep, int64_t wide,
-                       int64_t width, T* panel) {
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t t = 0; t < taps; ++t) {
-      T* to = panel + (t * depth + k) * kTileLanes<T>;
-      const T* from = weights + k * deep + t;
-      for (int64_t lane = 0; lane < width; ++lane) to[lane] = from[lane * wide];
+IMAML_INLINE void gather(const Gather<T>& a, const PixelMap& map, int64_t taps, int64_t images) {
+  const int64_t rows = images * static_cast<int64_t>(map.pixels.size());
+  for (int64_t begin = 0; begin < rows; begin += kChunkPixels) {
+    const int64_t count = std::min(kChunkPixels, rows - begin);
+    for (int64_t block = a.blocks.first; block < a.blocks.last; ++block) {
+      const T* panel = a.panels + (block - a.blocks.first) * taps * a.depth * kTileLanes<T>;
+      for_tiles(count, [&](auto tile, int64_t first) IMAML_INLINE_LAMBDA {
+        gather_tile<tile()>(a, map, panel, block * kTileLanes<T>, begin + first);
+      });
     }
+  }
+}
+
+// [blocks, taps, depth, lanes] from weights [filters, channels, taps], lanes that do not exist
+// being 0. `deep` and `wide` are the strides of what is summed over and of the outputs.
+template <typename T>
+IMAML_INLINE std::vector<T> pack(const T* weights, int64_t taps, int64_t depth, int64_t deep,
+                                 int64_t wide, int64_t outputs, Blocks blocks) {
+  constexpr int64_t lanes = kTileLanes<T>;
+  const int64_t panel = taps * depth * lanes;
+  std::vector<T> panels(static_cast<std::size_t>((blocks.last - blocks.first) * panel));
+  for (int64_t block = blocks.first; block < blocks.last; ++block) {
+    const int64_t width = std::min(lanes, outputs - block * lanes);
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t t = 0; t < taps; ++t) {
+        T* to = panels.data() + (block - blocks.first) * panel + (t * depth + k) * lanes;
+        const T* from = weights + block * lanes * wide + k * deep + t;
+        for (int64_t lane = 0; lane < width; ++lane) to[lane] = from[lane * wide];
+      }
+  }
+  return panels;
 }
 
 template <typename T>
-struct Scratch {
-  std::vector<T> panel, zeros;
-  Scratch(int64_t taps, int64_t depth)
-      : panel(static_cast<std::size_t>(taps * depth * kTileLanes<T>)),
-        zeros(static_cast<std::size_t>(depth)) {}
-};
-
-template <typename T>
-IMAML_INLINE void forward_block(const ConvShape& s, const PixelMap& map, const T* x, const T* w,
-                                const T* bias, T* y, int64_t task, int64_t block) {
-  const int64_t first = block * kTileLanes<T>;
-  const int64_t width = std::min(kTileLanes<T>, s.filters - first);
-  Scratch<T> scratch(s.taps(), s.channels);
-  pack(w + task * s.weights() + first * s.channels * s.taps(), s.taps(), s.channels, s.taps(),
-       s.channels * s.taps(), width, scratch.panel.data());
+IMAML_INLINE void forward_blocks(const ConvShape& s, const PixelMap& map, const T* x, const T* w,
+                                 const T* bias, T* y, int64_t task, Blocks blocks) {
   const int64_t in = s.in_pixels() * s.channels, out = s.out_pixels() * s.filters;
-  T shift[kTileLanes<T>] = {};
-  if (bias != nullptr) std::copy_n(bias + task * s.filters + first, width, shift);
-  gather<T>(
-      {x + task * s.images * in, in, s.channels, scratch.zeros.data(), scratch.panel.data(),
-       bias == nullptr ? nullptr : shift, y + task * s.images * out + first, out, s.filters, width},
-      map, s.images);
+  const std::vector<T> panels = pack(w + task * s.task_weights, s.taps(), s.channels, s.taps(),
+                                     s.channels * s.taps(), s.filters, blocks);
+  const std::vector<T> zeros(static_cast<std::size_t>(s.channels));
+  gather(Gather<T>{.source = x + task * s.images * in,
+                   .image = in,
+                   .depth = s.channels,
+                   .result = y + task * s.images * out,
+                   .result_image = out,
+                   .outputs = s.filters,
+                   .blocks = blocks,
+                   .zeros = zeros.data(),
+                   .panels = panels.data(),
+                   .bias = bias == nullptr ? nullptr : bias + task * s.filters},
+         map, s.taps(), s.images);
 }
 
 template <typename T>
-IMAML_INLINE void data_block(const ConvShape& s, const std::vector<PixelMap>& maps, const T* g,
-                             const T* w, T* dx, int64_t task, int64_t block) {
-  const int64_t first = block * kTileLanes<T>;
-  const int64_t width = std::min(kTileLanes<T>, s.channels - first);
-  Scratch<T> scratch(s.taps(), s.filters);
-  pack(w + task * s.weights() + first * s.taps(), s.taps(), s.filters, s.channels * s.taps(),
-       s.taps(), width, scratch.panel.data());
+IMAML_INLINE void data_blocks(const ConvShape& s, const std::vector<PixelMap>& maps, const T* g,
+                              const T* w, T* dx, int64_t task, Blocks blocks) {
   const int64_t in = s.in_pixels() * s.channels, out = s.out_pixels() * s.filters;
+  const std::vector<T> panels = pack(w + task * s.task_weights, s.taps(), s.filters,
+                                     s.channels * s.taps(), s.taps(), s.channels, blocks);
+  const std::vector<T> zeros(static_cast<std::size_t>(s.filters));
   for (const PixelMap& map : maps)
-    gather<T>(
-        {g + task * s.images * out, out, s.filters, scratch.zeros.data(), scratch.panel.data(),
-         nullptr, dx + task * s.images * in + first, in, s.channels, width},
-        map, s.images);
+    gather(Gather<T>{.source = g + task * s.images * out,
+                     .image = out,
+                     .depth = s.filters,
+                     .result = dx + task * s.images * in,
+                     .result_image = in,
+                     .outputs = s.channels,
+                     .blocks = blocks,
+                     .zeros = zeros.data(),
+                     .panels = panels.data(),
+                     .bias = nullptr},
+           map, s.taps(), s.images);
 }
 
 // Some images of a task, small enough for their pixels to stay in cache while every weight takes
@@ -280,55 +296,62 @@ IMAML_INLINE void add_taps(const Chunk<T>& a, int64_t tap, int64_t channel, T* r
 }
 
 template <typename T>
-IMAML_INLINE void weight_block(const ConvShape& s, const PixelMap& map, const T* x, const T* g,
-                               T* dw, int64_t task, int64_t block) {
+IMAML_INLINE void weight_blocks(const ConvShape& s, const PixelMap& map, const T* x, const T* g,
+                                T* dw, int64_t task, Blocks blocks) {
   constexpr int64_t lanes = kTileLanes<T>;
-  const int64_t first = block * lanes, width = std::min(lanes, s.filters - first);
   const T* images = x + task * s.images * s.in_pixels() * s.channels;
-  const T* slopes = g + task * s.images * s.out_pixels() * s.filters + first;
+  const T* slopes = g + task * s.images * s.out_pixels() * s.filters;
   const int64_t together = std::max<int64_t>(1, kChunkPixels / s.out_pixels());
+  const int64_t share = s.taps() * s.channels * lanes;  // of a block
   std::vector<T> packed(static_cast<std::size_t>(together * s.out_pixels() * lanes));
-  std::vector<T> result(static_cast<std::size_t>(s.taps() * s.channels * lanes));
+  std::vector<T> results(static_cast<std::size_t>((blocks.last - blocks.first) * share));
   for (int64_t n = 0; n < s.images; n += together) {
     const int64_t count = std::min(together, s.images - n);
-    for (int64_t p = 0; p < count * s.out_pixels(); ++p)
-      std::copy_n(slopes + (n * s.out_pixels() + p) * s.filters, width, packed.data() + p * lanes);
-    const Chunk<T> chunk{s, map, count, images + n * s.in_pixels() * s.channels, packed.data()};
-    if (s.channels < kTileRows) {
-      for (int64_t c = 0; c < s.channels; ++c)
-        for_tiles(s.taps(), [&](auto rows, int64_t tap) IMAML_INLINE_LAMBDA {
-          add_taps<rows()>(chunk, tap, c, result.data() + (tap * s.channels + c) * lanes);
-        });
-    } else {
-      for (int64_t tap = 0; tap < s.taps(); ++tap)
-        for_tiles(s.channels, [&](auto rows, int64_t c) IMAML_INLINE_LAMBDA {
-          add_channels<rows()>(chunk, tap, c, result.data() + (tap * s.channels + c) * lanes);
-        });
+    const T* pixels = slopes + n * s.out_pixels() * s.filters;
+    for (int64_t block = blocks.first; block < blocks.last; ++block) {
+      const int64_t width = std::min(lanes, s.filters - block * lanes);
+      for (int64_t p = 0; p < count * s.out_pixels(); ++p)
+        std::copy_n(pixels + p * s.filters + block * lanes, width, packed.data() + p * lanes);
+      const Chunk<T> chunk{s, map, count, images + n * s.in_pixels() * s.channels, packed.data()};
+      T* result = results.data() + (block - blocks.first) * share;
+      if (s.channels < kTileRows) {
+        for (int64_t c = 0; c < s.channels; ++c)
+          for_tiles(s.taps(), [&](auto rows, int64_t tap) IMAML_INLINE_LAMBDA {
+            add_taps<rows()>(chunk, tap, c, result + (tap * s.channels + c) * lanes);
+          });
+      } else {
+        for (int64_t tap = 0; tap < s.taps(); ++tap)
+          for_tiles(s.channels, [&](auto rows, int64_t c) IMAML_INLINE_LAMBDA {
+            add_channels<rows()>(chunk, tap, c, result + (tap * s.channels + c) * lanes);
+          });
+      }
     }
   }
-  T* out = dw + task * s.weights() + first * s.channels * s.taps();
-  for (int64_t lane = 0; lane < width; ++lane)
+  const int64_t end = std::min(blocks.last * lanes, s.filters);
+  for (int64_t o = blocks.first * lanes; o < end; ++o) {
+    const T* result = results.data() + (o / lanes - blocks.first) * share + o % lanes;
+    T* out = dw + task * s.weights() + o * s.channels * s.taps();
     for (int64_t c = 0; c < s.channels; ++c)
-      for (int64_t t = 0; t < s.taps(); ++t)
-        *out++ = result[static_cast<std::size_t>((t * s.channels + c) * lanes + lane)];
+      for (int64_t t = 0; t < s.taps(); ++t) *out++ = result[(t * s.channels + c) * lanes];
+  }
 }
 
 }  // namespace
 
-#define IMAML_DEFINE(T)                                                                          \
-  IMAML_MULTIVERSION void conv_block(const ConvShape& s, const PixelMap& map, const T* x,        \
-                                     const T* w, const T* bias, T* y, int64_t task,              \
-                                     int64_t block) {                                            \
-    forward_block<T>(s, map, x, w, bias, y, task, block);                                        \
-  }                                                                                              \
-  IMAML_MULTIVERSION void conv_data_block(const ConvShape& s, const std::vector<PixelMap>& maps, \
-                                          const T* g, const T* w, T* dx, int64_t task,           \
-                                          int64_t block) {                                       \
-    data_block<T>(s, maps, g, w, dx, task, block);                                               \
-  }                                                                                              \
-  IMAML_MULTIVERSION void conv_weight_block(const ConvShape& s, const PixelMap& map, const T* x, \
-                                            const T* g, T* dw, int64_t task, int64_t block) {    \
-    weight_block<T>(s, map, x, g, dw, task, block);                                              \
+#define IMAML_DEFINE(T)                                                                           \
+  IMAML_MULTIVERSION void conv_blocks(const ConvShape& s, const PixelMap& map, const T* x,        \
+                                      const T* w, const T* bias, T* y, int64_t task,              \
+                                      Blocks blocks) {                                            \
+    forward_blocks<T>(s, map, x, w, bias, y, task, blocks);                                       \
+  }                                                                                               \
+  IMAML_MULTIVERSION void conv_data_blocks(const ConvShape& s, const std::vector<PixelMap>& maps, \
+                                           const T* g, const T* w, T* dx, int64_t task,           \
+                                           Blocks blocks) {                                       \
+    data_blocks<T>(s, maps, g, w, dx, task, blocks);                                              \
+  }                                                                                               \
+  IMAML_MULTIVERSION void conv_weight_blocks(const ConvShape& s, const PixelMap& map, const T* x, \
+                                             const T* g, T* dw, int64_t task, Blocks blocks) {    \
+    weight_blocks<T>(s, map, x, g, dw, task, blocks);                                             \
   }
 IMAML_DEFINE(float)
 IMAML_DEFINE(double)

@@ -11,12 +11,15 @@
 //
 // No column matrix is built: a tile of kTileRows pixels by kTileLanes outputs stays in registers
 // while it gathers its pixels through pointers, zeros standing in for those outside the image.
-// The work is shared out by task and block of kTileLanes outputs, and no sum is ever split: the
+// A few pixels at a time go through all blocks of kTileLanes outputs, whose weights stay in cache.
+// The work is shared out by task, and by blocks where tasks are few, and no sum is ever split: the
 // same input gives the same bits whatever the number of threads.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <vector>
+
+#include "blocks.h"
 
 namespace imaml::cpu {
 
@@ -29,6 +32,7 @@ struct ConvShape {
   int64_t kernel_h, kernel_w;
   int64_t stride_h, stride_w;
   int64_t pad_h, pad_w;
+  int64_t task_weights;  // values between the weights of tasks, where they are an operand
 
   int64_t in_pixels() const { return in_h * in_w; }
   int64_t out_pixels() const { return out_h * out_w; }
@@ -40,8 +44,6 @@ struct ConvShape {
 template <typename T>
 inline constexpr int64_t kTileLanes = 64 / static_cast<int64_t>(sizeof(T));
 inline constexpr int64_t kTileRows = 6;
-
-inline int64_t tile_blocks(int64_t outputs, int64_t lanes) { return (outputs + lanes - 1) / lanes; }
 
 // Some of one image's pixels, which all see the same taps: where each pixel of the result is, and
 // which pixel of the source it sees through each tap (-1: none, it is outside).
@@ -57,52 +59,48 @@ PixelMap output_pixels(const ConvShape& s);
 // A map of the inputs for each residue of (row, column) modulo the stride.
 std::vector<PixelMap> input_pixels(const ConvShape& s);
 
-#define IMAML_DECLARE(T)                                                                          \
-  void conv_block(const ConvShape&, const PixelMap&, const T* x, const T* w, const T* bias, T* y, \
-                  int64_t task, int64_t block);                                                   \
-  void conv_data_block(const ConvShape&, const std::vector<PixelMap>&, const T* g, const T* w,    \
-                       T* dx, int64_t task, int64_t block);                                       \
-  void conv_weight_block(const ConvShape&, const PixelMap&, const T* x, const T* g, T* dw,        \
-                         int64_t task, int64_t block);
+#define IMAML_DECLARE(T)                                                                           \
+  void conv_blocks(const ConvShape&, const PixelMap&, const T* x, const T* w, const T* bias, T* y, \
+                   int64_t task, Blocks);                                                          \
+  void conv_data_blocks(const ConvShape&, const std::vector<PixelMap>&, const T* g, const T* w,    \
+                        T* dx, int64_t task, Blocks);                                              \
+  void conv_weight_blocks(const ConvShape&, const PixelMap&, const T* x, const T* g, T* dw,        \
+                          int64_t task, Blocks);
 IMAML_DECLARE(float)
 IMAML_DECLARE(double)
 #undef IMAML_DECLARE
 
-// Calls body(task, block) for each block of outputs of each task.
-template <typename T, typename ParallelFor, typename Body>
-void for_blocks(int64_t tasks, int64_t outputs, const ParallelFor& parallel_for, const Body& body) {
-  const int64_t blocks = tile_blocks(outputs, kTileLanes<T>);
-  parallel_for(tasks * blocks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t item = first; item < last; ++item) body(item / blocks, item % blocks);
-  });
+template <typename T>
+int64_t tile_blocks(int64_t outputs) {
+  return (outputs + kTileLanes<T> - 1) / kTileLanes<T>;
 }
 
 // `bias` may be null.
 template <typename T, typename ParallelFor>
-void conv(const ConvShape& s, const T* x, const T* w, const T* bias, T* y,
+void conv(const ConvShape& s, const T* x, const T* w, const T* bias, T* y, int threads,
           const ParallelFor& parallel_for) {
   const PixelMap map = output_pixels(s);
-  for_blocks<T>(s.tasks, s.filters, parallel_for, [&](int64_t task, int64_t block) {
-    conv_block(s, map, x, w, bias, y, task, block);
-  });
+  for_blocks(
+      s.tasks, tile_blocks<T>(s.filters), threads, parallel_for,
+      [&](int64_t task, Blocks blocks) { conv_blocks(s, map, x, w, bias, y, task, blocks); });
 }
 
 template <typename T, typename ParallelFor>
-void conv_data_gradient(const ConvShape& s, const T* g, const T* w, T* dx,
+void conv_data_gradient(const ConvShape& s, const T* g, const T* w, T* dx, int threads,
                         const ParallelFor& parallel_for) {
   const std::vector<PixelMap> maps = input_pixels(s);
-  for_blocks<T>(s.tasks, s.channels, parallel_for, [&](int64_t task, int64_t block) {
-    conv_data_block(s, maps, g, w, dx, task, block);
-  });
+  for_blocks(
+      s.tasks, tile_blocks<T>(s.channels), threads, parallel_for,
+      [&](int64_t task, Blocks blocks) { conv_data_blocks(s, maps, g, w, dx, task, blocks); });
 }
 
 template <typename T, typename ParallelFor>
-void conv_weight_gradient(const ConvShape& s, const T* x, const T* g, T* dw,
+void conv_weight_gradient(const ConvShape& s, const T* x, const T* g, T* dw, int threads,
                           const ParallelFor& parallel_for) {
   const PixelMap map = output_pixels(s);
-  for_blocks<T>(s.tasks, s.filters, parallel_for, [&](int64_t task, int64_t block) {
-    conv_weight_block(s, map, x, g, dw, task, block);
-  });
+  for_blocks(
+      s.tasks, tile_blocks<T>(s.filters), threads, parallel_for,
+      [&](int64_t task, Blocks blocks) { conv_weight_blocks(s, map, x, g, dw, task, blocks); });
 }
 
 }  // namespace imaml::cpu

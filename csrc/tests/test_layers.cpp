@@ -11,11 +11,13 @@ using cpu::NormShape;
 
 // ---- convolution -----------------------------------------------------------------------------
 
-std::string describe(const ConvShape& s, const char* name) {
-  std::string text = name;
-  for (const int64_t part : {s.tasks, s.images, s.in_h, s.in_w, s.channels, s.filters, s.kernel_h,
-                             s.kernel_w, s.stride_h, s.stride_w, s.pad_h, s.pad_w})
-    text += " " + std::to_string(part);
+std::string describe(const ConvShape& s, const char* type) {
+  char text[200];
+  std::snprintf(text, sizeof text,
+                "conv<%s> %dx%d images %dx%dx%d, %d filters %dx%d, stride %dx%d, pad %dx%d", type,
+                int(s.tasks), int(s.images), int(s.in_h), int(s.in_w), int(s.channels),
+                int(s.filters), int(s.kernel_h), int(s.kernel_w), int(s.stride_h), int(s.stride_w),
+                int(s.pad_h), int(s.pad_w));
   return text;
 }
 
@@ -58,7 +60,7 @@ void expect_sums(const std::vector<T>& got, const Sums& want, const char* what) 
 
 template <typename T>
 void test_conv(const ConvShape& s) {
-  context = describe(s, sizeof(T) == 4 ? "conv<float>" : "conv<double>");
+  context = describe(s, sizeof(T) == 4 ? "float" : "double");
   const int64_t in = s.tasks * s.images * s.in_pixels() * s.channels;
   const int64_t out = s.tasks * s.images * s.out_pixels() * s.filters;
   const auto x = normal<T>(in, 1), w = normal<T>(s.tasks * s.weights(), 2);
@@ -70,17 +72,18 @@ void test_conv(const ConvShape& s) {
     dw.add(to_w, double(x[at(to_x)]) * double(g[at(to_y)]));
   });
   // NaN: every entry has to be written.
-  const auto results = [&](const auto& parallel_for) {
+  const auto results = [&](int threads, const auto& parallel_for) {
     std::vector<std::vector<T>> all;
     for (const std::size_t size : {g.size(), g.size(), x.size(), w.size()})
       all.emplace_back(size, T(NAN));
-    cpu::conv(s, x.data(), w.data(), static_cast<const T*>(nullptr), all[0].data(), parallel_for);
-    cpu::conv(s, x.data(), w.data(), bias.data(), all[1].data(), parallel_for);
-    cpu::conv_data_gradient(s, g.data(), w.data(), all[2].data(), parallel_for);
-    cpu::conv_weight_gradient(s, x.data(), g.data(), all[3].data(), parallel_for);
+    cpu::conv(s, x.data(), w.data(), static_cast<const T*>(nullptr), all[0].data(), threads,
+              parallel_for);
+    cpu::conv(s, x.data(), w.data(), bias.data(), all[1].data(), threads, parallel_for);
+    cpu::conv_data_gradient(s, g.data(), w.data(), all[2].data(), threads, parallel_for);
+    cpu::conv_weight_gradient(s, x.data(), g.data(), all[3].data(), threads, parallel_for);
     return all;
   };
-  const auto serial = results(cpu::Serial{});
+  const auto serial = results(1, cpu::Serial{});
   expect_sums(serial[0], y, "y");
   expect_sums(serial[2], dx, "dx");
   expect_sums(serial[3], dw, "dw");
@@ -88,7 +91,7 @@ void test_conv(const ConvShape& s) {
   for (int64_t i = 0; i < out; ++i)
     y.add(i, double(bias[at(i / of_task * s.filters + i % s.filters)]));
   expect_sums(serial[1], y, "y with bias");
-  const auto parallel = results(Threads{3});
+  const auto parallel = results(5, Threads{3});
   for (std::size_t k = 0; k < serial.size(); ++k)
     expect(same_bits(serial[k], parallel[k]), "threads change the bits");
 }
@@ -109,7 +112,8 @@ ConvShape shape_of(int64_t tasks, int64_t images, int64_t in_h, int64_t in_w, in
           .stride_h = stride_h,
           .stride_w = stride_w,
           .pad_h = pad_h,
-          .pad_w = pad_w};
+          .pad_w = pad_w,
+          .task_weights = filters * channels * kernel_h * kernel_w};
 }
 
 // ---- batch norm ------------------------------------------------------------------------------
@@ -146,7 +150,7 @@ void test_norm(const NormShape& s, bool relu) {
   const auto gamma = normal<T>(channels, 4), beta = normal<T>(channels, 5);
   const auto b = normal<T>(channels, 6), c = normal<T>(channels, 7);
   const double eps = 0.1;
-  const auto results = [&](const auto& parallel_for) {
+  const auto results = [&](int threads, const auto& parallel_for) {
     std::vector<std::vector<T>> all;
     for (int k = 0; k < 9; ++k)
       all.emplace_back(at(k == 0 || k == 3 || k == 6 || k == 7 ? count : channels), T(NAN));
@@ -159,7 +163,7 @@ void test_norm(const NormShape& s, bool relu) {
                                         .y = all[0].data(),
                                         .mean = all[1].data(),
                                         .scale = all[2].data()},
-                    parallel_for);
+                    threads, parallel_for);
     cpu::batch_norm(cpu::NormBackward<T>{.shape = s,
                                          .relu = relu,
                                          .g = g.data(),
@@ -171,7 +175,7 @@ void test_norm(const NormShape& s, bool relu) {
                                          .dx = all[3].data(),
                                          .dgamma = all[4].data(),
                                          .dbeta = all[5].data()},
-                    parallel_for);
+                    threads, parallel_for);
     cpu::batch_norm(cpu::NormDoubleBackward<T>{.shape = s,
                                                .relu = relu,
                                                .a = a.data(),
@@ -186,10 +190,10 @@ void test_norm(const NormShape& s, bool relu) {
                                                .to_g = all[6].data(),
                                                .to_x = all[7].data(),
                                                .to_gamma = all[8].data()},
-                    parallel_for);
+                    threads, parallel_for);
     return all;
   };
-  const auto got = results(cpu::Serial{});
+  const auto got = results(1, cpu::Serial{});
   for (int64_t task = 0; task < s.tasks; ++task)
     for (int64_t channel = 0; channel < s.channels; ++channel) {
       const std::size_t own = at(task * s.channels + channel);
@@ -229,7 +233,7 @@ void test_norm(const NormShape& s, bool relu) {
       expect_close<T>(double(got[5][own]), rows * one.mean(one.g), 8 * rows, "dbeta");
       expect_close<T>(double(got[8][own]), rows / one.s * apg, 8 * rows, "dS/dgamma");
     }
-  const auto parallel = results(Threads{3});
+  const auto parallel = results(5, Threads{3});
   for (std::size_t k = 0; k < got.size(); ++k)
     expect(same_bits(got[k], parallel[k]), "threads change the bits");
 }
@@ -261,7 +265,7 @@ void test_layers() {
   }
   for (const bool relu : {false, true})
     for (const int64_t channels : {1, 15, 16, 17, 40})
-      for (const int64_t rows : {2, 5, 33}) {
+      for (const int64_t rows : {2, 5, 64, 65, 130}) {
         test_norm<float>({.tasks = 3, .rows = rows, .channels = channels}, relu);
         test_norm<double>({.tasks = 3, .rows = rows, .channels = channels}, relu);
       }
