@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.overrides import TorchFunctionMode
 
 from imaml_ext.ops import (
@@ -217,26 +218,21 @@ def _batch_norm_double_backward(
     return (slope * pa + b * h + c) * passes, to_x * scale, to_gamma[:, 0]
 
 
-class _ForTasks(torch.autograd.Function):
-    """`function(*operands)` of a vmapped function's operands, their task dimensions in front."""
+def _for_tasks(function: Callable[..., Any], *operands: Tensor | None) -> Any:
+    """`function(*operands)` of a vmapped function's operands, their task dimensions in front.
 
-    @staticmethod
-    def forward(function: Callable[..., Any], *operands: Any) -> Any:
-        raise AssertionError("called outside vmap")
+    As `torch.autograd.Function.vmap` would have it, whose dispatch costs more than a small layer.
+    """
+    level = _functorch.maybe_current_level()
+    with retrieve_current_functorch_interpreter().lower():
+        result = function(*(None if t is None else _tasks_in_front(t) for t in operands))
+    if isinstance(result, tuple):
+        return tuple(_functorch._add_batch_dim(t, 0, level) for t in result)
+    return _functorch._add_batch_dim(result, 0, level)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, function: Callable[..., Any], *operands: Any) -> Any:
-        result = function(
-            *(
-                operand if dim is None else operand.movedim(dim, 0)
-                for dim, operand in zip(in_dims[1:], operands, strict=True)
-            )
-        )
-        return result, (0,) * len(result) if isinstance(result, tuple) else 0
+def _tasks_in_front(batched: Tensor) -> Tensor:
+    return _functorch.get_unwrapped(batched).movedim(_functorch.maybe_get_bdim(batched), 0)
 
 
 def _conv2d(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window) -> Tensor:
@@ -311,7 +307,7 @@ class _TaskLayers(TorchFunctionMode):
         if input.dim() != 4 or not _have_tasks(input, weight, bias):
             return None
         window = *_pair(stride), *_pair(padding)
-        return _ForTasks.apply(partial(_conv2d, window=window), input, weight, bias)
+        return _for_tasks(partial(_conv2d, window=window), input, weight, bias)
 
     def _batch_norm(
         self,
@@ -330,7 +326,7 @@ class _TaskLayers(TorchFunctionMode):
             return None
         if input.numel() == input.shape[1]:  # one value a channel: torch has a message for that
             return None
-        y, mean, scale = _ForTasks.apply(partial(_batch_norm, eps=eps), input, weight, bias)
+        y, mean, scale = _for_tasks(partial(_batch_norm, eps=eps), input, weight, bias)
         self._normalised = (y, input, weight, bias, mean, scale), eps
         return y
 
@@ -338,7 +334,7 @@ class _TaskLayers(TorchFunctionMode):
         operands, eps = normalised
         if input is not operands[0] or inplace:
             return None
-        return _ForTasks.apply(partial(_batch_norm_relu, eps=eps), *operands)
+        return _for_tasks(partial(_batch_norm_relu, eps=eps), *operands)
 
 
 def _pair(value: int | Sequence[int]) -> Pair:
