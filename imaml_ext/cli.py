@@ -88,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--download", action="store_true", help="fetch the data if it is not there")
     train.add_argument("--out", type=Path, help="folder of the run; default runs/DATASET-TIME")
     train.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    train.add_argument(
+        "--compile", action="store_true", help="the meta-gradient, once, on the CPU: takes a while"
+    )
     train.add_argument("--validations", type=int, default=20, help="validations during the run")
 
     test = commands.add_parser(
@@ -200,7 +203,7 @@ def _train(options: argparse.Namespace) -> None:
     experiment = build(
         config, data=options.data, device=_device(options), download=options.download
     )
-    trainer = experiment.trainer()
+    trainer = experiment.trainer(compile=options.compile)
     if options.resume:
         trainer.load(checkpoint)
         if experiment.progress(trainer) >= 1:

@@ -21,14 +21,13 @@ def compiled(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable
     """`function`, compiled; a `Capture`. The tensors that it reads are read anew in each call.
 
     It must not write them, and what it returns must be a pytree whose numbers do not change.
-    Compiling takes from seconds to minutes and needs a C++ compiler; torch keeps what it compiled
-    in its cache, so that the next process is done sooner.
+    Compiling takes from seconds to minutes and needs a C++ compiler; torch keeps the result in its
+    cache, so that the next process is done sooner.
 
     Raises:
-        RuntimeError: it cannot be traced; the message says why.
+        RuntimeError: it cannot be traced or compiled; the message says why.
     """
-    # Both take a second to import, which only a caller of this function is to pay for.
-    from torch._inductor.compile_fx import compile_fx
+    # A second to import, which only a caller of this function is to pay for.
     from torch.fx.experimental.proxy_tensor import make_fx
 
     result: Any = None
@@ -41,19 +40,18 @@ def compiled(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable
     with recording():
         graph = make_fx(tensors)()
     operands = _lift_tensors(graph)
+    # One C++ function: called from Python, the small kernels would take longer than they run.
+    options: Any = {"cpp_wrapper": True}
+    run: Any = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
     with torch.no_grad():
-        run: Any = compile_fx(graph, operands)
+        run(*operands)
     leaves, structure = pytree.tree_flatten(result)
 
     def replay() -> T:
         with torch.no_grad():
             found = iter(run(*operands))
-        return cast(
-            T,
-            pytree.tree_unflatten(
-                [next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
-            ),
-        )
+        values = [next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return cast(T, pytree.tree_unflatten(values, structure))
 
     return replay
 

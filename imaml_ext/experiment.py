@@ -34,6 +34,7 @@ from imaml_ext.models import SupportStatistics, conv4, mlp
 from imaml_ext.neumann import NeumannSeries
 from imaml_ext.objective import ModuleLoss, module_loss
 from imaml_ext.presets import CHOICES, PRESETS, Config
+from imaml_ext.recording import RecordedMetaGradient
 from imaml_ext.reference_code import DescentThenProximal, ReferenceCodeCG
 from imaml_ext.strength import Form, ProximalStrength
 from imaml_ext.tasks import TaskSource
@@ -56,8 +57,12 @@ class Experiment:
     metrics: dict[str, Metric]
     support_metrics: dict[str, SupportMetric]  # with batch norm's statistics of the support set
 
-    def trainer(self) -> Trainer:
-        """Adam, its rate constant or falling linearly to 2% over the second half of the run."""
+    def trainer(self, *, compile: bool = False) -> Trainer:
+        """Adam, its rate constant or falling linearly to 2% over the second half of the run.
+
+        Args:
+            compile: the meta-gradient, on the CPU.
+        """
         config = self.config
         optimizer = torch.optim.Adam(
             self.method.learned().values(),
@@ -66,7 +71,15 @@ class Experiment:
             capturable=is_on_cuda(self.method),
         )
         watched = {name: metric for name, metric in self.metrics.items() if name != "loss"}
-        trainer = Trainer(self.method, self.sources["train"], optimizer, metrics=watched)
+        source = self.sources["train"]
+        if compile and is_on_cuda(self.method):
+            raise ValueError("on CUDA whole meta-steps are recorded: there is nothing to compile")
+        meta_gradient = (
+            RecordedMetaGradient(self.method.meta_gradient, source.sample(0)) if compile else None
+        )
+        trainer = Trainer(
+            self.method, source, optimizer, metrics=watched, meta_gradient=meta_gradient
+        )
         if config.decay == "linear":
             trainer.scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer,

@@ -223,7 +223,7 @@ def _for_tasks(function: Callable[..., Any], *operands: Tensor | None) -> Any:
 
     As `torch.autograd.Function.vmap` would have it, whose dispatch costs more than a small layer.
     """
-    level = _functorch.maybe_current_level()
+    level: Any = _functorch.maybe_current_level()
     with retrieve_current_functorch_interpreter().lower():
         result = function(*(None if t is None else _tasks_in_front(t) for t in operands))
     if isinstance(result, tuple):

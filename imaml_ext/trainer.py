@@ -3,7 +3,7 @@
 import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Trainer:
             should be capturable.
         scheduler: of the optimizer's learning rate, stepped with it.
         metrics: reported beside the loss, by name; evaluated on the query set at phi.
+        meta_gradient: in place of `method.meta_gradient`, as a `RecordedMetaGradient` of it; on the
+            CPU.
         capture: how to record a meta-step; default `cuda_graph` on CUDA, where `unrecorded` runs
             each as it is. On the CPU steps are decided on the host, unless a capture is given.
         read_every: steps after which their records are read from the device.
@@ -59,12 +61,17 @@ class Trainer:
         *,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         metrics: dict[str, Metric] | None = None,
+        meta_gradient: Callable[[TaskBatch], MetaGradient] | None = None,
         capture: Capture | None = None,
         read_every: int = 50,
     ) -> None:
         if read_every < 1:
             raise ValueError(f"read_every must be at least 1, got {read_every}")
         on_cuda = is_on_cuda(method)
+        if meta_gradient is not None and (on_cuda or capture is not None):
+            raise ValueError(
+                "meta_gradient is for the CPU: whole meta-steps are recorded elsewhere"
+            )
         self.method = method
         self.source = source
         self.optimizer = optimizer or torch.optim.Adam(
@@ -72,6 +79,7 @@ class Trainer:
         )
         self.scheduler = scheduler
         self.metrics = metrics or {}
+        self.meta_gradient = meta_gradient
         self.capture = cuda_graph if capture is None and on_cuda else capture
         self.read_every = read_every
         self.steps = 0
@@ -174,7 +182,7 @@ class Trainer:
 
     def _evaluate(self, batch: TaskBatch) -> Record:
         """Fill the gradients of what is learned, and say how the batch went."""
-        out = self.method.meta_gradient(batch)
+        out = (self.meta_gradient or self.method.meta_gradient)(batch)
         summary = summarise(out, batch, self.metrics)
         numbers = torch.stack(list(summary.values())).tolist()
         record = dict(zip(summary, numbers, strict=True))

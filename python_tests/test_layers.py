@@ -176,7 +176,6 @@ def test_under_autocast_the_layers_are_torchs(monkeypatch):
     assert not calls
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_a_transform_inside_the_loss_sees_torchs_layers():
     model = convs(nn.Conv2d(1, 2, 2), norm_of(2, 1, 1), nn.ReLU()).double()
     params = dict(model.named_parameters())

@@ -4,9 +4,9 @@ import pytest
 import torch
 from trainings import assert_close, make_method, sinusoid
 
-from imaml_ext import RecordedMetaGradient, TaskBatch, implicit_meta_grad
+from imaml_ext import RecordedMetaGradient, TaskBatch, Trainer, implicit_meta_grad
 from imaml_ext.data import Sinusoid
-from imaml_ext.recording import cuda_graph
+from imaml_ext.recording import cuda_graph, unrecorded
 
 # ---- a meta-gradient -------------------------------------------------------------------------
 
@@ -60,7 +60,8 @@ def test_a_batch_of_another_shape_is_refused_and_nothing_is_written(device, capt
 def test_a_cuda_graph_needs_cuda():
     method = make_method("cpu")
     with pytest.raises(RuntimeError, match="needs a batch on CUDA, got one on cpu"):
-        RecordedMetaGradient(method.meta_gradient, Sinusoid(tasks=2).sample(0))
+        batch = Sinusoid(tasks=2).sample(0)
+        RecordedMetaGradient(method.meta_gradient, batch, capture=cuda_graph)
 
 
 # ---- the order of things around a CUDA graph --------------------------------------------------
@@ -147,3 +148,88 @@ def test_a_capture_that_fails_says_why_and_leaves_no_trace(place, monkeypatch):
     with pytest.raises(RuntimeError, match=r"^the cause$"):
         cuda_graph(*arguments)
     assert (paper.current, paper.mode) == ("caller", 0)
+
+
+# ---- compiled, on the CPU ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled_and_eager():
+    lam = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    method, source = make_method("cpu", lam=lam), sinusoid("cpu", 5)
+    return RecordedMetaGradient(method.meta_gradient, source.sample(0)), method, source
+
+
+def test_a_compiled_meta_gradient_is_the_eager_one(compiled_and_eager):
+    compiled, method, source = compiled_and_eager
+    theta = [t.detach().clone() for t in method.learned().values()]
+    for step in range(1, 3):
+        expected = method.meta_gradient(source.sample(step))
+        got = compiled(source.sample(step))
+        assert_close(got.named().values(), expected.named().values(), rtol=1e-9, atol=1e-12)
+        assert_close(
+            [got.query_loss, got.inner.residual], [expected.query_loss, expected.inner.residual]
+        )
+        assert_close([got.cg.error_bound], [expected.cg.error_bound], rtol=1e-6, atol=1e-12)
+        assert torch.equal(got.cg.status, expected.cg.status)
+        assert torch.equal(got.cg.steps, expected.cg.steps)
+        with torch.no_grad():  # theta and lam are read anew
+            for tensor in method.learned().values():
+                tensor.mul_(0.9)
+    with torch.no_grad():
+        for tensor, value in zip(method.learned().values(), theta, strict=True):
+            tensor.copy_(value)
+
+
+def test_compiled_training_is_eager_training(compiled_and_eager):
+    compiled, method, source = compiled_and_eager
+    theta = [t.detach().clone() for t in method.learned().values()]
+    runs = []
+    for meta_gradient in (None, compiled):
+        with torch.no_grad():
+            for tensor, value in zip(method.learned().values(), theta, strict=True):
+                tensor.copy_(value)
+        trainer = Trainer(method, source, meta_gradient=meta_gradient)
+        losses = [trainer.step()["loss"] for _ in range(4)]
+        runs.append(
+            [torch.tensor(losses), *(t.detach().clone() for t in method.learned().values())]
+        )
+    assert_close(*runs, rtol=1e-7, atol=1e-10)
+
+
+def test_a_compiled_meta_gradient_says_per_task_what_failed(compiled_and_eager):
+    compiled, _, source = compiled_and_eager
+    batch = source.sample(1)
+    batch.support[1][2] = torch.inf
+    out = compiled(batch)
+    assert out.failed.tolist() == [False, False, True, False, False]
+    assert all(t.isnan().all() for t in out.params.values())
+
+
+def test_a_loss_that_looks_at_its_values_is_not_compiled():
+    method, source = make_method("cpu"), sinusoid("cpu", 2)
+    original = method.loss
+
+    def looking(params, data):
+        value = original(params, data)
+        seen.append(float(value.detach().sum()))
+        return value
+
+    seen = []
+
+    def meta_gradient(batch):
+        return implicit_meta_grad(looking, method.params, batch.support, batch.query, lam=3.0)
+
+    with pytest.raises(RuntimeError):
+        RecordedMetaGradient(meta_gradient, source.sample(0))
+
+
+def test_a_given_meta_gradient_is_for_the_cpu_alone(device):
+    method, source = make_method(device), sinusoid(device, 2)
+    if device.type == "cpu":
+        Trainer(method, source, meta_gradient=method.meta_gradient)
+        with pytest.raises(ValueError, match="meta_gradient is for the CPU"):
+            Trainer(method, source, meta_gradient=method.meta_gradient, capture=unrecorded)
+    else:
+        with pytest.raises(ValueError, match="meta_gradient is for the CPU"):
+            Trainer(method, source, meta_gradient=method.meta_gradient)

@@ -121,33 +121,51 @@ struct Gather {
   const T* bias;    // [outputs] of the task, or null
 };
 
-// kRows pixels of the result, from the `first`-th of the batch on, in one block.
-template <int64_t kRows, typename T>
-IMAML_INLINE void gather_tile(const Gather<T>& a, const PixelMap& map, const T* panel,
-                              int64_t output, int64_t first) {
-  const int64_t count = static_cast<int64_t>(map.pixels.size());
-  const int64_t width = std::min(kTileLanes<T>, a.outputs - output);
-  const T* image[kRows];
-  int64_t pixel[kRows];
-  for (int64_t r = 0; r < kRows; ++r) {
-    image[r] = a.source + (first + r) / count * a.image;
-    pixel[r] = (first + r) % count;
+// Where the pixels of a chunk are: divisions cost as much as a tile's tap, so they are made once
+// for all blocks.
+template <typename T>
+struct Pixels {
+  const T* image[kChunkPixels];
+  int64_t pixel[kChunkPixels];  // in the map
+  T* result[kChunkPixels];
+
+  IMAML_INLINE Pixels(const Gather<T>& a, const PixelMap& map, int64_t begin, int64_t count) {
+    const int64_t pixels = static_cast<int64_t>(map.pixels.size());
+    int64_t n = begin / pixels, own = begin % pixels;
+    for (int64_t r = 0; r < count; ++r) {
+      image[r] = a.source + n * a.image;
+      pixel[r] = own;
+      result[r] =
+          a.result + n * a.result_image + map.pixels[static_cast<std::size_t>(own)] * a.outputs;
+      if (++own == pixels) {
+        own = 0;
+        ++n;
+      }
+    }
   }
+};
+
+// kRows pixels of a chunk from the `first`-th on, in the block that begins at `output`.
+template <int64_t kRows, typename T>
+IMAML_INLINE void gather_tile(const Gather<T>& a, const PixelMap& map, const Pixels<T>& chunk,
+                              const T* panel, int64_t output, int64_t first) {
+  const int64_t width = std::min(kTileLanes<T>, a.outputs - output);
   T lanes[kTileLanes<T>] = {};
   if (a.bias != nullptr) std::copy_n(a.bias + output, width, lanes);
   Lanes<T> total[kRows];
   for (Lanes<T>& row : total) row = Lanes<T>::load(lanes);
-  for (std::size_t t = 0; t < map.taps.size(); ++t) {
-    const int64_t* sources = map.sources.data() + static_cast<int64_t>(t) * count;
+  const int64_t* sources = map.sources.data();
+  for (const int64_t tap : map.taps) {
     const T* row[kRows];
-    bool any = false;
+    int64_t inside = -1;
     for (int64_t r = 0; r < kRows; ++r) {
-      const int64_t source = sources[pixel[r]];
-      row[r] = source < 0 ? a.zeros : image[r] + source * a.depth;
-      any |= source >= 0;
+      const int64_t source = sources[chunk.pixel[first + r]];
+      row[r] = source < 0 ? a.zeros : chunk.image[first + r] + source * a.depth;
+      inside = std::max(inside, source);
     }
-    if (!any) continue;
-    const T* factors = panel + map.taps[t] * a.depth * kTileLanes<T>;
+    sources += map.pixels.size();
+    if (inside < 0) continue;
+    const T* factors = panel + tap * a.depth * kTileLanes<T>;
     for (int64_t k = 0; k < a.depth; ++k) {
       const Lanes<T> factor = Lanes<T>::load(factors + k * kTileLanes<T>);
 #pragma GCC unroll 8
@@ -155,12 +173,12 @@ IMAML_INLINE void gather_tile(const Gather<T>& a, const PixelMap& map, const T* 
     }
   }
   for (int64_t r = 0; r < kRows; ++r) {
-    T* to = a.result + (first + r) / count * a.result_image + map.pixels[pixel[r]] * a.outputs;
+    T* to = chunk.result[first + r] + output;
     if (width == kTileLanes<T>) {
-      total[r].store(to + output);
+      total[r].store(to);
     } else {
       total[r].store(lanes);
-      std::copy_n(lanes, width, to + output);
+      std::copy_n(lanes, width, to);
     }
   }
 }
@@ -170,10 +188,11 @@ IMAML_INLINE void gather(const Gather<T>& a, const PixelMap& map, int64_t taps, 
   const int64_t rows = images * static_cast<int64_t>(map.pixels.size());
   for (int64_t begin = 0; begin < rows; begin += kChunkPixels) {
     const int64_t count = std::min(kChunkPixels, rows - begin);
+    const Pixels<T> chunk(a, map, begin, count);
     for (int64_t block = a.blocks.first; block < a.blocks.last; ++block) {
       const T* panel = a.panels + (block - a.blocks.first) * taps * a.depth * kTileLanes<T>;
       for_tiles(count, [&](auto tile, int64_t first) IMAML_INLINE_LAMBDA {
-        gather_tile<tile()>(a, map, panel, block * kTileLanes<T>, begin + first);
+        gather_tile<tile()>(a, map, chunk, panel, block * kTileLanes<T>, first);
       });
     }
   }
