@@ -15,7 +15,9 @@ from workload import Workload
 from imaml_ext import (
     ConjugateGradient,
     GradientDescent,
+    RecordedMetaGradient,
     Status,
+    TaskBatch,
     implicit_meta_grad,
     reference,
 )
@@ -32,6 +34,21 @@ def library(workload: Workload) -> Implementation:
     return call
 
 
+def recorded(workload: Workload) -> Implementation:
+    """The same, recorded in its first call: compiled on the CPU, a CUDA graph on CUDA."""
+    w = workload
+    record: RecordedMetaGradient | None = None
+
+    def call() -> Tensor:
+        nonlocal record
+        batch = TaskBatch(w.support, w.query)
+        if record is None:
+            record = RecordedMetaGradient(lambda own: _solve(w, own), batch)
+        return w.layout.flatten(record(batch).params)
+
+    return call
+
+
 def check_work(workload: Workload) -> None:
     """Exits unless every task of the library's solve made all its CG iterations."""
     status = _solve(workload).cg.status
@@ -39,10 +56,11 @@ def check_work(workload: Workload) -> None:
         raise SystemExit(f"a solve ended early, so that work was left out: {status.tolist()}")
 
 
-def _solve(workload: Workload) -> Any:
+def _solve(workload: Workload, batch: TaskBatch | None = None) -> Any:
     w = workload
+    support, query = (w.support, w.query) if batch is None else (batch.support, batch.query)
     return implicit_meta_grad(
-        w.loss, w.params, w.support, w.query, lam=w.lam,
+        w.loss, w.params, support, query, lam=w.lam,
         inner=GradientDescent(lr=w.lr, steps=w.inner_steps),
         cg=ConjugateGradient(max_iter=w.cg_steps),
     )  # fmt: skip
@@ -193,6 +211,7 @@ def _batched(
 
 IMPLEMENTATIONS: dict[str, Callable[[Workload], Implementation]] = {
     "imaml_ext": library,
+    "imaml_ext, recorded": recorded,
     "lean loop over tasks": lean_loop,
     "the authors' loop": authors_loop,
     "batched PyTorch, eager": batched_eager,
