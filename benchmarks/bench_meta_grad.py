@@ -27,7 +27,7 @@ from harness import (
     time_in_turn,
 )
 from torch.utils.flop_counter import FlopCounterMode
-from torch_meta_gradient import IMPLEMENTATIONS, check_work
+from torch_meta_gradient import IMPLEMENTATIONS, check_work, library
 from workload import WORKLOADS, Workload, make_workload
 
 
@@ -86,6 +86,26 @@ def set_precision(device: torch.device, tf32: bool) -> None:
             peer.jax.config.update("jax_default_matmul_precision", precision)
 
 
+def rounding_errors(workload: Workload, exact: Workload) -> dict[str, float]:
+    """Relative error of the library's meta-gradient, by what its products are rounded to."""
+    device = workload.theta.device
+    want = library(exact)()
+
+    def error() -> float:
+        return ((library(workload)().double() - want).norm() / want.norm()).item()
+
+    errors = {}
+    set_precision(device, False)
+    errors["float32"] = error()
+    if device.type == "cuda":
+        set_precision(device, True)
+        errors["TF32"] = error()
+        set_precision(device, False)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        errors["bfloat16 by autocast"] = error()
+    return errors
+
+
 def main() -> None:
     options = parser(__doc__)
     add_without(options)
@@ -95,6 +115,7 @@ def main() -> None:
     options.add_argument("--tasks", type=int, help="default: the workload's own")
     options.add_argument("--width", type=int, help="of the network; default: the workload's own")
     options.add_argument("--tf32", action="store_true", help="round the factors of products, CUDA")
+    options.add_argument("--errors", action="store_true", help="what rounding products costs")
     chosen = options.parse_args()
     device = torch.device(chosen.device)
     sizes = {"inner_steps": chosen.inner_steps, "cg_steps": chosen.cg_steps, "width": chosen.width}
@@ -143,9 +164,15 @@ def main() -> None:
             f"{100 * rows[name]['share_of_matmul']:3.0f}% of a matrix product's rate"
             + (f", compiled in {rows[name]['compile']:.1f} s" if "compile" in rows[name] else "")
         )
+    errors = {}
+    if chosen.errors:
+        exact = make_workload(chosen.workload, device, torch.float64, tasks=chosen.tasks, **sizes)
+        errors = rounding_errors(workload, exact)
+        for name, error in errors.items():
+            print(f"relative error of the meta-gradient, products in {name}: {error:.1e}")
     report(
         {**provenance("meta_grad", device, settings), "flops": flops, "matmul_rate": rate,
-         "tried": tried, "implementations": rows},
+         "tried": tried, "implementations": rows, "errors": errors},
         chosen.json,
     )  # fmt: skip
 
