@@ -47,7 +47,7 @@ def measures(workload: Workload, device: torch.device) -> dict[str, Callable[[],
     made = {
         name: by_torch(make(workload))
         for name, make in IMPLEMENTATIONS.items()
-        if "compiled" not in name
+        if "compiled" not in name and "recorded" not in name
     }
     made[MAML_NAME] = by_torch(maml(workload))
     if has_peer("torchopt"):

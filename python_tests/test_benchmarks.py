@@ -53,7 +53,7 @@ SMALL = {
     ),
     "bench_meta_grad.py": (
         *("--workload", "sinusoid", "--tasks", "2", "--inner-steps", "2", "--cg-steps", "2"),
-        *("--without", "compiled", "linearize"),
+        *("--without", "compiled", "recorded", "linearize"),
     ),
 }
 
