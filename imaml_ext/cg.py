@@ -146,6 +146,7 @@ def conjugate_gradient(
                 x, r, p, hp, system.fused, damping=damping, rr=rr, tol2=tol2, status=status,
                 steps=steps, curvature=curvature[k], beta=beta[k], inverse=inverse, rz=rz,
             )  # fmt: skip
+        del hp  # or it would lie beside the next one
     with torch.no_grad():
         negative = status == Status.NEGATIVE_CURVATURE
         if system.is_dense:  # for a diagonal Λ the kernel has done it

@@ -19,6 +19,10 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+# What compiling meets inside torch.
+TORCHS_OWN = "ignore:`torch.jit.script:DeprecationWarning"
+
+
 @pytest.mark.parametrize("page", PAGES or ["docs"])
 def test_the_python_blocks_run(page, tmp_path):
     if not PAGES:
@@ -30,7 +34,7 @@ def test_the_python_blocks_run(page, tmp_path):
     start = "import torch\n\ntorch.set_num_threads(1)\n"
     script.write_text("\n".join([start, *code, RESULTS.get(page, "")]), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
+        [sys.executable, "-W", "error", "-W", TORCHS_OWN, str(script)],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
