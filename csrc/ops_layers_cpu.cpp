@@ -163,6 +163,7 @@ Three batch_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, doubl
   const cpu::NormShape s = norm_shape(kName, x);
   check_channels(kName, "gamma", gamma, x);
   check_channels(kName, "beta", beta, x);
+  if (!(eps > 0)) fail(kName, "eps must be positive, got ", eps);
   Tensor y = torch::stable::empty_like(x), mean = torch::stable::empty_like(gamma);
   Tensor scale = torch::stable::empty_like(gamma);
   dispatch(x, [&](auto zero) {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.linear import LinearSolver, System, check_settings, initial_status, squared_tolerance
-from imaml_ext.looking import may_look
+from imaml_ext.looking import is_recording, may_look
 from imaml_ext.ops import cg_step_, row_dot
 from imaml_ext.random import random_bits
 from imaml_ext.solution import Lanczos, Matvec, Solution, Status
@@ -48,6 +48,10 @@ class ConjugateGradient(LinearSolver):
     ) -> Solution:
         diagonal = None
         if self.preconditioner == "jacobi":
+            if is_recording():
+                raise RuntimeError(
+                    "preconditioner='jacobi' cannot be compiled: its random probes overflow there"
+                )
             diagonal = _jacobi(matvec, b, self.probes)
         elif self.preconditioner == "adam":
             if second_moment is None:

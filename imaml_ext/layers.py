@@ -10,6 +10,7 @@ operators can be differentiated to any order.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from operator import index
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from imaml_ext.ops import (
@@ -271,6 +273,9 @@ def _images(rows: Tensor, like: Tensor) -> Tensor:
     return rows.reshape(like.movedim(2, -1).shape).movedim(-1, 2)
 
 
+_WANT_CONTIGUOUS = (torch.Tensor.view, torch.Tensor.view_as, F.group_norm, torch.group_norm)
+
+
 class _TaskLayers(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
@@ -281,6 +286,8 @@ class _TaskLayers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         before, self._normalised = self._normalised, None
+        if function in _WANT_CONTIGUOUS and _have_tasks(args[0]):
+            args = args[0].contiguous(), *args[1:]  # of images whose channels lie together
         result = None
         if function is F.conv2d:
             result = self._conv2d(*args, **kwargs)
@@ -304,7 +311,7 @@ class _TaskLayers(TorchFunctionMode):
     ) -> Any:
         if isinstance(padding, str) or groups != 1 or _pair(dilation) != (1, 1):
             return None
-        if input.dim() != 4 or not _have_tasks(input, weight, bias):
+        if input.dim() != 4 or input.numel() == 0 or not _have_tasks(input, weight, bias):
             return None
         window = *_pair(stride), *_pair(padding)
         return _for_tasks(partial(_conv2d, window=window), input, weight, bias)
@@ -324,27 +331,34 @@ class _TaskLayers(TorchFunctionMode):
             return None
         if weight is None or bias is None or not _have_tasks(input, weight, bias):
             return None
-        if input.numel() == input.shape[1]:  # one value a channel: torch has a message for that
+        # torch has messages for one value a channel, and for what else cannot be.
+        if input.dim() < 2 or input.numel() <= input.shape[1] or eps <= 0:
             return None
         y, mean, scale = _for_tasks(partial(_batch_norm, eps=eps), input, weight, bias)
-        self._normalised = (y, input, weight, bias, mean, scale), eps
+        version = _functorch.get_unwrapped(y)._version
+        self._normalised = (y, input, weight, bias, mean, scale), eps, version
         return y
 
     def _relu(self, normalised: tuple[Any, ...], input: Tensor, inplace: bool = False) -> Any:
-        operands, eps = normalised
-        if input is not operands[0] or inplace:
+        operands, eps, version = normalised
+        if input is not operands[0] or inplace or not _have_tasks(input):
+            return None
+        if _functorch.get_unwrapped(input)._version != version:
             return None
         return _for_tasks(partial(_batch_norm_relu, eps=eps), *operands)
 
 
 def _pair(value: int | Sequence[int]) -> Pair:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+    if isinstance(value, Sequence):
+        return value[0], value[-1]
+    return index(value), index(value)
 
 
 def _have_tasks(*tensors: Tensor | None) -> bool:
     """Whether vmap is the only transform under way, and each tensor has a task dimension."""
     return (
         _functorch.maybe_current_level() == 1
+        and forward_ad._current_level < 0
         and all(t is None or _functorch.is_batchedtensor(t) for t in tensors)
         and {t.dtype for t in tensors if t is not None} in ({torch.float32}, {torch.float64})
         and not torch.is_autocast_enabled("cpu")

@@ -17,6 +17,10 @@ def may_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not _recording.get()
 
 
+def is_recording() -> bool:
+    return _recording.get()
+
+
 @contextmanager
 def recording() -> Iterator[None]:
     """Nothing may be looked at here."""

@@ -9,6 +9,7 @@ Source: torch's notes on CUDA graphs, "Whole-network capture".
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -106,6 +107,7 @@ class RecordedMetaGradient:
         capture: Capture | None = None,
     ) -> None:
         self._batch = batch.clone()
+        self._lock = Lock()
 
         def function() -> MetaGradient:
             return meta_gradient(self._batch)
@@ -124,9 +126,11 @@ class RecordedMetaGradient:
         Raises:
             ValueError: the batch is of other shapes than the one recorded.
         """
-        self._batch.copy_(batch)
+        with self._lock:
+            self._batch.copy_(batch)
+            result = self._replay()
         # New dataclasses around the same tensors: the old ones may have computed properties.
-        return cast(MetaGradient, pytree.tree_map(lambda leaf: leaf, self._replay()))
+        return cast(MetaGradient, pytree.tree_map(lambda leaf: leaf, result))
 
 
 @contextmanager

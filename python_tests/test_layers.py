@@ -38,6 +38,44 @@ class ChangedBetween(Residual):
         return F.relu(y).flatten(1)
 
 
+class View(nn.Module):
+    """`view` wants memory in the order of the dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, x):
+        return torch.tanh(self.norm(self.conv(x))).view(x.shape[0], -1)
+
+
+class Beside(Residual):
+    """The ReLU after the batch norm is of something else."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.norm(y)
+        return (F.relu(y) + z).flatten(1)
+
+
+class Inside(Residual):
+    """A transform between batch norm and ReLU."""
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return torch.func.vmap(lambda row: F.relu(row).tanh())(y).flatten(1)
+
+
+class RunningStatistics(Residual):
+    """Batch norm by its own batch, whatever statistics are handed in."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        mean, var = x.new_zeros(5), x.new_ones(5)
+        y = F.batch_norm(y, mean, var, self.norm.weight, self.norm.bias, training=False)
+        return y.flatten(1)
+
+
 def norm_of(size, *dims):
     kind = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[len(dims) or 1]
     return kind(size, track_running_stats=False)
@@ -50,6 +88,12 @@ def convs(*modules):
 MODELS = {
     "conv4": (lambda: conv4(4, channels=2, filters=5, image=9), (2, 9, 9)),
     "pooling": (lambda: conv4(4, channels=2, filters=5, image=16, pool=True), (2, 16, 16)),
+    "view": (View, (2, 4, 4)),
+    "group norm": (lambda: convs(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4), nn.ReLU()), (2, 4, 4)),
+    "relu of another": (Beside, (2, 5, 4)),
+    "relu in a transform": (Inside, (2, 5, 4)),
+    "running statistics": (RunningStatistics, (2, 5, 4)),
+    "dilation of one": (lambda: convs(nn.Conv2d(2, 3, 2, dilation=(1, 2)), nn.Tanh()), (2, 4, 4)),
     "relu beside": (Residual, (2, 5, 4)),
     "overwritten": (ChangedBetween, (2, 5, 4)),
     "relu in place": (
@@ -203,6 +247,49 @@ def test_a_batch_norm_of_one_value_a_channel_is_refused_as_torch_does():
     )
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         objective.losses(objective.layout.flatten(params).expand(2, -1))
+
+
+def test_forward_mode_differentiation_is_torchs():
+    objective, rows = make("tanh")
+    direction = torch.randn_like(rows)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(rows, direction)
+        got = torch.autograd.forward_ad.unpack_dual(objective.losses(dual)).tangent
+    torch.testing.assert_close(got, (objective.gradient(rows)[1] * direction).sum(1))
+
+
+def test_statistics_survive_a_large_mean_and_a_constant_channel(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 500, 3, dtype=torch.float64)
+    x[..., 1] += 1e5
+    x[..., 2] = 1e5
+    ones, zeros = torch.ones(2, 3, dtype=dtype), torch.zeros(2, 3, dtype=dtype)
+    x = x.to(dtype)
+    got, _, scale = torch.ops.imaml.batch_norm(x, ones, zeros, 1e-5)
+    exact = x.double()
+    expected = F.batch_norm(exact[0], None, None, training=True, eps=1e-5)
+    tolerance = 1e-2 if dtype == torch.float32 else 1e-8  # of what is left of x beside its mean
+    torch.testing.assert_close(got[0].double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(scale[0, 2].item(), 1e-5**-0.5, rtol=1e-6, atol=0)
+
+
+def test_a_channel_with_an_infinity_has_no_statistics(dtype):
+    x = torch.randn(1, 9, 1, dtype=dtype)
+    x[0, 4] = torch.inf
+    one = torch.ones(1, 1, dtype=dtype)
+    y, _, scale = torch.ops.imaml.batch_norm(x, one, one, 1e-5)
+    assert y.isnan().all()
+    assert scale.isnan().all()
+
+
+def test_where_the_normalised_value_is_zero_relu_passes_nothing_back():
+    x, zero = torch.randn(1, 5, 2), torch.zeros(1, 2)
+    _, mean, scale = torch.ops.imaml.batch_norm(x, zero, zero, 1e-5)
+    _, dgamma, dbeta = torch.ops.imaml.batch_norm_backward(
+        torch.ones_like(x), x, zero, zero, mean, scale, True
+    )
+    assert not dgamma.any()
+    assert not dbeta.any()
 
 
 def test_batch_norm_and_convolution_pass_gradgradcheck():

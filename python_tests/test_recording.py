@@ -1,10 +1,18 @@
 """A recorded meta-gradient is that of the batch it is called with."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from trainings import assert_close, make_method, sinusoid
 
-from imaml_ext import RecordedMetaGradient, TaskBatch, Trainer, implicit_meta_grad
+from imaml_ext import (
+    ConjugateGradient,
+    RecordedMetaGradient,
+    TaskBatch,
+    Trainer,
+    implicit_meta_grad,
+)
 from imaml_ext.data import Sinusoid
 from imaml_ext.recording import cuda_graph, unrecorded
 
@@ -58,9 +66,8 @@ def test_a_batch_of_another_shape_is_refused_and_nothing_is_written(device, capt
 
 
 def test_a_cuda_graph_needs_cuda():
-    method = make_method("cpu")
+    method, batch = make_method("cpu"), Sinusoid(tasks=2).sample(0)
     with pytest.raises(RuntimeError, match="needs a batch on CUDA, got one on cpu"):
-        batch = Sinusoid(tasks=2).sample(0)
         RecordedMetaGradient(method.meta_gradient, batch, capture=cuda_graph)
 
 
@@ -206,22 +213,57 @@ def test_a_compiled_meta_gradient_says_per_task_what_failed(compiled_and_eager):
     assert all(t.isnan().all() for t in out.params.values())
 
 
-def test_a_loss_that_looks_at_its_values_is_not_compiled():
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda batch, theta: float(theta.sum()),
+        lambda batch, theta: theta.flatten()[0].item(),
+        lambda batch, theta: batch.support[0].tolist(),
+        lambda batch, theta: batch.support[0].numpy(),
+        lambda batch, theta: bool(batch.support[0][0, 0, 0] > 0),
+        lambda batch, theta: torch.equal(batch.support[0], batch.query[0]),
+    ],
+    ids=["float", "item", "tolist", "numpy", "bool", "equal"],
+)
+def test_what_looks_at_a_value_is_not_compiled(look):
+    # Of a tensor that exists already tracing would make a constant without a word.
     method, source = make_method("cpu"), sinusoid("cpu", 2)
-    original = method.loss
-
-    def looking(params, data):
-        value = original(params, data)
-        seen.append(float(value.detach().sum()))
-        return value
-
-    seen = []
 
     def meta_gradient(batch):
-        return implicit_meta_grad(looking, method.params, batch.support, batch.query, lam=3.0)
+        look(batch, next(iter(method.params.values())).detach())
+        return method.meta_gradient(batch)
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="looks at a value"):
         RecordedMetaGradient(meta_gradient, source.sample(0))
+
+
+def test_random_probes_are_not_compiled():
+    cg = ConjugateGradient(max_iter=2, preconditioner="jacobi")
+    method, source = make_method("cpu", cg=cg), sinusoid("cpu", 2)
+    with pytest.raises(RuntimeError, match="cannot be compiled"):
+        RecordedMetaGradient(method.meta_gradient, source.sample(0))
+
+
+def test_a_parameter_with_other_memory_is_refused(compiled_and_eager):
+    compiled, method, source = compiled_and_eager
+    parameter = next(iter(method.params.values()))
+    memory = parameter.data
+    parameter.data = memory.clone()
+    try:
+        with pytest.raises(RuntimeError, match="other memory than when it was recorded"):
+            compiled(source.sample(1))
+    finally:
+        parameter.data = memory
+    compiled(source.sample(1))
+
+
+def test_threads_do_not_mix_their_batches(compiled_and_eager):
+    compiled, _, source = compiled_and_eager
+    batches = [source.sample(step) for step in range(8)]
+    expected = [compiled(batch).query_loss.clone() for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda k: compiled(batches[k % 8]).query_loss, range(200)))
+    assert_close(got, [expected[k % 8] for k in range(200)])
 
 
 def test_a_given_meta_gradient_is_for_the_cpu_alone(device):

@@ -127,7 +127,8 @@ IMAML_INLINE void run(const NormForward<T>& p, const TaskBlocks& all) {
         for (int64_t lane = 0; lane < block.width; ++lane) {
           const int64_t at = block.channel + lane;
           const double away = means[0][lane];
-          const double variance = std::max(0.0, means[1][lane] - away * away);
+          const double rounded = means[1][lane] - away * away;
+          const double variance = rounded < 0 ? 0 : rounded;  // NaN stays
           p.mean[at] = static_cast<T>(static_cast<double>(first[at]) + away);
           p.scale[at] = static_cast<T>(1 / std::sqrt(variance + p.eps));
         }

@@ -64,6 +64,12 @@ void test_conv(const ConvShape& s) {
   const int64_t in = s.tasks * s.images * s.in_pixels() * s.channels;
   const int64_t out = s.tasks * s.images * s.out_pixels() * s.filters;
   const auto x = normal<T>(in, 1), w = normal<T>(s.tasks * s.weights(), 2);
+  // The same weights as they lie in rows of parameters, with other values between the tasks.
+  ConvShape rows = s;
+  rows.task_weights = s.weights() + 5;
+  std::vector<T> apart(at(s.tasks * rows.task_weights), T(NAN));
+  for (int64_t b = 0; b < s.tasks; ++b)
+    std::copy_n(w.data() + b * s.weights(), s.weights(), apart.data() + b * rows.task_weights);
   const auto g = normal<T>(out, 3), bias = normal<T>(s.tasks * s.filters, 4);
   Sums y(at(out)), dx(at(in)), dw(w.size());
   for_products(s, [&](int64_t to_y, int64_t to_x, int64_t to_w) {
@@ -78,8 +84,8 @@ void test_conv(const ConvShape& s) {
       all.emplace_back(size, T(NAN));
     cpu::conv(s, x.data(), w.data(), static_cast<const T*>(nullptr), all[0].data(), threads,
               parallel_for);
-    cpu::conv(s, x.data(), w.data(), bias.data(), all[1].data(), threads, parallel_for);
-    cpu::conv_data_gradient(s, g.data(), w.data(), all[2].data(), threads, parallel_for);
+    cpu::conv(rows, x.data(), apart.data(), bias.data(), all[1].data(), threads, parallel_for);
+    cpu::conv_data_gradient(rows, g.data(), apart.data(), all[2].data(), threads, parallel_for);
     cpu::conv_weight_gradient(s, x.data(), g.data(), all[3].data(), threads, parallel_for);
     return all;
   };
