@@ -95,6 +95,7 @@ def seconds(call: Implementation, device: torch.device) -> float:
 
 
 _SHORT = 0.05  # seconds
+_CALLS_IN_A_TURN = 5  # of short ones
 
 
 def time_in_turn(
@@ -107,20 +108,23 @@ def time_in_turn(
 ) -> dict[str, Timing]:
     """Seconds per call of each implementation: median, min and max over the rounds.
 
-    A short call is made once untimed before: the threads of the one before it still spin then, and
-    its own sleep.
+    Short calls are made several times in a turn, the first of them untimed: the threads of the
+    implementation before still spin then, and its own sleep.
     """
     samples: dict[str, list[float]] = {name: [] for name in implementations}
     latest = dict.fromkeys(implementations, math.inf)
     for round_number in range(-warm_up, rounds):
         for name, call in implementations.items():
+            calls = 1
             if latest[name] < _SHORT:
                 prepare()
                 call()
-            prepare()
-            took = latest[name] = seconds(call, device)
-            if round_number >= 0:
-                samples[name].append(took)
+                calls = _CALLS_IN_A_TURN
+            for _ in range(calls):
+                prepare()
+                latest[name] = seconds(call, device)
+                if round_number >= 0:
+                    samples[name].append(latest[name])
     return {
         name: {"median": statistics.median(s), "min": min(s), "max": max(s)}
         for name, s in samples.items()

@@ -203,7 +203,10 @@ def _train(options: argparse.Namespace) -> None:
     experiment = build(
         config, data=options.data, device=_device(options), download=options.download
     )
-    trainer = experiment.trainer(compile=options.compile)
+    try:
+        trainer = experiment.trainer(compile=options.compile)
+    except RuntimeError as error:
+        raise ValueError(f"--compile: {str(error).splitlines()[0]}") from error
     if options.resume:
         trainer.load(checkpoint)
         if experiment.progress(trainer) >= 1:

@@ -36,6 +36,25 @@ def test_train_and_eval_agree(tmp_path, capsys):
     assert last_json(capsys)["loss"] == trained["loss"]
 
 
+def test_compiled_training_ends_where_eager_training_does(tmp_path, capsys):
+    losses = []
+    for more in ([], ["--compile"]):
+        out = str(tmp_path / f"run{len(more)}")
+        arguments = ["train", *QUICK, "--device", "cpu", "--out", out, "--json", *more]
+        assert main([*arguments, "--cg-steps", "2"]) == 0
+        losses.append(last_json(capsys)["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_what_cannot_be_compiled_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no C++ compiler\nand many lines more")
+
+    monkeypatch.setattr("imaml_ext.experiment.RecordedMetaGradient", refuse)
+    assert main(["train", "--device", "cpu", "--out", str(tmp_path), "--compile"]) == 1
+    assert capsys.readouterr().err == "imaml-ext: error: --compile: no C++ compiler\n"
+
+
 def test_an_interrupted_run_resumes_to_where_an_undisturbed_one_ends(tmp_path, capsys, monkeypatch):
     def train(out, *more):
         return main(["train", "--device", "cpu", "--out", str(tmp_path / out), "--json", *more])
