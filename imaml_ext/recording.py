@@ -61,7 +61,8 @@ def cuda_graph(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callab
 
     def replay() -> T:
         graph.replay()
-        return result
+        # The same tensors in new dataclasses: the old ones may have computed properties.
+        return cast(T, pytree.tree_map(lambda leaf: leaf, result))
 
     return replay
 
@@ -128,9 +129,7 @@ class RecordedMetaGradient:
         """
         with self._lock:
             self._batch.copy_(batch)
-            result = self._replay()
-        # New dataclasses around the same tensors: the old ones may have computed properties.
-        return cast(MetaGradient, pytree.tree_map(lambda leaf: leaf, result))
+            return self._replay()
 
 
 @contextmanager

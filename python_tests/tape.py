@@ -32,7 +32,7 @@ class Tape:
             with torch.no_grad():
                 for call in writing.calls:
                     _run_again(*call)
-            return result
+            return pytree.tree_map(lambda leaf: leaf, result)
 
         return replay
 
