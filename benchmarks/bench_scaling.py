@@ -145,7 +145,7 @@ def main() -> None:
     options.add_argument("--workload", choices=WORKLOADS, default="omniglot-5w1s")
     options.add_argument("--tasks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     options.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128])
-    options.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    options.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 6, 8])
     options.add_argument("--dims", type=int, nargs="+", default=[2**k for k in range(12, 20)])
     options.add_argument("--png", type=Path, help="draw the curves here")
     chosen = options.parse_args()
