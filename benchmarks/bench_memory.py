@@ -69,7 +69,7 @@ def main() -> None:
     add_without(options)
     options.add_argument("--workload", choices=WORKLOADS, default="omniglot-5w1s")
     options.add_argument("--inner-steps", type=int, nargs="+", default=[1, 4, 16, 64])
-    options.add_argument("--cg-steps", type=int, nargs="+", default=[1, 5, 20])
+    options.add_argument("--cg-steps", type=int, nargs="+", default=[1, 4, 8])
     options.add_argument("--tasks", type=int, help="default: the workload's own")
     options.add_argument("--width", type=int, help="of the network; default: the workload's own")
     chosen = options.parse_args()

@@ -66,6 +66,13 @@ class Inside(Residual):
         return torch.func.vmap(lambda row: F.relu(row).tanh())(y).flatten(1)
 
 
+class OneByOne(Residual):
+    """Two vmaps: over tasks, and inside over examples."""
+
+    def forward(self, x):
+        return torch.func.vmap(lambda image: self.conv(image[None])[0].tanh())(x).flatten(1)
+
+
 class RunningStatistics(Residual):
     """Batch norm by its own batch, whatever statistics are handed in."""
 
@@ -92,6 +99,7 @@ MODELS = {
     "group norm": (lambda: convs(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4), nn.ReLU()), (2, 4, 4)),
     "relu of another": (Beside, (2, 5, 4)),
     "relu in a transform": (Inside, (2, 5, 4)),
+    "examples one by one": (OneByOne, (2, 5, 4)),
     "running statistics": (RunningStatistics, (2, 5, 4)),
     "dilation of one": (lambda: convs(nn.Conv2d(2, 3, 2, dilation=(1, 2)), nn.Tanh()), (2, 4, 4)),
     "relu beside": (Residual, (2, 5, 4)),
