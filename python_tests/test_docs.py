@@ -20,7 +20,7 @@ def blocks(page):
 
 
 # What compiling meets inside torch.
-TORCHS_OWN = "ignore:`torch.jit.script:DeprecationWarning"
+TORCHS_OWN = "ignore:`torch.jit.script"
 
 
 @pytest.mark.parametrize("page", PAGES or ["docs"])
