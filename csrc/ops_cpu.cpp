@@ -3,15 +3,10 @@
 
 #include "checks.h"
 #include "kernels/cpu_drivers.h"
+#include "threads.h"
 
 namespace imaml {
 namespace {
-
-constexpr auto parallel_for = [](int64_t n, int64_t grain, const auto& body) {
-  torch::stable::parallel_for(0, n, grain, body);
-};
-
-int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 void cg_step_(Tensor x, Tensor r, Tensor p, const Tensor& hp, const Tensor& lam, double damping,
               std::optional<Tensor> inverse, Tensor rr, std::optional<Tensor> rz,

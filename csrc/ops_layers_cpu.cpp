@@ -7,15 +7,10 @@
 #include "checks.h"
 #include "kernels/batch_norm.h"
 #include "kernels/conv.h"
+#include "threads.h"
 
 namespace imaml {
 namespace {
-
-constexpr auto parallel_for = [](int64_t n, int64_t grain, const auto& body) {
-  torch::stable::parallel_for(0, n, grain, body);
-};
-
-int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 // A tensor of `dims` dimensions, float32 or float64, each task contiguous, and not empty.
 void check_tasks(const char* op, const char* name, const Tensor& t, int64_t dims) {
