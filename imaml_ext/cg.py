@@ -180,7 +180,7 @@ def _jacobi(matvec: Matvec, b: Tensor, probes: int) -> Tensor:
     """The diagonal of each `H_i`, estimated, [B, D]; the same alone as in a batch."""
     total = torch.zeros_like(b)
     for probe in range(probes):
-        signs = 2 * (random_bits(0, probe, 0, 1, b.shape[1:], b.device) % 2) - 1
+        signs = 2 * (random_bits(0, probe, 0, range(1), b.shape[1:], b.device) % 2) - 1
         z = signs.to(b.dtype).expand_as(b).contiguous()
         total += z * matvec(z).detach()
     return total / probes

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -15,14 +16,16 @@ import torch
 from imaml_ext import plots
 from imaml_ext._version import __version__
 from imaml_ext.checkpoint import load_checkpoint
+from imaml_ext.distributed import Group, is_launched, own_device, process_group, rank, was_restarted
 from imaml_ext.evaluation import Evaluation, evaluate
-from imaml_ext.experiment import build, saved_config, train_to_end
+from imaml_ext.experiment import build
 from imaml_ext.ops import build_info
 from imaml_ext.presets import CHOICES, FLAVOURS, PRESETS, ROWS, TABLES, Config
 from imaml_ext.reproduce import STUDIES
 from imaml_ext.reproduce.study import Settings, read
 from imaml_ext.reproduce.study import run as run_study
 from imaml_ext.trainer import NonfiniteError, restore
+from imaml_ext.training import Interrupted, saved_config, train_to_end
 
 _HELP = {
     "method": "meta-learning method",
@@ -45,6 +48,7 @@ _HELP = {
     "learn_lr": "learn the step size of maml too",
     "meta_lr": "learning rate of the outer Adam",
     "meta_eps": "eps of the outer Adam",
+    "nonfinite": "what a task that is not finite does: refuse: end the run; skip: leave it out",
     "decay": "of the learning rate: linear: to 2%% over the second half of the run",
     "meta_steps": "meta-steps in all",
     "minutes": "training time in all; the run ends there if it comes first; 0: meta-steps alone",
@@ -57,6 +61,9 @@ _OF_EVALUATION = (
 )  # fmt: skip
 
 
+_OF_THE_RUN = ("meta_steps", "minutes", "nonfinite")  # may change when a run is resumed
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
@@ -66,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as interrupt:
         print(f"imaml-ext: interrupted {interrupt}".rstrip(), file=sys.stderr)
-        return 130
+        return 128 + (interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT)
     return 0
 
 
@@ -92,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
         "--compile", action="store_true", help="the meta-gradient, once, on the CPU: takes a while"
     )
     train.add_argument("--validations", type=int, default=20, help="validations during the run")
+    train.add_argument(
+        "--save-every", type=float, default=60.0, metavar="SECONDS",
+        help="of training, from one checkpoint to the next",
+    )  # fmt: skip
+    train.add_argument(
+        "--tensorboard", action="store_true", help="log for it too, into OUT; needs the package"
+    )
 
     test = commands.add_parser(
         "eval", help="evaluate a checkpoint on unseen tasks",
@@ -173,9 +187,10 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 def _device(options: argparse.Namespace) -> torch.device:
     has_kernels = bool(build_info()["cuda"])
     if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() and has_kernels else "cpu")
+        automatic = "cuda" if torch.cuda.is_available() and has_kernels else "cpu"
+        return own_device(torch.device(automatic))
     try:
-        device = torch.device(options.device)
+        device = own_device(torch.device(options.device))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
@@ -185,6 +200,14 @@ def _device(options: argparse.Namespace) -> torch.device:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if is_launched() and options.out is None:
+        raise ValueError("torchrun needs --out: where restarted processes find the checkpoint")
+    device = _device(options)
+    with process_group(device) as group:
+        _train_with(options, device, group)
+
+
+def _train_with(options: argparse.Namespace, device: torch.device, group: Group | None) -> None:
     start = time.perf_counter()
     for name in ("validations", "eval_tasks"):
         if getattr(options, name) < 1:
@@ -194,27 +217,33 @@ def _train(options: argparse.Namespace) -> None:
     overrides = _overrides(options)
     out = options.out or Path("runs") / f"{options.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint = out / "checkpoint.pt"
-    if options.resume:
+    resume = options.resume or (was_restarted() and checkpoint.exists())
+    if resume:
         config = _resumed_config(checkpoint, options.dataset, overrides)
     else:
         if checkpoint.exists():
             raise ValueError(f"{checkpoint} exists: add --resume to go on, or choose another --out")
         config = dataclasses.replace(PRESETS[options.dataset], **overrides)
-    experiment = build(
-        config, data=options.data, device=_device(options), download=options.download
-    )
+    experiment = build(config, data=options.data, device=device, download=options.download)
     try:
-        trainer = experiment.trainer(compile=options.compile)
+        trainer = experiment.trainer(compile=options.compile, process_group=group)
     except RuntimeError as error:
+        if not options.compile:
+            raise
         raise ValueError(f"--compile: {str(error).splitlines()[0]}") from error
-    if options.resume:
+    if resume:
         trainer.load(checkpoint)
-        if experiment.progress(trainer) >= 1:
+        if experiment.progress(trainer) >= 1 and not was_restarted():
             raise ValueError(f"{checkpoint} is at meta-step {trainer.steps}: ask for more")
+        if rank(group) == 0:
+            print(f"going on from meta-step {trainer.steps}", file=sys.stderr)
     train_to_end(
         experiment, trainer, checkpoint, validations=options.validations,
+        save_every=options.save_every, with_tensorboard=options.tensorboard,
         resume=f"--resume --out {out}",
     )  # fmt: skip
+    if rank(group) > 0:
+        return
 
     result = evaluate(
         experiment.method,
@@ -243,10 +272,11 @@ def _resumed_config(path: Path, dataset: str, overrides: dict[str, Any]) -> Conf
     if saved.dataset != dataset:
         raise ValueError(f"{path} was trained on {saved.dataset}, not on {dataset}")
     for name, value in overrides.items():
-        if name not in ("meta_steps", "minutes") and getattr(saved, name) != value:
+        if name not in _OF_THE_RUN and getattr(saved, name) != value:
+            allowed = ", ".join(f"--{other.replace('_', '-')}" for other in _OF_THE_RUN)
             raise ValueError(
                 f"{path} was trained with {name}={getattr(saved, name)}, got {value}: "
-                "a resumed run keeps its settings, but for --meta-steps and --minutes"
+                f"a resumed run keeps its settings, but for {allowed}"
             )
     return dataclasses.replace(saved, **overrides)
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml_ext.distributed import Group, average
 from imaml_ext.evaluation import Metric, per_task
+from imaml_ext.flat import Params
 from imaml_ext.meta_gradient import MetaGradient
 from imaml_ext.methods import Method
 from imaml_ext.recording import Capture, unrecorded
@@ -37,6 +39,16 @@ def summarise(out: MetaGradient, batch: TaskBatch, metrics: dict[str, Metric]) -
         for name, v in values.items()
     }
     return means | {"failed": failed.double().mean()}
+
+
+def measure(
+    out: MetaGradient, batch: TaskBatch, metrics: dict[str, Metric], group: Group | None
+) -> tuple[Params, dict[str, Tensor]]:
+    """Gradients by name and a summary, of the batches of all processes of the group together."""
+    summary = summarise(out, batch, metrics)
+    if group is None:
+        return out.named(), summary
+    return average(out.named(), summary, len(out.query_loss), group)
 
 
 def why_not_on_device(optimizer: torch.optim.Optimizer) -> str | None:
@@ -101,6 +113,7 @@ class DeviceStep:
             steps.
         rows: steps whose records are kept.
         capture: how to record the step. What cannot be recorded is run as it is, with a warning.
+        group: the processes that share the tasks; `source` deals this one's.
 
     Attributes:
         names: of a record's entries.
@@ -116,9 +129,11 @@ class DeviceStep:
         names: list[str],
         rows: int,
         capture: Capture,
+        group: Group | None = None,
     ) -> None:
         self.method, self.source, self.optimizer = method, source, optimizer
         self.metrics, self.names, self.rows = dict(metrics), names, rows
+        self._group = group
         self._theta = next(iter(method.params.values()))
         self._number = self._new(torch.int64)
         self._refused = self._new(torch.bool)
@@ -182,7 +197,7 @@ class DeviceStep:
                 tensor.copy_(torch.where(applied, tensor, old))
             self._number.add_(1)
 
-    def _measure(self) -> tuple[dict[str, Tensor], Tensor]:
+    def _measure(self) -> tuple[Params, Tensor]:
         """Gradients by name, and the record; without effect."""
         if isinstance(self.source, RecordableSource):
             batch = self.source.sample(self._number)
@@ -190,8 +205,8 @@ class DeviceStep:
             assert self._batch is not None
             batch = self._batch
         out = self.method.meta_gradient(batch)
-        summary = summarise(out, batch, self.metrics)
-        return out.named(), torch.stack([summary[name] for name in self.names])
+        gradients, summary = measure(out, batch, self.metrics, self._group)
+        return gradients, torch.stack([summary[name] for name in self.names])
 
     def _update(self) -> None:
         """The optimizer's step, at learning rates that are read on the device."""

@@ -1,11 +1,7 @@
-"""A config brought to life: data, model, method, and the training loop."""
+"""A config brought to life: data, model, method, and their trainer."""
 
 import dataclasses
-import json
 import math
-import signal
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from imaml_ext.cg import ConjugateGradient
 from imaml_ext.data import (
@@ -24,10 +19,12 @@ from imaml_ext.data import (
     load_omniglot,
     load_tiny_imagenet,
 )
+from imaml_ext.distributed import Group, share
 from imaml_ext.evaluation import Metric, SupportMetric, accuracy, support_accuracy
 from imaml_ext.inner import LBFGS, Adam, GradientDescent, HessianFree, InnerSolver
 from imaml_ext.linear import LinearSolver
 from imaml_ext.maml import FOMAML, MAML, Reptile, TruncatedMAML
+from imaml_ext.meta_gradient import Nonfinite
 from imaml_ext.methods import IMAML, Method
 from imaml_ext.minres import MINRES
 from imaml_ext.models import SupportStatistics, conv4, mlp
@@ -42,8 +39,6 @@ from imaml_ext.trainer import Trainer, is_on_cuda
 
 # Not config.tasks: the evaluation tasks must not depend on it. Large images take much memory.
 _EVALUATED_AT_ONCE = {"sinusoid": 20, "omniglot": 20, "mini-imagenet": 4, "tiny-imagenet": 20}
-_SAVED_EVERY = 60.0  # seconds
-_SHOWN_EVERY = 1.0  # seconds; to look waits for the device
 
 
 @dataclass(frozen=True)
@@ -57,13 +52,16 @@ class Experiment:
     metrics: dict[str, Metric]
     support_metrics: dict[str, SupportMetric]  # with batch norm's statistics of the support set
 
-    def trainer(self, *, compile: bool = False) -> Trainer:
+    def trainer(self, *, compile: bool = False, process_group: Group | None = None) -> Trainer:
         """Adam, its rate constant or falling linearly to 2% over the second half of the run.
 
         Args:
             compile: the meta-gradient, on the CPU.
+            process_group: as in `Trainer`.
         """
         config = self.config
+        if process_group is not None and config.minutes:
+            raise ValueError("minutes differ between processes: say meta_steps instead")
         optimizer = torch.optim.Adam(
             self.method.learned().values(),
             lr=config.meta_lr,
@@ -75,11 +73,14 @@ class Experiment:
         if compile and is_on_cuda(self.method):
             raise ValueError("on CUDA whole meta-steps are recorded: there is nothing to compile")
         meta_gradient = (
-            RecordedMetaGradient(self.method.meta_gradient, source.sample(0)) if compile else None
+            RecordedMetaGradient(self.method.meta_gradient, share(source, process_group).sample(0))
+            if compile
+            else None
         )
         trainer = Trainer(
-            self.method, source, optimizer, metrics=watched, meta_gradient=meta_gradient
-        )
+            self.method, source, optimizer, metrics=watched, meta_gradient=meta_gradient,
+            process_group=process_group,
+        )  # fmt: skip
         if config.decay == "linear":
             trainer.scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer,
@@ -104,87 +105,6 @@ class Experiment:
     def _done(self, steps: int, seconds: float) -> float:
         of_time = seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
         return max(steps / self.config.meta_steps, of_time)
-
-
-def train_to_end(
-    experiment: Experiment,
-    trainer: Trainer,
-    checkpoint: Path,
-    *,
-    validations: int = 20,
-    validation_tasks: int = 100,
-    name: str = "",
-    resume: str = "the same command",
-) -> None:
-    """Train to the end, saving with each validation, once a minute, and when it ends.
-
-    Args:
-        validations, validation_tasks: how often to validate, evenly over the run, and on what.
-        name: before the progress bar.
-        resume: how to go on, for the message when interrupted.
-
-    Raises:
-        KeyboardInterrupt: after the meta-step in which SIGINT came; it is saved.
-    """
-    config = experiment.config
-    saved = dataclasses.asdict(config)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(
-        total=None if config.minutes else config.meta_steps, initial=trainer.steps,
-        desc=name or config.dataset, unit="step", mininterval=_SHOWN_EVERY, dynamic_ncols=True,
-    )  # fmt: skip
-    interrupted = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-
-    def interrupt(*_: Any) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, before)  # a second one does not wait for the meta-step
-
-    signal.signal(signal.SIGINT, interrupt)
-    last_saved, shown = trainer.seconds, -math.inf
-    try:
-        while (done := experiment.progress(trainer)) < 1 and not interrupted.is_set():
-            trainer.step()
-            if time.monotonic() >= shown + _SHOWN_EVERY:
-                progress.set_postfix(_postfix(trainer), refresh=False)
-                shown = time.monotonic()
-            progress.update()
-            if int(validations * experiment.progress(trainer)) > int(validations * done):
-                source = experiment.sources["val"]
-                trainer.validate(source, experiment.metrics, tasks=validation_tasks)
-            elif trainer.seconds < last_saved + _SAVED_EVERY:
-                continue
-            trainer.save(checkpoint, saved)
-            last_saved = trainer.seconds
-    finally:
-        signal.signal(signal.SIGINT, before)
-        progress.close()
-    trainer.save(checkpoint, saved)
-    if interrupted.is_set():  # a step was finished before the loop was left
-        raise KeyboardInterrupt(f"at meta-step {trainer.steps}; to go on: {resume}")
-
-
-def saved_config(state: dict[str, Any], path: Path) -> Config:
-    """The config that a checkpoint of `train_to_end` was trained with."""
-    saved = json.loads(state["config"])
-    if "dataset" not in saved or saved.keys() - {f.name for f in dataclasses.fields(Config)}:
-        raise ValueError(f"{path} was not written by imaml-ext train: it does not say of what")
-    return Config(**saved)
-
-
-def _postfix(trainer: Trainer) -> dict[str, str]:
-    recent = trainer.history[-20:]
-    record = recent[-1]
-    shown = {"loss": f"{sum(r['loss'] for r in recent) / len(recent):.3f}"}
-    if "accuracy" in record:
-        shown["acc"] = f"{100 * sum(r['accuracy'] for r in recent) / len(recent):.1f}%"
-    if "cg_residual" in record:
-        shown["cg"] = f"{record['cg_residual']:.1e}"
-    if record.get("negative_curvature", 0) > 0:
-        shown["negative"] = f"{100 * record['negative_curvature']:.0f}%"
-    if trainer.validation and "accuracy" in record:
-        shown["val"] = f"{100 * trainer.validation[-1]['accuracy']:.1f}%"
-    return shown
 
 
 def build(
@@ -268,6 +188,7 @@ def _parts(config: Config) -> list[tuple[str, int, int]]:
 
 def _method(config: Config, loss: ModuleLoss) -> Method:
     params = dict(loss.model.named_parameters())
+    nonfinite = cast(Nonfinite, config.nonfinite)
     if config.method == "imaml":
         if config.learn_lr:
             raise ValueError(
@@ -283,6 +204,7 @@ def _method(config: Config, loss: ModuleLoss) -> Method:
             inner=_inner(config),
             cg=_linear(config),
             adapt_proximal=config.eval_proximal,
+            nonfinite=nonfinite,
         )
     if config.learn_lam != "no":
         raise ValueError(f"learn_lam is for imaml, got method {config.method!r}")
@@ -292,16 +214,29 @@ def _method(config: Config, loss: ModuleLoss) -> Method:
     if config.method in ("fomaml", "reptile"):
         if config.learn_lr:
             raise ValueError(f"learn_lr needs a second-order method, got {config.method!r}")
-        return (FOMAML if config.method == "fomaml" else Reptile)(loss, params, inner=descent)
+        return (FOMAML if config.method == "fomaml" else Reptile)(
+            loss, params, inner=descent, nonfinite=nonfinite
+        )
     if config.method == "truncated-maml":
         return TruncatedMAML(
-            loss, params, last=config.last, inner=descent, learn_lr=config.learn_lr
+            loss,
+            params,
+            last=config.last,
+            inner=descent,
+            learn_lr=config.learn_lr,
+            nonfinite=nonfinite,
         )
     if config.method == "maml-accelerated":
         return MAML(
-            loss, params, inner=descent, lam=config.lam, accelerated=True, learn_lr=config.learn_lr
+            loss,
+            params,
+            inner=descent,
+            lam=config.lam,
+            accelerated=True,
+            learn_lr=config.learn_lr,
+            nonfinite=nonfinite,
         )
-    return MAML(loss, params, inner=descent, learn_lr=config.learn_lr)
+    return MAML(loss, params, inner=descent, learn_lr=config.learn_lr, nonfinite=nonfinite)
 
 
 def _inner(config: Config) -> InnerSolver:

@@ -31,6 +31,7 @@ class Config:
     learn_lr: bool = False
     meta_lr: float = 1e-3
     meta_eps: float = 1e-8
+    nonfinite: str = "refuse"
     decay: str = "linear"
     meta_steps: int = 1000
     minutes: float = 0.0
@@ -69,6 +70,7 @@ CHOICES = {
     "linear": ["cg", "cg-reference-code", "cg-jacobi", "minres", "neumann"],
     "curvature": ["hessian", "ggn"],
     "learn_lam": ["no", "scalar", "tensor", "diagonal"],
+    "nonfinite": ["refuse", "skip"],
     "decay": ["constant", "linear"],
 }
 

@@ -7,6 +7,7 @@ is drawn. A recorded step is a tensor on the device: its value is never looked a
 Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
 """
 
+import math
 from typing import overload
 
 import torch
@@ -21,37 +22,36 @@ def random_bits(
     seed: int,
     step: int | Tensor,
     stream: int,
-    tasks: int,
+    tasks: range,
     shape: tuple[int, ...],
     device: torch.device,
 ) -> Tensor:
-    """63 random bits in each entry of an int64 tensor [tasks, *shape].
+    """63 random bits in each entry of an int64 tensor [len(tasks), *shape].
 
-    Task i's entries do not depend on `tasks`. Different `stream`s are independent.
+    A task's entries do not depend on which others are drawn. Different `stream`s are independent.
 
     Args:
+        tasks: consecutive numbers of tasks.
         step: an int, or a 0-d int64 tensor on `device`: the same bits.
     """
     key: int | Tensor = 0
     for word in (seed, step, stream):
         key = _mix(_wrapped(key) + _wrapped(word * _wrapped(_GOLDEN) + _wrapped(_GOLDEN)))
-    count = tasks
-    for size in shape:
-        count *= size
-    counter = torch.arange(count, dtype=torch.int64, device=device)
+    each = math.prod(shape)
+    counter = torch.arange(tasks.start * each, tasks.stop * each, dtype=torch.int64, device=device)
     z = _mix(counter * _wrapped(_GOLDEN) + _wrapped(key))
-    return _shift_right(z, 1).view(tasks, *shape)
+    return _shift_right(z, 1).view(len(tasks), *shape)
 
 
 def uniform(
     seed: int,
     step: int | Tensor,
     stream: int,
-    tasks: int,
+    tasks: range,
     shape: tuple[int, ...],
     device: torch.device,
 ) -> Tensor:
-    """Uniform in [0, 1), float64 [tasks, *shape]; from `random_bits`."""
+    """Uniform in [0, 1), float64 [len(tasks), *shape]; from `random_bits`."""
     bits = random_bits(seed, step, stream, tasks, shape, device)
     return (bits >> 10).double() * 2.0**-53
 

@@ -31,6 +31,14 @@ class TaskBatch:
         for to, source in zip(mine, theirs, strict=True):
             to.copy_(source)
 
+    def rows(self, tasks: range) -> "TaskBatch":
+        """These tasks of the batch alone; views."""
+        return TaskBatch(*pytree.tree_map(lambda t: t[tasks.start : tasks.stop], self._parts()))
+
+    def __len__(self) -> int:
+        size: int = pytree.tree_leaves(self._parts())[0].shape[0]
+        return size
+
     def _parts(self) -> tuple[Any, Any]:
         return self.support, self.query
 
@@ -39,6 +47,16 @@ class TaskSource(Protocol):
     """Anything that deals batches of tasks. The same step always gives the same batch."""
 
     def sample(self, step: int) -> TaskBatch: ...
+
+
+@runtime_checkable
+class DivisibleSource(Protocol):
+    """A source that can deal some tasks of each batch without the others."""
+
+    tasks: int
+
+    def part(self, tasks: range) -> TaskSource:
+        """A source of these tasks of each batch, bit for bit as they are in the whole."""
 
 
 @runtime_checkable

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from imaml_ext.checkpoint import load_checkpoint, save_checkpoint
-from imaml_ext.device_step import DeviceStep, LateRecord, summarise, why_not_on_device
+from imaml_ext.device_step import DeviceStep, LateRecord, measure, why_not_on_device
+from imaml_ext.distributed import Group, agree, check_same, rank, share
 from imaml_ext.evaluation import Metric, evaluate
+from imaml_ext.logs import Log, Record
 from imaml_ext.meta_gradient import MetaGradient
 from imaml_ext.methods import Method
-from imaml_ext.recording import Capture, cuda_graph
+from imaml_ext.recording import Capture, cuda_graph, unrecorded
 from imaml_ext.tasks import TaskBatch, TaskSource
-
-Record = dict[str, float]
 
 
 class NonfiniteError(ArithmeticError):
@@ -44,8 +44,14 @@ class Trainer:
         capture: how to record a meta-step; default `cuda_graph` on CUDA, where `unrecorded` runs
             each as it is. On the CPU steps are decided on the host, unless a capture is given.
         read_every: steps after which their records are read from the device.
+        log: called with "train" or "val" and each record, in their order, when it is known.
+        process_group: of `torch.distributed`: its processes share the tasks of each batch, start
+            from rank 0's parameters, and go on as one process with all the tasks would; see
+            docs/distributed.md. On CUDA their meta-steps are not recorded, unless a capture is
+            given.
 
     Attributes:
+        source: deals this process's tasks.
         steps: meta-steps made.
         seconds: time spent in `step` and `read`, over all runs of this training. Of steps that are
             read together each record has its share.
@@ -64,6 +70,8 @@ class Trainer:
         meta_gradient: Callable[[TaskBatch], MetaGradient] | None = None,
         capture: Capture | None = None,
         read_every: int = 50,
+        log: Log | None = None,
+        process_group: Group | None = None,
     ) -> None:
         if read_every < 1:
             raise ValueError(f"read_every must be at least 1, got {read_every}")
@@ -73,14 +81,20 @@ class Trainer:
                 "meta_gradient is for the CPU: whole meta-steps are recorded elsewhere"
             )
         self.method = method
-        self.source = source
+        self.process_group = process_group
+        self.source = share(source, process_group)
+        if process_group is not None:
+            agree(method.learned(), process_group)
         self.optimizer = optimizer or torch.optim.Adam(
             method.learned().values(), lr=1e-3, capturable=on_cuda
         )
         self.scheduler = scheduler
         self.metrics = metrics or {}
         self.meta_gradient = meta_gradient
-        self.capture = cuda_graph if capture is None and on_cuda else capture
+        if capture is None and on_cuda:
+            capture = cuda_graph if process_group is None else unrecorded
+        self.capture = capture
+        self.log = log
         self.read_every = read_every
         self.steps = 0
         self.seconds = 0.0
@@ -120,7 +134,7 @@ class Trainer:
             self.steps += 1
             self.seconds += time.perf_counter() - start
             record = {"step": self.steps, "seconds": self.seconds} | values
-            self._history.append(record)
+            self._remember(record)
         else:
             late = LateRecord(self.read, self.seconds, *self._schedule())
             self._device_step.run(self.steps)
@@ -160,7 +174,12 @@ class Trainer:
                 raise error
             seconds = pending[0].begun + (number + 1) * spent
             late.filled = {"step": first + number + 1, "seconds": seconds} | values
-            self._history.append(late.filled)
+            self._remember(late.filled)
+
+    def _remember(self, record: Record) -> None:
+        self._history.append(record)
+        if self.log is not None:
+            self.log("train", record)
 
     def _step_on_host(self) -> Record:
         """A step that looks at its meta-gradient before it applies it."""
@@ -183,12 +202,11 @@ class Trainer:
     def _evaluate(self, batch: TaskBatch) -> Record:
         """Fill the gradients of what is learned, and say how the batch went."""
         out = (self.meta_gradient or self.method.meta_gradient)(batch)
-        summary = summarise(out, batch, self.metrics)
+        gradients, summary = measure(out, batch, self.metrics, self.process_group)
         numbers = torch.stack(list(summary.values())).tolist()
         record = dict(zip(summary, numbers, strict=True))
         if record["failed"] > 0 and self.method.nonfinite == "refuse":
             raise self._refusal(out)
-        gradients = out.named()
         for name, tensor in self.method.learned().items():
             tensor.grad = gradients[name]
         return record
@@ -204,13 +222,16 @@ class Trainer:
             return
         self._device_step = DeviceStep(
             self.method, self.source, self.optimizer, self.metrics,
-            names=names, rows=self.read_every, capture=self.capture,
+            names=names, rows=self.read_every, capture=self.capture, group=self.process_group,
         )  # fmt: skip
 
     def _refusal(self, out: MetaGradient) -> "NonfiniteError":
+        where = ""
+        if self.process_group is not None:
+            where = f"On rank {rank(self.process_group)} of {self.process_group.size()}: "
         return NonfiniteError(
             f"meta-step {self.steps}: the meta-gradient is not finite, so it was not applied. "
-            f"{out.describe()}"
+            f"{where}{out.describe()}"
         )
 
     def _schedule(self) -> tuple[dict[str, Any], list[Any]]:
@@ -237,10 +258,12 @@ class Trainer:
         means = evaluate(self.method, source, metrics, tasks=tasks).mean
         record = {"step": self.steps, "seconds": self.seconds, **means}
         self.validation.append(record)
+        if self.log is not None:
+            self.log("val", record)
         return record
 
     def save(self, path: str | Path, config: dict[str, Any] | None = None) -> None:
-        """Write everything that `load` needs to go on, atomically.
+        """Write everything that `load` needs to go on, atomically. Of many processes rank 0 does.
 
         Args:
             config: kept beside it; anything that JSON can hold.
@@ -249,6 +272,8 @@ class Trainer:
             NonfiniteError: as `read`.
         """
         self.read()
+        if rank(self.process_group) > 0:
+            return
         state = {
             "config": json.dumps(config or {}),
             "steps": self.steps,
@@ -266,13 +291,16 @@ class Trainer:
     def load(self, path: str | Path) -> None:
         """Go on from a checkpoint; on the CPU, bit for bit as if the training had not stopped.
 
-        Restores torch's random state too, which dropout draws from.
+        Restores torch's random state too, which dropout draws from; ranks other than 0 of a group
+        draw anew.
 
         Raises:
             FileNotFoundError, ValueError: as `load_checkpoint`, or the checkpoint is of other
                 parameters or of another optimizer than this trainer's.
         """
         state = load_checkpoint(path, training=True)
+        if self.process_group is not None:
+            check_same(state["steps"], f"{path} is at meta-step", self.process_group)
         if state["optimizer_class"] != type(self.optimizer).__name__:
             raise ValueError(
                 f"{path} holds the state of {state['optimizer_class']}, "
@@ -280,9 +308,7 @@ class Trainer:
             )
         self._device_step, self._pending = None, []
         restore(self.method, state, path)
-        torch.set_rng_state(state["random"]["cpu"])
-        if "cuda" in state["random"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["random"]["cuda"])
+        _restore_random(state["random"], rank(self.process_group))
         groups = self.optimizer.param_groups
         for saved, own in zip(state["optimizer"]["param_groups"], groups, strict=False):
             if "capturable" in own:  # on which device it runs is not the checkpoint's to say
@@ -307,6 +333,14 @@ def _random_states(method: Method) -> dict[str, Tensor]:
     if is_on_cuda(method):
         states["cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+def _restore_random(states: dict[str, Tensor], rank: int) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    if rank > 0:  # other masks for other tasks
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)
 
 
 def restore(method: Method, state: dict[str, Any], path: str | Path) -> None:

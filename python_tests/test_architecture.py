@@ -10,7 +10,7 @@ import imaml_ext
 # From the ground up; a room imports from rooms below it only.
 FLOORS = [
     {"_version", "files", "looking", "random"},
-    {"ops", "solution", "flat", "checkpoint", "compiling", "data.cache"},
+    {"ops", "solution", "flat", "checkpoint", "compiling", "data.cache", "logs"},
     {"layers", "models", "presets"},
     {"objective", "linear", "strength"},
     {"cg", "minres", "neumann", "proximal"},
@@ -22,7 +22,7 @@ FLOORS = [
         "inner.hessian_free",
         "inner.lbfgs",
     },
-    {"inner", "recording"},
+    {"inner", "recording", "distributed"},
     {"implicit"},
     {"methods", "provenance", "reference_code"},
     {"maml", "evaluation"},
@@ -37,6 +37,7 @@ FLOORS = [
     {"device_step"},
     {"trainer"},
     {"experiment"},
+    {"training"},
     {"plots"},
     {"reproduce.study", "reproduce.memory"},
     {
@@ -49,6 +50,7 @@ FLOORS = [
     {"reproduce.tables"},
     {"reproduce"},
     {"cli"},
+    {"__main__"},
 ]
 APART = {"reference", "_C", "__init__"}
 

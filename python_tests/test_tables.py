@@ -14,7 +14,7 @@ import torch
 from imaml_ext import MAML, GradientDescent, Trainer, experiment
 from imaml_ext.checkpoint import load_checkpoint
 from imaml_ext.cli import main
-from imaml_ext.experiment import build, train_to_end
+from imaml_ext.experiment import build
 from imaml_ext.flat import Layout
 from imaml_ext.objective import Objective
 from imaml_ext.presets import FLAVOURS, PRESETS, ROWS, TABLES, cell
@@ -24,6 +24,7 @@ from imaml_ext.reproduce import STUDIES, tables
 from imaml_ext.reproduce.study import read
 from imaml_ext.reproduce.table_report import markdown, write_section
 from imaml_ext.trainer import NonfiniteError
+from imaml_ext.training import train_to_end
 
 # ---- the data ---------------------------------------------------------------------------------
 

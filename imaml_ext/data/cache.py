@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imaml_ext.files import write_atomically
+from imaml_ext.files import locked, remove_unfinished, write_atomically
 
 Decode = Callable[[], Iterator[np.ndarray]]  # uint8 arrays; one after the other, all the pixels
 
@@ -27,8 +27,12 @@ def decoded_once(name: str, shape: tuple[int, ...], decode: Decode) -> Tensor:
     images = _mapped(path, shape)
     if images is None:
         try:
-            write_atomically(path, lambda file: _write(file, shape, decode()))
-            images = _mapped(path, shape)
+            with locked(path.parent, wait=True):  # another process may be decoding it
+                images = _mapped(path, shape)
+                if images is None:
+                    remove_unfinished(path)
+                    write_atomically(path, lambda file: _write(file, shape, decode()))
+                    images = _mapped(path, shape)
         except OSError as error:
             warnings.warn(f"{name} will be decoded again next time: {error}", stacklevel=3)
     if images is None:

@@ -1,5 +1,7 @@
 """Few-shot classification tasks drawn by index from one tensor of images."""
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,8 @@ _CLASSES, _IMAGES, _ROTATIONS = range(3)  # streams of random numbers
 class ImageEpisodes:
     """`way`-way `shot`-shot tasks with `query` query images per class; labels are class positions.
 
-    A batch is a function of (seed, step) alone, drawn on the device of the images: `recordable`.
+    A task is a function of (seed, step, its number): divisible. Drawn on the device of the images:
+    `recordable`.
 
     Args:
         images: uint8 [classes, images per class, H, W], or [..., channels, H, W].
@@ -56,6 +59,7 @@ class ImageEpisodes:
         self.images = images if images.dim() == 5 else images[:, :, None]
         self.way, self.shot, self.query, self.tasks = way, shot, query, tasks
         self.seed, self.rotate, self.dtype = seed, rotate, dtype
+        self.dealt = range(tasks)
 
     def sample(self, step: int | Tensor) -> TaskBatch:
         """Support and query (x [B, N, channels, H, W], y [B, N]), N = way shot and way query."""
@@ -76,5 +80,11 @@ class ImageEpisodes:
 
         return TaskBatch(support=part(0, self.shot), query=part(self.shot, self.query))
 
+    def part(self, tasks: range) -> "ImageEpisodes":
+        """Deals these tasks of each batch alone; shares the images."""
+        part = copy(self)
+        part.dealt, part.tasks = self.dealt[tasks.start : tasks.stop], len(tasks)
+        return part
+
     def _bits(self, step: int | Tensor, stream: int, *shape: int) -> Tensor:
-        return random_bits(self.seed, step, stream, self.tasks, shape, self.images.device)
+        return random_bits(self.seed, step, stream, self.dealt, shape, self.images.device)

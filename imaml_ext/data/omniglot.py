@@ -39,7 +39,7 @@ class Omniglot:
 
     def split(self, seed: int = 0, *, train: int = 1100, val: int = 100) -> dict[str, Tensor]:
         """Classes, by a seeded permutation: `train`, `val`, and the 423 others as `test`."""
-        scores = random_bits(seed, 0, 0, len(self.names), (), torch.device("cpu"))
+        scores = random_bits(seed, 0, 0, range(len(self.names)), (), torch.device("cpu"))
         order = scores.argsort()
         parts = order.split([train, val, len(self.names) - train - val])
         return {

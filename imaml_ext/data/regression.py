@@ -1,6 +1,7 @@
 """Sinusoid regression: tasks that need no data."""
 
 import math
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ _TASK, _SUPPORT, _QUERY = range(3)  # streams of random numbers
 
 
 class Sinusoid:
-    """`y = a sin(x - b)` with a in [0.1, 5], b in [0, pi] and x in [-5, 5], uniform; `recordable`.
+    """`y = a sin(x - b)` with a in [0.1, 5], b in [0, pi] and x in [-5, 5], uniform.
+
+    `recordable`, and divisible: a task is a function of (seed, step, its number).
 
     Args:
         shot, query: points in the support and the query set.
@@ -37,6 +40,7 @@ class Sinusoid:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.shot, self.query, self.tasks, self.seed = shot, query, tasks, seed
+        self.dealt = range(tasks)
         self.device, self.dtype = torch.device(device), dtype
 
     def sample(self, step: int | Tensor) -> TaskBatch:
@@ -51,5 +55,11 @@ class Sinusoid:
 
         return TaskBatch(support=part(_SUPPORT, self.shot), query=part(_QUERY, self.query))
 
+    def part(self, tasks: range) -> "Sinusoid":
+        """Deals these tasks of each batch alone."""
+        part = copy(self)
+        part.dealt, part.tasks = self.dealt[tasks.start : tasks.stop], len(tasks)
+        return part
+
     def _uniform(self, step: int | Tensor, stream: int, *shape: int) -> Tensor:
-        return uniform(self.seed, step, stream, self.tasks, shape, self.device)
+        return uniform(self.seed, step, stream, self.dealt, shape, self.device)

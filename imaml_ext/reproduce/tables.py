@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from imaml_ext.checkpoint import load_checkpoint, save_model
 from imaml_ext.evaluation import Evaluation, evaluate
-from imaml_ext.experiment import Experiment, build, saved_config, train_to_end
+from imaml_ext.experiment import Experiment, build
 from imaml_ext.presets import ROWS, TABLES, Cell, Config, cell
 from imaml_ext.reproduce.study import Record, Settings, Study, read_lines
 from imaml_ext.reproduce.table_report import draw
 from imaml_ext.trainer import NonfiniteError
+from imaml_ext.training import saved_config, train_to_end
 
 _VALIDATIONS = 8
 _SIDE_TASKS = 200  # of validation, and of what is reported beside the accuracy

@@ -1,0 +1,58 @@
+"""Where the records of a training go: a file of JSON lines, TensorBoard. Each gives a `Log`."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from imaml_ext.files import write_atomically
+
+Record = dict[str, float]
+Log = Callable[[str, Record], None]  # "train" or "val", and the record of a step or validation
+
+
+@contextmanager
+def json_lines(
+    path: Path, history: Sequence[Record], validation: Sequence[Record]
+) -> Iterator[Log]:
+    """One JSON object a line, as {"split": "train", "step": 1, "loss": ...}; null: not finite.
+
+    The file begins with the records of the run so far, and loses what an interrupted one wrote
+    after its last checkpoint.
+    """
+    past = [("train", record) for record in history] + [("val", record) for record in validation]
+    past.sort(key=lambda line: line[1]["step"])  # is stable: a step before its validation
+    text = "".join(_line(split, record) for split, record in past)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    with path.open("a", buffering=1, encoding="utf-8") as file:
+        yield lambda split, record: file.write(_line(split, record))  # type: ignore[misc]
+
+
+@contextmanager
+def tensorboard(folder: Path, steps: int) -> Iterator[Log]:
+    """Scalars such as "train/loss" by meta-step; what was written after step `steps` is hidden.
+
+    Raises:
+        ValueError: the package tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("needs tensorboard: pip install 'imaml_ext[tensorboard]'") from error
+    with SummaryWriter(str(folder), purge_step=steps + 1) as writer:
+
+        def log(split: str, record: Record) -> None:
+            for name, value in record.items():
+                if name != "step":
+                    writer.add_scalar(f"{split}/{name}", value, int(record["step"]))
+
+        yield log
+
+
+def _line(split: str, record: Record) -> str:
+    values: dict[str, Any] = {
+        name: value if math.isfinite(value) else None for name, value in record.items()
+    }
+    return json.dumps({"split": split, **values}) + "\n"
