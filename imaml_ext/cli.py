@@ -15,7 +15,7 @@ import torch
 
 from imaml_ext import plots
 from imaml_ext._version import __version__
-from imaml_ext.checkpoint import load_checkpoint
+from imaml_ext.checkpoint import load_checkpoint, restore
 from imaml_ext.distributed import Group, is_launched, own_device, process_group, rank, was_restarted
 from imaml_ext.evaluation import Evaluation, evaluate
 from imaml_ext.experiment import build
@@ -24,7 +24,7 @@ from imaml_ext.presets import CHOICES, FLAVOURS, PRESETS, ROWS, TABLES, Config
 from imaml_ext.reproduce import STUDIES
 from imaml_ext.reproduce.study import Settings, read
 from imaml_ext.reproduce.study import run as run_study
-from imaml_ext.trainer import NonfiniteError, restore
+from imaml_ext.trainer import NonfiniteError
 from imaml_ext.training import Interrupted, saved_config, train_to_end
 
 _HELP = {
@@ -233,8 +233,6 @@ def _train_with(options: argparse.Namespace, device: torch.device, group: Group 
         raise ValueError(f"--compile: {str(error).splitlines()[0]}") from error
     if resume:
         trainer.load(checkpoint)
-        if experiment.progress(trainer) >= 1 and not was_restarted():
-            raise ValueError(f"{checkpoint} is at meta-step {trainer.steps}: ask for more")
         if rank(group) == 0:
             print(f"going on from meta-step {trainer.steps}", file=sys.stderr)
     train_to_end(
@@ -286,7 +284,7 @@ def _eval(options: argparse.Namespace) -> None:
     state = load_checkpoint(options.checkpoint)
     config = dataclasses.replace(saved_config(state, options.checkpoint), **_overrides(options))
     experiment = build(config, data=options.data, device=_device(options))
-    restore(experiment.method, state, options.checkpoint)
+    restore(experiment.method.learned(), state, options.checkpoint)
     result = evaluate(
         experiment.method,
         experiment.sources[options.split],

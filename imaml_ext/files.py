@@ -16,10 +16,15 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> Non
     A crash at any moment, or a full disk, leaves what was there before.
 
     Raises:
-        OSError: as the file system does. Nothing is left behind.
+        OSError: as the file system does, with the path. Nothing is left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with named_in_errors(path):
+        _write(path, write)
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     temporary = path.with_name(f"{_prefix(path)}{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
@@ -35,6 +40,17 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> Non
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """An OSError says which file it is about; those of `write` and `close` do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def remove_unfinished(path: str | Path) -> None:

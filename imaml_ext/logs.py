@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from imaml_ext.files import write_atomically
+from imaml_ext.files import named_in_errors, write_atomically
 
 Record = dict[str, float]
 Log = Callable[[str, Record], None]  # "train" or "val", and the record of a step or validation
@@ -26,8 +26,13 @@ def json_lines(
     past.sort(key=lambda line: line[1]["step"])  # is stable: a step before its validation
     text = "".join(_line(split, record) for split, record in past)
     write_atomically(path, lambda file: file.write(text.encode()))
-    with path.open("a", buffering=1, encoding="utf-8") as file:
-        yield lambda split, record: file.write(_line(split, record))  # type: ignore[misc]
+    with path.open("ab", buffering=0) as file:  # each line is there at once, or fails at once
+
+        def log(split: str, record: Record) -> None:
+            with named_in_errors(path):
+                file.write(_line(split, record).encode())
+
+        yield log
 
 
 @contextmanager

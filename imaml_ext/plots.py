@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from imaml_ext.files import write_atomically
 from imaml_ext.methods import Method
 from imaml_ext.objective import ModuleLoss
 from imaml_ext.tasks import TaskSource
@@ -24,7 +25,7 @@ def pyplot() -> Any:
 def save(figure: Any, path: Path) -> Path:
     """Write the picture and forget it."""
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
     pyplot().close(figure)
     return path
 

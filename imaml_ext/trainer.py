@@ -1,5 +1,6 @@
 """The outer loop: meta-gradients into any `torch.optim` optimizer, and checkpoints."""
 
+import copy
 import json
 import time
 import warnings
@@ -10,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml_ext.checkpoint import load_checkpoint, save_checkpoint
+from imaml_ext.checkpoint import (
+    load_checkpoint,
+    random_states,
+    restore,
+    restore_random,
+    save_checkpoint,
+)
 from imaml_ext.device_step import DeviceStep, LateRecord, measure, why_not_on_device
 from imaml_ext.distributed import Group, agree, check_same, rank, share
 from imaml_ext.evaluation import Metric, evaluate
@@ -251,6 +258,10 @@ class Trainer:
     def validate(self, source: TaskSource, metrics: dict[str, Metric], *, tasks: int) -> Record:
         """Evaluate and remember the means with the meta-step and the time.
 
+        Args:
+            source: deals the tasks.
+            metrics, tasks: as in `evaluate`.
+
         Raises:
             NonfiniteError: as `read`.
         """
@@ -266,27 +277,15 @@ class Trainer:
         """Write everything that `load` needs to go on, atomically. Of many processes rank 0 does.
 
         Args:
+            path: of the file.
             config: kept beside it; anything that JSON can hold.
 
         Raises:
             NonfiniteError: as `read`.
         """
         self.read()
-        if rank(self.process_group) > 0:
-            return
-        state = {
-            "config": json.dumps(config or {}),
-            "steps": self.steps,
-            "seconds": self.seconds,
-            "history": self._history,
-            "validation": self.validation,
-            "learned": {name: t.detach() for name, t in self.method.learned().items()},
-            "optimizer_class": type(self.optimizer).__name__,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
-            "random": _random_states(self.method),
-        }
-        save_checkpoint(path, state)
+        if rank(self.process_group) == 0:
+            save_checkpoint(path, {"config": json.dumps(config or {}), **self._state()})
 
     def load(self, path: str | Path) -> None:
         """Go on from a checkpoint; on the CPU, bit for bit as if the training had not stopped.
@@ -294,9 +293,13 @@ class Trainer:
         Restores torch's random state too, which dropout draws from; ranks other than 0 of a group
         draw anew.
 
+        Args:
+            path: of a checkpoint that `save` wrote.
+
         Raises:
             FileNotFoundError, ValueError: as `load_checkpoint`, or the checkpoint is of other
-                parameters or of another optimizer than this trainer's.
+                parameters, or of another optimizer or scheduler than this trainer's. Nothing has
+                changed.
         """
         state = load_checkpoint(path, training=True)
         if self.process_group is not None:
@@ -306,9 +309,38 @@ class Trainer:
                 f"{path} holds the state of {state['optimizer_class']}, "
                 f"but the optimizer is {type(self.optimizer).__name__}"
             )
-        self._device_step, self._pending = None, []
-        restore(self.method, state, path)
-        _restore_random(state["random"], rank(self.process_group))
+        before = copy.deepcopy(self._state())
+        try:
+            self._take(state, path)
+        except Exception as error:  # torch checks less than all, and raises anything
+            self._take(before, path)
+            said = str(error).partition("\n")[0]
+            raise ValueError(
+                said if str(path) in said else f"{path} does not fit: {said}"
+            ) from error
+        if rank(self.process_group) > 0:  # other masks for other tasks
+            torch.manual_seed(int(torch.randint(2**62, ())) + rank(self.process_group))
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that changes in training."""
+        return {
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "history": self._history,
+            "validation": self.validation,
+            "learned": {name: t.detach() for name, t in self.method.learned().items()},
+            "optimizer_class": type(self.optimizer).__name__,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+            "random": random_states(cuda=is_on_cuda(self.method)),
+        }
+
+    def _take(self, state: dict[str, Any], path: str | Path) -> None:
+        own_scheduler = self.scheduler.state_dict() if self.scheduler else {}
+        if state["scheduler"].keys() != own_scheduler.keys():
+            raise ValueError(f"{path} holds the state of another scheduler, or of none")
+        restore(self.method.learned(), state, path)
+        restore_random(state["random"])
         groups = self.optimizer.param_groups
         for saved, own in zip(state["optimizer"]["param_groups"], groups, strict=False):
             if "capturable" in own:  # on which device it runs is not the checkpoint's to say
@@ -316,6 +348,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+        self._device_step, self._pending = None, []
         self.steps, self.seconds = state["steps"], state["seconds"]
         self._history, self.validation = state["history"], state["validation"]
 
@@ -326,39 +359,3 @@ def is_on_cuda(method: Method) -> bool:
 
 def _value(rate: Any) -> Any:
     return rate.clone() if isinstance(rate, Tensor) else rate
-
-
-def _random_states(method: Method) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if is_on_cuda(method):
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random(states: dict[str, Tensor], rank: int) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    if rank > 0:  # other masks for other tasks
-        torch.manual_seed(int(torch.randint(2**62, ())) + rank)
-
-
-def restore(method: Method, state: dict[str, Any], path: str | Path) -> None:
-    """Copy a checkpoint's learned tensors into the method's.
-
-    Raises:
-        ValueError: names or shapes differ.
-    """
-    learned = method.learned()
-    expected = {name: list(tensor.shape) for name, tensor in learned.items()}
-    found = {name: list(tensor.shape) for name, tensor in state["learned"].items()}
-    if found != expected:
-        names = [n for n in {**found, **expected} if found.get(n) != expected.get(n)]
-        first = names[0]
-        raise ValueError(
-            f"{path} is of another model: {len(names)} tensors differ, such as {first!r}: "
-            f"{found.get(first)}, expected {expected.get(first)}"
-        )
-    with torch.no_grad():
-        for name, tensor in learned.items():
-            tensor.copy_(state["learned"][name])

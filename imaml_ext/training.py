@@ -146,10 +146,13 @@ def _logged(trainer: Trainer, folder: Path, with_tensorboard: bool) -> Iterator[
 
 def saved_config(state: dict[str, Any], path: Path) -> Config:
     """The config that a checkpoint of `train_to_end` was trained with."""
-    saved = json.loads(state["config"])
-    if "dataset" not in saved or saved.keys() - {f.name for f in dataclasses.fields(Config)}:
-        raise ValueError(f"{path} was not written by imaml-ext train: it does not say of what")
-    return Config(**saved)
+    try:
+        saved = json.loads(state["config"])
+        return Config(**saved)
+    except (ValueError, TypeError) as error:  # not JSON, or not the fields of a config
+        raise ValueError(
+            f"{path} was not written by imaml-ext train: it does not say of what"
+        ) from error
 
 
 def _postfix(trainer: Trainer) -> dict[str, str]:

@@ -129,10 +129,13 @@ def test_evaluation_can_adapt_differently(tmp_path, capsys):
     assert last_json(capsys)["loss"] != loss
 
 
-def test_a_run_that_is_done_is_not_resumed(tmp_path, capsys):
-    out = ["--device", "cpu", "--out", str(tmp_path)]
+def test_a_run_that_is_done_is_evaluated_again_when_resumed(tmp_path, capsys):
+    out = ["--device", "cpu", "--out", str(tmp_path), "--eval-tasks", "5", "--json"]
     assert main(["train", *QUICK, *out]) == 0
-    assert "is at meta-step 4: ask for more" in fails(["train", *out, "--resume"], capsys)
+    loss = last_json(capsys)["loss"]
+    assert main(["train", *out, "--resume"]) == 0
+    again = last_json(capsys)
+    assert (again["loss"], again["meta_steps"]) == (loss, 4)
 
 
 def test_without_cuda_kernels_auto_is_the_cpu(monkeypatch):

@@ -360,7 +360,7 @@ def test_a_missing_drawing_is_noticed(small_omniglot):
     with zipfile.ZipFile(folder / "images_background.zip") as file:
         file.extractall(folder)
     next((folder / "images_background").rglob("*.png")).unlink()
-    with pytest.raises(ValueError, match="19 drawings, expected 20"):
+    with pytest.raises(ValueError, match="has 19 drawings, expected 20"):
         load_omniglot(small_omniglot)
 
 

@@ -7,7 +7,6 @@ a .zip of ALPHABET/CHARACTER/DRAWING.png.
 import hashlib
 import io
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +78,7 @@ def load_omniglot(root: str | Path, *, download: bool = False) -> Omniglot:
             )
     for name, drawings in characters.items():
         if len(drawings) != _DRAWINGS:
-            raise ValueError(f"{name}: {len(drawings)} drawings, expected {_DRAWINGS}")
+            raise ValueError(f"{folder}: {name} has {len(drawings)} drawings, expected {_DRAWINGS}")
     names = sorted(characters)
     images = decoded_once(
         f"omniglot-{_SIDE}-{digest.hexdigest()[:16]}",
@@ -121,7 +120,7 @@ class _Drawing:
             # Without convert("L"), LANCZOS on the 1-bit image would silently be NEAREST.
             with Image.open(io.BytesIO(self.read())) as image:
                 small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # Pillow and zipfile raise nearly anything for a broken file
             raise ValueError(f"{self.place}: {self.name} cannot be decoded ({error})") from error
         return 255 - np.asarray(small)
 
@@ -142,13 +141,13 @@ def _drawings(folder: Path, part: str) -> Iterator[_Drawing]:
         return
     try:
         archive = zipfile.ZipFile(place)  # closed with the last drawing that refers to it
-        for info in sorted(archive.infolist(), key=lambda info: info.filename):
-            name = PurePosixPath(info.filename)
-            if name.suffix == ".png" and name.parts[0] == part:
-                inside = name.relative_to(part).as_posix()
-                yield _Drawing(inside, f"{info.CRC:08x}", place, partial(archive.read, info))
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # as above
         raise ValueError(f"{place} is truncated or not a zip archive ({error})") from error
+    for info in sorted(archive.infolist(), key=lambda info: info.filename):
+        name = PurePosixPath(info.filename)
+        if name.suffix == ".png" and name.parts[0] == part:
+            inside = name.relative_to(part).as_posix()
+            yield _Drawing(inside, f"{info.CRC:08x}", place, partial(archive.read, info))
 
 
 def _download(root: str | Path) -> None:
