@@ -1,0 +1,69 @@
+"""For mkdocstrings: what our docstrings write shorter than Google's style has it.
+
+An entry `a, b: text` of a section stands for one of each name, and a public name in backticks for
+a link to it.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+
+_SECTION = re.compile(r"^(Args|Attributes|Raises):$")
+_SEVERAL = re.compile(r"^    (\w+(?:, \w+)+): (.*)$")
+_CODE = re.compile(r"(?<!\[)`(\w+(?:\.\w+)*)`")
+
+
+def one_name_an_entry(docstring: str) -> str:
+    lines: list[str] = []
+    entry: list[list[str]] = []  # the same text under each of its names
+    inside = False
+
+    def flush() -> None:
+        for copy in entry:
+            lines.extend(copy)
+        entry.clear()
+
+    for line in docstring.splitlines():
+        several = _SEVERAL.match(line) if inside else None
+        if several:
+            flush()
+            entry.extend([f"    {name}: {several[2]}"] for name in several[1].split(", "))
+        elif entry and line.startswith("     "):
+            for copy in entry:
+                copy.append(line)
+        else:
+            flush()
+            lines.append(line)
+        if line and not line.startswith(" "):
+            inside = bool(_SECTION.match(line))
+    flush()
+    return "\n".join(lines)
+
+
+def documented() -> dict[str, str]:
+    """The names that the pages have a `:::` for, as they are written in docstrings."""
+    found: dict[str, str] = {}
+    for page in sorted(Path(__file__).parent.glob("*.md")):
+        for path in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE):
+            found[path] = found[path.rpartition(".")[2]] = path
+    return found
+
+
+class Names(griffe.Extension):
+    def __init__(self) -> None:
+        self.documented = documented()
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            own = {obj.name, obj.parent.name if obj.parent else ""}
+            text = one_name_an_entry(obj.docstring.value)
+            obj.docstring.value = _CODE.sub(lambda m: self._link(m, own), text)
+
+    def _link(self, code: re.Match[str], own: set[str]) -> str:
+        owner, _, member = code[1].rpartition(".")
+        path = self.documented.get(code[1])
+        if path is None and owner in self.documented:
+            path = f"{self.documented[owner]}.{member}"
+        return code[0] if path is None or code[1] in own else f"[`{code[1]}`][{path}]"
