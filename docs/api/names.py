@@ -55,15 +55,24 @@ class Names(griffe.Extension):
     def __init__(self) -> None:
         self.documented = documented()
 
-    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring is not None:
-            own = {obj.name, obj.parent.name if obj.parent else ""}
-            text = one_name_an_entry(obj.docstring.value)
-            obj.docstring.value = _CODE.sub(lambda m: self._link(m, own), text)
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        self._rewrite(pkg)
 
-    def _link(self, code: re.Match[str], own: set[str]) -> str:
+    def _rewrite(self, thing: griffe.Object) -> None:
+        if thing.docstring is not None:
+            near = {thing.name, *thing.members}
+            if thing.parent is not None and thing.parent.is_class:
+                near |= {thing.parent.name, *thing.parent.members}
+            text = one_name_an_entry(thing.docstring.value)
+            thing.docstring.value = _CODE.sub(lambda code: self._link(code, near), text)
+        for member in thing.members.values():
+            if not member.is_alias:
+                self._rewrite(member)
+
+    def _link(self, code: re.Match[str], near: set[str]) -> str:
+        """A link, but from a class to itself and to its own methods."""
         owner, _, member = code[1].rpartition(".")
         path = self.documented.get(code[1])
         if path is None and owner in self.documented:
             path = f"{self.documented[owner]}.{member}"
-        return code[0] if path is None or code[1] in own else f"[`{code[1]}`][{path}]"
+        return code[0] if path is None or code[1] in near else f"[`{code[1]}`][{path}]"
