@@ -24,6 +24,9 @@ class ConjugateGradient(LinearSolver):
             "adam": the root of the second moment that `inner=Adam(...)` kept, scaled to the
             curvature of H along v, for one more product.
         probes: random vectors of "jacobi", one product each.
+
+    Raises:
+        ValueError: a setting is out of range.
     """
 
     preconditioner: Literal["jacobi", "adam"] | None = None
@@ -102,6 +105,7 @@ def conjugate_gradient(
         b: right-hand sides, [B, D], float32 or float64.
         lam: Λ: a float, or a tensor of shape [], [1] (scalar), [D] (diagonal) or [D, D] (dense).
         damping: added to the diagonal.
+        max_iter: iterations at most.
         rtol, atol: a row stops when `|r| <= max(atol, rtol |b|)`, or `|r| <= eps |b|`, below which
             the recurrence computes rounding errors.
         x0: where to start, [B, D]; default 0.
@@ -118,6 +122,8 @@ def conjugate_gradient(
     Raises:
         TypeError, ValueError: `b`, `lam`, `x0` or a setting does not fit.
         RuntimeError: `matvec` returned something that is not [B, D] like `b`.
+
+    Source: Hestenes, Stiefel 1952, "Methods of conjugate gradients for solving linear systems".
     """
     check_settings(max_iter, rtol, atol, damping)
     system = System(matvec, b, lam, damping)

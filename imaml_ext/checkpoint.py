@@ -26,6 +26,15 @@ _TRAINING: dict[str, type] = {
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write a state: a crash at any moment leaves the file as it was before.
+
+    Args:
+        path: of the file; folders that lack are made.
+        state: tensors and plain values; what `Trainer.save` keeps has all that training needs.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     tagged = {"format": _FORMAT, "version": _VERSION, **state}
     whole = io.BytesIO()  # a full disk under torch.save itself raises anything
     torch.save(tagged, whole)
@@ -33,7 +42,15 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def save_model(path: str | Path, state: dict[str, Any]) -> None:
-    """Keep of a state what evaluation needs: a third of it, or less."""
+    """Keep of a state what evaluation needs: a third of it, or less.
+
+    Args:
+        path, state: as in `save_checkpoint`.
+
+    Raises:
+        KeyError: the state lacks "config", "steps" or "learned".
+        OSError: it cannot be written.
+    """
     save_checkpoint(path, {name: state[name] for name in sorted(_MODEL)})
 
 
@@ -41,7 +58,12 @@ def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, An
     """The state, on the CPU. Executes no pickled code.
 
     Args:
+        path: of the file.
         training: whether it must hold what going on with the training needs.
+
+    Returns:
+        "config" (JSON), "steps" and "learned" ({name: tensor}); unless it is a model alone, also
+        "seconds", "history", "validation", "optimizer", "scheduler" and "random".
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -26,6 +26,9 @@ def compiled(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable
     cache, so that the next process is done sooner. It is compiled anew when the number of threads,
     autocast or another global setting of torch changes.
 
+    Args:
+        function, rehearse: as in `Capture`; nothing is rehearsed.
+
     Raises:
         RuntimeError: it cannot be traced or compiled; the message says why.
     """

@@ -19,7 +19,13 @@ SupportMetric = Callable[[Params, Any, Any], Tensor]  # (phi, support, query) ->
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over tasks, and half-widths of their 95% intervals, `1.96 std / sqrt(tasks)`."""
+    """Means over tasks, with intervals.
+
+    Attributes:
+        mean: of each metric, by name, in the metric's units: `accuracy` is a share, not percent.
+        ci95: half-widths of their 95% intervals, `1.96 std / sqrt(tasks)`.
+        tasks: how many.
+    """
 
     mean: dict[str, float]
     ci95: dict[str, float]
@@ -38,7 +44,15 @@ def evaluate(
     """Adapt to `tasks` tasks of `source` (its steps 0, 1, ...) and judge on their query sets.
 
     Args:
-        support_metrics: see the support set beside the query set; reported as "support_NAME".
+        method: adapts, by `method.adapt`; nothing is learned.
+        source: deals the tasks, any number at a time.
+        metrics: `(phi, query) -> 0-d tensor` for one task, by name, such as a loss or `accuracy`.
+        tasks: how many to count; of the last batch no more than are wanted.
+        support_metrics: `(phi, support, query) -> 0-d tensor` for one task; reported as
+            "support_NAME".
+
+    Raises:
+        ValueError: tasks is below 1, or a batch does not fit the parameters.
     """
     if tasks < 1:
         raise ValueError(f"tasks must be at least 1, got {tasks}")
@@ -65,7 +79,14 @@ def evaluate(
 
 
 def accuracy(outputs: Callable[[Params, Any], Tensor]) -> Metric:
-    """Share of a task's examples whose largest output is at the label."""
+    """Share of a task's examples whose largest output is at the label, in [0, 1].
+
+    Args:
+        outputs: maps (params, x) to [N, classes], as `module_loss(...).outputs` does.
+
+    Returns:
+        A metric `(params, (x, y)) -> 0-d tensor`, y int64 [N].
+    """
 
     def metric(params: Params, data: tuple[Tensor, Tensor]) -> Tensor:
         x, y = data
@@ -75,7 +96,14 @@ def accuracy(outputs: Callable[[Params, Any], Tensor]) -> Metric:
 
 
 def support_accuracy(outputs: Callable[[Params, Any, Any], Tensor]) -> SupportMetric:
-    """As `accuracy`, of outputs for query examples that have seen the support examples."""
+    """As `accuracy`, of outputs for query examples that have seen the support examples.
+
+    Args:
+        outputs: maps (params, support x, query x) to [N, classes], as a `SupportStatistics` does.
+
+    Returns:
+        A metric `(params, support, query) -> 0-d tensor`.
+    """
 
     def metric(params: Params, support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor]) -> Any:
         x, y = query
@@ -85,6 +113,12 @@ def support_accuracy(outputs: Callable[[Params, Any, Any], Tensor]) -> SupportMe
 
 
 def per_task(metric: Callable[..., Tensor], params: Params, *data: Any) -> Tensor:
-    """The metric of each task, [B], without a graph."""
+    """The metric of each task, [B], without a graph.
+
+    Args:
+        metric: `(params, *data) -> 0-d tensor` for one task.
+        params: phi, {name: [B, ...]}.
+        data: pytrees of [B, ...] tensors.
+    """
     with torch.no_grad():
         return vmap(metric, randomness="different")(params, *data)

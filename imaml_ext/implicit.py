@@ -64,8 +64,15 @@ def implicit_meta_grad(
         nonfinite: what a task with a non-finite loss, gradient or solve does to the mean. "refuse":
             the mean is NaN, so that it cannot go unnoticed. "skip": the mean is of the other tasks.
 
+    Returns:
+        `params` is the mean over tasks of `Λ x_i`, where `(H_i + Λ) x_i = v_i`; `lam` is Λ's
+        gradient; `inner` and `cg` say for each task how its solves went.
+
     Raises:
         TypeError, ValueError: the arguments do not fit; see each message.
+        RuntimeError: under `torch.inference_mode`, where nothing can be differentiated.
+
+    Source: Rajeswaran, Finn, Kakade, Levine 2019, equation 6 and Algorithm 2.
     """
     check_nonfinite(nonfinite)
     layout = Layout(params)
@@ -113,10 +120,20 @@ def adapt(
     """phi_i = argmin G_i for a batch of tasks, {name: [B, ...]}, in the autograd graph.
 
     `backward` through the result applies the implicit function theorem: one linear solve fills the
-    gradients of theta and of lam, whatever the inner solver did. It can be differentiated once.
-    A task that is not finite makes the gradient NaN; for reports per task see `implicit_meta_grad`.
+    gradients of theta and of lam, of those tensors that require them, whatever the inner solver
+    did. It can be differentiated once. A task that is not finite makes the gradient NaN; for
+    reports per task see `implicit_meta_grad`.
 
-    Args, Raises: as for `implicit_meta_grad`.
+    Args:
+        loss, params, support, lam, inner, cg: as in `implicit_meta_grad`.
+
+    Returns:
+        phi, {name: [B, ...]}.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `implicit_meta_grad`.
+
+    Source: Rajeswaran, Finn, Kakade, Levine 2019, equation 6.
     """
     layout = Layout(params)
     objective = Objective(loss, layout, support, "support")

@@ -23,7 +23,10 @@ class LinearSolver(ABC):
         damping: added to the diagonal.
         curvature: what H is: "hessian", the Hessian of the support loss, or "ggn", its generalised
             Gauss-Newton matrix, positive semi-definite for the usual losses, for which the loss
-            must come from `module_loss`.
+            must come from `module_loss` (Schraudolph 2002).
+
+    Raises:
+        ValueError: a setting is out of range.
     """
 
     max_iter: int = 5
@@ -53,6 +56,10 @@ class LinearSolver(ABC):
             b: right-hand sides, [B, D], float32 or float64.
             lam: Λ: a float, or a tensor of shape [], [1] (scalar), [D] (diagonal), [D, D] (dense).
             second_moment: of the inner solver's gradients, [B, D], where it kept one.
+
+        Returns:
+            `value` is x [B, D], `residual` is `|r|` [B], and `lanczos` the curvature seen, where
+            the solver measures it.
 
         Raises:
             TypeError, ValueError: the arguments do not fit.

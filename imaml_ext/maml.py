@@ -150,7 +150,10 @@ class MAML(_Unrolled):
         lam: adds the proximal term to the objective that is descended, as in iMAML; None: without.
         learn_lr: learn the step size too, as `log_lr`, beginning with that of `inner`.
 
-    Source: Finn, Abbeel, Levine 2017.
+    Raises:
+        ValueError: `inner` has a `tol`, or `lam` requires grad; or as in `Method`.
+
+    Source: Finn, Abbeel, Levine 2017, "Model-agnostic meta-learning".
     """
 
     def __init__(
@@ -190,8 +193,12 @@ class TruncatedMAML(_Unrolled):
     before count as the identity: `last=0` is first-order MAML.
 
     Args:
+        loss, params: as in `MAML`.
         last: steps that are differentiated.
-        loss, params, inner, lam, learn_lr, query_loss, nonfinite: as in `MAML`.
+        settings: inner, lam, learn_lr, query_loss and nonfinite, as in `MAML`.
+
+    Raises:
+        ValueError: last is negative, or 0 with `lam` or `learn_lr`; or as in `MAML`.
 
     Source: Shaban, Cheng, Hatch, Boots 2019, "Truncated back-propagation for bilevel optimization".
     """
@@ -229,7 +236,11 @@ class _FirstOrder(_Unrolled):
 class FOMAML(_FirstOrder):
     """First-order MAML: the query gradient at phi, as if phi - theta did not depend on theta.
 
-    Args: loss, params, inner, query_loss, nonfinite: as in `MAML`.
+    Args:
+        loss, params, inner, query_loss, nonfinite: as in `MAML`.
+
+    Raises:
+        ValueError: as in `MAML`.
 
     Source: Finn, Abbeel, Levine 2017, section 5.2.
     """
@@ -243,9 +254,13 @@ class Reptile(_FirstOrder):
     support set is the mini-batch of the first, third, ... step, the query set that of the others.
     Evaluation adapts to the support set alone, as every method.
 
-    Args: loss, params, inner, query_loss, nonfinite: as in `MAML`.
+    Args:
+        loss, params, inner, query_loss, nonfinite: as in `MAML`.
 
-    Source: Nichol, Achiam, Schulman 2018.
+    Raises:
+        ValueError: as in `MAML`.
+
+    Source: Nichol, Achiam, Schulman 2018, "On first-order meta-learning algorithms".
     """
 
     @torch.no_grad()

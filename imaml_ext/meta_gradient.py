@@ -30,7 +30,7 @@ class MetaGradient:
         cg: the linear solve, whichever solver made it; `error_bound` estimates `‖x_i - x_i*‖`,
             delta' of Algorithm 2, for the system that was solved, damping included. None from a
             method without one.
-        extra: the same for whatever else the method learns, by name.
+        extra: the gradients of whatever else the method learns, by name.
     """
 
     params: Params

@@ -57,14 +57,24 @@ class Method(ABC):
 
     @property
     def layout(self) -> Layout:
+        """Names and shapes of theta."""
         return Layout(self.params)
 
     @abstractmethod
-    def meta_gradient(self, batch: TaskBatch) -> MetaGradient: ...
+    def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
+        """The mean gradient of the query loss over the batch's tasks; nothing is updated.
+
+        Raises:
+            TypeError, ValueError: the batch does not fit the parameters; see each message.
+        """
 
     @abstractmethod
     def adapt(self, support: Any) -> Params:
-        """phi for each task, {name: [B, ...]}, without a graph: what evaluation uses."""
+        """phi for each task, {name: [B, ...]}, without a graph: what evaluation uses.
+
+        Args:
+            support: a pytree of [B, ...] tensors.
+        """
 
     def extra(self) -> Params:
         """What the method learns beside theta, named as in `MetaGradient.named`."""
@@ -76,7 +86,7 @@ class Method(ABC):
 
 
 class IMAML(Method):
-    """Implicit MAML (Rajeswaran et al. 2019). The defaults are the paper's for 5-way Omniglot.
+    """Implicit MAML: `implicit_meta_grad`. The defaults are the paper's for 5-way Omniglot.
 
     Args:
         loss, params, query_loss, nonfinite: as in `Method`.
@@ -84,6 +94,11 @@ class IMAML(Method):
             learned too, as they are. Learn a `ProximalStrength` instead: it stays positive.
         inner, cg: as in `implicit_meta_grad`.
         adapt_proximal: whether `adapt`, which evaluation uses, keeps the proximal term.
+
+    Raises:
+        TypeError, ValueError: `params`, as in `Method`, or `lam` does not fit.
+
+    Source: Rajeswaran, Finn, Kakade, Levine 2019, Algorithms 1 and 2.
     """
 
     def __init__(

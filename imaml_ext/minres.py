@@ -24,7 +24,11 @@ class MINRES(LinearSolver):
     singular, where nothing lowers the residual any more, ends as MAX_ITER. A row that is not finite
     is NONFINITE with value 0.
 
-    Args: as in `LinearSolver`.
+    Args:
+        max_iter, rtol, atol, damping, curvature: as in `LinearSolver`.
+
+    Raises:
+        ValueError: a setting is out of range.
 
     Source: Paige, Saunders 1975, "Solution of sparse indefinite systems of linear equations".
     """

@@ -19,8 +19,14 @@ def conv4(
     it is given, as in MAML and iMAML, so a query image's output depends on the whole query set.
 
     Args:
+        way: outputs, one for each class.
+        channels: of the images.
+        filters: of each convolution.
+        image: height and width, pixels.
         pool: halve the image by 2x2 max pooling, as for Mini-ImageNet; without, by a stride of 2 in
             the convolutions, as for Omniglot.
+
+    Source: Vinyals et al. 2016, as in Finn, Abbeel, Levine 2017.
     """
     layers: list[nn.Module] = []
     side = image
@@ -37,7 +43,11 @@ def conv4(
 
 
 def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers of these sizes with ReLU between: mlp(1, 40, 40, 1) is the sinusoid's."""
+    """Linear layers with ReLU between: `mlp(1, 40, 40, 1)` is the sinusoid's.
+
+    Args:
+        sizes: of the input, of each hidden layer, and of the output.
+    """
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]

@@ -28,6 +28,9 @@ class NeumannSeries(LinearSolver):
         max_iter, rtol, atol, damping, curvature: as in `LinearSolver`.
         lr: step size.
 
+    Raises:
+        ValueError: a setting is out of range.
+
     Source: Lorraine, Vicol, Duvenaud 2020, "Optimizing millions of hyperparameters by implicit
     differentiation".
     """

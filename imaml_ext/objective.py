@@ -57,6 +57,15 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor])
     `params` maps names of the model's parameters to tensors; a parameter that it leaves out keeps
     the model's own value and is not adapted. The model runs in the mode it is in. Its buffers
     cannot be written: use `nn.BatchNorm2d(..., track_running_stats=False)`.
+
+    Args:
+        model: called with x, [N, ...] or a pytree of such tensors, as its one argument.
+        criterion: maps the model's outputs and y to a 0-d tensor, such as
+            `torch.nn.functional.mse_loss`; `curvature="ggn"` differentiates it twice.
+
+    Returns:
+        The loss; its `outputs(params, x)` are the model's. Calling it raises a ValueError where
+        batch norm would update its running statistics, and a TypeError where the data are no pair.
     """
     return ModuleLoss(model, criterion)
 

@@ -43,7 +43,12 @@ Window = tuple[int, int, int, int]
 
 
 def build_info() -> dict[str, str]:
-    """How the extension was built: versions, compiler, CUDA ("" without), instruction set."""
+    """How the extension was built.
+
+    Returns:
+        "version", "torch_headers", "torch_minimum", "compiler", "instruction_set", and "cuda" and
+        "cuda_architectures", which are "" without CUDA.
+    """
     return dict(_extension.build_info())
 
 
@@ -141,6 +146,7 @@ def cg_step_(
         x, r, p: iterate, residual and direction, [B, D]; written. p starts as z.
         hp: `H p`, [B, D].
         lam: Λ, [1] for a scalar or [D] for a diagonal.
+        damping: added to the diagonal.
         rr: r·r, [B] float64; written.
         tol2: squared absolute tolerance, [B] float64.
         status, steps: [B] int32; written.
@@ -184,7 +190,9 @@ def prox_gd_(
         grad: gradient of the loss alone, [B, D].
         theta: [D], shared by all rows.
         lam: Λ, [1] or [D].
+        lr: step size.
         velocity: [B, D]; written.
+        momentum, nesterov: as in `torch.optim.SGD`; they need a velocity.
         status: [B] int32; a row that is not RUNNING is left alone.
 
     Raises:
@@ -216,9 +224,10 @@ def prox_adam_(
     `phi -= lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)`.
 
     Args:
-        phi, grad, theta, lam: as in `prox_gd_`.
+        phi, grad, theta, lam, lr: as in `prox_gd_`.
         first_moment, second_moment: m and v, [B, D], 0 before the first step; written.
-        beta1, beta2: in [0, 1).
+        beta1, beta2: of the running means, in [0, 1).
+        eps: added to the root.
         step: the number of this step, from 1.
         status: [B] int32; a row that is not RUNNING is left alone, and so are its m and v.
 
@@ -235,7 +244,13 @@ def prox_adam_(
 def prox_norms(phi: Tensor, grad: Tensor, theta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """`|grad + Λ (phi - theta)|²` and `(phi - theta)' Λ (phi - theta)` per row, [B] float64 each.
 
-    Args as in `prox_gd_`. Reads each operand once.
+    Reads each operand once.
+
+    Args:
+        phi, grad, theta, lam: as in `prox_gd_`.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit.
     """
     _refuse_gradients("prox_norms", phi, grad, theta, lam)
     grad_norm2, penalty = torch.ops.imaml.prox_norms(phi, grad, theta, lam).unbind(1)
@@ -243,7 +258,14 @@ def prox_norms(phi: Tensor, grad: Tensor, theta: Tensor, lam: Tensor) -> tuple[T
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """`a_i · b_i` for every row of two [B, D] buffers, [B] float64."""
+    """`a_i · b_i` for every row, [B] float64.
+
+    Args:
+        a, b: [B, D].
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit.
+    """
     _refuse_gradients("row_dot", a, b)
     product: Tensor = torch.ops.imaml.row_dot(a, b)
     return product
@@ -269,13 +291,31 @@ def conv(x: Tensor, w: Tensor, bias: Tensor | None, window: Window) -> Tensor:
 
 
 def conv_data_gradient(g: Tensor, w: Tensor, size: Pair, window: Window) -> Tensor:
-    """The gradient of `<g, conv(x, w)>` by x, [B, N, *size, C], for g like the convolutions."""
+    """The gradient of `<g, conv(x, w)>` by x, [B, N, H, W, C].
+
+    Args:
+        g: like what `conv` returns.
+        w, window: as in `conv`.
+        size: (H, W).
+
+    Raises:
+        RuntimeError: as `conv`.
+    """
     x: Tensor = torch.ops.imaml.conv_data_gradient(g, w, *size, *window)
     return x
 
 
 def conv_weight_gradient(x: Tensor, g: Tensor, kernel: Pair, window: Window) -> Tensor:
-    """The gradient of `<g, conv(x, w)>` by w, [B, O, C, *kernel], for g like the convolutions."""
+    """The gradient of `<g, conv(x, w)>` by w, [B, O, C, kH, kW].
+
+    Args:
+        x, window: as in `conv`.
+        g: like what `conv` returns.
+        kernel: (kH, kW).
+
+    Raises:
+        RuntimeError: as `conv`.
+    """
     w: Tensor = torch.ops.imaml.conv_weight_gradient(x, g, *kernel, *window)
     return w
 
@@ -307,6 +347,12 @@ def batch_norm_backward(
         g: like y.
         x, gamma, beta, mean, scale: what `batch_norm` took and gave.
         relu: of `<g, max(y, 0)>` instead.
+
+    Returns:
+        [B, R, C], [B, C] and [B, C].
+
+    Raises:
+        RuntimeError: as `batch_norm`.
     """
     dx, dgamma, dbeta = torch.ops.imaml.batch_norm_backward(g, x, gamma, beta, mean, scale, relu)
     return dx, dgamma, dbeta
@@ -324,7 +370,18 @@ def batch_norm_double_backward(
     scale: Tensor,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `<(a, b, c), batch_norm_backward(g, x, gamma)>` by g, x and gamma."""
+    """The gradients of `<(a, b, c), batch_norm_backward(g, x, gamma)>` by g, x and gamma.
+
+    Args:
+        a, b, c: like the three that `batch_norm_backward` returns.
+        g, x, gamma, beta, mean, scale, relu: as in `batch_norm_backward`.
+
+    Returns:
+        [B, R, C], [B, R, C] and [B, C].
+
+    Raises:
+        RuntimeError: as `batch_norm`.
+    """
     to_g, to_x, to_gamma = torch.ops.imaml.batch_norm_double_backward(
         a, b, c, g, x, gamma, beta, mean, scale, relu
     )

@@ -20,6 +20,7 @@ class Proximal:
         lam: Λ: [1] for a scalar, [D] for a diagonal, [D, D] dense.
 
     Attributes:
+        objective, theta, lam: as given.
         fused: what of Λ the kernels add by themselves, [1] or [D]: all but a dense one.
     """
 
@@ -31,10 +32,12 @@ class Proximal:
 
     @property
     def tasks(self) -> int:
+        """B."""
         return self.objective.tasks
 
     @property
     def layout(self) -> Layout:
+        """Names and shapes of the parameters: `unflatten` makes {name: [B, ...]} of phi [B, D]."""
         return self.objective.layout
 
     def start(self) -> Tensor:
@@ -59,7 +62,7 @@ class Proximal:
         return self.complete(phi, *self.objective.gradient(phi))
 
     def complete(self, phi: Tensor, losses: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """G and ∇G from the losses and their gradients at phi."""
+        """G [B] float64 and ∇G [B, D] from the losses [B] and their gradients [B, D] at phi."""
         with torch.no_grad():
             away = phi - self.theta
             pull = self.strengthen(away)
@@ -75,7 +78,7 @@ class Proximal:
         return norm2.sqrt()
 
     def strengthen(self, rows: Tensor) -> Tensor:
-        """`Λ rows_i` of every row."""
+        """`Λ rows_i` of every row, [B, D]."""
         return rows * self.lam if self.lam.dim() == 1 else matrix_product(rows, self.lam)
 
     def is_usable(self) -> Tensor:

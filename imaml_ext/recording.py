@@ -25,17 +25,18 @@ _REHEARSALS = 3  # allocate workspaces, choose algorithms, load kernels
 
 
 class Capture(Protocol):
-    """A way to record: gives a function that does what `function` does, once a call.
+    """A way to record work of fixed shapes: `cuda_graph`, `compiled` or `unrecorded`."""
 
-    `rehearse` is run before, any number of times: what `function` does, but for its effects.
+    def __call__(self, function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable[[], T]:
+        """A function that does what `function` does, once a call.
 
-    Raises:
-        RuntimeError: it cannot be recorded. `function` has had no effect.
-    """
+        Args:
+            function: what to record.
+            rehearse: what `function` does, but for its effects; run before, any number of times.
 
-    def __call__(
-        self, function: Callable[[], T], rehearse: Callable[[], Any]
-    ) -> Callable[[], T]: ...
+        Raises:
+            RuntimeError: it cannot be recorded. `function` has had no effect.
+        """
 
 
 def cuda_graph(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable[[], T]:
@@ -43,6 +44,12 @@ def cuda_graph(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callab
 
     Recording waits for the device; replaying does not. A replay returns the same tensors as the
     one before, with new values.
+
+    Args:
+        function, rehearse: as in `Capture`.
+
+    Raises:
+        RuntimeError: something in it synchronises, or cannot be captured; the message says why.
     """
     caller, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     try:
@@ -78,7 +85,11 @@ def _captured(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Any
 
 
 def unrecorded(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable[[], T]:
-    """`function` itself; a `Capture` that records nothing."""
+    """`function` itself; a `Capture` that records nothing.
+
+    Args:
+        function, rehearse: as in `Capture`; nothing is rehearsed.
+    """
     return function
 
 

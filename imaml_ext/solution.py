@@ -15,7 +15,16 @@ CurvatureKind = Literal["hessian", "ggn"]
 
 
 class Status(IntEnum):
-    """How a task's solve ended. The same numbers as in csrc/kernels/formulas.h."""
+    """How a task's solve ended. The same numbers as in csrc/kernels/formulas.h.
+
+    Attributes:
+        RUNNING: it has not ended; never so in the report of a meta-gradient.
+        CONVERGED: the tolerance was reached.
+        MAX_ITER: all steps were taken, or no further one helped; the value is the last iterate.
+        NEGATIVE_CURVATURE: a direction with `p'Ap <= 0` was met; the value is the iterate before,
+            or the solution without H if it was the first.
+        NONFINITE: a loss, gradient or product is NaN or infinite; a linear solve's value is 0.
+    """
 
     RUNNING = 0
     CONVERGED = 1
@@ -60,12 +69,19 @@ class Lanczos:
     def of_conjugate_gradient(
         curvature: Tensor, beta: Tensor, count: Tensor, scale: Tensor | None
     ) -> "Lanczos":
-        """From `p·Ap / r·r` and `r·r / old r·r` of each iteration, [max_iter, B]."""
+        """From the coefficients of conjugate gradient.
+
+        Args:
+            curvature: `p·Ap / r·r` of each iteration, [max_iter, B] float64.
+            beta: `r·r / old r·r` of each, [max_iter, B] float64.
+            count, scale: as in `Lanczos`.
+        """
         diagonal = curvature.clone()
         diagonal[1:] += beta[:-1] * curvature[:-1]
         return Lanczos(diagonal, beta[:-1].sqrt() * curvature[:-1], count, scale)
 
     def shifted(self, shift: float) -> "Lanczos":
+        """The same of `A + shift I`."""
         return replace(self, shift=self.shift + shift)
 
     @cached_property
@@ -89,10 +105,12 @@ class Lanczos:
 
     @property
     def smallest(self) -> Tensor:
+        """The smallest Ritz value, [B] float64: an upper estimate of the smallest eigenvalue."""
         return self.ritz[:, 0]
 
     @property
     def largest(self) -> Tensor:
+        """The largest Ritz value, [B] float64: a lower estimate of the largest eigenvalue."""
         return self.ritz[:, -1]
 
 
@@ -126,6 +144,9 @@ class Solution:
         An estimate, since mu is at least the smallest eigenvalue. A residual counts as what
         rounding leaves of it, `eps |A| |value|`, at least. Infinite where mu <= 0, since nothing is
         known then; NaN where no product was made. Synchronises on CUDA.
+
+        Raises:
+            ValueError: the solver measured no curvature; `lanczos` is None.
         """
         if self.lanczos is None:
             raise ValueError("this solution carries no curvature: there is nothing to bound with")

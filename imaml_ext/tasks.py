@@ -9,12 +9,18 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """B tasks: `support` to adapt on, `query` to judge by; each a pytree of [B, ...] tensors."""
+    """B tasks.
+
+    Attributes:
+        support: to adapt on, a pytree of [B, ...] tensors.
+        query: to judge by, another with the same B.
+    """
 
     support: Any
     query: Any
 
     def clone(self) -> "TaskBatch":
+        """A copy that shares no memory."""
         return TaskBatch(*pytree.tree_map(lambda t: t.detach().clone(), self._parts()))
 
     def copy_(self, other: "TaskBatch") -> None:
@@ -46,7 +52,8 @@ class TaskBatch:
 class TaskSource(Protocol):
     """Anything that deals batches of tasks. The same step always gives the same batch."""
 
-    def sample(self, step: int) -> TaskBatch: ...
+    def sample(self, step: int) -> TaskBatch:
+        """The batch of this step, counted from 0."""
 
 
 @runtime_checkable
@@ -69,4 +76,5 @@ class RecordableSource(Protocol):
 
     recordable: bool
 
-    def sample(self, step: int | Tensor) -> TaskBatch: ...
+    def sample(self, step: int | Tensor) -> TaskBatch:
+        """The batch of this step, an int or a 0-d int64 tensor."""

@@ -1,4 +1,4 @@
-"""The code of each page in docs/ runs, in order, as printed."""
+"""The code of each page in docs/ runs, in order, as printed, and links lead somewhere."""
 
 import re
 import subprocess
@@ -14,9 +14,24 @@ RESULTS = {
 }
 
 
+BLOCK = re.compile(
+    r"^```python\n(?P<code>.*?)^```(?:\n+```text\n(?P<output>.*?)^```)?", re.DOTALL | re.MULTILINE
+)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
+SEPARATOR = "-- end of a block --"
+
+
 def blocks(page):
+    """The code of each block, and the output that the page prints below it, or None."""
     text = (DOCS / page).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [match.group("code", "output") for match in BLOCK.finditer(text)]
+
+
+def compare(printed, output):
+    """The same words, and numbers within 20%: other processors round otherwise."""
+    assert NUMBER.sub("#", output.strip()) == NUMBER.sub("#", printed.strip())
+    found, stated = (list(map(float, NUMBER.findall(text))) for text in (output, printed))
+    assert found == pytest.approx(stated, rel=0.2)
 
 
 # What compiling meets inside torch.
@@ -27,8 +42,9 @@ TORCHS_OWN = "ignore:`torch.jit.script"
 def test_the_python_blocks_run(page, tmp_path):
     if not PAGES:
         pytest.skip("the sources are not here")
-    code = blocks(page)
-    assert code
+    parts = blocks(page)
+    assert parts
+    code = [f'{code}\nprint("{SEPARATOR}")\n' for code, _ in parts]
     # An interpreter of its own: no names, seeds or imports of another page.
     script = tmp_path / f"{Path(page).stem}.py"
     start = "import torch\n\ntorch.set_num_threads(1)\n"
@@ -39,6 +55,9 @@ def test_the_python_blocks_run(page, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "nan" not in done.stdout
+    for output, (_, stated) in zip(done.stdout.split(SEPARATOR), parts, strict=False):
+        if stated is not None:
+            compare(stated, output)
 
 
 def test_the_index_names_every_page():

@@ -19,12 +19,16 @@ class ImageEpisodes:
 
     Args:
         images: uint8 [classes, images per class, H, W], or [..., channels, H, W].
-        tasks: B.
+        way: classes of a task.
+        shot, query: images per class in the support and the query set.
+        tasks: B of each batch.
+        seed: of the random numbers; another seed, other tasks.
         rotate: turn each drawn class as a whole by 0, 90, 180 or 270 degrees, at random.
         dtype: of the images that are dealt, scaled to [0, 1].
 
     Raises:
-        ValueError: more ways than classes, or more images asked for than a class has.
+        ValueError: more ways than classes, more images asked for than a class has, a size below 1,
+            or `images` are not uint8 of such a shape.
     """
 
     recordable = True

@@ -67,6 +67,8 @@ def load_mini_imagenet(root: str | Path, *, images_per_class: int = 600) -> dict
         ValueError: a class is missing, has too few images, or lies in another split than the
             published one; a csv file is malformed, or names a file that is not there or lies
             outside `images`; an image cannot be decoded.
+
+    Source: Vinyals et al. 2016; the split, Ravi, Larochelle 2017.
     """
     if images_per_class < 1:
         raise ValueError(f"images_per_class must be at least 1, got {images_per_class}")

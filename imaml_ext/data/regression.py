@@ -19,7 +19,12 @@ class Sinusoid:
 
     Args:
         shot, query: points in the support and the query set.
-        tasks: B.
+        tasks: B of each batch.
+        seed: of the random numbers; another seed, other tasks.
+        device, dtype: of the tensors that are dealt.
+
+    Raises:
+        ValueError: a size is below 1.
 
     Source: Finn, Abbeel, Levine 2017, section 5.1.
     """

@@ -29,6 +29,9 @@ def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
 
     The first time they are decoded, in half a minute, and kept in the user's cache folder.
 
+    Args:
+        root: folder that holds `tiny_imagenet_fewshot.npz`.
+
     Raises:
         FileNotFoundError: there is no such file below `root`.
         ValueError: it is not what it should be.

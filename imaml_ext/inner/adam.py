@@ -23,6 +23,9 @@ class Adam(InnerSolver):
         betas, eps: as in `torch.optim.Adam`.
         tol: a task stops when `‖∇G_i‖ <= tol`; None: all take `steps` steps.
 
+    Raises:
+        ValueError: a setting is out of range.
+
     Source: Kingma, Ba 2015.
     """
 

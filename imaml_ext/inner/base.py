@@ -27,6 +27,9 @@ class InnerSolver(ABC):
     def solve(self, problem: Proximal) -> Solution:
         """Adapt the problem's tasks.
 
+        Args:
+            problem: G_i of every task.
+
         Returns:
             `value` is phi [B, D]. A task that is still RUNNING is judged by whoever computes the
             gradient at phi, and so is `residual`, which may be NaN here.

@@ -23,7 +23,7 @@ class External(InnerSolver):
         fn: maps the inner problem to phi, [B, D] or {name: [B, ...]}. `problem.value_and_gradient`
             is G and its gradient; `problem.one_by_one()` gives single tasks; `problem.theta` [D] is
             where they start.
-        tol: what counts as arrived.
+        tol: a task has arrived when `‖∇G_i‖ <= tol`; None: none has.
 
     Raises:
         TypeError, ValueError: fn returned something else.

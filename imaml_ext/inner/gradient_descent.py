@@ -20,6 +20,9 @@ class GradientDescent(InnerSolver):
         steps: steps at most.
         momentum, nesterov: of the heavy ball, or of Nesterov.
         tol: a task stops when `‖∇G_i‖ <= tol`; None: all take `steps` steps.
+
+    Raises:
+        ValueError: a setting is out of range.
     """
 
     lr: float = 0.1
@@ -43,8 +46,12 @@ class GradientDescent(InnerSolver):
 
         Args:
             lr: `1 / L`, L the largest curvature of G.
+            steps, tol: as in `GradientDescent`.
             strong_convexity: mu, the smallest: lam, where the loss itself is convex. The momentum
                 is `(1 - sqrt(lr mu)) / (1 + sqrt(lr mu))`.
+
+        Raises:
+            ValueError: `lr mu` is not in (0, 1), or another setting is out of range.
 
         Source: Nesterov 2004, "Introductory lectures on convex optimization", scheme 2.2.11.
         """

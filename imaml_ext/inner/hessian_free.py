@@ -31,6 +31,9 @@ class HessianFree(InnerSolver):
         line_search: for the length.
         tol: a task stops when `‖∇G_i‖ <= tol`; None: all take `steps` steps.
 
+    Raises:
+        ValueError: a setting is out of range.
+
     Source: Martens 2010, "Deep learning via Hessian-free optimization".
     """
 

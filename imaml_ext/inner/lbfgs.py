@@ -30,6 +30,9 @@ class LBFGS(InnerSolver):
         line_search: for the length of a step.
         tol: a task stops when `‖∇G_i‖ <= tol`; None: all take `steps` steps.
 
+    Raises:
+        ValueError: a setting is out of range.
+
     Source: Nocedal 1980, "Updating quasi-Newton matrices with limited storage".
     """
 

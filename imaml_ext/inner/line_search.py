@@ -21,6 +21,9 @@ class Backtracking:
         shrink: between one trial and the next.
         sufficient: share of the slope that the decrease must reach.
 
+    Raises:
+        ValueError: a setting is out of range.
+
     Source: Armijo 1966. Near an optimum, where G changes by less than its own rounding, a step is
     accepted that raises G by no more than that (Hager, Zhang 2005).
     """
@@ -49,6 +52,8 @@ class Backtracking:
         """The points reached [B, D], their step lengths t [B], and G at the full step [B].
 
         Args:
+            problem: the inner problems.
+            phi, direction: [B, D].
             value, slope: G and `∇G·d` at phi, [B] float64.
             running: tasks that may move, [B] bool; for the others, and where no t was accepted,
                 t is 0.

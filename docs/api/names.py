@@ -1,0 +1,78 @@
+"""For mkdocstrings: what our docstrings write shorter than Google's style has it.
+
+An entry `a, b: text` of a section stands for one of each name, and a public name in backticks for
+a link to it.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+
+_SECTION = re.compile(r"^(Args|Attributes|Raises):$")
+_SEVERAL = re.compile(r"^    (\w+(?:, \w+)+): (.*)$")
+_CODE = re.compile(r"(?<!\[)`(\w+(?:\.\w+)*)`")
+
+
+def one_name_an_entry(docstring: str) -> str:
+    lines: list[str] = []
+    entry: list[list[str]] = []  # the same text under each of its names
+    inside = False
+
+    def flush() -> None:
+        for copy in entry:
+            lines.extend(copy)
+        entry.clear()
+
+    for line in docstring.splitlines():
+        several = _SEVERAL.match(line) if inside else None
+        if several:
+            flush()
+            entry.extend([f"    {name}: {several[2]}"] for name in several[1].split(", "))
+        elif entry and line.startswith("     "):
+            for copy in entry:
+                copy.append(line)
+        else:
+            flush()
+            lines.append(line)
+        if line and not line.startswith(" "):
+            inside = bool(_SECTION.match(line))
+    flush()
+    return "\n".join(lines)
+
+
+def documented() -> dict[str, str]:
+    """The names that the pages have a `:::` for, as they are written in docstrings."""
+    found: dict[str, str] = {}
+    for page in sorted(Path(__file__).parent.glob("*.md")):
+        for path in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE):
+            found[path] = found[path.rpartition(".")[2]] = path
+    return found
+
+
+class Names(griffe.Extension):
+    def __init__(self) -> None:
+        self.documented = documented()
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        self._rewrite(pkg)
+
+    def _rewrite(self, thing: griffe.Object) -> None:
+        if thing.docstring is not None:
+            near = {thing.name, *thing.members}
+            if thing.parent is not None and thing.parent.is_class:
+                near |= {thing.parent.name, *thing.parent.members}
+            text = one_name_an_entry(thing.docstring.value)
+            thing.docstring.value = _CODE.sub(lambda code: self._link(code, near), text)
+        for member in thing.members.values():
+            if not member.is_alias:
+                self._rewrite(member)
+
+    def _link(self, code: re.Match[str], near: set[str]) -> str:
+        """A link, but from a class to itself and to its own methods."""
+        owner, _, member = code[1].rpartition(".")
+        path = self.documented.get(code[1])
+        if path is None and owner in self.documented:
+            path = f"{self.documented[owner]}.{member}"
+        return code[0] if path is None or code[1] in near else f"[`{code[1]}`][{path}]"

@@ -1,0 +1,16 @@
+"""For MkDocs: the pages link to files of the repository that the site does not hold."""
+
+import re
+from typing import Any
+
+_OUTSIDE = re.compile(r"\[([^\]]*)\]\((?:\.\./)+([^)]*)\)")
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Name such a file in place of linking to it."""
+
+    def named(link: re.Match[str]) -> str:
+        label, path = link.groups()
+        return f"`{path}`" if path.startswith(label) else f"{label} (`{path}`)"
+
+    return _OUTSIDE.sub(named, markdown) if "/" not in page.file.src_uri else markdown
