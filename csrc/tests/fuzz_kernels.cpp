@@ -98,8 +98,10 @@ int fuzz(const Settings& settings) {
 }  // namespace imaml
 
 #if defined(__SANITIZE_THREAD__)
-// Or a race would be told, and the next input tried.
-extern "C" const char* __tsan_default_options() { return "halt_on_error=1:exitcode=1"; }
+// Or a race would be told, and the next input tried. Hidden, it would not be found by the runtime.
+extern "C" __attribute__((visibility("default"))) const char* __tsan_default_options() {
+  return "halt_on_error=1:exitcode=1";
+}
 #endif
 
 int main(int argc, char** argv) {
