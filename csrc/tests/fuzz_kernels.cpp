@@ -4,7 +4,8 @@
 //   so a row or task that is not finite leaves the others alone, and a frozen row is left alone;
 //   a row of cg_step that is not finite says so, and its x is 0;
 //   nothing is written but the outputs, and all of them are.
-// Sanitizers check the rest: -DIMAML_SANITIZE=address,undefined and =thread.
+// Sanitizers check the rest: -DIMAML_SANITIZE=address,undefined and =thread. The threads are
+// std::threads: torch's pool runs on libgomp, whose barriers ThreadSanitizer takes for races.
 //
 // Input k of a run comes from seed S + k alone, so that a failure is run again by what it prints.
 #include <unistd.h>
