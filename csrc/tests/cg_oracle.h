@@ -1,11 +1,12 @@
 // States of cg_step to start from, one kind of row for every way an iteration can end, and what an
 // iteration makes of them, in float64.
 #pragma once
-#include "harness.h"
+#include "kernels/cg_step.cuh"
+#include "operands.h"
 
 namespace imaml {
 
-// What happens to a row in this iteration. Row k is of kind k % kKinds.
+// What happens to a row in this iteration.
 enum Kind {
   kHealthy,
   kFrozen,
@@ -18,11 +19,17 @@ enum Kind {
   kIndefinite,  // its M^-1 is negative, so that the new r.z is; healthy without a preconditioner
   kKinds
 };
-inline Kind kind_of(int64_t row) { return static_cast<Kind>(row % kKinds); }
+
+inline std::vector<Kind> kinds_in_turn(int64_t rows) {
+  std::vector<Kind> kinds(at(rows));
+  for (int64_t row = 0; row < rows; ++row) kinds[at(row)] = static_cast<Kind>(row % kKinds);
+  return kinds;
+}
 
 template <typename T>
 struct CgState {
   int64_t rows, dim;
+  std::vector<Kind> kinds;  // of the rows
   std::vector<T> x, r, p, hp, lam;
   T damping = T(0.25);
   std::vector<double> rr, tol2, curvature, beta;
@@ -30,8 +37,15 @@ struct CgState {
   std::vector<T> inverse;  // empty without a preconditioner, and so is rz
   std::vector<double> rz;
 
-  CgState(int64_t rows, int64_t dim, bool diagonal, bool preconditioned) : rows(rows), dim(dim) {
-    const unsigned seed = static_cast<unsigned>(rows * 100003 + dim);
+  CgState(int64_t rows, int64_t dim, bool diagonal, bool preconditioned)
+      : CgState(kinds_in_turn(rows), dim, diagonal, preconditioned,
+                static_cast<std::uint64_t>(rows * 100003 + dim)) {}
+
+  CgState(std::vector<Kind> kinds_of_rows, int64_t dim, bool diagonal, bool preconditioned,
+          std::uint64_t seed)
+      : rows(static_cast<int64_t>(kinds_of_rows.size())),
+        dim(dim),
+        kinds(std::move(kinds_of_rows)) {
     x = normal<T>(rows * dim, seed + 1);
     r = normal<T>(rows * dim, seed + 2);
     p = normal<T>(rows * dim, seed + 3);
@@ -39,7 +53,7 @@ struct CgState {
     lam = normal<T>(diagonal ? dim : 1, seed + 5);
     for (T& value : lam) value = std::abs(value) + T(0.5);
     for (int64_t i = 0; i < rows * dim; ++i)  // H = 2 I plus a little, so that p.Ap > 0
-      hp[at(i)] = T(2) * p[at(i)] + T(0.01) * hp[at(i)];
+      hp[at(i)] = (T(2) + T(0.01) * hp[at(i)]) * p[at(i)];
     rr.assign(at(rows), 0);
     tol2.assign(at(rows), 0);
     curvature.assign(at(rows), -7);
@@ -49,7 +63,7 @@ struct CgState {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t i = 0; i < dim; ++i)
         rr[at(row)] += double(r[at(row * dim + i)]) * double(r[at(row * dim + i)]);
-      const Kind kind = kind_of(row);
+      const Kind kind = kinds[at(row)];
       T* h = hp.data() + row * dim;
       if (kind == kFrozen) status[at(row)] = kConverged;
       if (kind == kNegativeAtOnce) steps[at(row)] = 0;
@@ -67,7 +81,7 @@ struct CgState {
     inverse = std::move(values);
     rz = rr;  // where a row's is not finite, or too large
     for (int64_t row = 0; row < rows; ++row) {
-      const Kind kind = kind_of(row);
+      const Kind kind = kinds[at(row)];
       if (kind != kInfiniteNorm && kind != kOverflows) rz[at(row)] = 0;
       for (int64_t j = row * dim; j < (row + 1) * dim; ++j) {
         inverse[at(j)] = std::abs(inverse[at(j)]) + T(0.5);
@@ -79,23 +93,23 @@ struct CgState {
 
   bool preconditioned() const { return !inverse.empty(); }
 
-  CgArgs<T> args() {
+  CgArgs<T> args(Operands& operands) {
     CgArgs<T> a{};
-    a.x = x.data();
-    a.r = r.data();
-    a.p = p.data();
-    a.hp = hp.data();
-    a.lam = lam.data();
-    a.lam_stride = lam.size() > 1 ? 1 : 0;
+    a.x = operands.out(x);
+    a.r = operands.out(r);
+    a.p = operands.out(p);
+    a.hp = operands.in(hp);
+    a.lam = operands.in(lam);
+    a.lam_stride = lam.size() == 1 ? 0 : 1;
     a.damping = damping;
-    a.inverse = preconditioned() ? inverse.data() : nullptr;
-    a.rr = rr.data();
-    a.rz = preconditioned() ? rz.data() : nullptr;
-    a.tol2 = tol2.data();
-    a.status = status.data();
-    a.steps = steps.data();
-    a.curvature = curvature.data();
-    a.beta = beta.data();
+    a.inverse = preconditioned() ? operands.in(inverse) : nullptr;
+    a.rr = operands.out(rr);
+    a.rz = preconditioned() ? operands.out(rz) : nullptr;
+    a.tol2 = operands.in(tol2);
+    a.status = operands.out(status);
+    a.steps = operands.out(steps);
+    a.curvature = operands.out(curvature);
+    a.beta = operands.out(beta);
     a.rows = rows;
     a.dim = dim;
     return a;
@@ -107,6 +121,34 @@ struct CgState {
            status == o.status && steps == o.steps;
   }
 };
+
+template <typename T, typename ParallelFor = cpu::Serial>
+CgState<T> cpu_step(CgState<T> state, int threads = 1, const ParallelFor& parallel_for = {},
+                    std::size_t offset = 0) {
+  Operands operands(offset);
+  cpu::cg_step(state.args(operands), threads, parallel_for);
+  operands.give_back();
+  return state;
+}
+
+// The devices that a launch can meet, by the dynamic shared memory of a block in clusters of 1, 2,
+// 4, 8 and 16 blocks: compute capability 9.0; the same where 16 blocks are refused; 8.0; none.
+constexpr int64_t kHopper = 227 * 1024;
+constexpr cuda::ClusterLimits kDevices[] = {{kHopper, kHopper, kHopper, kHopper, kHopper},
+                                            {kHopper, kHopper, kHopper, kHopper, 0},
+                                            {163 * 1024},
+                                            {}};
+
+// On the device that shim::cluster_limits describes.
+template <typename T>
+CgState<T> cuda_step(CgState<T> state, std::size_t offset = 0) {
+  Operands operands(offset);
+  const CgArgs<T> args = state.args(operands);
+  std::vector<double> workspace(at(cuda::cg_workspace(args)), NAN);
+  cuda::cg_step(args, operands.out(workspace), nullptr);
+  operands.give_back();
+  return state;
+}
 
 // Compares `got` with what one CG iteration makes of `before`, computed here, in float64.
 template <typename T>
@@ -124,7 +166,7 @@ void check_cg(const CgState<T>& before, const CgState<T>& got) {
       pap += static_cast<long double>(p[i]) * ap[at(i)];
       size += std::abs(double(p[i]) * ap[at(i)]);
     }
-    const Kind kind = kind_of(row);
+    const Kind kind = before.kinds[at(row)];
     const bool preconditioned = before.preconditioned();
     const double rr = before.rr[at(row)], rz = preconditioned ? before.rz[at(row)] : rr;
     const bool moves = kind == kHealthy || kind == kArrives || kind == kIndefinite;

@@ -2,31 +2,9 @@
 #include <set>
 
 #include "cg_oracle.h"
-#include "kernels/cg_step.cuh"
 
 namespace imaml {
 namespace {
-
-template <typename T, typename ParallelFor = cpu::Serial>
-CgState<T> cpu_step(CgState<T> state, int threads = 1, const ParallelFor& parallel_for = {}) {
-  cpu::cg_step(state.args(), threads, parallel_for);
-  return state;
-}
-
-// The devices that a launch can meet, by the dynamic shared memory of a block in clusters of 1, 2,
-// 4, 8 and 16 blocks: compute capability 9.0; the same where 16 blocks are refused; 8.0; none.
-constexpr int64_t kHopper = 227 * 1024;
-constexpr cuda::ClusterLimits kDevices[] = {{kHopper, kHopper, kHopper, kHopper, kHopper},
-                                            {kHopper, kHopper, kHopper, kHopper, 0},
-                                            {163 * 1024},
-                                            {}};
-
-template <typename T>
-CgState<T> cuda_step(CgState<T> state) {
-  std::vector<double> workspace(at(cuda::cg_workspace(state.args())), NAN);
-  cuda::cg_step(state.args(), workspace.data(), nullptr);
-  return state;
-}
 
 // On the device that shim::cluster_limits describes.
 template <typename T>

@@ -116,6 +116,6 @@ int main() {
   imaml::test_cg_step();
   imaml::test_prox();
   imaml::test_layers();
-  std::printf("%d checks, %d failed\n", imaml::checks, imaml::failures);
+  std::printf("%lld checks, %d failed\n", static_cast<long long>(imaml::checks), imaml::failures);
   return imaml::failures == 0 ? 0 : 1;
 }

@@ -1,0 +1,172 @@
+// Convolutions and batch norms of any shape, on any numbers.
+#include "conv_oracle.h"
+#include "fuzz.h"
+#include "norm_oracle.h"
+
+namespace imaml {
+namespace {
+
+ConvShape drawn_shape(Draw& draw) {
+  for (;;) {
+    const bool large = draw.chance(0.1);
+    const int64_t side = large ? 16 : 7;
+    const int64_t in_h = draw.from(1, side), in_w = draw.from(1, side);
+    const int64_t pad_h = draw.from(0, 3), pad_w = draw.from(0, 3);
+    const int64_t kernel_h = draw.from(1, 4), kernel_w = draw.from(1, 4);
+    if (kernel_h > in_h + 2 * pad_h || kernel_w > in_w + 2 * pad_w) continue;
+    const ConvShape s = shape_of(draw.from(1, 6), draw.from(1, large ? 30 : 4), in_h, in_w,
+                                 draw.from(1, 20), draw.from(1, 36), kernel_h, kernel_w,
+                                 draw.from(1, 5), draw.from(1, 5), pad_h, pad_w);
+    if (s.tasks * s.images * s.out_pixels() * s.weights() <= 300000) return s;
+  }
+}
+
+template <typename T>
+ConvProblem<T> only(const ConvProblem<T>& problem, int64_t task) {
+  ConvProblem<T> one = problem;
+  one.shape.tasks = 1;
+  one.x = part(problem.x, task, problem.images());
+  one.g = part(problem.g, task, problem.slopes());
+  one.bias = part(problem.bias, task, problem.shape.filters);
+  const auto first = problem.w.begin() + task * problem.shape.task_weights;
+  one.w.assign(first, first + problem.shape.weights());
+  return one;
+}
+
+template <typename T>
+NormProblem<T> only(const NormProblem<T>& problem, int64_t task) {
+  NormProblem<T> one = problem;
+  one.shape.tasks = 1;
+  using Tensor = std::vector<T> NormProblem<T>::*;
+  for (Tensor images : {&NormProblem<T>::x, &NormProblem<T>::g, &NormProblem<T>::a})
+    one.*images = part(problem.*images, task, problem.shape.rows * problem.shape.channels);
+  for (Tensor channels :
+       {&NormProblem<T>::gamma, &NormProblem<T>::beta, &NormProblem<T>::b, &NormProblem<T>::c})
+    one.*channels = part(problem.*channels, task, problem.shape.channels);
+  return one;
+}
+
+template <typename T>
+NormResults<T> only(const NormProblem<T>& problem, const NormResults<T>& all, int64_t task) {
+  NormResults<T> one = all;
+  using Tensor = std::vector<T> NormResults<T>::*;
+  for (Tensor images :
+       {&NormResults<T>::y, &NormResults<T>::dx, &NormResults<T>::to_g, &NormResults<T>::to_x})
+    one.*images = part(all.*images, task, problem.shape.rows * problem.shape.channels);
+  for (Tensor channels : {&NormResults<T>::mean, &NormResults<T>::scale, &NormResults<T>::dgamma,
+                          &NormResults<T>::dbeta, &NormResults<T>::to_gamma})
+    one.*channels = part(all.*channels, task, problem.shape.channels);
+  return one;
+}
+
+// A channel among whose numbers the formulas are told to rounding: as if they had been normal.
+template <typename T>
+bool is_moderate(const NormProblem<T>& problem, int64_t task, int64_t channel) {
+  const std::size_t own = problem.place(task, channel);
+  bool moderate = true;
+  const auto add = [&](T value) { moderate = moderate && std::abs(value) < T(6); };
+  for (int64_t row = 0; row < problem.shape.rows; ++row)
+    for (const auto* images : {&problem.x, &problem.g, &problem.a})
+      add((*images)[problem.place(task, row, channel)]);
+  for (const auto* channels : {&problem.gamma, &problem.beta, &problem.b, &problem.c})
+    add((*channels)[own]);
+  return moderate;
+}
+
+template <typename T>
+void check(const NormProblem<T>& problem, const NormResults<T>& got) {
+  for (int64_t task = 0; task < problem.shape.tasks; ++task)
+    for (int64_t channel = 0; channel < problem.shape.channels; ++channel) {
+      if (is_moderate(problem, task, channel)) check_norm(problem, got, task, channel);
+      Nature x, g;
+      for (int64_t row = 0; row < problem.shape.rows; ++row) {
+        x &= problem.x[problem.place(task, row, channel)];
+        g &= problem.g[problem.place(task, row, channel)];
+      }
+      if (!x.finite)
+        expect(!std::isfinite(got.mean[problem.place(task, channel)]),
+               "x is not finite, its mean is");
+      for (int64_t row = 0; row < problem.shape.rows; ++row) {
+        if (!x.finite)
+          expect(!std::isfinite(got.y[problem.place(task, row, channel)]), "x is not finite, y is");
+        else if (!g.finite && !problem.relu)
+          expect(!std::isfinite(got.dx[problem.place(task, row, channel)]),
+                 "g is not finite, dx is");
+      }
+    }
+}
+
+}  // namespace
+
+template <typename T>
+void fuzz_conv(Draw& draw) {
+  const ConvShape s = drawn_shape(draw);
+  const bool biased = draw.chance(0.5);
+  ConvProblem<T> problem(s, /*gap=*/draw.chance(0.5) ? draw.from(0, 40) : 0, draw.seed());
+  context = describe(s, sizeof(T) == 4 ? "float" : "double");
+  const bool spoilt = draw.chance(0.5);
+  for (int64_t task = 0; spoilt && task < s.tasks; ++task) {
+    draw.spoil(problem.x.data() + task * problem.images(), problem.images());
+    draw.spoil(problem.g.data() + task * problem.slopes(), problem.slopes());
+    draw.spoil(problem.w.data() + task * problem.shape.task_weights, s.weights());
+    draw.spoil(problem.bias.data() + task * s.filters, s.filters);
+  }
+  ++tried[biased ? "conv with bias, and both gradients" : "conv, and both gradients"];
+
+  const ConvResults<T> serial = run_conv(problem, biased, 1, cpu::Serial{}, draw.offset());
+  for (int64_t task = 0; task < s.tasks; ++task) {
+    const ConvProblem<T> own = only(problem, task);
+    Nature nature;
+    bool moderate = true;  // but for what is not finite
+    for (const auto* values : {&own.x, &own.w, &own.bias, &own.g})
+      for (const T value : *values) {
+        nature &= value;
+        moderate = moderate && (!std::isfinite(value) || std::abs(double(value)) <= kTame<T>);
+      }
+    if (moderate) check_conv(problem, biased, serial, task, nature.finite);
+  }
+  on_threads(draw, [&](int threads, const Threads& pool) {
+    return run_conv(problem, biased, threads, pool, draw.offset()).same(serial);
+  });
+  const int64_t task = draw.from(0, s.tasks - 1);
+  const ConvResults<T> want{part(serial.y, task, problem.slopes()),
+                            part(serial.dx, task, problem.images()),
+                            part(serial.dw, task, s.weights())};
+  expect(run_conv(only(problem, task), biased).same(want), "a task changes another's bits");
+}
+
+template <typename T>
+void fuzz_batch_norm(Draw& draw) {
+  const NormShape s{.tasks = draw.from(1, 6),
+                    .rows = draw.from(1, draw.chance(0.2) ? 200 : 20),
+                    .channels = draw.from(1, 40)};
+  NormProblem<T> problem(s, /*relu=*/draw.chance(0.5), draw.seed());
+  const bool spoilt = draw.chance(0.5);
+  for (int64_t task = 0; spoilt && task < s.tasks; ++task) {
+    for (auto* images : {&problem.x, &problem.g, &problem.a})
+      draw.spoil(images->data() + problem.place(task, 0, 0), s.rows * s.channels);
+    for (auto* channels : {&problem.gamma, &problem.beta, &problem.b, &problem.c})
+      draw.spoil(channels->data() + problem.place(task, 0), s.channels);
+  }
+  context = std::string(sizeof(T) == 4 ? "norm<float> " : "norm<double> ") +
+            std::to_string(s.tasks) + " " + std::to_string(s.rows) + " " +
+            std::to_string(s.channels) + (problem.relu ? " relu" : "");
+  ++tried[problem.relu ? "batch_norm and relu, and both derivatives"
+                       : "batch_norm, and both derivatives"];
+
+  const NormResults<T> serial = run_norm(problem, 1, cpu::Serial{}, draw.offset());
+  check(problem, serial);
+  on_threads(draw, [&](int threads, const Threads& pool) {
+    return run_norm(problem, threads, pool, draw.offset()).same(serial);
+  });
+  const int64_t task = draw.from(0, s.tasks - 1);
+  expect(run_norm(only(problem, task)).same(only(problem, serial, task)),
+         "a task changes another's bits");
+}
+
+template void fuzz_conv<float>(Draw&);
+template void fuzz_conv<double>(Draw&);
+template void fuzz_batch_norm<float>(Draw&);
+template void fuzz_batch_norm<double>(Draw&);
+
+}  // namespace imaml

@@ -1,0 +1,168 @@
+// Batch norm and its derivatives against their formulas, in long double.
+#pragma once
+#include "kernels/batch_norm.h"
+#include "operands.h"
+
+namespace imaml {
+
+using cpu::NormShape;
+
+template <typename T>
+struct NormProblem {
+  NormShape shape;
+  bool relu;
+  double eps = 0.1;
+  std::vector<T> x, g, a, gamma, beta, b, c;
+
+  NormProblem(const NormShape& s, bool relu, std::uint64_t seed) : shape(s), relu(relu) {
+    const int64_t count = s.tasks * s.rows * s.channels, channels = s.tasks * s.channels;
+    x = normal<T>(count, seed + 1);
+    g = normal<T>(count, seed + 2);
+    a = normal<T>(count, seed + 3);
+    gamma = normal<T>(channels, seed + 4);
+    beta = normal<T>(channels, seed + 5);
+    b = normal<T>(channels, seed + 6);
+    c = normal<T>(channels, seed + 7);
+  }
+
+  // Of tensors like x, and of those that have one entry a channel.
+  std::size_t place(int64_t task, int64_t row, int64_t channel) const {
+    return at((task * shape.rows + row) * shape.channels + channel);
+  }
+  std::size_t place(int64_t task, int64_t channel) const {
+    return at(task * shape.channels + channel);
+  }
+};
+
+template <typename T>
+struct NormResults {
+  std::vector<T> y, mean, scale, dx, dgamma, dbeta, to_g, to_x, to_gamma;
+
+  // NaN: every entry has to be written.
+  explicit NormResults(const NormProblem<T>& problem) {
+    for (auto* images : {&y, &dx, &to_g, &to_x}) images->assign(problem.x.size(), T(NAN));
+    for (auto* channels : {&mean, &scale, &dgamma, &dbeta, &to_gamma})
+      channels->assign(problem.gamma.size(), T(NAN));
+  }
+  bool same(const NormResults& o) const {
+    return same_bits(y, o.y) && same_bits(mean, o.mean) && same_bits(scale, o.scale) &&
+           same_bits(dx, o.dx) && same_bits(dgamma, o.dgamma) && same_bits(dbeta, o.dbeta) &&
+           same_bits(to_g, o.to_g) && same_bits(to_x, o.to_x) && same_bits(to_gamma, o.to_gamma);
+  }
+};
+
+template <typename T, typename ParallelFor = cpu::Serial>
+NormResults<T> run_norm(const NormProblem<T>& problem, int threads = 1,
+                        const ParallelFor& parallel_for = {}, std::size_t offset = 0) {
+  NormResults<T> got(problem);
+  Operands operands(offset);
+  cpu::NormForward<T> forward{.shape = problem.shape,
+                              .eps = problem.eps,
+                              .x = operands.in(problem.x),
+                              .gamma = operands.in(problem.gamma),
+                              .beta = operands.in(problem.beta),
+                              .y = operands.out(got.y),
+                              .mean = operands.out(got.mean),
+                              .scale = operands.out(got.scale)};
+  cpu::batch_norm(forward, threads, parallel_for);
+  cpu::NormBackward<T> backward{.shape = problem.shape,
+                                .relu = problem.relu,
+                                .g = operands.in(problem.g),
+                                .x = forward.x,
+                                .gamma = forward.gamma,
+                                .beta = forward.beta,
+                                .mean = forward.mean,
+                                .scale = forward.scale,
+                                .dx = operands.out(got.dx),
+                                .dgamma = operands.out(got.dgamma),
+                                .dbeta = operands.out(got.dbeta)};
+  cpu::batch_norm(backward, threads, parallel_for);
+  cpu::batch_norm(cpu::NormDoubleBackward<T>{.shape = problem.shape,
+                                             .relu = problem.relu,
+                                             .a = operands.in(problem.a),
+                                             .b = operands.in(problem.b),
+                                             .c = operands.in(problem.c),
+                                             .g = backward.g,
+                                             .x = forward.x,
+                                             .gamma = forward.gamma,
+                                             .beta = forward.beta,
+                                             .mean = forward.mean,
+                                             .scale = forward.scale,
+                                             .to_g = operands.out(got.to_g),
+                                             .to_x = operands.out(got.to_x),
+                                             .to_gamma = operands.out(got.to_gamma)},
+                  threads, parallel_for);
+  operands.give_back();
+  return got;
+}
+
+// One channel of one task, as the header defines it, in long double.
+struct Channel {
+  std::vector<long double> h, g, a;
+  long double s, gamma, beta;
+
+  long double mean(const std::vector<long double>& u) const {
+    long double total = 0;
+    for (const long double value : u) total += value;
+    return total / static_cast<long double>(u.size());
+  }
+  long double mean(const std::vector<long double>& u, const std::vector<long double>& v) const {
+    std::vector<long double> products(u.size());
+    for (std::size_t i = 0; i < u.size(); ++i) products[i] = u[i] * v[i];
+    return mean(products);
+  }
+  std::vector<long double> centred(const std::vector<long double>& u) const {  // P u
+    const long double level = mean(u), along = mean(h, u);
+    std::vector<long double> result(u.size());
+    for (std::size_t i = 0; i < u.size(); ++i) result[i] = u[i] - level - along * h[i];
+    return result;
+  }
+};
+
+// One channel of one task. Where rounding decides what relu lets pass, its derivatives are not
+// told.
+template <typename T>
+void check_norm(const NormProblem<T>& problem, const NormResults<T>& got, int64_t task,
+                int64_t channel) {
+  const NormShape& s = problem.shape;
+  const std::size_t own = problem.place(task, channel);
+  const auto place = [&](int64_t row) { return problem.place(task, row, channel); };
+  Channel one{{}, {}, {}, 0, double(problem.gamma[own]), double(problem.beta[own])};
+  std::vector<long double> values;
+  for (int64_t row = 0; row < s.rows; ++row) values.push_back(double(problem.x[place(row)]));
+  const long double mean = one.mean(values);
+  for (long double& value : values) value -= mean;
+  one.s = std::sqrt(one.mean(values, values) + static_cast<long double>(problem.eps));
+  std::vector<bool> passes;
+  bool told = true;
+  for (int64_t row = 0; row < s.rows; ++row) {
+    one.h.push_back(values[at(row)] / one.s);
+    const long double y = one.gamma * one.h.back() + one.beta;
+    told = told && (!problem.relu || std::abs(y) > 8 * kTolerance<T>);
+    passes.push_back(!problem.relu || y > 0);
+    one.g.push_back(passes.back() ? double(problem.g[place(row)]) : 0.0);
+    one.a.push_back(double(problem.a[place(row)]));
+    expect_close<T>(double(got.y[place(row)]), y, 8, "y");
+  }
+  const long double rows = static_cast<long double>(s.rows), slope = one.gamma / one.s;
+  const long double b = double(problem.b[own]), c = double(problem.c[own]);
+  expect_close<T>(double(got.mean[own]), mean, 4, "mean");
+  expect_close<T>(double(got.scale[own]), 1 / one.s, 4, "scale");
+  if (!told) return;
+  const auto pa = one.centred(one.a), pg = one.centred(one.g);
+  const long double apg = one.mean(one.a, pg);
+  for (int64_t row = 0; row < s.rows; ++row) {
+    const std::size_t i = at(row);
+    expect_close<T>(double(got.dx[place(row)]), slope * pg[i], 64, "dx");
+    const long double to_g = slope * pa[i] + b * one.h[i] + c;
+    expect_close<T>(double(got.to_g[place(row)]), passes[i] ? to_g : 0.0L, 64, "dS/dg");
+    const long double to_x = (b - slope * one.mean(one.h, one.a)) * pg[i] -
+                             slope * one.mean(one.h, one.g) * pa[i] - slope * apg * one.h[i];
+    expect_close<T>(double(got.to_x[place(row)]), to_x / one.s, 64, "dS/dx");
+  }
+  expect_close<T>(double(got.dgamma[own]), rows * one.mean(one.h, one.g), 8 * rows, "dgamma");
+  expect_close<T>(double(got.dbeta[own]), rows * one.mean(one.g), 8 * rows, "dbeta");
+  expect_close<T>(double(got.to_gamma[own]), rows / one.s * apg, 8 * rows, "dS/dgamma");
+}
+
+}  // namespace imaml

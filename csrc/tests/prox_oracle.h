@@ -1,0 +1,198 @@
+// Proximal problems to step on and to sum over, and what the kernels make of them, in float64.
+#pragma once
+#include "kernels/prox_step.cuh"
+#include "kernels/row_sums.cuh"
+#include "operands.h"
+
+namespace imaml {
+
+enum Rule { kPlain, kMomentum, kNesterov, kAdam, kRules };
+
+template <typename T>
+struct Problem {
+  int64_t rows, dim;
+  std::vector<T> phi, grad, theta, lam;
+  std::vector<std::int32_t> status;  // empty: every row moves
+  T lr = T(0.1), momentum = T(0.9);
+  AdamSettings adam{/*lr=*/0.05, /*beta1=*/0.9, /*beta2=*/0.99, /*eps=*/0.1, /*step=*/3};
+
+  Problem(int64_t rows, int64_t dim, bool diagonal, std::uint64_t seed) : rows(rows), dim(dim) {
+    phi = normal<T>(rows * dim, seed);
+    grad = normal<T>(rows * dim, seed + 1);
+    theta = normal<T>(dim, seed + 3);
+    lam = normal<T>(diagonal ? dim : 1, seed + 4);
+    status.assign(at(rows), kRunning);
+    for (int64_t row = 1; row < rows; row += 3) status[at(row)] = kConverged;
+  }
+
+  // The gradient at element j, the weight of its penalty, and whether its row moves.
+  double lam_at(int64_t j) const { return double(lam[lam.size() == 1 ? 0 : at(j % dim)]); }
+  double away(int64_t j) const { return double(phi[at(j)]) - double(theta[at(j % dim)]); }
+  double gradient(int64_t j) const { return double(grad[at(j)]) + lam_at(j) * away(j); }
+  bool moves(int64_t j) const { return status.empty() || status[at(j / dim)] == kRunning; }
+
+  // What was added up to the gradient.
+  double size(int64_t j) const {
+    return std::abs(double(grad[at(j)])) +
+           std::abs(lam_at(j)) *
+               (std::abs(double(phi[at(j)])) + std::abs(double(theta[at(j % dim)])));
+  }
+
+  ProxArgs<T> args(const T* moved, Operands& operands) const {
+    ProxArgs<T> a{};
+    a.phi = const_cast<T*>(moved);
+    a.grad = operands.in(grad);
+    a.theta = operands.in(theta);
+    a.lam = operands.in(lam);
+    a.lam_stride = lam.size() == 1 ? 0 : 1;
+    a.status = operands.in_or_null(status);
+    a.rows = rows;
+    a.dim = dim;
+    return a;
+  }
+};
+
+// What a step writes: phi, and the buffers of its rule, of which Adam has two.
+template <typename T>
+struct State {
+  std::vector<T> phi, first, second;
+
+  State(const Problem<T>& problem, std::uint64_t seed)
+      : phi(problem.phi),
+        first(normal<T>(problem.rows * problem.dim, seed)),
+        second(normal<T>(problem.rows * problem.dim, seed + 1)) {
+    for (T& value : second) value = value * value + T(0.1);
+  }
+  bool same(const State& o) const {
+    return same_bits(phi, o.phi) && same_bits(first, o.first) && same_bits(second, o.second);
+  }
+};
+
+// step(args, rule) on copies of the operands. Returns what the step made of `state`.
+template <typename T, typename Step>
+State<T> stepped(const Problem<T>& problem, Rule rule, State<T> state, std::size_t offset,
+                 const Step& step) {
+  Operands operands(offset);
+  const ProxArgs<T> args = problem.args(operands.out(state.phi), operands);
+  if (rule == kAdam)
+    step(args, Adam<T>(operands.out(state.first), operands.out(state.second), problem.adam));
+  else
+    step(args, Descent<T>{rule == kPlain ? nullptr : operands.out(state.first), problem.lr,
+                          problem.momentum, rule == kNesterov});
+  operands.give_back();
+  return state;
+}
+
+template <typename T, typename ParallelFor = cpu::Serial>
+State<T> cpu_prox_step(const Problem<T>& problem, Rule rule, const State<T>& state, int threads = 1,
+                       const ParallelFor& parallel_for = {}, std::size_t offset = 0) {
+  return stepped(problem, rule, state, offset, [&](const ProxArgs<T>& args, const auto& how) {
+    cpu::prox_step(args, how, threads, parallel_for);
+  });
+}
+
+template <typename T>
+State<T> cuda_prox_step(const Problem<T>& problem, Rule rule, const State<T>& state,
+                        std::size_t offset = 0) {
+  return stepped(problem, rule, state, offset, [&](const ProxArgs<T>& args, const auto& how) {
+    cuda::prox_step(args, how, nullptr);
+  });
+}
+
+// How far phi moves against its gradient, and the new entries of the buffers.
+struct Move {
+  double length, first, second;
+};
+
+template <typename T>
+Move wanted_move(const Problem<T>& problem, Rule rule, double g, double first, double second) {
+  const double lr = double(problem.lr), mu = double(problem.momentum);
+  if (rule == kPlain) return {lr * g, first, second};
+  if (rule != kAdam) {
+    first = mu * first + g;
+    return {lr * (rule == kNesterov ? g + mu * first : first), first, second};
+  }
+  const AdamSettings& s = problem.adam;
+  first = s.beta1 * first + (1 - s.beta1) * g;
+  second = s.beta2 * second + (1 - s.beta2) * g * g;
+  const double mean = first / (1 - std::pow(s.beta1, s.step));
+  const double square = second / (1 - std::pow(s.beta2, s.step));
+  return {s.lr * mean / (std::sqrt(square) + s.eps), first, second};
+}
+
+// Element j of a step from `before` to `got`.
+template <typename T>
+void check_move(const Problem<T>& problem, Rule rule, const State<T>& before, const State<T>& got,
+                int64_t j, const char* what) {
+  const double phi = double(before.phi[at(j)]), size = problem.size(j);
+  Move move{0, double(before.first[at(j)]), double(before.second[at(j)])};
+  const double others = 16 + size + (rule == kPlain ? 0 : std::abs(move.first));
+  if (problem.moves(j))
+    move = wanted_move(problem, rule, problem.gradient(j), move.first, move.second);
+  expect_close<T>(double(got.phi[at(j)]), phi - move.length, std::abs(phi) + others, what);
+  expect_close<T>(double(got.first[at(j)]), move.first, others, what);
+  expect_close<T>(double(got.second[at(j)]), move.second, 16 + move.second + size * size, what);
+}
+
+template <typename T>
+void check_step(const Problem<T>& problem, Rule rule, const State<T>& before, const State<T>& got,
+                const char* what) {
+  for (int64_t j = 0; j < problem.rows * problem.dim; ++j)
+    check_move(problem, rule, before, got, j, what);
+}
+
+// The gradients' squared norms and the penalties, and phi . grad.
+struct RowSums {
+  std::vector<double> norms, dots;  // [rows, 2], [rows]
+  explicit RowSums(int64_t rows) : norms(at(2 * rows), -1), dots(at(rows), -1) {}
+  bool same(const RowSums& o) const { return same_bits(norms, o.norms) && same_bits(dots, o.dots); }
+};
+
+template <typename T, typename ParallelFor = cpu::Serial>
+RowSums cpu_sums(const Problem<T>& problem, int threads = 1, const ParallelFor& parallel_for = {},
+                 std::size_t offset = 0) {
+  RowSums sums(problem.rows);
+  Operands operands(offset);
+  const ProxArgs<T> args = problem.args(operands.in(problem.phi), operands);
+  cpu::prox_norms(args, operands.out(sums.norms), threads, parallel_for);
+  cpu::row_dot<T>(args.phi, args.grad, operands.out(sums.dots), problem.rows, problem.dim, threads,
+                  parallel_for);
+  operands.give_back();
+  return sums;
+}
+
+template <typename T>
+RowSums cuda_sums(const Problem<T>& problem, std::size_t offset = 0) {
+  const int64_t rows = problem.rows, dim = problem.dim;
+  RowSums sums(rows);
+  std::vector<double> two(at(cuda::row_sums_workspace(rows, dim, 2)), NAN);
+  std::vector<double> one(at(cuda::row_sums_workspace(rows, dim, 1)), NAN);
+  Operands operands(offset);
+  const ProxArgs<T> args = problem.args(operands.in(problem.phi), operands);
+  cuda::row_sums(cuda::ProxNorms<T>{args, rows, dim}, operands.out(sums.norms), operands.out(two),
+                 nullptr);
+  cuda::row_sums(cuda::Dot<T>{args.phi, args.grad, rows, dim}, operands.out(sums.dots),
+                 operands.out(one), nullptr);
+  operands.give_back();
+  return sums;
+}
+
+template <typename T>
+void check_sums(const Problem<T>& problem, int64_t row, const RowSums& got) {
+  long double norm2 = 0, norm2_size = 0, penalty = 0, penalty_size = 0, dot = 0, dot_size = 0;
+  for (int64_t j = row * problem.dim; j < (row + 1) * problem.dim; ++j) {
+    const long double g = problem.gradient(j), away = problem.away(j), size = problem.size(j);
+    const long double product = static_cast<long double>(problem.phi[at(j)]) * problem.grad[at(j)];
+    norm2 += g * g;
+    norm2_size += size * size;
+    penalty += problem.lam_at(j) * away * away;
+    penalty_size += std::abs(problem.lam_at(j) * away * away);
+    dot += product;
+    dot_size += std::abs(product);
+  }
+  expect_close<T>(got.norms[at(2 * row)], norm2, norm2_size, "gradient norm");
+  expect_close<T>(got.norms[at(2 * row + 1)], penalty, penalty_size, "penalty");
+  expect_close<double>(got.dots[at(row)], dot, 10 * dot_size, "dot");
+}
+
+}  // namespace imaml
