@@ -46,6 +46,9 @@ TITLES: dict[str, Callable[[Result], str]] = {
         f"Peak memory of a meta-gradient, MiB: {s['workload']}, {s['tasks']} tasks, D={s['dim']}"
     ),
     "scaling": lambda s: f"How the time grows: {s['workload']}",
+    "soak": lambda s: (
+        f"{s['steps']} meta-steps of {s['dataset']}{', compiled' if s['compiled'] else ''}"
+    ),
 }
 # Column title and what it is a share of, where a result has it.
 SHARES = {
@@ -148,7 +151,26 @@ def inner(result: Result) -> str:
     return text + f"\n{source(result)}\n"
 
 
-BODIES = {"cg": times, "prox": times, "meta_grad": times, "memory": memory, "scaling": scaling}
+def soak(result: Result) -> str:
+    lines = [
+        [str(b["steps"]), f"{b['resident'] / 2**20:.1f}", f"{1e3 * b['seconds']:.2f}"]
+        for b in result["blocks"]
+    ]
+    return table(["meta-steps", "resident, MiB", "ms a step, median of the block"], lines) + (
+        f"\nFrom {result['resident_at_start'] / 2**20:.1f} MiB after "
+        f"{result['settings']['warm_up']} steps: {result['bytes_per_step']:.0f} bytes a step, which the history of records keeps. "
+        f"The second half takes {result['late_over_early']:.3f} of the first's time.\n"
+    )
+
+
+BODIES = {
+    "cg": times,
+    "prox": times,
+    "meta_grad": times,
+    "memory": memory,
+    "scaling": scaling,
+    "soak": soak,
+}
 
 
 def make(results: list[Result]) -> str:

@@ -1,11 +1,15 @@
 """Peak memory of a meta-gradient does not depend on how long its solvers run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from imaml_ext import ConjugateGradient, GradientDescent, implicit_meta_grad, module_loss
+from imaml_ext.experiment import build
 from imaml_ext.models import conv4
+from imaml_ext.presets import PRESETS
 from imaml_ext.reproduce import memory
 
 
@@ -38,3 +42,16 @@ def test_peak_memory_is_flat_in_inner_and_cg_steps(curvature, device):
     assert base > 1_000_000
     assert peak_of(device, curvature, 64, 1) <= 1.02 * base
     assert peak_of(device, curvature, 1, 12) <= 1.02 * base
+
+
+def test_a_long_training_keeps_nothing_but_its_records():
+    trainer = build(replace(PRESETS["sinusoid"], inner_steps=2, cg_steps=2)).trainer()
+    for _ in range(50):
+        trainer.step()
+    memory.release_free_memory()
+    before = memory.resident_bytes("VmRSS")
+    for _ in range(150):
+        trainer.step()
+    memory.release_free_memory()
+    row = 4 * trainer.method.layout.dim  # of one task alone; a graph holds several for each of 25
+    assert memory.resident_bytes("VmRSS") - before < 150 * row

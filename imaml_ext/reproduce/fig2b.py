@@ -4,8 +4,6 @@ Omniglot, 20-way 5-shot, the paper's network. On CUDA memory is the allocator's 
 is how much the resident set grows in a fresh process for each point.
 """
 
-import ctypes
-import gc
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +22,7 @@ from imaml_ext.methods import IMAML, Method
 from imaml_ext.models import conv4
 from imaml_ext.objective import module_loss
 from imaml_ext.plots import pyplot, save
-from imaml_ext.reproduce.memory import peak_bytes
+from imaml_ext.reproduce.memory import peak_bytes, release_free_memory, resident_bytes
 from imaml_ext.reproduce.study import Record, Settings, Study
 
 WAY, SHOT, TASKS, LAM, LR = 20, 5, 1, 2.0, 0.1
@@ -86,24 +84,16 @@ def one_point(name: str, inner_steps: int, cg_steps: int, settings: Settings) ->
     FOMAML(loss, params, inner=GradientDescent(lr=LR, steps=1)).meta_gradient(batch)
     if device.type == "cuda":
         peak = peak_bytes(lambda: method.meta_gradient(batch), device)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the loading left free is not to be used again
-    before = _resident_bytes("VmRSS")
+    release_free_memory()  # what the loading left free is not to be used again
+    before = resident_bytes("VmRSS")
     start = time.perf_counter()
     out = method.meta_gradient(batch)
     loss_value = out.query_loss.mean().item()  # and waits for the device
     seconds = time.perf_counter() - start
     if device.type != "cuda":
         # Not getrusage's maximum, which begins with that of the process that started this one.
-        peak = _resident_bytes("VmHWM") - before
+        peak = resident_bytes("VmHWM") - before
     return {"seconds": seconds, "peak_bytes": peak, "loss": loss_value}
-
-
-def _resident_bytes(which: str) -> int:
-    """The resident set now (VmRSS), or at its largest (VmHWM); Linux."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith(which))
-    return int(line.split()[1]) * 1024
 
 
 def draw(records: list[Record], folder: Path) -> list[Path]:

@@ -1,7 +1,10 @@
-"""Peak memory of a call, by torch's own accounting."""
+"""Memory: of a call by torch's own accounting, and of the process by the system's."""
 
+import ctypes
+import gc
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,3 +35,16 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def release_free_memory() -> None:
+    """Give back to the system what nothing refers to; glibc."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes(which: str) -> int:
+    """The resident set now (VmRSS), or at its largest (VmHWM); Linux."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(which))
+    return int(line.split()[1]) * 1024
