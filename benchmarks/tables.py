@@ -158,7 +158,8 @@ def soak(result: Result) -> str:
     ]
     return table(["meta-steps", "resident, MiB", "ms a step, median of the block"], lines) + (
         f"\nFrom {result['resident_at_start'] / 2**20:.1f} MiB after "
-        f"{result['settings']['warm_up']} steps: {result['bytes_per_step']:.0f} bytes a step, which the history of records keeps. "
+        f"{result['settings']['warm_up']} steps: {result['bytes_per_step']:.0f} bytes a step, "
+        "which the history of records keeps. "
         f"The second half takes {result['late_over_early']:.3f} of the first's time.\n"
     )
 
