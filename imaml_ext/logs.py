@@ -21,6 +21,13 @@ def json_lines(
 
     The file begins with the records of the run so far, and loses what an interrupted one wrote
     after its last checkpoint.
+
+    Args:
+        path: of the file.
+        history, validation: records so far, as a `Trainer` has them.
+
+    Raises:
+        OSError: the file cannot be written to.
     """
     past = [("train", record) for record in history] + [("val", record) for record in validation]
     past.sort(key=lambda line: line[1]["step"])  # is stable: a step before its validation
@@ -39,13 +46,17 @@ def json_lines(
 def tensorboard(folder: Path, steps: int) -> Iterator[Log]:
     """Scalars such as "train/loss" by meta-step; what was written after step `steps` is hidden.
 
+    Args:
+        folder: of TensorBoard's files.
+        steps: meta-steps made so far.
+
     Raises:
         ValueError: the package tensorboard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("needs tensorboard: pip install 'imaml_ext[tensorboard]'") from error
+        raise ValueError("--tensorboard needs the package: pip install tensorboard") from error
     with SummaryWriter(str(folder), purge_step=steps + 1) as writer:
 
         def log(split: str, record: Record) -> None:

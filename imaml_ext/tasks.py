@@ -58,12 +58,20 @@ class TaskSource(Protocol):
 
 @runtime_checkable
 class DivisibleSource(Protocol):
-    """A source that can deal some tasks of each batch without the others."""
+    """A source that can deal some tasks of each batch without the others.
+
+    Attributes:
+        tasks: B, of the batches that it deals.
+    """
 
     tasks: int
 
     def part(self, tasks: range) -> TaskSource:
-        """A source of these tasks of each batch, bit for bit as they are in the whole."""
+        """A source of these tasks of each batch, bit for bit as they are in the whole.
+
+        Args:
+            tasks: consecutive numbers of tasks, from 0.
+        """
 
 
 @runtime_checkable
