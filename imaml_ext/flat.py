@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from imaml_ext.looking import may_look
 
@@ -19,7 +20,8 @@ class Layout:
 
     Raises:
         TypeError: `params` is not a mapping of names to float32 or float64 tensors.
-        ValueError: there are no parameters, or they differ in dtype or device.
+        ValueError: there are no parameters, they differ in dtype or device, one is there under two
+            names, or one has no shape yet.
     """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
@@ -30,7 +32,17 @@ class Layout:
         if not params:
             raise ValueError("params is empty: there is nothing to adapt")
         first_name, first = next(iter(params.items()))
+        names: dict[int, str] = {}
         for name, tensor in params.items():
+            if isinstance(tensor, UninitializedParameter):
+                raise ValueError(
+                    f"params[{name!r}] has no shape yet: call the lazy module once on an example"
+                )
+            if names.setdefault(id(tensor), name) != name:
+                raise ValueError(
+                    f"params[{name!r}] is params[{names[id(tensor)]!r}]: name a tied tensor once, "
+                    "as dict(model.named_parameters()) does"
+                )
             if tensor.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"params[{name!r}] must be float32 or float64, got {tensor.dtype}")
             if tensor.dtype != first.dtype or tensor.device != first.device:

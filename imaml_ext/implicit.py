@@ -9,15 +9,18 @@ With `phi_i = argmin L̂_i(phi) + 1/2 (phi - theta)' Λ (phi - theta)`, `v_i = �
 Source: Rajeswaran, Finn, Kakade, Levine 2019, equation 6 and Algorithm 2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imaml_ext.cg import ConjugateGradient
-from imaml_ext.flat import Lam, Layout, Params
+from imaml_ext.compiling import eager
+from imaml_ext.flat import Lam, Layout, Params, matrix_product
 from imaml_ext.inner import GradientDescent, InnerSolver
 from imaml_ext.inner.base import judge, new_status, unjudged
 from imaml_ext.linear import LinearSolver
@@ -33,6 +36,7 @@ from imaml_ext.proximal import Proximal
 from imaml_ext.solution import Solution, Status
 
 
+@eager
 def implicit_meta_grad(
     loss: Loss,
     params: Mapping[str, Tensor],
@@ -101,6 +105,7 @@ def implicit_meta_grad(
     )
 
 
+@eager
 def adapt(
     loss: Loss,
     params: Mapping[str, Tensor],
@@ -155,6 +160,7 @@ class _Adapt(torch.autograd.Function):
         ctx: Any, theta: Tensor, lam: Tensor, objective: Objective, solvers: _Solvers
     ) -> Tensor:
         solution = solvers.inner.solve(Proximal(objective, theta.detach(), lam.detach()))
+        ctx.precision = _autocast_of(theta.device.type)
         ctx.objective, ctx.solvers, ctx.second_moment = objective, solvers, solution.second_moment
         ctx.save_for_backward(theta, lam, solution.value)
         return solution.value
@@ -165,11 +171,24 @@ class _Adapt(torch.autograd.Function):
         theta, lam, phi = ctx.saved_tensors
         problem = Proximal(ctx.objective, theta, lam)
         solution = replace(_given(phi, problem), second_moment=ctx.second_moment)
-        _, inner, system = ctx.solvers.differentiate(problem, solution, v.contiguous())
+        with ctx.precision():  # of the forward pass, wherever backward() is called
+            _, inner, system = ctx.solvers.differentiate(problem, solution, v.contiguous())
         ok = ~failed_tasks(inner.residual, inner, system)
         to_theta, to_lam = _pull_back(system.value, phi, problem, ok)
         poison = torch.where(ok.all(), 0.0, torch.nan).to(theta.dtype)
         return to_theta + poison, to_lam + poison, None, None
+
+
+def _autocast_of(device: str) -> Callable[[], AbstractContextManager[Any]]:
+    """A maker of contexts with the autocast that is in force now."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext
+    return partial(
+        torch.autocast,
+        device,
+        dtype=torch.get_autocast_dtype(device),
+        enabled=torch.is_autocast_enabled(device),
+    )
 
 
 def _given(phi: Tensor, problem: Proximal) -> Solution:
@@ -187,7 +206,7 @@ def _pull_back(x: Tensor, phi: Tensor, problem: Proximal, ok: Tensor) -> tuple[T
     away = torch.where(mask, phi - problem.theta, 0.0)
     to_theta = problem.strengthen(x.sum(0, keepdim=True))[0]
     if problem.lam.dim() == 2:
-        product = x.T @ away
+        product = matrix_product(x.T, away)
         return to_theta, -0.5 * (product + product.T)
     to_lam = -(x * away).sum(0)
     return to_theta, to_lam.sum().reshape(1) if problem.lam.numel() == 1 else to_lam

@@ -9,7 +9,7 @@ import imaml_ext
 
 # From the ground up; a room imports from rooms below it only.
 FLOORS = [
-    {"_version", "files", "looking", "random"},
+    {"_version", "blame", "files", "looking", "random"},
     {"ops", "solution", "flat", "checkpoint", "compiling", "data.cache"},
     {"layers", "models", "presets"},
     {"objective", "linear", "strength"},

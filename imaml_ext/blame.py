@@ -1,0 +1,179 @@
+"""Which layer PyTorch could not batch or differentiate, and what to do about it.
+
+PyTorch names an operator. Here the layer is found that called it: an error in the forward pass has
+it in its traceback; one in a derivative has not, so each layer is differentiated by itself. Nothing
+is done before there is an error.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils import _pytree as pytree
+
+
+class Cause(NamedTuple):
+    """What an error says."""
+
+    failure: str  # continues "the layer ..."
+    operator: str | None
+    in_backward: bool
+
+
+_TWICE = "has no second derivative in PyTorch"
+_VMAP = "cannot be vmapped by PyTorch"
+_VALUE = "looks at a value, and there is one for each task"
+_SHARED = "writes what tasks share"
+
+# What torch says, what that means, and whether it says so in a backward pass; group 1 is the
+# operator.
+_MESSAGES = [
+    (r"derivative for '?([\w:.]+)'? is not implemented", _TWICE, True),
+    (r"marked with @once_differentiable", _TWICE, True),
+    (r"Batching rule not implemented for ([\w:]+\.out);", _SHARED, False),
+    (r"Batching rule not implemented for ([\w:.]+?)[;.]? ", _VMAP, False),
+    (r"In order to use an autograd.Function with functorch", _VMAP, False),
+    (r"You tried to vmap over (\w+), but it does not have vmap", _VMAP, False),
+    (r"^vmap: It looks like", _VALUE, False),
+    (r"^vmap: (\S+)\(.*is not possible", _SHARED, False),
+    (r"^output with shape .* doesn't match the broadcast shape", _SHARED, False),
+    (r"batched tensor as input while the running_mean", _SHARED, False),
+]
+
+# What to do, by operator; the first that matches.
+_REMEDIES = [
+    (
+        r"scaled_dot_product|flash_attention|efficient_attention|cudnn_attention",
+        "run it, and the backward pass of adapt, under "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+    ),
+    (
+        r"native_multi_head_attention|transformer_encoder_layer_fwd",
+        "call torch.backends.mha.set_fastpath_enabled(False)",
+    ),
+    (r"_cudnn_rnn", "run it under torch.backends.cudnn.flags(enabled=False)"),
+    (
+        r"(::|_)(lstm|gru|rnn)",
+        "write the recurrence out, as docs/your-model.md does; if its parameters are frozen, "
+        "compute its outputs before and let them be the data",
+    ),
+    (r"_embedding_bag", "take nn.Embedding, and the sum or mean over the bag"),
+    (r"_cdist|_pdist", "write the distances out, or take compute_mode='use_mm_for_euclid_dist'"),
+]
+
+_OTHERWISE = {
+    _TWICE: "write it in operators that PyTorch differentiates twice",
+    _VMAP: "write it in operators that PyTorch vmaps",
+    _VALUE: "use torch.where",
+    _SHARED: "track no running statistics, call eval(), or write a new tensor",
+}
+
+
+def title(name: str, module: nn.Module) -> str:
+    """How messages call a module."""
+    kind = type(module).__name__
+    return f"{name} ({kind})" if name else kind
+
+
+def cause_of(error: RuntimeError) -> Cause | None:
+    """What the error says; None for one that is not about batching or differentiating."""
+    for pattern, failure, in_backward in _MESSAGES:
+        found = re.search(pattern, str(error))
+        if found is not None:
+            return Cause(failure, found[1] if found.re.groups else None, in_backward)
+    return None
+
+
+def explain(error: RuntimeError, example: Callable[[], Tensor]) -> str | None:
+    """One line that names the layer and the remedy; None for an error that says it itself.
+
+    Args:
+        example: the loss of one task, without vmap, in the graph of its parameters.
+    """
+    cause = cause_of(error)
+    if cause is None:
+        return None
+    layer = _failing_layer(example) if cause.in_backward else _layer_in(error.__traceback__)
+    operator = "" if cause.operator is None else f" ({cause.operator})"
+    text = f"{layer or 'the loss itself'} {cause.failure}{operator}: {remedy(cause)}"
+    if cause.in_backward:
+        text += ", or take a method that needs none, FOMAML or Reptile"
+    return text
+
+
+def remedy(cause: Cause) -> str:
+    for pattern, text in _REMEDIES:
+        if cause.operator is not None and re.search(pattern, cause.operator):
+            return text
+    return _OTHERWISE[cause.failure]
+
+
+def _layer_in(traceback: TracebackType | None) -> str | None:
+    """The innermost module under way when the error was raised."""
+    under_way: list[nn.Module] = []
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            under_way.append(owner)
+        traceback = traceback.tb_next
+    return _name(under_way[0], under_way[-1]) if under_way else None
+
+
+def _failing_layer(example: Callable[[], Tensor]) -> str | None:
+    """The first module, inner ones before those that hold them, without a second derivative."""
+    failing: list[nn.Module] = []
+    callers: list[nn.Module] = []
+    busy = False
+
+    def after(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        nonlocal busy
+        if busy:
+            return
+        callers.append(module)  # the last is the outermost
+        if failing:
+            return
+        busy = True
+        try:
+            if not _has_second_derivative(module, args, kwargs):
+                failing.append(module)
+        finally:
+            busy = False
+
+    with torch.enable_grad(), register_module_forward_hook(after, with_kwargs=True):
+        example()
+    return _name(callers[-1], failing[0]) if failing else None
+
+
+def _has_second_derivative(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    leaves = [t.detach().requires_grad_() if _is_floating(t) else t for t in leaves]
+    args, kwargs = pytree.tree_unflatten(leaves, structure)
+    inputs = [t for t in [*leaves, *module.parameters()] if _is_floating(t) and t.requires_grad]
+    try:
+        slopes = _slopes(pytree.tree_leaves(module.forward(*args, **kwargs)), inputs)
+        _slopes(slopes, inputs)
+    except RuntimeError as error:
+        cause = cause_of(error)
+        return cause is None or not cause.in_backward
+    return True
+
+
+def _slopes(outputs: Sequence[Any], inputs: list[Tensor]) -> list[Tensor]:
+    values = [t.square().sum() for t in outputs if _is_floating(t) and t.requires_grad]
+    if not values:
+        return []
+    slopes = torch.autograd.grad(sum(values), inputs, create_graph=True, allow_unused=True)
+    return [slope for slope in slopes if slope is not None]
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _name(root: nn.Module, module: nn.Module) -> str:
+    names = (name for name, other in root.named_modules() if other is module)
+    return title(next(names, ""), module)
