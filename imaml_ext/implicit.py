@@ -33,6 +33,7 @@ from imaml_ext.meta_gradient import (
 )
 from imaml_ext.objective import Loss, Objective
 from imaml_ext.proximal import Proximal
+from imaml_ext.shared import check_shared, direct_gradient, gradient_through_phi
 from imaml_ext.solution import Solution, Status
 
 
@@ -47,6 +48,7 @@ def implicit_meta_grad(
     inner: InnerSolver | None = None,
     cg: LinearSolver | None = None,
     query_loss: Loss | None = None,
+    shared: Mapping[str, Tensor] | None = None,
     adapted: Mapping[str, Tensor] | None = None,
     nonfinite: Nonfinite = "refuse",
 ) -> MetaGradient:
@@ -64,6 +66,8 @@ def implicit_meta_grad(
         inner: inner solver; default `GradientDescent(lr=0.1, steps=16)`.
         cg: linear solver, any `LinearSolver`; default `ConjugateGradient(max_iter=5)`.
         query_loss: judged at phi instead of `loss`.
+        shared: {name: tensor}, learned but not adapted, as ANIL's body is: the losses get them
+            beside phi, and `out.extra` has their gradients.
         adapted: use these phi, {name: [B, ...]}, and skip the inner solve.
         nonfinite: what a task with a non-finite loss, gradient or solve does to the mean. "refuse":
             the mean is NaN, so that it cannot go unnoticed. "skip": the mean is of the other tasks.
@@ -74,8 +78,9 @@ def implicit_meta_grad(
     check_nonfinite(nonfinite)
     layout = Layout(params)
     solvers = _Solvers(inner, cg)
-    objective = Objective(loss, layout, support, "support")
-    judged = Objective(query_loss or loss, layout, query, "query")
+    psi = check_shared(shared, layout)
+    objective = Objective(loss, layout, support, "support", psi)
+    judged = Objective(query_loss or loss, layout, query, "query", psi)
     if judged.tasks != objective.tasks:
         raise ValueError(
             f"support holds {objective.tasks} tasks, query {judged.tasks}: B must be the same"
@@ -94,6 +99,11 @@ def implicit_meta_grad(
     ok = ~failed_tasks(losses, solution, system)
     share = task_share(ok, nonfinite, layout.dtype)
     to_theta, to_lam = _pull_back(system.value, phi, problem, ok)
+    extra = {}
+    if psi:
+        direct = direct_gradient(judged, phi, ok)
+        through_phi = gradient_through_phi(objective, phi, system.value, ok)
+        extra = {name: (direct[name] + through_phi[name]) * share for name in psi}
     return MetaGradient(
         params=layout.unflatten(to_theta * share),
         lam=_lam_gradient(leaves, flat_lam, to_lam * share),
@@ -102,6 +112,7 @@ def implicit_meta_grad(
         adapted=layout.unflatten(phi),
         inner=solution,
         cg=system,
+        extra=extra,
     )
 
 
@@ -114,19 +125,26 @@ def adapt(
     lam: Lam,
     inner: InnerSolver | None = None,
     cg: LinearSolver | None = None,
+    shared: Mapping[str, Tensor] | None = None,
 ) -> Params:
     """phi_i = argmin G_i for a batch of tasks, {name: [B, ...]}, in the autograd graph.
 
     `backward` through the result applies the implicit function theorem: one linear solve fills the
-    gradients of theta and of lam, whatever the inner solver did. It can be differentiated once.
+    gradients of theta, of lam and of what is shared, whatever the inner solver did. It can be
+    differentiated once, under the autocast that was in force here. What the loss closes over is a
+    constant.
     A task that is not finite makes the gradient NaN; for reports per task see `implicit_meta_grad`.
 
     Args, Raises: as for `implicit_meta_grad`.
     """
     layout = Layout(params)
-    objective = Objective(loss, layout, support, "support")
+    psi = check_shared(shared, layout)
+    objective = Objective(loss, layout, support, "support", psi)
     theta, flat_lam = layout.flatten(params), layout.flatten_lam(lam)
-    return layout.unflatten(_Adapt.apply(theta, flat_lam, objective, _Solvers(inner, cg)))
+    solvers = _Solvers(inner, cg)
+    return layout.unflatten(
+        _Adapt.apply(theta, flat_lam, objective, solvers, *(shared or {}).values())
+    )
 
 
 class _Solvers:
@@ -157,26 +175,35 @@ class _Solvers:
 class _Adapt(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, theta: Tensor, lam: Tensor, objective: Objective, solvers: _Solvers
+        ctx: Any,
+        theta: Tensor,
+        lam: Tensor,
+        objective: Objective,
+        solvers: _Solvers,
+        *shared: Tensor,
     ) -> Tensor:
         solution = solvers.inner.solve(Proximal(objective, theta.detach(), lam.detach()))
         ctx.precision = _autocast_of(theta.device.type)
         ctx.objective, ctx.solvers, ctx.second_moment = objective, solvers, solution.second_moment
-        ctx.save_for_backward(theta, lam, solution.value)
+        ctx.save_for_backward(theta, lam, solution.value, *shared)
         return solution.value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        theta, lam, phi = ctx.saved_tensors
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        theta, lam, phi, *_ = ctx.saved_tensors  # the others to see that none was written
         problem = Proximal(ctx.objective, theta, lam)
         solution = replace(_given(phi, problem), second_moment=ctx.second_moment)
+        psi: Params = {}
         with ctx.precision():  # of the forward pass, wherever backward() is called
             _, inner, system = ctx.solvers.differentiate(problem, solution, v.contiguous())
-        ok = ~failed_tasks(inner.residual, inner, system)
+            ok = ~failed_tasks(inner.residual, inner, system)
+            if any(ctx.needs_input_grad[4:]):
+                psi = gradient_through_phi(ctx.objective, phi, system.value, ok)
         to_theta, to_lam = _pull_back(system.value, phi, problem, ok)
         poison = torch.where(ok.all(), 0.0, torch.nan).to(theta.dtype)
-        return to_theta + poison, to_lam + poison, None, None
+        to_shared = [psi[name] + poison if psi else None for name in ctx.objective.shared]
+        return to_theta + poison, to_lam + poison, None, None, *to_shared
 
 
 def _autocast_of(device: str) -> Callable[[], AbstractContextManager[Any]]:

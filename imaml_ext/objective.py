@@ -97,6 +97,7 @@ class Objective:
         layout: of the rows.
         data: pytree of [B, N, ...] tensors.
         label: what messages call the data.
+        shared: parameters that all tasks have in common: the loss gets them beside its row.
 
     Raises:
         TypeError: a leaf of the data is not a tensor, or of another floating dtype than the rows.
@@ -104,11 +105,19 @@ class Objective:
         RuntimeError: a transform of `torch.func`, or forward-mode differentiation, is under way.
     """
 
-    def __init__(self, loss: Loss, layout: Layout, data: Any, label: str = "data") -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        layout: Layout,
+        data: Any,
+        label: str = "data",
+        shared: Params | None = None,
+    ) -> None:
         check_no_transform()
         self.loss = loss
         self.layout = layout
         self.data = data
+        self.shared = shared or {}
         self.tasks = _count_tasks(layout, data, label)
 
     def losses(self, rows: Tensor) -> Tensor:
@@ -213,12 +222,15 @@ class Objective:
         with task_layers(self.layout.device):
             return vmap(function, randomness="different")(*operands)
 
+    def _params(self, row: Tensor) -> Params:
+        return self.layout.unflatten(row) | self.shared
+
     def _one_loss(self, row: Tensor, data: Any) -> Tensor:
-        return _scalar(self.loss(self.layout.unflatten(row), data))
+        return _scalar(self.loss(self._params(row), data))
 
     def _one_output(self, row: Tensor, x: Any) -> Tensor:
         assert isinstance(self.loss, ModuleLoss)
-        return self.loss.outputs(self.layout.unflatten(row), x)
+        return self.loss.outputs(self._params(row), x)
 
     def _one_criterion(self, z: Tensor, y: Any) -> Tensor:
         assert isinstance(self.loss, ModuleLoss)

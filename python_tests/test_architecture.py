@@ -13,7 +13,7 @@ FLOORS = [
     {"ops", "solution", "flat", "checkpoint", "compiling", "data.cache"},
     {"layers", "models", "presets"},
     {"objective", "linear", "strength"},
-    {"cg", "minres", "neumann", "proximal"},
+    {"cg", "minres", "neumann", "proximal", "shared"},
     {"inner.base", "inner.line_search", "meta_gradient", "tasks"},
     {
         "inner.adam",
