@@ -102,6 +102,11 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
         nonlocal disabled
         if "torch._dynamo" not in sys.modules:  # seconds to import, and nothing can be compiling
             return function(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(
+                f"{function.__name__} is not for torch.compile to trace: RecordedMetaGradient "
+                "compiles a meta-gradient"
+            )
         if disabled is None:
             disabled = torch.compiler.disable(function)
         return disabled(*args, **kwargs)

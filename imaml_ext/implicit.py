@@ -189,6 +189,7 @@ class _Adapt(torch.autograd.Function):
         return solution.value
 
     @staticmethod
+    @eager
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         theta, lam, phi, *_ = ctx.saved_tensors  # the others to see that none was written
