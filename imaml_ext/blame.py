@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
 
@@ -24,6 +25,7 @@ class Cause(NamedTuple):
     in_backward: bool
 
 
+_ONCE = "has no derivative in PyTorch"
 _TWICE = "has no second derivative in PyTorch"
 _VMAP = "cannot be vmapped by PyTorch"
 _VALUE = "looks at a value, and there is one for each task"
@@ -66,6 +68,7 @@ _REMEDIES = [
 ]
 
 _OTHERWISE = {
+    _ONCE: "write it in operators that PyTorch differentiates",
     _TWICE: "write it in operators that PyTorch differentiates twice",
     _VMAP: "write it in operators that PyTorch vmaps",
     _VALUE: "use torch.where",
@@ -84,7 +87,10 @@ def cause_of(error: RuntimeError) -> Cause | None:
     for pattern, failure, in_backward in _MESSAGES:
         found = re.search(pattern, str(error))
         if found is not None:
-            return Cause(failure, found[1] if found.re.groups else None, in_backward)
+            operator = found[1] if found.re.groups else None
+            if in_backward and operator is not None and "backward" not in operator:
+                failure = _ONCE
+            return Cause(failure, operator, in_backward)
     return None
 
 
@@ -99,8 +105,8 @@ def explain(error: RuntimeError, example: Callable[[], Tensor]) -> str | None:
         return None
     layer = _failing_layer(example) if cause.in_backward else _layer_in(error.__traceback__)
     operator = "" if cause.operator is None else f" ({cause.operator})"
-    text = f"{layer or 'the loss itself'} {cause.failure}{operator}: {remedy(cause)}"
-    if cause.in_backward:
+    text = f"{layer or 'the loss'} {cause.failure}{operator}: {remedy(cause)}"
+    if cause.failure == _TWICE:
         text += ", or take a method that needs none, FOMAML or Reptile"
     return text
 
@@ -124,7 +130,7 @@ def _layer_in(traceback: TracebackType | None) -> str | None:
 
 
 def _failing_layer(example: Callable[[], Tensor]) -> str | None:
-    """The first module, inner ones before those that hold them, without a second derivative."""
+    """The first module, inner ones before those that hold them, that lacks a derivative."""
     failing: list[nn.Module] = []
     callers: list[nn.Module] = []
     busy = False
@@ -138,7 +144,7 @@ def _failing_layer(example: Callable[[], Tensor]) -> str | None:
             return
         busy = True
         try:
-            if not _has_second_derivative(module, args, kwargs):
+            if not _has_derivatives(module, args, kwargs):
                 failing.append(module)
         finally:
             busy = False
@@ -148,13 +154,23 @@ def _failing_layer(example: Callable[[], Tensor]) -> str | None:
     return _name(callers[-1], failing[0]) if failing else None
 
 
-def _has_second_derivative(module: nn.Module, args: Any, kwargs: Any) -> bool:
+def _has_derivatives(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether PyTorch has the first and the second, under vmap, where a layer may run otherwise."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
-    leaves = [t.detach().requires_grad_() if _is_floating(t) else t for t in leaves]
-    args, kwargs = pytree.tree_unflatten(leaves, structure)
-    inputs = [t for t in [*leaves, *module.parameters()] if _is_floating(t) and t.requires_grad]
+    places = [place for place, leaf in enumerate(leaves) if _is_floating(leaf)]
+    params = dict(module.named_parameters())
+    inputs = [leaves[place] for place in places] + list(params.values())
+    inputs = [t.detach()[None].requires_grad_() for t in inputs]
+
+    def forward(*inputs: Tensor) -> list[Tensor]:
+        given = dict(enumerate(leaves)) | dict(zip(places, inputs, strict=False))
+        args, kwargs = pytree.tree_unflatten(list(given.values()), structure)
+        own = dict(zip(params, inputs[len(places) :], strict=True))
+        outputs = functional_call(module, own, args, kwargs)
+        return [t for t in pytree.tree_leaves(outputs) if _is_floating(t)]
+
     try:
-        slopes = _slopes(pytree.tree_leaves(module.forward(*args, **kwargs)), inputs)
+        slopes = _slopes(vmap(forward, randomness="different")(*inputs), inputs)
         _slopes(slopes, inputs)
     except RuntimeError as error:
         cause = cause_of(error)

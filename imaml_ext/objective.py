@@ -226,7 +226,7 @@ class Objective:
         return self.layout.unflatten(row) | self.shared
 
     def _one_loss(self, row: Tensor, data: Any) -> Tensor:
-        return _scalar(self.loss(self._params(row), data))
+        return _scalar(self.loss(self._params(row), data)).to(self.layout.dtype)
 
     def _one_output(self, row: Tensor, x: Any) -> Tensor:
         assert isinstance(self.loss, ModuleLoss)
@@ -234,7 +234,7 @@ class Objective:
 
     def _one_criterion(self, z: Tensor, y: Any) -> Tensor:
         assert isinstance(self.loss, ModuleLoss)
-        return _scalar(self.loss.criterion(z, y))
+        return _scalar(self.loss.criterion(z, y)).to(self.layout.dtype)
 
 
 def check_recording() -> None:
