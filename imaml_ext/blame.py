@@ -1,17 +1,19 @@
 """Which layer PyTorch could not batch or differentiate, and what to do about it.
 
 PyTorch names an operator. Here the layer is found that called it: an error in the forward pass has
-it in its traceback; one in a derivative has not, so each layer is differentiated by itself. Nothing
-is done before there is an error.
+it in its traceback; one in a derivative has not, so each layer is differentiated by itself, once
+there is an error.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.func import functional_call, vmap
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
@@ -35,7 +37,7 @@ _SHARED = "writes what tasks share"
 # operator.
 _MESSAGES = [
     (r"derivative for '?([\w:.]+)'? is not implemented", _TWICE, True),
-    (r"marked with @once_differentiable", _TWICE, True),
+    (r"marked with @once_differentiable(?:: ([\w:.]+))?", _TWICE, True),
     (r"Batching rule not implemented for ([\w:]+\.out);", _SHARED, False),
     (r"Batching rule not implemented for ([\w:.]+?)[;.]? ", _VMAP, False),
     (r"In order to use an autograd.Function with functorch", _VMAP, False),
@@ -88,7 +90,7 @@ def cause_of(error: RuntimeError) -> Cause | None:
         found = re.search(pattern, str(error))
         if found is not None:
             operator = found[1] if found.re.groups else None
-            if in_backward and operator is not None and "backward" not in operator:
+            if in_backward and operator is not None and "backward" not in operator.lower():
                 failure = _ONCE
             return Cause(failure, operator, in_backward)
     return None
@@ -116,6 +118,49 @@ def remedy(cause: Cause) -> str:
         if cause.operator is not None and re.search(pattern, cause.operator):
             return text
     return _OTHERWISE[cause.failure]
+
+
+def check_differentiable_twice(outputs: Tensor, inputs: Tensor) -> None:
+    """Raises RuntimeError where a second derivative would be zero without a word.
+
+    What lies behind a Function marked once_differentiable looks unused to a gradient that is asked
+    for by its inputs, and inside vmap the mark is lost altogether.
+    """
+    end: Any = torch.autograd.graph.get_gradient_edge(inputs).node
+    for node in _nodes(outputs.grad_fn, end):
+        if isinstance(node, BackwardCFunction) and _is_marked(type(node)._forward_cls, set()):  # type: ignore[attr-defined]
+            below = (other for n in _nodes(node, end) for other, _ in n.next_functions)
+            if end in below:
+                raise RuntimeError(f"marked with @once_differentiable: {type(node).__name__}")
+
+
+def _nodes(start: Any, end: Any) -> Iterator[Any]:
+    """The graph below a node, itself included, up to `end`."""
+    stack, seen = [start], {None, end}
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack += [below for below, _ in node.next_functions]
+
+
+_MARK = once_differentiable(lambda ctx: None).__code__
+
+
+def _is_marked(function: Any, seen: set[Any]) -> bool:
+    """Whether the Function's backward is once_differentiable; vmap's holds it in a closure."""
+    seen.add(function)
+    backward = function.backward
+    while backward is not None:
+        if getattr(backward, "__code__", None) is _MARK:
+            return True
+        for cell in getattr(backward, "__closure__", None) or ():
+            held = cell.cell_contents
+            if isinstance(held, type) and issubclass(held, Function) and held not in seen:
+                return _is_marked(held, seen)
+        backward = getattr(backward, "__wrapped__", None)
+    return False
 
 
 def _layer_in(traceback: TracebackType | None) -> str | None:
@@ -182,7 +227,10 @@ def _slopes(outputs: Sequence[Any], inputs: list[Tensor]) -> list[Tensor]:
     values = [t.square().sum() for t in outputs if _is_floating(t) and t.requires_grad]
     if not values:
         return []
-    slopes = torch.autograd.grad(sum(values), inputs, create_graph=True, allow_unused=True)
+    total = torch.stack(values).sum()
+    for t in inputs:
+        check_differentiable_twice(total, t)
+    slopes = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
     return [slope for slope in slopes if slope is not None]
 
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
-from imaml_ext.blame import explain, title
+from imaml_ext.blame import check_differentiable_twice, explain, title
 from imaml_ext.flat import Layout, Params
 from imaml_ext.layers import task_layers
 from imaml_ext.solution import CurvatureKind, Matvec
@@ -296,6 +296,8 @@ def _vjp(
     """`vector' d outputs / d inputs`; zero where `outputs` does not depend on `inputs`."""
     if not outputs.requires_grad:
         return torch.zeros_like(inputs)
+    if create_graph:
+        check_differentiable_twice(outputs, inputs)
     with torch.set_grad_enabled(create_graph):
         (product,) = torch.autograd.grad(
             outputs,
