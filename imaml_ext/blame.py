@@ -29,6 +29,7 @@ class Cause(NamedTuple):
 
 _ONCE = "has no derivative in PyTorch"
 _TWICE = "has no second derivative in PyTorch"
+_WRONG = "has a second derivative in PyTorch that is wrong"
 _VMAP = "cannot be vmapped by PyTorch"
 _VALUE = "looks at a value, and there is one for each task"
 _SHARED = "writes what tasks share"
@@ -38,6 +39,7 @@ _SHARED = "writes what tasks share"
 _MESSAGES = [
     (r"derivative for '?([\w:.]+)'? is not implemented", _TWICE, True),
     (r"marked with @once_differentiable(?:: ([\w:.]+))?", _TWICE, True),
+    (r"wrong derivative: (\w+)", _WRONG, True),
     (r"Batching rule not implemented for ([\w:]+\.out);", _SHARED, False),
     (r"Batching rule not implemented for ([\w:.]+?)[;.]? ", _VMAP, False),
     (r"In order to use an autograd.Function with functorch", _VMAP, False),
@@ -65,11 +67,16 @@ _REMEDIES = [
         "write the recurrence out, as docs/your-model.md does; if its parameters are frozen, "
         "compute its outputs before and let them be the data",
     ),
+    (
+        r"WeightNorm",
+        "register a parametrization of its own, v, g -> g * v / v.norm(dim=1, keepdim=True)",
+    ),
     (r"_embedding_bag", "take nn.Embedding, and the sum or mean over the bag"),
     (r"_cdist|_pdist", "write the distances out, or take compute_mode='use_mm_for_euclid_dist'"),
 ]
 
 _OTHERWISE = {
+    _WRONG: "write it in other operators",
     _ONCE: "write it in operators that PyTorch differentiates",
     _TWICE: "write it in operators that PyTorch differentiates twice",
     _VMAP: "write it in operators that PyTorch vmaps",
@@ -90,7 +97,7 @@ def cause_of(error: RuntimeError) -> Cause | None:
         found = re.search(pattern, str(error))
         if found is not None:
             operator = found[1] if found.re.groups else None
-            if in_backward and operator is not None and "backward" not in operator.lower():
+            if failure == _TWICE and operator and "backward" not in operator.lower():
                 failure = _ONCE
             return Cause(failure, operator, in_backward)
     return None
@@ -108,7 +115,7 @@ def explain(error: RuntimeError, example: Callable[[], Tensor]) -> str | None:
     layer = _failing_layer(example) if cause.in_backward else _layer_in(error.__traceback__)
     operator = "" if cause.operator is None else f" ({cause.operator})"
     text = f"{layer or 'the loss'} {cause.failure}{operator}: {remedy(cause)}"
-    if cause.failure == _TWICE:
+    if cause.failure in (_TWICE, _WRONG):
         text += ", or take a method that needs none, FOMAML or Reptile"
     return text
 
@@ -121,13 +128,16 @@ def remedy(cause: Cause) -> str:
 
 
 def check_differentiable_twice(outputs: Tensor, inputs: Tensor) -> None:
-    """Raises RuntimeError where a second derivative would be zero without a word.
+    """Raises RuntimeError where a second derivative would be zero or wrong without a word.
 
-    What lies behind a Function marked once_differentiable looks unused to a gradient that is asked
-    for by its inputs, and inside vmap the mark is lost altogether.
+    Weight norm's takes the norm for a constant (torch 2.13). What lies behind a Function marked
+    once_differentiable looks unused to a gradient that is asked for by its inputs, and inside vmap
+    the mark is lost altogether.
     """
     end: Any = torch.autograd.graph.get_gradient_edge(inputs).node
     for node in _nodes(outputs.grad_fn, end):
+        if type(node).__name__ == "WeightNormInterfaceBackward0":
+            raise RuntimeError(f"wrong derivative: {type(node).__name__}")
         if isinstance(node, BackwardCFunction) and _is_marked(type(node)._forward_cls, set()):  # type: ignore[attr-defined]
             below = (other for n in _nodes(node, end) for other, _ in n.next_functions)
             if end in below:
