@@ -5,8 +5,10 @@ thousands of operators that compute it. Traced through, autograd and vmap includ
 graph, which `torch.compile`'s compiler fuses into few kernels.
 """
 
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from imaml_ext.looking import recording
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -88,6 +91,30 @@ _LOOKS = {
     *(torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__),
     *(torch.equal, torch.Tensor.equal, torch.allclose, torch.Tensor.allclose, torch.is_nonzero),
 }
+
+
+def eager(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, left as it is by a `torch.compile` of what calls it.
+
+    `torch.compile` traces no double backward pass; what is around the call is compiled.
+    """
+    disabled: Callable[P, T] | None = None
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:  # seconds to import, and nothing can be compiling
+            return function(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(
+                f"{function.__name__} is not for torch.compile to trace: RecordedMetaGradient "
+                "compiles a meta-gradient"
+            )
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    return run
 
 
 def _lift_tensors(graph: fx.GraphModule) -> list[Tensor]:

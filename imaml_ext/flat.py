@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from imaml_ext.looking import may_look
 
@@ -17,26 +18,41 @@ Lam = float | Tensor | Mapping[str, Tensor]
 class Layout:
     """The order and shapes of the parameters inside a flat vector of D scalars.
 
+    Args:
+        params: {name: tensor}.
+        label: what messages call them.
+
     Raises:
         TypeError: `params` is not a mapping of names to float32 or float64 tensors.
-        ValueError: there are no parameters, or they differ in dtype or device.
+        ValueError: there are no parameters, they differ in dtype or device, one is there under two
+            names, or one has no shape yet.
     """
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, params: Mapping[str, Tensor], label: str = "params") -> None:
         if not isinstance(params, Mapping) or not all(
             isinstance(t, Tensor) for t in params.values()
         ):
-            raise TypeError("params must map names to tensors, as dict(model.named_parameters())")
+            raise TypeError(f"{label} must map names to tensors, as dict(model.named_parameters())")
         if not params:
-            raise ValueError("params is empty: there is nothing to adapt")
+            raise ValueError(f"{label} is empty: there is nothing to adapt")
         first_name, first = next(iter(params.items()))
+        names: dict[int, str] = {}
         for name, tensor in params.items():
+            if isinstance(tensor, UninitializedParameter):
+                raise ValueError(
+                    f"{label}[{name!r}] has no shape yet: call the lazy module once on an example"
+                )
+            if names.setdefault(id(tensor), name) != name:
+                raise ValueError(
+                    f"{label}[{name!r}] is {label}[{names[id(tensor)]!r}]: name a tied tensor "
+                    "once, as dict(model.named_parameters()) does"
+                )
             if tensor.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"params[{name!r}] must be float32 or float64, got {tensor.dtype}")
+                raise TypeError(f"{label}[{name!r}] must be float32 or float64, got {tensor.dtype}")
             if tensor.dtype != first.dtype or tensor.device != first.device:
                 raise ValueError(
-                    f"params[{name!r}] is {tensor.dtype} on {tensor.device}, but "
-                    f"params[{first_name!r}] is {first.dtype} on {first.device}"
+                    f"{label}[{name!r}] is {tensor.dtype} on {tensor.device}, but "
+                    f"{label}[{first_name!r}] is {first.dtype} on {first.device}"
                 )
         self.shapes = {name: tensor.shape for name, tensor in params.items()}
         self.sizes = [tensor.numel() for tensor in params.values()]

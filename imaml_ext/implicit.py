@@ -9,15 +9,18 @@ With `phi_i = argmin L̂_i(phi) + 1/2 (phi - theta)' Λ (phi - theta)`, `v_i = �
 Source: Rajeswaran, Finn, Kakade, Levine 2019, equation 6 and Algorithm 2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imaml_ext.cg import ConjugateGradient
-from imaml_ext.flat import Lam, Layout, Params
+from imaml_ext.compiling import eager
+from imaml_ext.flat import Lam, Layout, Params, matrix_product
 from imaml_ext.inner import GradientDescent, InnerSolver
 from imaml_ext.inner.base import judge, new_status, unjudged
 from imaml_ext.linear import LinearSolver
@@ -30,9 +33,11 @@ from imaml_ext.meta_gradient import (
 )
 from imaml_ext.objective import Loss, Objective
 from imaml_ext.proximal import Proximal
+from imaml_ext.shared import check_shared, direct_gradient, gradient_through_phi
 from imaml_ext.solution import Solution, Status
 
 
+@eager
 def implicit_meta_grad(
     loss: Loss,
     params: Mapping[str, Tensor],
@@ -43,6 +48,7 @@ def implicit_meta_grad(
     inner: InnerSolver | None = None,
     cg: LinearSolver | None = None,
     query_loss: Loss | None = None,
+    shared: Mapping[str, Tensor] | None = None,
     adapted: Mapping[str, Tensor] | None = None,
     nonfinite: Nonfinite = "refuse",
 ) -> MetaGradient:
@@ -60,6 +66,8 @@ def implicit_meta_grad(
         inner: inner solver; default `GradientDescent(lr=0.1, steps=16)`.
         cg: linear solver, any `LinearSolver`; default `ConjugateGradient(max_iter=5)`.
         query_loss: judged at phi instead of `loss`.
+        shared: {name: tensor}, learned but not adapted, as ANIL's body is: the losses get them
+            beside phi, and `out.extra` has their gradients.
         adapted: use these phi, {name: [B, ...]}, and skip the inner solve.
         nonfinite: what a task with a non-finite loss, gradient or solve does to the mean. "refuse":
             the mean is NaN, so that it cannot go unnoticed. "skip": the mean is of the other tasks.
@@ -77,8 +85,9 @@ def implicit_meta_grad(
     check_nonfinite(nonfinite)
     layout = Layout(params)
     solvers = _Solvers(inner, cg)
-    objective = Objective(loss, layout, support, "support")
-    judged = Objective(query_loss or loss, layout, query, "query")
+    psi = check_shared(shared, layout)
+    objective = Objective(loss, layout, support, "support", psi)
+    judged = Objective(query_loss or loss, layout, query, "query", psi)
     if judged.tasks != objective.tasks:
         raise ValueError(
             f"support holds {objective.tasks} tasks, query {judged.tasks}: B must be the same"
@@ -97,6 +106,11 @@ def implicit_meta_grad(
     ok = ~failed_tasks(losses, solution, system)
     share = task_share(ok, nonfinite, layout.dtype)
     to_theta, to_lam = _pull_back(system.value, phi, problem, ok)
+    extra = {}
+    if psi:
+        direct = direct_gradient(judged, phi, ok)
+        through_phi = gradient_through_phi(objective, phi, system.value, ok)
+        extra = {name: (direct[name] + through_phi[name]) * share for name in psi}
     return MetaGradient(
         params=layout.unflatten(to_theta * share),
         lam=_lam_gradient(leaves, flat_lam, to_lam * share),
@@ -105,9 +119,11 @@ def implicit_meta_grad(
         adapted=layout.unflatten(phi),
         inner=solution,
         cg=system,
+        extra=extra,
     )
 
 
+@eager
 def adapt(
     loss: Loss,
     params: Mapping[str, Tensor],
@@ -116,16 +132,18 @@ def adapt(
     lam: Lam,
     inner: InnerSolver | None = None,
     cg: LinearSolver | None = None,
+    shared: Mapping[str, Tensor] | None = None,
 ) -> Params:
     """phi_i = argmin G_i for a batch of tasks, {name: [B, ...]}, in the autograd graph.
 
     `backward` through the result applies the implicit function theorem: one linear solve fills the
-    gradients of theta and of lam, of those tensors that require them, whatever the inner solver
-    did. It can be differentiated once. A task that is not finite makes the gradient NaN; for
+    gradients of theta, of lam and of what is shared, of those tensors that require them, whatever
+    the inner solver did. It can be differentiated once, under the autocast that was in force here.
+    What the loss closes over is a constant. A task that is not finite makes the gradient NaN; for
     reports per task see `implicit_meta_grad`.
 
     Args:
-        loss, params, support, lam, inner, cg: as in `implicit_meta_grad`.
+        loss, params, support, lam, inner, cg, shared: as in `implicit_meta_grad`.
 
     Returns:
         phi, {name: [B, ...]}.
@@ -136,9 +154,13 @@ def adapt(
     Source: Rajeswaran, Finn, Kakade, Levine 2019, equation 6.
     """
     layout = Layout(params)
-    objective = Objective(loss, layout, support, "support")
+    psi = check_shared(shared, layout)
+    objective = Objective(loss, layout, support, "support", psi)
     theta, flat_lam = layout.flatten(params), layout.flatten_lam(lam)
-    return layout.unflatten(_Adapt.apply(theta, flat_lam, objective, _Solvers(inner, cg)))
+    solvers = _Solvers(inner, cg)
+    return layout.unflatten(
+        _Adapt.apply(theta, flat_lam, objective, solvers, *(shared or {}).values())
+    )
 
 
 class _Solvers:
@@ -169,24 +191,48 @@ class _Solvers:
 class _Adapt(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, theta: Tensor, lam: Tensor, objective: Objective, solvers: _Solvers
+        ctx: Any,
+        theta: Tensor,
+        lam: Tensor,
+        objective: Objective,
+        solvers: _Solvers,
+        *shared: Tensor,
     ) -> Tensor:
         solution = solvers.inner.solve(Proximal(objective, theta.detach(), lam.detach()))
+        ctx.precision = _autocast_of(theta.device.type)
         ctx.objective, ctx.solvers, ctx.second_moment = objective, solvers, solution.second_moment
-        ctx.save_for_backward(theta, lam, solution.value)
+        ctx.save_for_backward(theta, lam, solution.value, *shared)
         return solution.value
 
     @staticmethod
+    @eager
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        theta, lam, phi = ctx.saved_tensors
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        theta, lam, phi, *_ = ctx.saved_tensors  # the others to see that none was written
         problem = Proximal(ctx.objective, theta, lam)
         solution = replace(_given(phi, problem), second_moment=ctx.second_moment)
-        _, inner, system = ctx.solvers.differentiate(problem, solution, v.contiguous())
-        ok = ~failed_tasks(inner.residual, inner, system)
+        psi: Params = {}
+        with ctx.precision():  # of the forward pass, wherever backward() is called
+            _, inner, system = ctx.solvers.differentiate(problem, solution, v.contiguous())
+            ok = ~failed_tasks(inner.residual, inner, system)
+            if any(ctx.needs_input_grad[4:]):
+                psi = gradient_through_phi(ctx.objective, phi, system.value, ok)
         to_theta, to_lam = _pull_back(system.value, phi, problem, ok)
         poison = torch.where(ok.all(), 0.0, torch.nan).to(theta.dtype)
-        return to_theta + poison, to_lam + poison, None, None
+        to_shared = [psi[name] + poison if psi else None for name in ctx.objective.shared]
+        return to_theta + poison, to_lam + poison, None, None, *to_shared
+
+
+def _autocast_of(device: str) -> Callable[[], AbstractContextManager[Any]]:
+    """A maker of contexts with the autocast that is in force now."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext
+    return partial(
+        torch.autocast,
+        device,
+        dtype=torch.get_autocast_dtype(device),
+        enabled=torch.is_autocast_enabled(device),
+    )
 
 
 def _given(phi: Tensor, problem: Proximal) -> Solution:
@@ -204,7 +250,7 @@ def _pull_back(x: Tensor, phi: Tensor, problem: Proximal, ok: Tensor) -> tuple[T
     away = torch.where(mask, phi - problem.theta, 0.0)
     to_theta = problem.strengthen(x.sum(0, keepdim=True))[0]
     if problem.lam.dim() == 2:
-        product = x.T @ away
+        product = matrix_product(x.T, away)
         return to_theta, -0.5 * (product + product.T)
     to_lam = -(x * away).sum(0)
     return to_theta, to_lam.sum().reshape(1) if problem.lam.numel() == 1 else to_lam

@@ -78,9 +78,10 @@ class _Unrolled(Method):
             phi, _ = self._descend(problem, start, theta, velocity, lr, last)
             losses = judged.losses(phi)
             leaves = [theta] if log_lr is None else [theta, log_lr]
-            gradients = torch.autograd.grad(
-                losses.sum(), leaves, allow_unused=True, materialize_grads=True
-            )
+            with problem.objective.naming_layers(phi):
+                gradients = torch.autograd.grad(
+                    losses.sum(), leaves, allow_unused=True, materialize_grads=True
+                )
         finite = torch.cat([rows.isfinite() for rows in gradients], dim=1).all(1)
         support_loss, inner = _report(problem, phi.detach(), self.inner.steps, finite)
         ok = ~failed_tasks(losses.detach(), inner)

@@ -15,6 +15,7 @@ from imaml_ext.linear import LinearSolver
 from imaml_ext.meta_gradient import MetaGradient, Nonfinite, check_nonfinite
 from imaml_ext.objective import Loss, Objective
 from imaml_ext.proximal import Proximal
+from imaml_ext.shared import check_shared
 from imaml_ext.strength import ProximalStrength
 from imaml_ext.tasks import TaskBatch
 
@@ -44,14 +45,7 @@ class Method(ABC):
         check_nonfinite(nonfinite)
         self.loss = loss
         self.params: Params = dict(params)
-        for name, tensor in self.params.items():
-            if not tensor.requires_grad:
-                raise ValueError(
-                    f"params[{name!r}] does not require grad: leave it out to keep it as it is, "
-                    "or call requires_grad_() to learn it"
-                )
-            if name.split(".")[0] in ("lam", "log_lr"):
-                raise ValueError(f"params[{name!r}]: this name is taken by what the method learns")
+        _check_learned("params", self.params)
         self.query_loss = loss if query_loss is None else query_loss
         self.nonfinite: Nonfinite = nonfinite
 
@@ -92,7 +86,7 @@ class IMAML(Method):
         loss, params, query_loss, nonfinite: as in `Method`.
         lam: proximal strength, as in `implicit_meta_grad`; its tensors that require grad are
             learned too, as they are. Learn a `ProximalStrength` instead: it stays positive.
-        inner, cg: as in `implicit_meta_grad`.
+        inner, cg, shared: as in `implicit_meta_grad`; what is shared is learned too.
         adapt_proximal: whether `adapt`, which evaluation uses, keeps the proximal term.
 
     Raises:
@@ -109,6 +103,7 @@ class IMAML(Method):
         lam: Lam | ProximalStrength = 2.0,
         inner: InnerSolver | None = None,
         cg: LinearSolver | None = None,
+        shared: Mapping[str, Tensor] | None = None,
         adapt_proximal: bool = True,
         query_loss: Loss | None = None,
         nonfinite: Nonfinite = "refuse",
@@ -116,6 +111,11 @@ class IMAML(Method):
         super().__init__(loss, params, query_loss=query_loss, nonfinite=nonfinite)
         self.lam = lam
         self.layout.flatten_lam(self._strength())  # says now what is wrong with it
+        check_shared(shared, self.layout)
+        self.shared: Params = dict(shared or {})
+        _check_learned("shared", self.shared)
+        if len({id(tensor) for tensor in self.learned().values()}) < len(self.learned()):
+            raise ValueError("a tensor of lam is there under two names: learn a ProximalStrength")
         self.inner = GradientDescent() if inner is None else inner
         self.cg = cg
         self.adapt_proximal = adapt_proximal
@@ -132,25 +132,30 @@ class IMAML(Method):
             inner=self.inner,
             cg=self.cg,
             query_loss=self.query_loss,
+            shared=self.shared,
             nonfinite=self.nonfinite,
         )
-        extra = self.extra()
-        if not isinstance(self.lam, ProximalStrength) or not extra:
+        strengths = self._strengths()
+        if not isinstance(self.lam, ProximalStrength) or not strengths:
             return out
         values, slopes = ([lam], [out.lam]) if isinstance(lam, Tensor) else _pairs(lam, out.lam)
-        gradients = torch.autograd.grad(values, list(extra.values()), slopes)
-        return replace(out, extra=dict(zip(extra, gradients, strict=True)))
+        gradients = torch.autograd.grad(values, list(strengths.values()), slopes)
+        return replace(out, extra=out.extra | dict(zip(strengths, gradients, strict=True)))
 
     @torch.no_grad()
     def adapt(self, support: Any) -> Params:
         lam = self.layout.flatten_lam(self._strength())
         if not self.adapt_proximal:
             lam = lam.new_zeros(1)
-        objective = Objective(self.loss, self.layout, support, "support")
+        psi = check_shared(self.shared, self.layout)
+        objective = Objective(self.loss, self.layout, support, "support", psi)
         problem = Proximal(objective, self.layout.flatten(self.params), lam)
         return self.layout.unflatten(self.inner.solve(problem).value)
 
     def extra(self) -> Params:
+        return self.shared | self._strengths()
+
+    def _strengths(self) -> Params:
         strengths: Params
         if isinstance(self.lam, ProximalStrength):
             strengths = {f"lam.{name}": p for name, p in self.lam.named_parameters()}
@@ -164,6 +169,17 @@ class IMAML(Method):
 
     def _strength(self) -> Lam:
         return self.lam() if isinstance(self.lam, ProximalStrength) else self.lam
+
+
+def _check_learned(label: str, tensors: Params) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.requires_grad:
+            raise ValueError(
+                f"{label}[{name!r}] does not require grad: leave it out to keep it as it is, "
+                "or call requires_grad_() to learn it"
+            )
+        if name.split(".")[0] in ("lam", "log_lr"):
+            raise ValueError(f"{label}[{name!r}]: this name is taken by what the method learns")
 
 
 def _pairs(lam: Any, gradients: Any) -> tuple[list[Tensor], list[Tensor]]:

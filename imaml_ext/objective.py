@@ -4,14 +4,18 @@ Only the forward pass is vmapped. The per-task losses are summed, so one call of
 the stacked rows gives every task's gradient: row i of the sum's gradient is task i's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
+from torch.autograd import forward_ad
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
+from imaml_ext.blame import check_differentiable_twice, explain, title
 from imaml_ext.flat import Layout, Params
 from imaml_ext.layers import task_layers
 from imaml_ext.solution import CurvatureKind, Matvec
@@ -27,15 +31,26 @@ class ModuleLoss:
         self.criterion = criterion
 
     def outputs(self, params: Params, x: Any) -> Tensor:
+        buffers = []
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            if isinstance(module, nn.modules.batchnorm._NormBase) and (
                 module.training and module.track_running_stats
             ):
                 raise ValueError(
-                    f"{name} ({type(module).__name__}) would update its running statistics, which "
+                    f"{title(name, module)} would update its running statistics, which "
                     "tasks cannot share: make it with track_running_stats=False, or call eval()"
                 )
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    buffers.append((name, module, key, buffer, _version(buffer)))
         outputs: Tensor = functional_call(self.model, params, (x,))
+        for name, module, key, buffer, version in buffers:
+            if module._buffers[key] is not buffer or _version(buffer) != version:
+                module._buffers[key] = buffer  # not what vmap has put there
+                raise ValueError(
+                    f"{title(name, module)} writes its buffer {key!r} in forward, which tasks "
+                    "cannot share: call eval() if that stops it, or return what it keeps"
+                )
         return outputs
 
     def __call__(self, params: Params, data: tuple[Any, Any]) -> Tensor:
@@ -55,8 +70,9 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor])
     """`(params, (x, y)) -> criterion(model(x), y)`: a scalar, for one task.
 
     `params` maps names of the model's parameters to tensors; a parameter that it leaves out keeps
-    the model's own value and is not adapted. The model runs in the mode it is in. Its buffers
-    cannot be written: use `nn.BatchNorm2d(..., track_running_stats=False)`.
+    the model's own value and is not adapted. The model runs in the mode it is in. Its buffers are
+    read; one that forward writes is a ValueError: use
+    `nn.BatchNorm2d(..., track_running_stats=False)`.
 
     Args:
         model: called with x, [N, ...] or a pytree of such tensors, as its one argument.
@@ -65,9 +81,13 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor])
 
     Returns:
         The loss; its `outputs(params, x)` are the model's. Calling it raises a ValueError where
-        batch norm would update its running statistics, and a TypeError where the data are no pair.
+        forward would write a buffer, and a TypeError where the data are no pair.
     """
     return ModuleLoss(model, criterion)
+
+
+def _version(buffer: Tensor) -> int:
+    return 0 if buffer.is_inference() else buffer._version
 
 
 class Linearisation(NamedTuple):
@@ -86,26 +106,39 @@ class Objective:
         layout: of the rows.
         data: pytree of [B, N, ...] tensors.
         label: what messages call the data.
+        shared: parameters that all tasks have in common: the loss gets them beside its row.
 
     Raises:
         TypeError: a leaf of the data is not a tensor, or of another floating dtype than the rows.
         ValueError: there are no leaves, B or N is 0, leading sizes differ, or another device.
+        RuntimeError: a transform of `torch.func`, or forward-mode differentiation, is under way.
     """
 
-    def __init__(self, loss: Loss, layout: Layout, data: Any, label: str = "data") -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        layout: Layout,
+        data: Any,
+        label: str = "data",
+        shared: Params | None = None,
+    ) -> None:
+        check_no_transform()
         self.loss = loss
         self.layout = layout
         self.data = data
+        self.shared = shared or {}
         self.tasks = _count_tasks(layout, data, label)
 
     def losses(self, rows: Tensor) -> Tensor:
         """[B] from [B, D]."""
-        return self._for_each_task(self._one_loss, rows, self.data)
+        with self.naming_layers(rows):
+            return self._for_each_task(self._one_loss, rows, self.data)
 
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [B] and gradients [B, D]."""
         leaf, losses = self._record(self.losses, rows)
-        return losses.detach(), _vjp(losses, leaf, torch.ones_like(losses))
+        with self.naming_layers(rows):
+            return losses.detach(), _vjp(losses, leaf, torch.ones_like(losses))
 
     def differentiable_gradient(self, rows: Tensor) -> Tensor:
         """Gradients [B, D], in the graph of `rows` where gradients are being recorded."""
@@ -113,7 +146,8 @@ class Objective:
             return self.gradient(rows)[1]
         at = rows if rows.requires_grad else rows.detach().requires_grad_()
         losses = self.losses(at)
-        return _vjp(losses, at, torch.ones_like(losses), create_graph=True)
+        with self.naming_layers(rows):
+            return _vjp(losses, at, torch.ones_like(losses), create_graph=True)
 
     def linearise(self, rows: Tensor, kind: CurvatureKind) -> Linearisation:
         """Losses, gradients and a curvature product.
@@ -121,7 +155,33 @@ class Objective:
         The graph of the gradient is recorded once; each product is then one backward pass through
         it. It lives as long as `matvec` does.
         """
-        return self._hessian(rows) if kind == "hessian" else self._gauss_newton(rows)
+        with self.naming_layers(rows):
+            at = self._hessian(rows) if kind == "hessian" else self._gauss_newton(rows)
+
+        def matvec(vector: Tensor) -> Tensor:
+            with self.naming_layers(rows):
+                return at.matvec(vector)
+
+        return at._replace(matvec=matvec)
+
+    @contextmanager
+    def naming_layers(self, rows: Tensor) -> Iterator[None]:
+        """Raises RuntimeError that names the layer which PyTorch cannot batch or differentiate.
+
+        What is differentiated is a function of rows [B, D].
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            explanation = explain(error, lambda: self._example(rows))
+            if explanation is None:
+                raise
+            raise RuntimeError(explanation) from error
+
+    def _example(self, rows: Tensor) -> Tensor:
+        """The first task's loss, in the graph of a row of its own."""
+        data = pytree.tree_map(lambda leaf: leaf[0], self.data)
+        return self._one_loss(rows[0].detach().requires_grad_(), data)
 
     def _hessian(self, rows: Tensor) -> Linearisation:
         leaf, losses = self._record(self.losses, rows)
@@ -171,22 +231,34 @@ class Objective:
         with task_layers(self.layout.device):
             return vmap(function, randomness="different")(*operands)
 
+    def _params(self, row: Tensor) -> Params:
+        return self.layout.unflatten(row) | self.shared
+
     def _one_loss(self, row: Tensor, data: Any) -> Tensor:
-        return _scalar(self.loss(self.layout.unflatten(row), data))
+        return _scalar(self.loss(self._params(row), data)).to(self.layout.dtype)
 
     def _one_output(self, row: Tensor, x: Any) -> Tensor:
         assert isinstance(self.loss, ModuleLoss)
-        return self.loss.outputs(self.layout.unflatten(row), x)
+        return self.loss.outputs(self._params(row), x)
 
     def _one_criterion(self, z: Tensor, y: Any) -> Tensor:
         assert isinstance(self.loss, ModuleLoss)
-        return _scalar(self.loss.criterion(z, y))
+        return _scalar(self.loss.criterion(z, y)).to(self.layout.dtype)
 
 
 def check_recording() -> None:
     """Raises RuntimeError in inference mode: nothing is recorded there, even under enable_grad."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("imaml_ext cannot differentiate in inference mode: use no_grad")
+
+
+def check_no_transform() -> None:
+    """Raises RuntimeError inside torch.func's transforms and forward-mode differentiation."""
+    if _functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "imaml_ext cannot run inside vmap, grad, jvp or another transform of torch.func: give "
+            "it all tasks as one batch, and differentiate adapt by backward() or autograd.grad"
+        )
 
 
 def _count_tasks(layout: Layout, data: Any, label: str) -> int:
@@ -233,6 +305,8 @@ def _vjp(
     """`vector' d outputs / d inputs`; zero where `outputs` does not depend on `inputs`."""
     if not outputs.requires_grad:
         return torch.zeros_like(inputs)
+    if create_graph:
+        check_differentiable_twice(outputs, inputs)
     with torch.set_grad_enabled(create_graph):
         (product,) = torch.autograd.grad(
             outputs,

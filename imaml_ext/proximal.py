@@ -48,7 +48,7 @@ class Proximal:
         """The B inner problems, each as a batch of one: for solvers that know a single vector."""
         for i in range(self.tasks):
             data = pytree.tree_map(lambda leaf, i=i: leaf[i : i + 1], self.objective.data)
-            one = Objective(self.objective.loss, self.layout, data)
+            one = Objective(self.objective.loss, self.layout, data, shared=self.objective.shared)
             yield Proximal(one, self.theta, self.lam)
 
     def values(self, phi: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ import imaml_ext
 
 # From the ground up; a room imports from rooms below it only.
 FLOORS = [
-    {"_version", "files", "looking", "random"},
+    {"_version", "blame", "files", "looking", "random"},
     {"ops", "solution", "flat", "checkpoint", "compiling", "data.cache", "logs"},
     {"layers", "models", "presets"},
     {"objective", "linear", "strength"},
-    {"cg", "minres", "neumann", "proximal"},
+    {"cg", "minres", "neumann", "proximal", "shared"},
     {"inner.base", "inner.line_search", "meta_gradient", "tasks"},
     {
         "inner.adam",
