@@ -11,6 +11,7 @@ import torch
 from imaml_ext import Trainer, cli
 from imaml_ext.checkpoint import load_checkpoint
 from imaml_ext.cli import main
+from imaml_ext.data import Sinusoid
 from imaml_ext.experiment import build
 from imaml_ext.presets import PRESETS
 
@@ -208,3 +209,27 @@ def test_an_unwritable_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = ["--out", str(tmp_path / "file" / "run")]
     assert "Not a directory" in fails(["train", *QUICK, *out], capsys)
+
+
+def test_a_run_that_explodes_is_saved_before_it_and_says_which_tasks(tmp_path, capsys, monkeypatch):
+    out = ["--device", "cpu", "--out", str(tmp_path), "--eval-tasks", "5", "--json"]
+    deal = Sinusoid.sample
+
+    def deal_infinity(source, step):
+        batch = deal(source, step)
+        if step == 2 and source.shot == 10 and source.tasks == 3:
+            batch.support[1][1] = torch.inf
+        return batch
+
+    monkeypatch.setattr(Sinusoid, "sample", deal_infinity)
+    said = fails(["train", *QUICK, *out], capsys)
+    assert "meta-step 2: the meta-gradient is not finite" in said
+    assert "NONFINITE: 1 of 3 tasks: 1 (" in said
+    state = load_checkpoint(tmp_path / "checkpoint.pt", training=True)
+    assert state["steps"] == 2
+    assert all(tensor.isfinite().all() for tensor in state["learned"].values())
+    assert main(["train", *out, "--resume", "--nonfinite", "skip"]) == 0
+    assert last_json(capsys)["meta_steps"] == 4
+    state = load_checkpoint(tmp_path / "checkpoint.pt", training=True)
+    assert [record["failed"] for record in state["history"]] == [0, 0, pytest.approx(1 / 3), 0]
+    assert all(tensor.isfinite().all() for tensor in state["learned"].values())
