@@ -28,6 +28,15 @@ one {worth_ggn:.2f}, a forward pass {worth_forward:.2f}. The residual is the med
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
+PACKAGE = """
+## The package: what importing it adds to importing torch, and how large it is
+
+Medians of {rounds} imports, each in a fresh process; of {installs} installs by pip, without
+dependencies.
+
+{imports}
+{archives}"""
+
 TITLES: dict[str, Callable[[Result], str]] = {
     "cg": lambda s: (
         f"Conjugate gradient: the vector work of {s['iterations']} iterations, "
@@ -148,7 +157,40 @@ def inner(result: Result) -> str:
     return text + f"\n{source(result)}\n"
 
 
+def package(result: Result) -> str:
+    imports, added = result["imports"], result["added"]
+    text = PACKAGE.format(
+        rounds=result["settings"]["rounds"],
+        installs=result["settings"]["installs"],
+        imports=table(
+            ["", "wall time, s", "CPU time, s"],
+            [
+                [f"`{code}`", f"{took['wall']['median']:.2f}", f"{took['cpu']['median']:.2f}"]
+                for code, took in imports.items()
+            ]
+            + [["added", f"{100 * added['wall']:.1f}%", f"{100 * added['cpu']:.1f}%"]],
+        ),
+        archives=table(
+            ["archive", "MB", "installed, MB", "files", "installed in, s"],
+            [
+                [
+                    label,
+                    f"{1e-6 * archive['bytes']:.2f}",
+                    f"{1e-6 * archive['installed_bytes']:.2f}",
+                    str(archive["files"]),
+                    f"{archive['install']['median']:.1f}",
+                ]
+                if "install" in archive
+                else [label, f"{1e-6 * archive['bytes']:.2f}", "", "", ""]
+                for label, archive in result["archives"].items()
+            ],
+        ),
+    )
+    return text + f"\n{source(result)}\n"
+
+
 BODIES = {"cg": times, "prox": times, "meta_grad": times, "memory": memory, "scaling": scaling}
+PAGES = {"inner": inner, "package": package}
 
 
 def make(results: list[Result]) -> str:
@@ -168,7 +210,9 @@ def make(results: list[Result]) -> str:
                     text += f"\n{label}:\n\n{BODIES[benchmark](result)}\n{source(result)}\n"
                 else:
                     text += f"\n{label}: not measured.\n"
-    return text + "".join(inner(result) for result in results if result["benchmark"] == "inner")
+    for benchmark, page in PAGES.items():
+        text += "".join(page(result) for result in results if result["benchmark"] == benchmark)
+    return text
 
 
 def committed() -> list[Result]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,50 @@ def test_the_launches_of_a_cg_iteration_do_not_depend_on_anything(benchmark, tmp
     assert set(results["fits"]) == set(results["series"])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "results/curves.png" in benchmark("tables").make([results])
+
+
+def make_wheel(folder):
+    """The smallest that pip installs: one module of 1000 bytes."""
+    information = "nothing-1.0.dist-info"
+    path = folder / "nothing-1.0-py3-none-any.whl"
+    metadata = "Metadata-Version: 2.1\nName: nothing\nVersion: 1.0"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("nothing.py", "#" * 1000)
+        archive.writestr(f"{information}/METADATA", metadata)
+        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
+        archive.writestr(f"{information}/RECORD", "")
+    return path
+
+
+def test_the_cost_of_the_package_is_measured_and_its_table_has_it(benchmark, tmp_path):
+    wheel = make_wheel(tmp_path)
+    _, results = run(
+        "bench_package.py", "--installs", "1",
+        "--archive", f"a wheel={wheel}", f"a file={__file__}", folder=tmp_path,
+    )  # fmt: skip
+    plain, both = results["imports"].values()
+    assert plain["cpu"]["median"] > 0.1  # torch was imported
+    assert results["added"]["cpu"] == both["cpu"]["median"] / plain["cpu"]["median"] - 1
+    measured = results["archives"]["a wheel"]
+    assert measured["bytes"] == wheel.stat().st_size
+    assert measured["files"] == 4
+    assert 1000 < measured["installed_bytes"] < 1200
+    assert measured["install"]["median"] > 0
+    page = benchmark("tables").make([results])
+    assert "| a wheel | 0.00 | 0.00 | 4 |" in page
+    assert results["command"] in page
+
+
+def test_a_process_that_fails_is_not_timed(benchmark):
+    with pytest.raises(SystemExit, match="exit status 3"):
+        benchmark("bench_package").run(sys.executable, "-c", "raise SystemExit(3)")
+
+
+def test_the_processor_time_is_that_of_the_process(benchmark):
+    run = benchmark("bench_package").run
+    idle = run(sys.executable, "-c", "import time; time.sleep(0.5)")
+    busy = run(sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass")
+    assert idle < 0.5 <= busy
 
 
 def test_what_differs_is_not_timed(benchmark):
