@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def tracked():
-    """What git tracks or would, outside a clone everything that is not made by running."""
+    """What git tracks, or would."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True,
@@ -69,11 +69,10 @@ def test_the_sdist_holds_what_git_does_but_for_results_and_tools(sources, backen
     )
     built = build(sources, "-c", code, PATH="")  # nothing is run, not even git
     assert built.returncode == 0, built.stderr
-    with tarfile.open(sources / "dist" / f"imaml_ext-{imaml_ext.__version__}.tar.gz") as archive:
+    name = f"imaml_ext-{imaml_ext.__version__}"
+    with tarfile.open(sources / "dist" / f"{name}.tar.gz") as archive:
         packed = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
-        metadata = (
-            archive.extractfile(f"imaml_ext-{imaml_ext.__version__}/PKG-INFO").read().decode()
-        )
+        metadata = archive.extractfile(f"{name}/PKG-INFO").read().decode()
     packed = {name for name in packed if ".egg-info/" not in name}
     wanted = {name for name in tracked() if not name.startswith(NOT_PACKED)}
     assert packed == wanted | {"PKG-INFO", "setup.cfg"}
@@ -153,7 +152,7 @@ def tools(backend, tmp_path):
     fake_tool(tmp_path / "bin", "ninja", ["echo 1.11.1"])
     fake_tool(
         tmp_path / "bin", "cmake",
-        ["[ $1 = --version ] && echo cmake version 3.25.1 && exit", "echo the reason >&2", "exit 1"],
+        ["[ $1 = --version ] && echo version 3.25.1 && exit", "echo the reason >&2", "exit 1"],
     )  # fmt: skip
     (tmp_path / "bin" / "pybind11.py").write_text("get_cmake_dir = str\n")
     torch = fake_torch(tmp_path, "2.13.0", headers=True)
