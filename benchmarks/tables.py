@@ -37,6 +37,20 @@ dependencies.
 {imports}
 {archives}"""
 
+INSTALLS = """
+## What installs where
+
+Written by `.ci/matrix --out benchmarks/results/installs.jsonl`: for each row a fresh environment,
+the install, and a training with what was installed, outside the source folder. Seconds are those of
+the install, the compilation included, on a busy machine; each row's versions and build are in the
+file.
+
+{rows}
+{notes}
+
+{platforms}, at {commits}, {dates}
+"""
+
 TITLES: dict[str, Callable[[Result], str]] = {
     "cg": lambda s: (
         f"Conjugate gradient: the vector work of {s['iterations']} iterations, "
@@ -189,11 +203,43 @@ def package(result: Result) -> str:
     return text + f"\n{source(result)}\n"
 
 
+def installs(lines: list[Result]) -> str:
+    """The last outcome of each row."""
+    latest = {line["name"]: line for line in lines}
+    rows, notes = [], {}
+    for name, line in sorted(latest.items()):
+        row, seconds = line["row"], line["seconds"].get("install")
+        built = f" built with torch {row['built_with']}" if row["built_with"] else ""
+        rows.append(
+            [
+                line.get("python", row["python"]),
+                line.get("torch", row["torch"] or "none"),
+                row["way"] + built + ("" if row["torch"] else ", which brings torch"),
+                "CPU and CUDA" if row["kernels"] == "cuda" else "CPU",
+                f"**{line['outcome']}**" if line["reason"] else line["outcome"],
+                "" if seconds is None else f"{seconds:.0f}",
+            ]
+        )
+        if line["reason"]:
+            notes.setdefault(line["reason"], []).append(name)
+
+    def distinct(values: Iterable[str]) -> str:
+        return ", ".join(sorted(set(values)))
+
+    return INSTALLS.format(
+        rows=table(["Python", "torch", "installed by", "kernels", "outcome", "seconds"], rows),
+        notes="\n".join(f"- {'; '.join(names)}: {reason}" for reason, names in notes.items()),
+        platforms=distinct(line["platform"] for line in latest.values()),
+        commits=distinct(line["commit"] for line in latest.values()),
+        dates=distinct(line["date"][:10] for line in latest.values()),
+    )
+
+
 BODIES = {"cg": times, "prox": times, "meta_grad": times, "memory": memory, "scaling": scaling}
 PAGES = {"inner": inner, "package": package}
 
 
-def make(results: list[Result]) -> str:
+def make(results: list[Result], matrix: list[Result] | None = None) -> str:
     """The page. Of each benchmark's setting: what was measured on the CPU, and on CUDA."""
     text = HEADER
     for benchmark, title in TITLES.items():
@@ -212,12 +258,17 @@ def make(results: list[Result]) -> str:
                     text += f"\n{label}: not measured.\n"
     for benchmark, page in PAGES.items():
         text += "".join(page(result) for result in results if result["benchmark"] == benchmark)
-    return text
+    return text + (installs(matrix) if matrix else "")
 
 
 def committed() -> list[Result]:
     return [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
 
 
+def committed_matrix() -> list[Result]:
+    text = (HERE / "results" / "installs.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 if __name__ == "__main__":
-    (HERE / "README.md").write_text(make(committed()))
+    (HERE / "README.md").write_text(make(committed(), committed_matrix()))

@@ -133,6 +133,28 @@ def test_the_cost_of_the_package_is_measured_and_its_table_has_it(benchmark, tmp
     assert results["command"] in page
 
 
+def test_of_each_installed_row_the_last_outcome_is_in_the_table(benchmark):
+    def line(way, outcome, reason, **found):
+        row = {"python": "3.11", "torch": "newest", "way": way, "kernels": "cpu", "built_with": ""}
+        return {
+            "name": way, "row": row, "outcome": outcome, "reason": reason, "seconds": {},
+            "platform": "Linux", "commit": found.pop("commit"), "date": "2026-01-02T03", **found,
+        }  # fmt: skip
+
+    page = benchmark("tables").installs(
+        [
+            line("uv", "failed", "no compiler", commit="aaa"),
+            line("pip", "failed", "no network", commit="bbb"),
+            line("uv", "works", "", commit="ccc", torch="2.15.0", python="3.11.7"),
+        ]
+    )
+    assert "| 3.11.7 | 2.15.0 | uv | CPU | works |  |" in page
+    assert "| 3.11 | newest | pip | CPU | **failed** |  |" in page
+    assert "- pip: no network" in page
+    assert "no compiler" not in page
+    assert "Linux, at bbb, ccc, 2026-01-02\n" in page
+
+
 def test_a_process_that_fails_is_not_timed(benchmark):
     with pytest.raises(SystemExit, match="exit status 3"):
         benchmark("bench_package").run(sys.executable, "-c", "raise SystemExit(3)")
@@ -188,4 +210,5 @@ def test_the_power_and_the_line_are_found(benchmark):
 
 def test_the_page_is_made_from_the_committed_results(benchmark):
     tables = benchmark("tables")
-    assert (BENCHMARKS / "README.md").read_text() == tables.make(tables.committed())
+    page = tables.make(tables.committed(), tables.committed_matrix())
+    assert (BENCHMARKS / "README.md").read_text() == page
