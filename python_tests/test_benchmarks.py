@@ -123,6 +123,7 @@ def test_the_cost_of_the_package_is_measured_and_its_table_has_it(benchmark, tmp
     plain, both = results["imports"].values()
     assert plain["cpu"]["median"] > 0.1  # torch was imported
     assert results["added"]["cpu"] == both["cpu"]["median"] / plain["cpu"]["median"] - 1
+    assert 0 < results["added_within"]["median"] < 1
     measured = results["archives"]["a wheel"]
     assert measured["bytes"] == wheel.stat().st_size
     assert measured["files"] == 4
