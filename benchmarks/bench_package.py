@@ -3,7 +3,8 @@ is it, how long does a built wheel take to install?
 
 Imports are timed in turn, each in a fresh process: wall time, and user and system time of the CPU.
 On a busy machine two processes differ by more than the package costs: the share that it adds is
-also taken within each process, from the CPU time before and after. Archives are measured as they are: name those to measure,
+also taken within a process, from the CPU time before and after. Archives are measured as they
+are: name those to measure,
 
     IMAML_CUDA=off pip wheel --no-deps -w dist/cpu .
     python benchmarks/bench_package.py --archive "wheel=$(echo dist/cpu/*.whl)"

@@ -35,8 +35,9 @@ Medians of {rounds} imports, each in a fresh process; of {installs} installs by 
 dependencies.
 
 {imports}
-Within a process, the CPU time of importing imaml_ext is {within_median:.1f}% of that of importing torch
-just before ({within_min:.1f} to {within_max:.1f}%). Trust this one: two processes differ by more.
+Within a process, the CPU time of importing imaml_ext is {within_median:.1f}% of that of importing
+torch just before ({within_min:.1f} to {within_max:.1f}%). Trust this one: two processes differ by
+more.
 
 {archives}"""
 
