@@ -52,7 +52,7 @@ file.
 {rows}
 {notes}
 
-{platforms}, at {commits}, {dates}
+{platforms}, {dates}
 """
 
 TITLES: dict[str, Callable[[Result], str]] = {
@@ -223,6 +223,7 @@ def installs(lines: list[Result]) -> str:
                 "CPU and CUDA" if row["kernels"] == "cuda" else "CPU",
                 f"**{line['outcome']}**" if line["reason"] else line["outcome"],
                 "" if seconds is None else f"{seconds:.0f}",
+                line["commit"],
             ]
         )
         if line["reason"]:
@@ -231,11 +232,11 @@ def installs(lines: list[Result]) -> str:
     def distinct(values: Iterable[str]) -> str:
         return ", ".join(sorted(set(values)))
 
+    columns = ["Python", "torch", "installed by", "kernels", "outcome", "seconds", "commit"]
     return INSTALLS.format(
-        rows=table(["Python", "torch", "installed by", "kernels", "outcome", "seconds"], rows),
+        rows=table(columns, rows),
         notes="\n".join(f"- {'; '.join(names)}: {reason}" for reason, names in notes.items()),
         platforms=distinct(line["platform"] for line in latest.values()),
-        commits=distinct(line["commit"] for line in latest.values()),
         dates=distinct(line["date"][:10] for line in latest.values()),
     )
 

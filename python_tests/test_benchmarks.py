@@ -149,11 +149,11 @@ def test_of_each_installed_row_the_last_outcome_is_in_the_table(benchmark):
             line("uv", "works", "", commit="ccc", torch="2.15.0", python="3.11.7"),
         ]
     )
-    assert "| 3.11.7 | 2.15.0 | uv | CPU | works |  |" in page
-    assert "| 3.11 | newest | pip | CPU | **failed** |  |" in page
+    assert "| 3.11.7 | 2.15.0 | uv | CPU | works |  | ccc |" in page
+    assert "| 3.11 | newest | pip | CPU | **failed** |  | bbb |" in page
     assert "- pip: no network" in page
     assert "no compiler" not in page
-    assert "Linux, at bbb, ccc, 2026-01-02\n" in page
+    assert "Linux, 2026-01-02\n" in page
 
 
 def test_a_process_that_fails_is_not_timed(benchmark):
