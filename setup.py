@@ -13,13 +13,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).resolve().parent
+MINIMUM_SETUPTOOLS = 77  # it reads pyproject.toml as it is written
+
+if int(setuptools.__version__.partition(".")[0]) < MINIMUM_SETUPTOOLS:
+    raise SystemExit(
+        f"imaml_ext: a build without isolation needs: pip install "
+        f"'setuptools>={MINIMUM_SETUPTOOLS}'; this is {setuptools.__version__}"
+    )
 sys.path.insert(0, str(SOURCE / "build_backend"))
-from imaml_build import find_torch  # noqa: E402
+from imaml_build import missing_tools, require_torch  # noqa: E402
 
 
 def cmake_architectures(arch_list: str) -> str:
@@ -35,18 +42,30 @@ def cmake_architectures(arch_list: str) -> str:
     return ";".join(names)
 
 
+def pybind11_directory() -> str:
+    """Where CMake finds pybind11. Exits where that, cmake or ninja is missing."""
+    missing = missing_tools()
+    try:
+        import pybind11
+    except ImportError:
+        missing.append("pybind11")
+    if missing:
+        names = " ".join(f"'{name}'" for name in missing)
+        raise SystemExit(f"imaml_ext: a build without isolation needs: pip install {names}")
+    return pybind11.get_cmake_dir()
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        torch = find_torch()
-        if torch is None:
-            raise SystemExit("imaml_ext: building needs torch>=2.10: pip install torch")
+        pybind11 = pybind11_directory()
+        torch = require_torch()
         cuda = os.environ.get("IMAML_CUDA", "auto")
         build = Path(self.build_temp).resolve()
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         configure = [
             "cmake", "-S", str(SOURCE), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={pybind11}",
             f"-DIMAML_TORCH_DIR={torch}",
             f"-DIMAML_CUDA={cuda}",
         ]  # fmt: skip
@@ -60,7 +79,8 @@ class CMakeBuild(build_ext):
             ["cmake", "--install", str(build), "--prefix", str(destination)],
         ):
             print("+", shlex.join(command), flush=True)
-            subprocess.check_call(command)
+            if subprocess.run(command).returncode != 0:
+                raise SystemExit("imaml_ext: CMake failed, and says why above")
 
 
 setup(ext_modules=[Extension("imaml_ext._C", [])], cmdclass={"build_ext": CMakeBuild})

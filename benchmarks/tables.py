@@ -28,6 +28,33 @@ one {worth_ggn:.2f}, a forward pass {worth_forward:.2f}. The residual is the med
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
+PACKAGE = """
+## The package: what importing it adds to importing torch, and how large it is
+
+Medians of {rounds} imports, each in a fresh process; of {installs} installs by pip, without
+dependencies.
+
+{imports}
+Within a process, the CPU time of importing imaml_ext is {within_median:.1f}% of that of importing
+torch just before ({within_min:.1f} to {within_max:.1f}%). Trust this one: two processes differ by
+more.
+
+{archives}"""
+
+INSTALLS = """
+## What installs where
+
+Written by `.ci/matrix --out benchmarks/results/installs.jsonl`: for each row a fresh environment,
+the install, and a training with what was installed, outside the source folder. Seconds are those of
+the install, the compilation included, on a busy machine; each row's versions and build are in the
+file.
+
+{rows}
+{notes}
+
+{platforms}, {dates}
+"""
+
 TITLES: dict[str, Callable[[Result], str]] = {
     "cg": lambda s: (
         f"Conjugate gradient: the vector work of {s['iterations']} iterations, "
@@ -164,6 +191,72 @@ def soak(result: Result) -> str:
     )
 
 
+def package(result: Result) -> str:
+    imports, added = result["imports"], result["added"]
+    text = PACKAGE.format(
+        rounds=result["settings"]["rounds"],
+        installs=result["settings"]["installs"],
+        imports=table(
+            ["", "wall time, s", "CPU time, s"],
+            [
+                [f"`{code}`", f"{took['wall']['median']:.2f}", f"{took['cpu']['median']:.2f}"]
+                for code, took in imports.items()
+            ]
+            + [["added", f"{100 * added['wall']:.1f}%", f"{100 * added['cpu']:.1f}%"]],
+        ),
+        **{f"within_{name}": 100 * share for name, share in result["added_within"].items()},
+        archives=table(
+            ["archive", "MB", "installed, MB", "files", "installed in, s"],
+            [
+                [
+                    label,
+                    f"{1e-6 * archive['bytes']:.2f}",
+                    f"{1e-6 * archive['installed_bytes']:.2f}",
+                    str(archive["files"]),
+                    f"{archive['install']['median']:.1f}",
+                ]
+                if "install" in archive
+                else [label, f"{1e-6 * archive['bytes']:.2f}", "", "", ""]
+                for label, archive in result["archives"].items()
+            ],
+        ),
+    )
+    return text + f"\n{source(result)}\n"
+
+
+def installs(lines: list[Result]) -> str:
+    """The last outcome of each row."""
+    latest = {line["name"]: line for line in lines}
+    rows, notes = [], {}
+    for name, line in sorted(latest.items()):
+        row, seconds = line["row"], line["seconds"].get("install")
+        built = f" built with torch {row['built_with']}" if row["built_with"] else ""
+        rows.append(
+            [
+                line.get("python", row["python"]),
+                line.get("torch", row["torch"] or "none"),
+                row["way"] + built + ("" if row["torch"] else ", which brings torch"),
+                "CPU and CUDA" if row["kernels"] == "cuda" else "CPU",
+                f"**{line['outcome']}**" if line["reason"] else line["outcome"],
+                "" if seconds is None else f"{seconds:.0f}",
+                line["commit"],
+            ]
+        )
+        if line["reason"]:
+            notes.setdefault(line["reason"], []).append(name)
+
+    def distinct(values: Iterable[str]) -> str:
+        return ", ".join(sorted(set(values)))
+
+    columns = ["Python", "torch", "installed by", "kernels", "outcome", "seconds", "commit"]
+    return INSTALLS.format(
+        rows=table(columns, rows),
+        notes="\n".join(f"- {'; '.join(names)}: {reason}" for reason, names in notes.items()),
+        platforms=distinct(line["platform"] for line in latest.values()),
+        dates=distinct(line["date"][:10] for line in latest.values()),
+    )
+
+
 BODIES = {
     "cg": times,
     "prox": times,
@@ -172,9 +265,10 @@ BODIES = {
     "scaling": scaling,
     "soak": soak,
 }
+PAGES = {"inner": inner, "package": package}
 
 
-def make(results: list[Result]) -> str:
+def make(results: list[Result], matrix: list[Result] | None = None) -> str:
     """The page. Of each benchmark's setting: what was measured on the CPU, and on CUDA."""
     text = HEADER
     for benchmark, title in TITLES.items():
@@ -191,12 +285,19 @@ def make(results: list[Result]) -> str:
                     text += f"\n{label}:\n\n{BODIES[benchmark](result)}\n{source(result)}\n"
                 else:
                     text += f"\n{label}: not measured.\n"
-    return text + "".join(inner(result) for result in results if result["benchmark"] == "inner")
+    for benchmark, page in PAGES.items():
+        text += "".join(page(result) for result in results if result["benchmark"] == benchmark)
+    return text + (installs(matrix) if matrix else "")
 
 
 def committed() -> list[Result]:
     return [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
 
 
+def committed_matrix() -> list[Result]:
+    text = (HERE / "results" / "installs.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 if __name__ == "__main__":
-    (HERE / "README.md").write_text(make(committed()))
+    (HERE / "README.md").write_text(make(committed(), committed_matrix()))

@@ -16,6 +16,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import site
 import subprocess
 import sys
@@ -27,16 +28,25 @@ from pathlib import Path
 from setuptools import build_meta
 
 MINIMUM_TORCH = (2, 10)
+MINIMUM_CMAKE = (3, 22)
+TORCH = "torch>={}.{}".format(*MINIMUM_TORCH)
+EGG_INFO = "imaml_ext.egg-info"
 
 
-def _is_usable(torch: Path) -> bool:
+def _fault(torch: Path) -> str:
+    """Why the directory cannot be built against; "" if it can."""
     try:
         text = (torch / "version.py").read_text(encoding="utf-8")
     except OSError:
-        return False
-    found = re.search(r"__version__ = ['\"](\d+)\.(\d+)", text)
-    headers = torch / "include" / "torch" / "csrc" / "stable" / "library.h"
-    return bool(found) and tuple(map(int, found.groups())) >= MINIMUM_TORCH and headers.is_file()
+        return "no torch package"
+    found = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", text)
+    if found is None:
+        return "a torch package that does not say its version"
+    if (int(found[2]), int(found[3])) < MINIMUM_TORCH:
+        return f"torch {found[1]}, which is too old"
+    if not (torch / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+        return f"torch {found[1]}, without its headers"
+    return ""
 
 
 def _site_packages() -> Iterator[Path]:
@@ -58,13 +68,33 @@ def _site_packages() -> Iterator[Path]:
 
 
 def find_torch() -> Path | None:
-    """The directory of a torch package that can be built against."""
+    """The directory of a torch package that can be built against, by the search above."""
     chosen = os.environ.get("IMAML_TORCH_DIR")
     if chosen:
-        if not _is_usable(Path(chosen)):
-            raise SystemExit(f"IMAML_TORCH_DIR={chosen}: there is no torch>=2.10 with headers")
+        fault = _fault(Path(chosen))
+        if fault:
+            raise SystemExit(f"imaml_ext: IMAML_TORCH_DIR={chosen} is {fault}; {TORCH} is needed")
         return Path(chosen)
-    return next((d / "torch" for d in _site_packages() if _is_usable(d / "torch")), None)
+    return next((d / "torch" for d in _site_packages() if not _fault(d / "torch")), None)
+
+
+def require_torch() -> Path:
+    torch = find_torch()
+    if torch is None:
+        found = {str(d / "torch"): _fault(d / "torch") for d in _site_packages()}
+        seen = "".join(f"; {d} is {why}" for d, why in found.items() if Path(d).is_dir())
+        raise SystemExit(f"imaml_ext: building needs {TORCH}: pip install '{TORCH}'{seen}")
+    return torch
+
+
+def missing_tools() -> list[str]:
+    """What has to be installed before CMakeLists.txt can run."""
+    missing = []
+    if _version("cmake") < MINIMUM_CMAKE:
+        missing.append("cmake>={}.{}".format(*MINIMUM_CMAKE))
+    if _version("ninja") == (0, 0):
+        missing.append("ninja")
+    return missing
 
 
 @contextlib.contextmanager
@@ -97,14 +127,7 @@ def _version(tool: str) -> tuple[int, ...]:
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    required = []
-    if _version("cmake") < (3, 22):
-        required.append("cmake>=3.22")
-    if _version("ninja") == (0, 0):
-        required.append("ninja")
-    if find_torch() is None:
-        required.append("torch>={}.{}".format(*MINIMUM_TORCH))
-    return required
+    return missing_tools() if find_torch() else [*missing_tools(), TORCH]
 
 
 def get_requires_for_build_sdist(config_settings=None):
@@ -121,7 +144,15 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
         return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
-build_sdist = build_meta.build_sdist
+def build_sdist(sdist_directory, config_settings=None):
+    """By MANIFEST.in alone: setuptools would add again all that an earlier build has listed."""
+    shutil.rmtree(EGG_INFO, ignore_errors=True)
+    try:
+        return build_meta.build_sdist(sdist_directory, config_settings)
+    finally:
+        shutil.rmtree(EGG_INFO, ignore_errors=True)
+
+
 get_requires_for_build_editable = get_requires_for_build_wheel
 prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
 build_editable = build_meta.build_editable

@@ -91,13 +91,18 @@ def test_the_reference_stands_alone():
     assert not list(imported(path))
 
 
-def test_importing_the_package_loads_nothing_that_it_may_not_use(tmp_path):
+def test_importing_the_package_adds_to_torch_only_its_own_modules(tmp_path):
+    # No progress bar, no plots, and nothing heavy that torch itself loads when it is used, such as
+    # its compiler.
     code = (
-        "import sys, imaml_ext; "
-        "print([m for m in ('torchvision', 'matplotlib', 'PIL', 'tqdm') if m in sys.modules])"
+        "import sys, torch; before = set(sys.modules); import imaml_ext; "
+        "print(*sorted(set(sys.modules) - before))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    # torch itself may load tqdm
-    assert result.stdout.strip() in ("[]", "['tqdm']")
+    added = set(result.stdout.split())
+    assert {name for name in added if name.split(".")[0] != "imaml_ext"} == set()
+    for later in ("cli", "experiment", "plots", "presets", "reference", "reproduce", "data"):
+        assert f"imaml_ext.{later}" not in added
+    assert "imaml_ext.implicit" in added

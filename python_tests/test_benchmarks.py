@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,73 @@ def test_the_launches_of_a_cg_iteration_do_not_depend_on_anything(benchmark, tmp
     assert "results/curves.png" in benchmark("tables").make([results])
 
 
+def make_wheel(folder):
+    """The smallest that pip installs: one module of 1000 bytes."""
+    information = "nothing-1.0.dist-info"
+    path = folder / "nothing-1.0-py3-none-any.whl"
+    metadata = "Metadata-Version: 2.1\nName: nothing\nVersion: 1.0"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("nothing.py", "#" * 1000)
+        archive.writestr(f"{information}/METADATA", metadata)
+        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
+        archive.writestr(f"{information}/RECORD", "")
+    return path
+
+
+def test_the_cost_of_the_package_is_measured_and_its_table_has_it(benchmark, tmp_path):
+    wheel = make_wheel(tmp_path)
+    _, results = run(
+        "bench_package.py", "--installs", "1",
+        "--archive", f"a wheel={wheel}", f"a file={__file__}", folder=tmp_path,
+    )  # fmt: skip
+    plain, both = results["imports"].values()
+    assert plain["cpu"]["median"] > 0.1  # torch was imported
+    assert results["added"]["cpu"] == both["cpu"]["median"] / plain["cpu"]["median"] - 1
+    assert 0 < results["added_within"]["median"] < 1
+    measured = results["archives"]["a wheel"]
+    assert measured["bytes"] == wheel.stat().st_size
+    assert measured["files"] == 4
+    assert 1000 < measured["installed_bytes"] < 1200
+    assert measured["install"]["median"] > 0
+    page = benchmark("tables").make([results])
+    assert "| a wheel | 0.00 | 0.00 | 4 |" in page
+    assert results["command"] in page
+
+
+def test_of_each_installed_row_the_last_outcome_is_in_the_table(benchmark):
+    def line(way, outcome, reason, **found):
+        row = {"python": "3.11", "torch": "newest", "way": way, "kernels": "cpu", "built_with": ""}
+        return {
+            "name": way, "row": row, "outcome": outcome, "reason": reason, "seconds": {},
+            "platform": "Linux", "commit": found.pop("commit"), "date": "2026-01-02T03", **found,
+        }  # fmt: skip
+
+    page = benchmark("tables").installs(
+        [
+            line("uv", "failed", "no compiler", commit="aaa"),
+            line("pip", "failed", "no network", commit="bbb"),
+            line("uv", "works", "", commit="ccc", torch="2.15.0", python="3.11.7"),
+        ]
+    )
+    assert "| 3.11.7 | 2.15.0 | uv | CPU | works |  | ccc |" in page
+    assert "| 3.11 | newest | pip | CPU | **failed** |  | bbb |" in page
+    assert "- pip: no network" in page
+    assert "no compiler" not in page
+    assert "Linux, 2026-01-02\n" in page
+
+
+def test_a_process_that_fails_is_not_timed(benchmark):
+    with pytest.raises(SystemExit, match="exit status 3"):
+        benchmark("bench_package").run(sys.executable, "-c", "raise SystemExit(3)")
+
+
+def test_the_processor_time_is_that_of_the_process(benchmark):
+    run = benchmark("bench_package").run
+    idle = run(sys.executable, "-c", "import time; time.sleep(0.5)")
+    busy = run(sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass")
+    assert idle < 0.5 <= busy
+
+
 def test_what_differs_is_not_timed(benchmark):
     harness = benchmark("harness")
     right, wrong = torch.ones(3), torch.tensor([1.0, 1.0, 1.001])
@@ -143,4 +211,5 @@ def test_the_power_and_the_line_are_found(benchmark):
 
 def test_the_page_is_made_from_the_committed_results(benchmark):
     tables = benchmark("tables")
-    assert (BENCHMARKS / "README.md").read_text() == tables.make(tables.committed())
+    page = tables.make(tables.committed(), tables.committed_matrix())
+    assert (BENCHMARKS / "README.md").read_text() == page
