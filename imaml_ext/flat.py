@@ -1,8 +1,7 @@
 """The parameter layout: named tensors as flat rows. Nothing else knows names and shapes."""
 
-import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -46,6 +45,10 @@ class Layout:
 
     def flatten(self, params: Mapping[str, Tensor], label: str = "params") -> Tensor:
         """[D] from tensors of the parameters' shapes, or [B, D] from tensors [B, ...]."""
+        if not isinstance(params, Mapping) or not all(
+            isinstance(t, Tensor) for t in params.values()
+        ):
+            raise TypeError(f"{label} must map names to tensors")
         if params.keys() != self.shapes.keys():
             raise ValueError(f"{label} must name {list(self.shapes)}, got {list(params)}")
         name, shape = next(iter(self.shapes.items()))
@@ -92,8 +95,8 @@ class Layout:
             flat = lam.reshape(1) if lam.dim() == 0 else lam
         elif isinstance(lam, Real) and not isinstance(lam, bool):
             value = float(lam)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"lam must be positive and finite, got {lam}")
+            if not (value > 0 and fits(value, self.dtype)):
+                raise ValueError(f"lam must be positive and finite in {self.dtype}, got {lam}")
             return torch.full((1,), value, dtype=self.dtype, device=self.device)
         else:
             raise TypeError(
@@ -122,6 +125,18 @@ class Layout:
                 f"{label} is {tensor.dtype} on {tensor.device}, but the parameters are "
                 f"{self.dtype} on {self.device}"
             )
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raises TypeError where it is none: a float that counts would fail only when it is used."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def fits(value: float, dtype: torch.dtype) -> bool:
+    """Whether a number is neither infinite nor, but for 0 itself, 0 in this dtype."""
+    info = torch.finfo(dtype)
+    return value == 0 or info.smallest_normal * info.eps <= abs(value) <= info.max
 
 
 def matrix_product(rows: Tensor, matrix: Tensor) -> Tensor:
