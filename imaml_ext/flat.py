@@ -18,7 +18,7 @@ class Layout:
 
     Raises:
         TypeError: `params` is not a mapping of names to float32 or float64 tensors.
-        ValueError: there are no parameters, or they differ in dtype or device.
+        ValueError: there are no parameters or all are empty, or they differ in dtype or device.
     """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
@@ -40,6 +40,8 @@ class Layout:
         self.shapes = {name: tensor.shape for name, tensor in params.items()}
         self.sizes = [tensor.numel() for tensor in params.values()]
         self.dim = sum(self.sizes)
+        if self.dim == 0:
+            raise ValueError("params hold no scalars: there is nothing to adapt")
         self.dtype = first.dtype
         self.device = first.device
 
@@ -60,7 +62,8 @@ class Layout:
                     f"got {list(params[name].shape)}"
                 )
             self._check_like_parameters(f"{label}[{name!r}]", params[name])
-        return torch.cat([params[name].reshape(*batch, -1) for name in self.shapes], dim=-1)
+        sizes = zip(self.shapes, self.sizes, strict=True)
+        return torch.cat([params[name].reshape(*batch, size) for name, size in sizes], dim=-1)
 
     def unflatten(self, flat: Tensor) -> Params:
         """{name: [..., *shape]} from [..., D], by one split: its backward is one concatenation."""

@@ -49,9 +49,9 @@ class _Unrolled(Method):
             raise ValueError("lam is not learned here: detach it, or use IMAML")
         self.log_lr = None
         if learn_lr:
-            like = next(iter(self.params.values()))
-            self.log_lr = torch.full_like(like.detach().flatten()[0], self.inner.lr).log()
-            self.log_lr.requires_grad_()
+            layout = self.layout
+            lr = torch.full((), self.inner.lr, dtype=layout.dtype, device=layout.device)
+            self.log_lr = lr.log().requires_grad_()
 
     def extra(self) -> Params:
         return {} if self.log_lr is None else {"log_lr": self.log_lr}
