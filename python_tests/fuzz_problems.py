@@ -168,7 +168,7 @@ def linear_solvers(draw, dim):
     if kind == "minres":
         return MINRES(max_iter=2 * dim + 5)
     if kind == "neumann":
-        return NeumannSeries(max_iter=1500, lr=0.05, rtol=1e-12)
+        return NeumannSeries(max_iter=600, lr=0.05, rtol=1e-9)
     return exact_linear(dim, preconditioner="jacobi" if kind == "jacobi" else None)
 
 

@@ -1,7 +1,7 @@
 """Whatever an operator is called with: the formula's values, or an error and nothing written.
 
-`row_formulas.py` and `layer_formulas.py` are the oracle; `operator_calls.py` says what fits, so that neither a refusal
-too many nor one too few goes unnoticed.
+`row_formulas.py` and `layer_formulas.py` are the oracle; `operator_calls.py` says what fits, so
+that neither a refusal too many nor one too few goes unnoticed.
 """
 
 import pytest
