@@ -99,7 +99,7 @@ class Layout:
         elif isinstance(lam, Real) and not isinstance(lam, bool):
             value = float(lam)
             if not (value > 0 and fits(value, self.dtype)):
-                raise ValueError(f"lam must be positive and finite in {self.dtype}, got {lam}")
+                raise ValueError(f"lam must be positive and finite, got {lam}, in {self.dtype}")
             return torch.full((1,), value, dtype=self.dtype, device=self.device)
         else:
             raise TypeError(

@@ -75,7 +75,7 @@ class System:
             raise ValueError(f"b must be [B, D] float32 or float64, got {list(b.shape)} {b.dtype}")
         self.b = b.detach().contiguous()
         if damping > torch.finfo(b.dtype).max:
-            raise ValueError(f"damping must be finite in {b.dtype}, got {damping}")
+            raise ValueError(f"damping must be finite, got {damping}, in {b.dtype}")
         self.damping = damping
         self._matvec = matvec
         flat_lam = _flat_lam(lam, b)
@@ -157,7 +157,7 @@ def check_settings(max_iter: int, rtol: float, atol: float, damping: float) -> N
 def _flat_lam(lam: float | Tensor, b: Tensor) -> Tensor:
     if not isinstance(lam, Tensor):
         if not fits(lam, b.dtype):
-            raise ValueError(f"lam must be finite in {b.dtype}, got {lam}")
+            raise ValueError(f"lam must be finite, got {lam}, in {b.dtype}")
         return b.new_full((1,), lam)
     dim = b.shape[1]
     if lam.shape not in ((), (1,), (dim,), (dim, dim)):

@@ -116,10 +116,10 @@ def descended(problem, i, *, steps, lr, momentum, nesterov, lam, data=None):
     return theta, phi
 
 
-@given(st.data())
-def test_methods_without_a_solve_are_a_loop_over_tasks(data):
+@pytest.mark.parametrize("kind", [MAML, FOMAML, Reptile, TruncatedMAML])
+@given(data=st.data())
+def test_methods_without_a_solve_are_a_loop_over_tasks(kind, data):
     problem = data.draw(problems())
-    kind = data.draw(sampled(MAML, FOMAML, Reptile, TruncatedMAML))
     steps, momentum = data.draw(st.integers(0, 4)), data.draw(sampled(0.0, 0.5))
     nesterov = momentum > 0 and data.draw(st.booleans())
     lam = data.draw(sampled(None, 1.5)) if kind is MAML else None
@@ -292,9 +292,9 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@given(st.data())
-def test_a_setting_that_cannot_be_is_refused_where_it_is_made(data):
-    kind, settings = data.draw(st.sampled_from(SETTINGS))
+@pytest.mark.parametrize(("kind", "settings"), SETTINGS)
+@given(data=st.data())
+def test_a_setting_that_cannot_be_is_refused_where_it_is_made(kind, settings, data):
     name = data.draw(st.sampled_from(sorted(settings)))
     value = data.draw(settings[name])
     assert_refused(lambda: kind(**{name: value}))
