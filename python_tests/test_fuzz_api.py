@@ -3,6 +3,7 @@
 The oracle is a loop over the tasks, one at a time, with dense matrices in float64.
 """
 
+import pytest
 import torch
 from fuzz import sampled, tried
 from fuzz_problems import (

@@ -32,7 +32,8 @@ from imaml_ext.trainer import NonfiniteError
 def seen(out, problem):
     """The gradients that there are: not by what is empty, nor by the strength of it."""
     empty = [n for n, t in problem.params.items() if not t.numel()]
-    return [t for name, t in out.named().items() if not name.endswith(tuple(empty) or ("\0",))]
+    named = out.named().items()
+    return [t for name, t in named if t.numel() and not name.endswith(tuple(empty) or ("\0",))]
 
 
 @pytest.mark.parametrize("form", ["0-d", "diagonal", "dense"])
