@@ -17,6 +17,10 @@ class Rounding:
         info = torch.finfo(dtype)
         self.eps, self.max, self.tiny = info.eps, info.max, info.tiny
 
+    def holds(self, number):
+        """Whether a number neither overflows nor vanishes in the dtype."""
+        return number == 0 or self.tiny <= abs(number) <= self.max / 16
+
     def slack(self, size, factor=16):
         """For a result whose terms add up to `size`."""
         slack = factor * (self.eps * size + self.tiny)
@@ -198,7 +202,7 @@ def _cg_row(o, row):
     if not alpha.isfinite():
         return cleared
     share = (slack / curvature).abs() + rounding.eps  # of alpha that is not sure
-    if share > 0.01 or alpha.abs() > rounding.max / 16:
+    if share > 0.01 or not rounding.holds(alpha):
         return None
     new_x, new_r = x + alpha * p, r - alpha * ap
     size_x, size_r = size_of(x) + (alpha * p).abs(), size_of(r) + alpha.abs() * ap_size
@@ -235,7 +239,7 @@ def _cg_row(o, row):
         return None
     z, factor = (new_r, 1.0) if inverse is None else (inverse * new_r, inverse.abs())
     size_p = z.abs() + (beta * p).abs()
-    if (size_p > rounding.max / 16).any() or beta.abs() > rounding.max / 16:
+    if (size_p > rounding.max / 16).any() or not rounding.holds(beta):
         return None
     slack_p = rounding.slack(size_p) + slack_r * factor + beta_slack * p.abs()
     return {**moved, "p": (z + beta * p, slack_p)}
