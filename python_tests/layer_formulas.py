@@ -175,7 +175,8 @@ def batch_norm_double_backward(o):
         n.project_size(size_of(g)),
     )
     inner = size_of(b) + factor_size * mean(n.size * size_of(a))
-    others = (pa_size, pg_size, inner, mean(size_of(a) * pg_size), factor_size * size_of(n.scale))
+    along = [inner, *(factor_size * mean(t) for t in (n.size * size_of(g), size_of(a) * pg_size))]
+    others = [pa_size, pg_size, *along, *(t * size_of(n.scale) for t in [factor_size, *along])]
     to_g = torch.where(n.passes, factor * pa + b * n.h + c, 0.0)
     to_g_size = factor_size * pa_size + size_of(b) * n.size + size_of(c)
     to_x = (
