@@ -41,12 +41,12 @@ def test_a_product_that_overflows_is_a_task_that_failed(form):
     # phi and x are finite, as after an inner loop that exploded; x times phi - theta is not.
     params = {"w": torch.zeros(2)}
     lam = {"0-d": torch.tensor(1.0), "diagonal": {"w": torch.ones(2)}, "dense": torch.eye(2)}[form]
-    slopes = torch.tensor([1.0, 1e20])[:, None, None]
     phi = {"w": torch.tensor([[1.0, 1.0], [1e25, 1e25]])}
+    data = phi["w"], torch.tensor([1.0, 1e20])
     out = {
         nonfinite: implicit_meta_grad(
-            lambda params, x: (x * params["w"]).sum(), params, slopes, slopes, lam=lam,
-            adapted=phi, nonfinite=nonfinite,
+            lambda params, data: data[1] * (params["w"] - data[0]).sum(), params, data, data,
+            lam=lam, adapted=phi, nonfinite=nonfinite,
         )
         for nonfinite in ("skip", "refuse")
     }  # fmt: skip

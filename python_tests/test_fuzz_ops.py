@@ -85,6 +85,7 @@ def spoiled(draw, operator):
     for _ in range(draw(st.integers(1, 2))):
         wrong = WRONG_NUMBERS.get(operator) or {n: WINDOWS[n] for n in call.numbers if n in WINDOWS}
         ways = ["dtype", "shape", "layout", "memory", "device", "huge"]
+        ways += ["memory"] * 3 * operator.endswith("_")  # what is written must lie apart
         ways += ["number"] * 3 * bool(wrong) + ["absent"] * ("?" in OPERATORS[operator].operands)
         way = draw(st.sampled_from(ways))
         if way == "number":
@@ -130,17 +131,19 @@ def spoil_layout(draw, call, name):
 def spoil_memory(draw, call, name):
     """The operand lies on another one's memory, from one of its first elements on."""
     t = call.by_name[name]
-    onto = call.by_name[
-        draw(st.sampled_from([n for n, o in call.by_name.items() if o is not None]))
-    ]
-    if onto.device.type == "meta" or not onto.is_contiguous():
+    others = {
+        n: o for n, o in call.by_name.items()
+        if n != name and o is not None and o.device.type != "meta" and o.is_contiguous()
+    }  # fmt: skip
+    if not others or t.device.type == "meta":
         return t
-    room = memory(onto)[onto.storage_offset() * onto.element_size() :].view(torch.uint8)
-    start = draw(st.integers(0, 3)) * 8
+    onto = others[draw(st.sampled_from(sorted(others)))]
+    start = onto.storage_offset() * onto.element_size() + draw(st.integers(0, 3)) * 8
     span = t.numel() * t.element_size()
-    if t.device.type == "meta" or (room.data_ptr() + start) % 8 or room.numel() < start + span:
+    room = memory(onto)[start : start + span]
+    if start % t.element_size() or len(room) < span:
         return t
-    return room[start : start + span].view(t.dtype).view(t.shape)
+    return room.view(t.dtype).view(t.shape)
 
 
 SPOIL = {
