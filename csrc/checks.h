@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <functional>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -100,6 +102,41 @@ class Checker {
   const Tensor& first_;
 };
 
+// An operand in memory, which has been checked to be contiguous; nowhere if it is absent or empty.
+struct Extent {
+  const char* name;
+  const char* begin = nullptr;
+  const char* end = nullptr;
+
+  Extent(const char* name, const Tensor& t)
+      : name(name),
+        begin(static_cast<const char*>(t.const_data_ptr())),
+        end(begin + t.numel() * (t.scalar_type() == ScalarType::Double ? 8 : 4)) {}
+  Extent(const char* name, const std::optional<Tensor>& t)
+      : Extent(t ? Extent(name, *t) : Extent(name)) {}
+
+  bool overlaps(const Extent& other) const {
+    const bool empty = begin == end || other.begin == other.end;
+    return !empty && std::less<>{}(begin, other.end) && std::less<>{}(other.begin, end);
+  }
+
+ private:
+  explicit Extent(const char* name) : name(name) {}
+};
+
+// What a kernel writes must lie apart from every other operand: it reads and writes in no order
+// that a caller could rely on.
+inline void check_apart(const char* op, std::initializer_list<Extent> written,
+                        std::initializer_list<Extent> read) {
+  const auto refuse = [&](const Extent& a, const Extent& b) {
+    if (a.overlaps(b)) fail(op, a.name, " is written and must not share memory with ", b.name);
+  };
+  for (const Extent* one = written.begin(); one != written.end(); ++one) {
+    for (const Extent* other = one + 1; other != written.end(); ++other) refuse(*one, *other);
+    for (const Extent& other : read) refuse(*one, other);
+  }
+}
+
 // Calls body(float{}) or body(double{}). The type has been checked.
 template <typename Body>
 void dispatch(const Tensor& t, const Body& body) {
@@ -138,6 +175,17 @@ struct CgTensors {
       fail("cg_step_", "a preconditioner needs both inverse and rz, got ",
            inverse ? "inverse" : "rz", " alone");
     if (inverse) checker.same("inverse", *inverse).per_row("rz", *rz, ScalarType::Double);
+    check_apart("cg_step_",
+                {{"x", x},
+                 {"r", r},
+                 {"p", p},
+                 {"rr", rr},
+                 {"rz", rz},
+                 {"status", status},
+                 {"steps", steps},
+                 {"curvature", curvature},
+                 {"beta", beta}},
+                {{"hp", hp}, {"lam", lam}, {"inverse", inverse}, {"tol2", tol2}});
   }
 
   template <typename T>
@@ -176,6 +224,10 @@ struct ProxTensors {
     return checker;
   }
 
+  void check_apart_from(const char* op, std::initializer_list<Extent> written) const {
+    check_apart(op, written, {{"grad", grad}, {"theta", theta}, {"lam", lam}, {"status", status}});
+  }
+
   template <typename T>
   ProxArgs<T> args() const {
     ProxArgs<T> a{};
@@ -203,6 +255,7 @@ struct DescentTensors {
     const Checker checker = prox.check(kName);
     if (velocity) checker.same("velocity", *velocity);
     if (!velocity && momentum != 0) fail(kName, "momentum needs a velocity buffer");
+    prox.check_apart_from(kName, {{"phi", prox.phi}, {"velocity", velocity}});
   }
 
   template <typename T>
@@ -223,6 +276,9 @@ struct AdamTensors {
     for (const double beta : {settings.beta1, settings.beta2})
       if (!(beta >= 0 && beta < 1)) fail(kName, "beta1 and beta2 must be in [0, 1), got ", beta);
     if (settings.step < 1) fail(kName, "step counts from 1, got ", settings.step);
+    prox.check_apart_from(
+        kName,
+        {{"phi", prox.phi}, {"first_moment", first_moment}, {"second_moment", second_moment}});
   }
 
   template <typename T>
@@ -230,6 +286,17 @@ struct AdamTensors {
     return {first_moment.mutable_data_ptr<T>(), second_moment.mutable_data_ptr<T>(), settings};
   }
 };
+
+// An uninitialised result. Why it cannot be had torch's own error does not tell.
+inline Tensor new_result(const char* op, const Tensor& like, std::initializer_list<int64_t> sizes) {
+  try {
+    return torch::stable::new_empty(like, sizes);
+  } catch (const std::exception&) {
+    std::ostringstream text;
+    for (const int64_t size : sizes) text << (text.tellp() > 0 ? ", " : "") << size;
+    fail(op, "cannot allocate a result of shape [", text.str(), "]");
+  }
+}
 
 inline Tensor new_doubles(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Double);

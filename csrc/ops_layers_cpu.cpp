@@ -2,6 +2,7 @@
 // thread pool.
 #include <torch/csrc/stable/library.h>
 
+#include <limits>
 #include <tuple>
 
 #include "checks.h"
@@ -48,6 +49,9 @@ void check_like(const char* op, const char* name, const Tensor& t, const Tensor&
 }
 
 struct Window {
+  // With larger ones the places of pixels would not fit into 64 bits.
+  static constexpr int64_t kLargest = std::numeric_limits<std::int32_t>::max();
+
   int64_t stride_h, stride_w, pad_h, pad_w;
 
   // `images` [B, N, H, W, C] convolved with weights [B, O, C, kH, kW], `apart` from task to task.
@@ -71,6 +75,9 @@ struct Window {
                      .task_weights = apart};
     if (stride_h < 1 || stride_w < 1) fail(op, "stride must be positive");
     if (pad_h < 0 || pad_w < 0) fail(op, "padding must not be negative");
+    for (const int64_t number :
+         {s.in_h, s.in_w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w})
+      if (number > kLargest) fail(op, "sizes of a window must be below 2^31, got ", number);
     const int64_t room_h = s.in_h + 2 * pad_h - kernel_h, room_w = s.in_w + 2 * pad_w - kernel_w;
     if (room_h < 0 || room_w < 0 || s.in_h < 1 || s.in_w < 1 || kernel_h < 1 || kernel_w < 1)
       fail(op, "a ", kernel_h, " x ", kernel_w, " kernel does not fit into ", s.in_h, " x ", s.in_w,
@@ -91,7 +98,7 @@ Tensor conv(const Tensor& x, const Tensor& w, std::optional<Tensor> bias, int64_
       kName, {x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)}, w.size(1), w.size(3),
       w.size(4), w.stride(0));
   if (bias) check_like(kName, "bias", *bias, x, {s.tasks, s.filters});
-  Tensor y = torch::stable::new_empty(x, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
+  Tensor y = new_result(kName, x, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     cpu::conv(s, x.const_data_ptr<T>(), w.const_data_ptr<T>(),
@@ -111,7 +118,7 @@ Tensor conv_data_gradient(const Tensor& g, const Tensor& w, int64_t in_h, int64_
       kName, {g.size(0), g.size(1), in_h, in_w, w.size(2)}, w.size(1), w.size(3), w.size(4),
       w.stride(0));
   check_like(kName, "g", g, w, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
-  Tensor dx = torch::stable::new_empty(g, {s.tasks, s.images, s.in_h, s.in_w, s.channels});
+  Tensor dx = new_result(kName, g, {s.tasks, s.images, s.in_h, s.in_w, s.channels});
   dispatch(g, [&](auto zero) {
     using T = decltype(zero);
     cpu::conv_data_gradient(s, g.const_data_ptr<T>(), w.const_data_ptr<T>(),
@@ -129,7 +136,7 @@ Tensor conv_weight_gradient(const Tensor& x, const Tensor& g, int64_t kernel_h, 
       kName, {x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)}, g.size(4), kernel_h, kernel_w,
       0);
   check_like(kName, "g", g, x, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
-  Tensor dw = torch::stable::new_empty(x, {s.tasks, s.filters, s.channels, kernel_h, kernel_w});
+  Tensor dw = new_result(kName, x, {s.tasks, s.filters, s.channels, kernel_h, kernel_w});
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     cpu::conv_weight_gradient(s, x.const_data_ptr<T>(), g.const_data_ptr<T>(),

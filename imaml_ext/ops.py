@@ -5,7 +5,9 @@ none is differentiable. All work on contiguous [B, D] row buffers of float32 or 
 and on CUDA, never synchronise, and give the same bits for the same input on the same device.
 """
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,59 +54,81 @@ def build_info() -> dict[str, str]:
     return dict(_extension.build_info())
 
 
-@torch.library.register_fake("imaml::cg_step_")
+def _fake(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what the operator gives without memory: in a compiled graph, and on "meta".
+
+    One operand on "meta" is enough for the dispatcher to choose it, so the others are looked at.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*arguments: Any) -> Any:
+            devices = {t.device for t in arguments if isinstance(t, Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(
+                    f"{operator}: all tensors must be on one device, got "
+                    f"{', '.join(sorted(map(str, devices)))}"
+                )
+            return function(*arguments)
+
+        torch.library.register_fake(f"imaml::{operator}", checked)
+        return function
+
+    return register
+
+
+@_fake("cg_step_")
 def _(x, r, p, hp, lam, damping, inverse, rr, rz, tol2, status, steps, curvature, beta):  # type: ignore[no-untyped-def]
     return None
 
 
-@torch.library.register_fake("imaml::prox_gd_")
+@_fake("prox_gd_")
 def _(phi, velocity, grad, theta, lam, lr, momentum, nesterov, status):  # type: ignore[no-untyped-def]
     return None
 
 
-@torch.library.register_fake("imaml::prox_adam_")
+@_fake("prox_adam_")
 def _(phi, first_moment, second_moment, grad, theta, lam, lr, beta1, beta2, eps, step, status):  # type: ignore[no-untyped-def]
     return None
 
 
-@torch.library.register_fake("imaml::prox_norms")
+@_fake("prox_norms")
 def _(phi, grad, theta, lam):  # type: ignore[no-untyped-def]
     return phi.new_empty((phi.shape[0], 2), dtype=torch.float64)
 
 
-@torch.library.register_fake("imaml::row_dot")
+@_fake("row_dot")
 def _(a, b):  # type: ignore[no-untyped-def]
     return a.new_empty((a.shape[0],), dtype=torch.float64)
 
 
-@torch.library.register_fake("imaml::conv")
+@_fake("conv")
 def _(x, w, bias, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
     height = (x.shape[2] + 2 * pad_h - w.shape[3]) // stride_h + 1
     width = (x.shape[3] + 2 * pad_w - w.shape[4]) // stride_w + 1
     return x.new_empty((*x.shape[:2], height, width, w.shape[1]))
 
 
-@torch.library.register_fake("imaml::conv_data_gradient")
+@_fake("conv_data_gradient")
 def _(g, w, in_h, in_w, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
     return g.new_empty((*g.shape[:2], in_h, in_w, w.shape[2]))
 
 
-@torch.library.register_fake("imaml::conv_weight_gradient")
+@_fake("conv_weight_gradient")
 def _(x, g, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], g.shape[4], x.shape[4], kernel_h, kernel_w))
 
 
-@torch.library.register_fake("imaml::batch_norm")
+@_fake("batch_norm")
 def _(x, gamma, beta, eps):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
 
 
-@torch.library.register_fake("imaml::batch_norm_backward")
+@_fake("batch_norm_backward")
 def _(g, x, gamma, beta, mean, scale, relu):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
 
 
-@torch.library.register_fake("imaml::batch_norm_double_backward")
+@_fake("batch_norm_double_backward")
 def _(a, b, c, g, x, gamma, beta, mean, scale, relu):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), torch.empty_like(x), torch.empty_like(gamma)
 

@@ -2,8 +2,10 @@ import importlib
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from fuzz import tried
 from tape import Tape
 
 import imaml_ext
@@ -39,6 +41,27 @@ def capture(device):
 def adam_capturable_on_the_cpu_too(monkeypatch):
     adam = importlib.import_module("torch.optim.adam")
     monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *_: ["cpu", "cuda"])
+
+
+# HYPOTHESIS_PROFILE=thorough pytest python_tests/test_fuzz_ops.py python_tests/test_fuzz_api.py
+for _profile, _inputs in (("default", 30), ("thorough", 1000)):
+    hypothesis.settings.register_profile(
+        _profile,
+        max_examples=_inputs,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if tried:
+        terminalreporter.section("inputs tried")
+        for name, count in sorted(tried.items()):
+            terminalreporter.line(f"{count:8}  {name}")
+        terminalreporter.line(f"{tried.total():8}  in all")
 
 
 # The tests are small: a second thread would mostly wait for the first.
