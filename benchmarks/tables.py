@@ -73,6 +73,9 @@ TITLES: dict[str, Callable[[Result], str]] = {
         f"Peak memory of a meta-gradient, MiB: {s['workload']}, {s['tasks']} tasks, D={s['dim']}"
     ),
     "scaling": lambda s: f"How the time grows: {s['workload']}",
+    "all_reduce": lambda s: (
+        f"The all-reduce of a meta-step: {s['processes']} processes, {s['backend']}"
+    ),
     "soak": lambda s: (
         f"{s['steps']} meta-steps of {s['dataset']}{', compiled' if s['compiled'] else ''}"
     ),
@@ -257,6 +260,13 @@ def installs(lines: list[Result]) -> str:
     )
 
 
+def all_reduce(result: Result) -> str:
+    lines = [
+        [f"{d:,}", f"{1e3 * ours:.2f}", f"{1e3 * bare:.2f}"] for d, ours, bare in result["rows"]
+    ]
+    return table(["D", "of a meta-step, ms", "bare, of as many numbers, ms"], lines)
+
+
 BODIES = {
     "cg": times,
     "prox": times,
@@ -264,6 +274,7 @@ BODIES = {
     "memory": memory,
     "scaling": scaling,
     "soak": soak,
+    "all_reduce": all_reduce,
 }
 PAGES = {"inner": inner, "package": package}
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import zipfile
 
@@ -16,7 +17,7 @@ from imaml_ext.checkpoint import load_checkpoint, save_checkpoint
 from imaml_ext.data import load_omniglot, load_tiny_imagenet
 
 CPU = torch.device("cpu")
-MUTATIONS = 150  # of each file
+MUTATIONS = int(os.environ.get("IMAML_TEST_MUTATIONS", "150"))  # of each file
 
 
 def mutated(data, generator):
