@@ -130,6 +130,9 @@ def remedy(cause: Cause) -> str:
 def check_differentiable_twice(outputs: Tensor, inputs: Tensor) -> None:
     """Raises RuntimeError where a second derivative would be zero or wrong without a word.
 
+    Looks at no more than `_MOST_NODES` of the graph: torch frees nodes that Python has seen one
+    inside the other, and tens of thousands of them exhaust the stack.
+
     Weight norm's takes the norm for a constant (torch 2.13). What lies behind a Function marked
     once_differentiable looks unused to a gradient that is asked for by its inputs, and inside vmap
     the mark is lost altogether.
@@ -144,10 +147,13 @@ def check_differentiable_twice(outputs: Tensor, inputs: Tensor) -> None:
                 raise RuntimeError(f"marked with @once_differentiable: {type(node).__name__}")
 
 
+_MOST_NODES = 3000
+
+
 def _nodes(start: Any, end: Any) -> Iterator[Any]:
     """The graph below a node, itself included, up to `end`."""
     stack, seen = [start], {None, end}
-    while stack:
+    while stack and len(seen) < _MOST_NODES:
         node = stack.pop()
         if node not in seen:
             seen.add(node)

@@ -128,6 +128,7 @@ class Objective:
         self.data = data
         self.shared = shared or {}
         self.tasks = _count_tasks(layout, data, label)
+        self._checked = False
 
     def losses(self, rows: Tensor) -> Tensor:
         """[B] from [B, D]."""
@@ -147,6 +148,9 @@ class Objective:
         at = rows if rows.requires_grad else rows.detach().requires_grad_()
         losses = self.losses(at)
         with self.naming_layers(rows):
+            if not self._checked:  # once, of the graphs that may be chained to thousands
+                check_differentiable_twice(losses, at)
+                self._checked = True
             return _vjp(losses, at, torch.ones_like(losses), create_graph=True)
 
     def linearise(self, rows: Tensor, kind: CurvatureKind) -> Linearisation:
@@ -185,6 +189,7 @@ class Objective:
 
     def _hessian(self, rows: Tensor) -> Linearisation:
         leaf, losses = self._record(self.losses, rows)
+        check_differentiable_twice(losses, leaf)
         gradient = _vjp(losses, leaf, torch.ones_like(losses), create_graph=True)
         return Linearisation(
             losses.detach(),
@@ -208,6 +213,8 @@ class Objective:
             lambda leaf: self._for_each_task(self._one_output, leaf, x), rows
         )
         z, losses = self._record(lambda z: self._for_each_task(self._one_criterion, z, y), outputs)
+        check_differentiable_twice(losses, z)
+        check_differentiable_twice(outputs, leaf)
         slope = _vjp(losses, z, torch.ones_like(losses), create_graph=True)
         gradient = _vjp(outputs, leaf, slope.detach(), retain_graph=True)
         u = torch.zeros_like(outputs, requires_grad=True)
@@ -307,8 +314,6 @@ def _vjp(
     """`vector' d outputs / d inputs`; zero where `outputs` does not depend on `inputs`."""
     if not outputs.requires_grad:
         return torch.zeros_like(inputs)
-    if create_graph:
-        check_differentiable_twice(outputs, inputs)
     with torch.set_grad_enabled(create_graph):
         (product,) = torch.autograd.grad(
             outputs,
