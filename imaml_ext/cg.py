@@ -6,7 +6,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from imaml_ext.linear import LinearSolver, System, check_settings, initial_status, squared_tolerance
+from imaml_ext.flat import check_integer
+from imaml_ext.linear import (
+    LinearSolver,
+    System,
+    check_like,
+    check_settings,
+    initial_status,
+    squared_tolerance,
+)
 from imaml_ext.looking import is_recording, may_look
 from imaml_ext.ops import cg_step_, row_dot
 from imaml_ext.random import random_bits
@@ -35,6 +43,7 @@ class ConjugateGradient(LinearSolver):
             raise ValueError(
                 f"preconditioner must be 'jacobi', 'adam' or None, got {self.preconditioner!r}"
             )
+        check_integer("probes", self.probes)
         if self.probes < 1:
             raise ValueError(f"probes must be at least 1, got {self.probes}")
 
@@ -116,8 +125,8 @@ def conjugate_gradient(
         float64 without scaling: float64 entries beyond 1e±150 overflow or vanish.
 
     Raises:
-        TypeError, ValueError: `b`, `lam`, `x0` or a setting does not fit.
-        RuntimeError: `matvec` returned something that is not [B, D] like `b`.
+        TypeError, ValueError: `b`, `lam`, `x0` or a setting does not fit, or `matvec` returned
+            something that is not [B, D] like `b`.
     """
     check_settings(max_iter, rtol, atol, damping)
     system = System(matvec, b, lam, damping)
@@ -125,10 +134,7 @@ def conjugate_gradient(
     if x0 is None:
         x, r = torch.zeros_like(b), b.clone()
     else:
-        if x0.shape != b.shape or x0.dtype != b.dtype:
-            raise ValueError(
-                f"x0 must be {list(b.shape)} {b.dtype}, got {list(x0.shape)} {x0.dtype}"
-            )
+        check_like("x0", x0, b)
         x = x0.detach().clone(memory_format=torch.contiguous_format)
         r = b - system.product(x)
     with torch.no_grad():
@@ -158,17 +164,14 @@ def conjugate_gradient(
             x = torch.where(at_once[:, None], x + system.without_h(r), x)
         status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status).to(torch.int32)
         residual = torch.where(status == Status.NONFINITE, torch.nan, rr).sqrt()
-        scale = None if inverse is None else 1 / inverse.amax(1).double()
+        # Without parameters there is no largest entry, and nothing that it would scale.
+        scale = None if inverse is None or not inverse.shape[1] else 1 / inverse.amax(1).double()
         lanczos = Lanczos.of_conjugate_gradient(curvature, beta, steps + negative, scale)
     return Solution(x, status, steps, residual, lanczos)
 
 
 def _inverse(preconditioner: Tensor, b: Tensor) -> Tensor:
-    if preconditioner.shape not in (b.shape, b.shape[1:]) or preconditioner.dtype != b.dtype:
-        raise ValueError(
-            f"preconditioner must be {list(b.shape)} or {list(b.shape[1:])} of {b.dtype}, "
-            f"got {list(preconditioner.shape)} {preconditioner.dtype}"
-        )
+    check_like("preconditioner", preconditioner, b, b.shape, b.shape[1:])
     inverse = 1 / preconditioner.detach()
     if may_look(b) and not bool(((inverse > 0) & inverse.isfinite()).all()):
         raise ValueError("preconditioner must be positive in every entry, and so its inverse")

@@ -1,8 +1,7 @@
 """The parameter layout: named tensors as flat rows. Nothing else knows names and shapes."""
 
-import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ class Layout:
 
     Raises:
         TypeError: `params` is not a mapping of names to float32 or float64 tensors.
-        ValueError: there are no parameters, or they differ in dtype or device.
+        ValueError: there are no parameters or all are empty, or they differ in dtype or device.
     """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
@@ -41,11 +40,17 @@ class Layout:
         self.shapes = {name: tensor.shape for name, tensor in params.items()}
         self.sizes = [tensor.numel() for tensor in params.values()]
         self.dim = sum(self.sizes)
+        if self.dim == 0:
+            raise ValueError("params hold no scalars: there is nothing to adapt")
         self.dtype = first.dtype
         self.device = first.device
 
     def flatten(self, params: Mapping[str, Tensor], label: str = "params") -> Tensor:
         """[D] from tensors of the parameters' shapes, or [B, D] from tensors [B, ...]."""
+        if not isinstance(params, Mapping) or not all(
+            isinstance(t, Tensor) for t in params.values()
+        ):
+            raise TypeError(f"{label} must map names to tensors")
         if params.keys() != self.shapes.keys():
             raise ValueError(f"{label} must name {list(self.shapes)}, got {list(params)}")
         name, shape = next(iter(self.shapes.items()))
@@ -57,7 +62,8 @@ class Layout:
                     f"got {list(params[name].shape)}"
                 )
             self._check_like_parameters(f"{label}[{name!r}]", params[name])
-        return torch.cat([params[name].reshape(*batch, -1) for name in self.shapes], dim=-1)
+        sizes = zip(self.shapes, self.sizes, strict=True)
+        return torch.cat([params[name].reshape(*batch, size) for name, size in sizes], dim=-1)
 
     def unflatten(self, flat: Tensor) -> Params:
         """{name: [..., *shape]} from [..., D], by one split: its backward is one concatenation."""
@@ -91,10 +97,9 @@ class Layout:
             self._check_like_parameters("lam", lam)
             flat = lam.reshape(1) if lam.dim() == 0 else lam
         elif isinstance(lam, Real) and not isinstance(lam, bool):
-            value = float(lam)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"lam must be positive and finite, got {lam}")
-            return torch.full((1,), value, dtype=self.dtype, device=self.device)
+            if not (fits(lam, self.dtype) and float(lam) > 0):
+                raise ValueError(f"lam must be positive and finite, got {lam}, in {self.dtype}")
+            return torch.full((1,), float(lam), dtype=self.dtype, device=self.device)
         else:
             raise TypeError(
                 f"lam must be a float, a tensor or a dict of tensors, got {type(lam).__name__}"
@@ -122,6 +127,18 @@ class Layout:
                 f"{label} is {tensor.dtype} on {tensor.device}, but the parameters are "
                 f"{self.dtype} on {self.device}"
             )
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raises TypeError where it is none: a float that counts would fail only when it is used."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def fits(value: Any, dtype: torch.dtype) -> bool:
+    """Whether a number is neither infinite nor, but for 0 itself, 0 in this dtype."""
+    info = torch.finfo(dtype)
+    return bool(value == 0 or info.smallest_normal * info.eps <= abs(value) <= info.max)
 
 
 def matrix_product(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from imaml_ext.meta_gradient import (
     task_share,
 )
 from imaml_ext.objective import Loss, Objective
+from imaml_ext.ops import row_dot
 from imaml_ext.proximal import Proximal
 from imaml_ext.solution import Solution, Status
 
@@ -89,10 +90,10 @@ def implicit_meta_grad(
 
     ok = ~failed_tasks(losses, solution, system)
     share = task_share(ok, nonfinite, layout.dtype)
-    to_theta, to_lam = _pull_back(system.value, phi, problem, ok)
+    to_theta, to_lam = _pull_back(system.value, phi, problem, ok, share)
     return MetaGradient(
-        params=layout.unflatten(to_theta * share),
-        lam=_lam_gradient(leaves, flat_lam, to_lam * share),
+        params=layout.unflatten(to_theta),
+        lam=_lam_gradient(leaves, flat_lam, to_lam),
         support_loss=support_loss,
         query_loss=losses,
         adapted=layout.unflatten(phi),
@@ -130,6 +131,10 @@ class _Solvers:
     def __init__(self, inner: InnerSolver | None, cg: LinearSolver | None) -> None:
         self.inner = GradientDescent() if inner is None else inner
         self.cg = ConjugateGradient() if cg is None else cg
+        if not isinstance(self.inner, InnerSolver):
+            raise TypeError(f"inner must be an InnerSolver, got {type(inner).__name__}")
+        if not isinstance(self.cg, LinearSolver):
+            raise TypeError(f"cg must be a LinearSolver, got {type(cg).__name__}")
 
     def differentiate(
         self, problem: Proximal, solution: Solution, v: Tensor
@@ -143,6 +148,7 @@ class _Solvers:
         status = judge(solution.status, residual, self.inner.tol)
         status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status).to(torch.int32)
         system = self.cg.solve(at_phi.matvec, v, problem.lam, second_moment=solution.second_moment)
+        system = _within_range(system, phi - problem.theta, problem.lam)
         inner = replace(solution, status=status, residual=residual)
         if self.cg.curvature == "hessian" and system.lanczos is not None:
             inner = replace(inner, lanczos=system.lanczos.shifted(-self.cg.damping))
@@ -167,9 +173,8 @@ class _Adapt(torch.autograd.Function):
         solution = replace(_given(phi, problem), second_moment=ctx.second_moment)
         _, inner, system = ctx.solvers.differentiate(problem, solution, v.contiguous())
         ok = ~failed_tasks(inner.residual, inner, system)
-        to_theta, to_lam = _pull_back(system.value, phi, problem, ok)
-        poison = torch.where(ok.all(), 0.0, torch.nan).to(theta.dtype)
-        return to_theta + poison, to_lam + poison, None, None
+        whole = torch.where(ok.all(), 1.0, torch.nan).to(theta.dtype)
+        return *_pull_back(system.value, phi, problem, ok, whole), None, None
 
 
 def _given(phi: Tensor, problem: Proximal) -> Solution:
@@ -180,10 +185,34 @@ def _given(phi: Tensor, problem: Proximal) -> Solution:
     return unjudged(phi, status, torch.zeros_like(status))
 
 
-def _pull_back(x: Tensor, phi: Tensor, problem: Proximal, ok: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients by theta and Λ, summed over the tasks that are ok."""
+def _within_range(system: Solution, away: Tensor, lam: Tensor) -> Solution:
+    """The linear solve, NONFINITE where the products of x with Λ or phi - theta may overflow.
+
+    After an inner solve that explodes both can be finite, and a gradient that they make is not.
+    """
+    x = system.value
+    x_norm, away_norm = row_dot(x, x).sqrt(), row_dot(away, away).sqrt()
+    lam_norm = torch.linalg.vector_norm(lam, dtype=torch.float64)
+    largest = x_norm * torch.maximum(away_norm, lam_norm)  # Cauchy-Schwarz
+    # A task that failed in the inner solve says so there.
+    overflows = (largest > torch.finfo(x.dtype).max / 4) & away_norm.isfinite()
+    return replace(
+        system,
+        value=torch.where(overflows[:, None], 0.0, x),
+        status=torch.where(overflows, Status.NONFINITE, system.status).to(torch.int32),
+        residual=torch.where(overflows, torch.nan, system.residual),
+    )
+
+
+def _pull_back(
+    x: Tensor, phi: Tensor, problem: Proximal, ok: Tensor, share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients by theta and Λ, summed over the tasks that are ok, each times its share.
+
+    Shares come before the sum, which may overflow where the mean does not.
+    """
     mask = ok[:, None]
-    x = torch.where(mask, x, 0.0)
+    x = torch.where(mask, x, 0.0) * share
     away = torch.where(mask, phi - problem.theta, 0.0)
     to_theta = problem.strengthen(x.sum(0, keepdim=True))[0]
     if problem.lam.dim() == 2:

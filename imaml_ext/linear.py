@@ -2,12 +2,13 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from imaml_ext.flat import matrix_product
+from imaml_ext.flat import check_integer, fits, matrix_product
 from imaml_ext.ops import row_dot
 from imaml_ext.solution import CurvatureKind, Lanczos, Matvec, Solution, Status
 
@@ -68,9 +69,13 @@ class System:
     """
 
     def __init__(self, matvec: Matvec, b: Tensor, lam: float | Tensor, damping: float) -> None:
+        if not isinstance(b, Tensor):
+            raise TypeError(f"b must be a tensor, got {type(b).__name__}")
         if b.dim() != 2 or b.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"b must be [B, D] float32 or float64, got {list(b.shape)} {b.dtype}")
         self.b = b.detach().contiguous()
+        if damping > torch.finfo(b.dtype).max:
+            raise ValueError(f"damping must be finite, got {damping}, in {b.dtype}")
         self.damping = damping
         self._matvec = matvec
         flat_lam = _flat_lam(lam, b)
@@ -79,7 +84,11 @@ class System:
 
     def unfused(self, p: Tensor) -> Tensor:
         """`H p`, and `Λ p` for a dense Λ: what the kernels do not add by themselves."""
-        hp = self._matvec(p).detach()
+        hp = self._matvec(p)
+        if not isinstance(hp, Tensor):
+            raise TypeError(f"matvec must return a tensor, got {type(hp).__name__}")
+        check_like("what matvec returns", hp, p)
+        hp = hp.detach()
         return (hp if self._dense is None else hp + matrix_product(p, self._dense)).contiguous()
 
     def product(self, p: Tensor) -> Tensor:
@@ -125,7 +134,19 @@ def finished(
     )
 
 
+def check_like(name: str, t: Tensor, b: Tensor, *shapes: Sequence[int]) -> None:
+    """Raises ValueError where t is not of b's dtype and device, and of one of the shapes or b's."""
+    shapes = shapes or (b.shape,)
+    if t.shape not in shapes or t.dtype != b.dtype or t.device != b.device:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(
+            f"{name} must be {expected} {b.dtype} on {b.device}, "
+            f"got {list(t.shape)} {t.dtype} on {t.device}"
+        )
+
+
 def check_settings(max_iter: int, rtol: float, atol: float, damping: float) -> None:
+    check_integer("max_iter", max_iter)
     if max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
     for name, value in (("rtol", rtol), ("atol", atol), ("damping", damping)):
@@ -135,13 +156,11 @@ def check_settings(max_iter: int, rtol: float, atol: float, damping: float) -> N
 
 def _flat_lam(lam: float | Tensor, b: Tensor) -> Tensor:
     if not isinstance(lam, Tensor):
-        if not math.isfinite(lam):
-            raise ValueError(f"lam must be finite, got {lam}")
+        if not fits(lam, b.dtype):
+            raise ValueError(f"lam must be finite, got {lam}, in {b.dtype}")
         return b.new_full((1,), lam)
     dim = b.shape[1]
-    if lam.shape not in ((), (1,), (dim,), (dim, dim)) or lam.dtype != b.dtype:
-        raise ValueError(
-            f"lam must be a scalar, [{dim}] or [{dim}, {dim}] of {b.dtype}, "
-            f"got {list(lam.shape)} {lam.dtype}"
-        )
+    if lam.shape not in ((), (1,), (dim,), (dim, dim)):
+        raise ValueError(f"lam must be a scalar, [{dim}] or [{dim}, {dim}], got {list(lam.shape)}")
+    check_like("lam", lam, b, lam.shape)
     return lam.detach().contiguous() if lam.dim() else lam.detach().reshape(1)

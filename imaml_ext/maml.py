@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml_ext.flat import Lam, Params
+from imaml_ext.flat import Lam, Params, check_integer
 from imaml_ext.inner import GradientDescent
 from imaml_ext.inner.base import judge, new_status
 from imaml_ext.meta_gradient import MetaGradient, Nonfinite, failed_tasks, task_share
@@ -49,9 +49,9 @@ class _Unrolled(Method):
             raise ValueError("lam is not learned here: detach it, or use IMAML")
         self.log_lr = None
         if learn_lr:
-            like = next(iter(self.params.values()))
-            self.log_lr = torch.full_like(like.detach().flatten()[0], self.inner.lr).log()
-            self.log_lr.requires_grad_()
+            layout = self.layout
+            lr = torch.full((), self.inner.lr, dtype=layout.dtype, device=layout.device)
+            self.log_lr = lr.log().requires_grad_()
 
     def extra(self) -> Params:
         return {} if self.log_lr is None else {"log_lr": self.log_lr}
@@ -85,7 +85,8 @@ class _Unrolled(Method):
         support_loss, inner = _report(problem, phi.detach(), self.inner.steps, finite)
         ok = ~failed_tasks(losses.detach(), inner)
         share = task_share(ok, self.nonfinite, self.layout.dtype)
-        means = [torch.where(ok[:, None], rows, 0.0).sum(0) * share for rows in gradients]
+        # Shares before the sum, which may overflow where the mean does not.
+        means = [(torch.where(ok[:, None], rows, 0.0) * share).sum(0) for rows in gradients]
         return MetaGradient(
             params=self.layout.unflatten(means[0]),
             lam=None,
@@ -199,6 +200,7 @@ class TruncatedMAML(_Unrolled):
     def __init__(
         self, loss: Loss, params: Mapping[str, Tensor], *, last: int, **settings: Any
     ) -> None:
+        check_integer("last", last)
         if last < 0:
             raise ValueError(f"last must not be negative, got {last}")
         super().__init__(loss, params, **settings)
@@ -260,9 +262,10 @@ class Reptile(_FirstOrder):
         support_loss, inner = _report(problem, phi, self.inner.steps, finite)
         losses = judged.losses(phi)
         ok = ~failed_tasks(losses, inner)
-        away = torch.where(ok[:, None], theta - phi, 0.0).sum(0)
+        share = task_share(ok, self.nonfinite, self.layout.dtype)
+        away = torch.where(ok[:, None], theta - phi, 0.0) * share
         return MetaGradient(
-            params=self.layout.unflatten(away * task_share(ok, self.nonfinite, self.layout.dtype)),
+            params=self.layout.unflatten(away.sum(0)),
             lam=None,
             support_loss=support_loss,
             query_loss=losses,

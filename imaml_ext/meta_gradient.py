@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imaml_ext.flat import Params
-from imaml_ext.solution import Solution, Status
+from imaml_ext.solution import Solution, Status, counted
 
 Nonfinite = Literal["refuse", "skip"]
 
@@ -59,7 +59,16 @@ class MetaGradient:
     def describe(self) -> str:
         """Which tasks' solves ended how, and what to do, in one line. Synchronises on CUDA."""
         text = f"Inner solve: {self.inner.describe()}"
-        return text if self.cg is None else f"{text}. Linear solve: {self.cg.describe()}"
+        solves = [self.inner]
+        if self.cg is not None:
+            text += f". Linear solve: {self.cg.describe()}"
+            solves.append(self.cg)
+        # A task may fail by its query loss alone, where no gradient of it was taken.
+        silent = self.failed
+        for solve in solves:
+            silent = silent & (solve.status != Status.NONFINITE)
+        tasks = silent.nonzero()[:, 0].tolist()
+        return text + (f". Query loss: NONFINITE: {counted(tasks, len(silent))}" if tasks else "")
 
 
 pytree.register_dataclass(MetaGradient)

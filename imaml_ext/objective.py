@@ -194,7 +194,7 @@ def _count_tasks(layout: Layout, data: Any, label: str) -> int:
             raise ValueError(f"{place} is empty: shape {list(leaf.shape)}")
         if leaf.device != layout.device:
             raise ValueError(f"{place} is on {leaf.device}, the parameters are on {layout.device}")
-        if leaf.is_floating_point() and leaf.dtype != layout.dtype:
+        if (leaf.is_floating_point() or leaf.is_complex()) and leaf.dtype != layout.dtype:
             raise TypeError(f"{place} is {leaf.dtype}, the parameters are {layout.dtype}")
     sizes: list[int] = [leaf.shape[0] for leaf in leaves]
     if len(set(sizes)) > 1:
@@ -205,6 +205,8 @@ def _count_tasks(layout: Layout, data: Any, label: str) -> int:
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(f"the loss must return a tensor, got {type(loss).__name__}")
+    if loss.is_complex():
+        raise TypeError(f"the loss must be real, got {loss.dtype}")
     if loss.dim() != 0:
         raise ValueError(
             f"the loss of one task must be a scalar, got shape {list(loss.shape)}: "

@@ -141,10 +141,15 @@ class Solution:
         for kind in Status:
             tasks = [i for i, s in enumerate(status) if s == kind]
             if tasks:
-                shown = ", ".join(map(str, tasks[:8])) + (", ..." if len(tasks) > 8 else "")
                 remedy = f" ({_REMEDY[kind]})" if kind in _REMEDY else ""
-                parts.append(f"{kind.name}: {len(tasks)} of {len(status)} tasks: {shown}{remedy}")
+                parts.append(f"{kind.name}: {counted(tasks, len(status))}{remedy}")
         return "; ".join(parts)
+
+
+def counted(tasks: list[int], total: int) -> str:
+    """How many of the tasks, and the first of them by number."""
+    shown = ", ".join(map(str, tasks[:8])) + (", ..." if len(tasks) > 8 else "")
+    return f"{len(tasks)} of {total} tasks: {shown}"
 
 
 pytree.register_dataclass(Lanczos)

@@ -34,8 +34,8 @@ class Adam(InnerSolver):
 
     def __post_init__(self) -> None:
         check_settings(lr=self.lr, steps=self.steps, tol=self.tol)
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), one for each moment, got {self.betas}")
         if not self.eps >= 0:
             raise ValueError(f"eps must not be negative, got {self.eps}")
 

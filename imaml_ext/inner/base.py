@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from imaml_ext.flat import check_integer
 from imaml_ext.looking import may_look
 from imaml_ext.proximal import Proximal
 from imaml_ext.solution import Solution, Status
@@ -55,9 +56,10 @@ def new_status(problem: Proximal) -> Tensor:
     return torch.zeros(problem.tasks, dtype=torch.int32, device=problem.theta.device)
 
 
-def check_settings(*, lr: float | None = None, steps: int, tol: float | None) -> None:
-    if lr is not None and not (math.isfinite(lr) and lr > 0):
+def check_settings(*, lr: float = 1.0, steps: int, tol: float | None) -> None:
+    if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be positive and finite, got {lr}")
+    check_integer("steps", steps)
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
     if tol is not None and not tol >= 0:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from imaml_ext.flat import check_integer
 from imaml_ext.inner.base import InnerSolver, all_done, check_settings, judge, new_status, unjudged
 from imaml_ext.inner.line_search import Backtracking
 from imaml_ext.ops import row_dot
@@ -40,6 +41,7 @@ class LBFGS(InnerSolver):
 
     def __post_init__(self) -> None:
         check_settings(steps=self.steps, tol=self.tol)
+        check_integer("history", self.history)
         if self.history < 1:
             raise ValueError(f"history must be at least 1, got {self.history}")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imaml_ext.flat import check_integer
 from imaml_ext.looking import may_look
 from imaml_ext.proximal import Proximal
 
@@ -30,6 +31,7 @@ class Backtracking:
     sufficient: float = 1e-4
 
     def __post_init__(self) -> None:
+        check_integer("trials", self.trials)
         if self.trials < 1:
             raise ValueError(f"trials must be at least 1, got {self.trials}")
         for name in ("shrink", "sufficient"):
