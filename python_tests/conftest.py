@@ -44,7 +44,7 @@ def adam_capturable_on_the_cpu_too(monkeypatch):
 
 
 # HYPOTHESIS_PROFILE=thorough pytest python_tests/test_fuzz_ops.py python_tests/test_fuzz_api.py
-for _profile, _inputs in (("default", 40), ("thorough", int(os.environ.get("N", "1000")))):
+for _profile, _inputs in (("default", 30), ("thorough", 1000)):
     hypothesis.settings.register_profile(
         _profile,
         max_examples=_inputs,

@@ -1,218 +1,24 @@
 """Whatever an operator is called with: the formula's values, or an error and nothing written.
 
-`operator_formulas.py` is the oracle. What fits is written down here once more, for each operator,
-so that neither a refusal too many nor one too few goes unnoticed.
+`row_formulas.py` and `layer_formulas.py` are the oracle; `operator_calls.py` says what fits, so
+that neither a refusal too many nor one too few goes unnoticed.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
-
-import operator_formulas as formulas
 import pytest
 import torch
-from fuzz import Tensors, filled, flavours, memory, sampled, seeds, tried
+from fuzz import memory, sampled, tried
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from operator_calls import OPERATORS, Call, calls, fits
 
 import imaml_ext
 from imaml_ext import ops
 
 CUDA = torch.cuda.is_available() and bool(imaml_ext.build_info()["cuda"])
-FLOATS = (torch.float32, torch.float64)
-KINDS = {"d": torch.float64, "i": torch.int32}  # "t" is the operator's own
 OTHERS = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64,
     torch.bool, torch.complex64,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Operator:
-    """Operands as "NAME:SIZES:KIND", sizes by letters, "*" written, "?" may be absent."""
-
-    operands: str
-    results: tuple[str, ...] = ()  # as formulas name them
-    sizes: str = "rows"
-    empty: bool = True  # may there be no elements?
-
-    def parsed(self):
-        for operand in self.operands.split():
-            name, sizes, kind = operand.rstrip("*?").split(":")
-            yield name, sizes, kind, operand.endswith("*") or operand.endswith("*?"), "?" in operand
-
-
-STATE = "rr:B:d* rz:B:d*? tol2:B:d status:B:i* steps:B:i* curvature:B:d* beta:B:d*"
-PROX = "grad:BD:t theta:D:t lam:L:t"
-CHANNELS = "gamma:BC:t beta:BC:t"
-OPERATORS = {
-    "cg_step_": Operator(
-        f"x:BD:t* r:BD:t* p:BD:t* hp:BD:t lam:L:t inverse:BD:t? {STATE}"
-    ),
-    "prox_gd_": Operator(f"phi:BD:t* velocity:BD:t*? {PROX} status:B:i?"),
-    "prox_adam_": Operator(
-        f"phi:BD:t* first_moment:BD:t* second_moment:BD:t* {PROX} status:B:i?"
-    ),
-    "prox_norms": Operator(f"phi:BD:t {PROX}", ("result",)),
-    "row_dot": Operator("a:BD:t b:BD:t", ("result",)),
-    "conv": Operator("x:BNHWC:t w:BOCKM:t bias:BO:t?", ("result",), "images", False),
-    "conv_data_gradient": Operator("g:BNPQO:t w:BOCKM:t", ("result",), "images", False),
-    "conv_weight_gradient": Operator("x:BNHWC:t g:BNPQO:t", ("result",), "images", False),
-    "batch_norm": Operator(f"x:BRC:t {CHANNELS}", ("result", "mean", "scale"), "norm", False),
-    "batch_norm_backward": Operator(
-        f"g:BRC:t x:BRC:t {CHANNELS} mean:BC:t scale:BC:t",
-        ("result", "dgamma", "dbeta"), "norm", False,
-    ),
-    "batch_norm_double_backward": Operator(
-        f"a:BRC:t b:BC:t c:BC:t g:BRC:t x:BRC:t {CHANNELS} mean:BC:t scale:BC:t",
-        ("result", "to_x", "to_gamma"), "norm", False,
-    ),
-}  # fmt: skip
-
-
-@dataclass(repr=False)
-class Call(Tensors):
-    """An operator, its tensors, and the numbers it takes beside them."""
-
-    operator: str = ""
-    numbers: dict[str, Any] = field(default_factory=dict)
-
-    def __repr__(self):
-        tensors = ", ".join(
-            f"{name}={None if t is None else f'{list(t.shape)} {t.dtype} {t.stride()}'}"
-            for name, t in self.by_name.items()
-        )
-        return f"{self.operator}({tensors}, {self.numbers})"
-
-    def __call__(self):
-        arguments = self.by_name | self.numbers
-        by_keyword = getattr(ops, self.operator)
-        if OPERATORS[self.operator].sizes == "rows":
-            out = by_keyword(**arguments)
-        else:
-            out = getattr(torch.ops.imaml, self.operator)(**arguments)
-        if self.operator == "prox_norms":
-            return (torch.stack(out, 1),)
-        return out if isinstance(out, tuple) else (out,)
-
-    def written(self):
-        return {
-            name: self.by_name[name]
-            for name, _, _, writes, _ in OPERATORS[self.operator].parsed()
-            if writes and self.by_name[name] is not None
-        }
-
-    def expected(self):
-        return getattr(formulas, self.operator)(self.by_name | self.numbers)
-
-
-# ---- what fits -------------------------------------------------------------------------------
-
-
-@st.composite
-def sizes_of(draw, kind):
-    if kind == "norm":
-        return {"B": draw(sampled(1, 2, 3)), "R": draw(sampled(1, 2, 7, 63, 64, 65, 130)),
-                "C": draw(sampled(1, 2, 15, 16, 17, 33))}  # fmt: skip
-    if kind == "rows":
-        dim = draw(sampled(0, 1, 2, 3, 15, 16, 17, 31, 255, 256, 257, 4095, 4096, 4097, 8193))
-        rows = draw(sampled(0, 1, 2, 3, 17)) if dim < 4000 else draw(sampled(1, 2))
-        return {"B": rows, "D": dim, "L": draw(sampled(1, dim))}
-    size = {name: draw(st.integers(1, 3)) for name in "BNKM"}
-    size |= {"O": draw(sampled(1, 2, 7, 8, 9, 16, 17)), "C": draw(sampled(1, 2, 5, 6, 7, 8, 17))}
-    for side, kernel, out in (("H", "K", "P"), ("W", "M", "Q")):
-        size[f"s{side}"], size[f"p{side}"] = draw(st.integers(1, 4)), draw(st.integers(0, 3))
-        least = max(1, size[kernel] - 2 * size[f"p{side}"])
-        size[side] = draw(st.integers(least, least + 5))
-        room = size[side] + 2 * size[f"p{side}"] - size[kernel]
-        size[out] = room // size[f"s{side}"] + 1
-    return size
-
-
-FACTORS = st.one_of(sampled(0.0, -0.5, 1.0, 1e-12), st.floats(-2, 2))
-ODD_FACTORS = st.one_of(FACTORS, sampled(torch.nan, torch.inf, -torch.inf, 1e300, -1e300))
-SHARES = st.one_of(sampled(0.0, 0.9, 0.999), st.floats(0, 0.9999))
-
-
-@st.composite
-def numbers_of(draw, operator, size):
-    if operator == "cg_step_":
-        return {"damping": draw(st.one_of(sampled(0.0, 0.25), ODD_FACTORS))}
-    if operator == "prox_gd_":
-        momentum = draw(st.one_of(sampled(0.0), ODD_FACTORS))
-        return {"lr": draw(ODD_FACTORS), "momentum": momentum, "nesterov": draw(st.booleans())}
-    if operator == "prox_adam_":
-        betas = {"beta1": draw(SHARES), "beta2": draw(SHARES)}
-        steps = {"eps": draw(sampled(1e-8, 1e-3, 0.0)), "step": draw(sampled(1, 2, 100, 2**62))}
-        return {"lr": draw(FACTORS)} | betas | steps
-    if operator.startswith("conv"):
-        sides = {"stride_h": size["sH"], "stride_w": size["sW"]}
-        sides |= {"pad_h": size["pH"], "pad_w": size["pW"]}
-        own = {"conv_data_gradient": {"in_h": size["H"], "in_w": size["W"]},
-               "conv_weight_gradient": {"kernel_h": size["K"], "kernel_w": size["M"]}}  # fmt: skip
-        return own.get(operator, {}) | sides
-    if operator == "batch_norm":
-        return {"eps": draw(sampled(1e-5, 1.0, 1e-2, 1e10))}
-    return {"relu": draw(st.booleans())} if operator.startswith("batch_norm") else {}
-
-
-@st.composite
-def calls(draw, operator, device="cpu"):
-    """Calls that fit, values aside."""
-    spec, dtype = OPERATORS[operator], draw(sampled(*FLOATS))
-    size = draw(sizes_of(spec.sizes))
-    tensors = {}
-    for name, letters, kind, _, optional in spec.parsed():
-        shape = [size[letter] for letter in letters]
-        if optional and name != "rz" and draw(st.booleans()):
-            tensors[name] = None
-        elif kind == "i":
-            codes = torch.Generator().manual_seed(draw(seeds))
-            bound, fill = (6, 0) if name == "status" else (3, 1)
-            value = torch.randint(-1 + fill, bound, shape, generator=codes, dtype=torch.int32)
-            keep = torch.rand(shape, generator=codes) < 0.7  # most rows run
-            tensors[name] = torch.where(keep, 0, value).to(device, torch.int32)
-        else:
-            tensors[name] = filled(
-                shape, KINDS.get(kind, dtype), flavour=draw(flavours), seed=draw(seeds),
-                device=device,
-            )  # fmt: skip
-    numbers = draw(numbers_of(operator, size))
-    if operator == "prox_adam_" and tensors["second_moment"].numel():
-        tensors["second_moment"].abs_()
-    if operator == "prox_gd_" and tensors["velocity"] is None:
-        numbers["momentum"] = 0.0
-    if operator == "cg_step_":
-        make_consistent(tensors, draw)
-    if "scale" in tensors:
-        tensors["scale"].abs_()
-    if "w" in tensors and draw(st.booleans()):
-        tensors["w"] = apart(tensors["w"], draw(sampled("rows", "shared")))
-    return Call(tensors, operator=operator, numbers=numbers)
-
-
-def make_consistent(tensors, draw):
-    """p is random, or a direction of a positive system; r·r and r·z are what they are called."""
-    if draw(st.booleans()):
-        tensors["hp"].copy_(tensors["p"] * draw(sampled(2.0, 0.0, -1.0)))
-        tensors["lam"].abs_()
-    squares = tensors["r"].double() ** 2
-    tensors["rr"].copy_(squares.sum(1))
-    tensors["tol2"].copy_(tensors["rr"] * draw(sampled(0.0, 1e-3, 1.0, 1e6, torch.nan)))
-    if tensors["inverse"] is None:
-        tensors["rz"] = None
-    else:
-        if draw(st.booleans()):
-            tensors["inverse"].abs_()
-        tensors["rz"].copy_((squares * tensors["inverse"].double()).sum(1))
-
-
-def apart(w, how):
-    """Weights as they come from rows of parameters, or the same for all tasks."""
-    if how == "shared":
-        return w[:1].expand(w.shape)
-    rows = torch.full((len(w), w[0].numel() + 3), 7.0, dtype=w.dtype)
-    rows[:, 1:-2] = w.flatten(1)
-    return rows[:, 1:-2].unflatten(1, w.shape[1:])
 
 
 def assert_formula(call, expected, results):
@@ -255,84 +61,7 @@ def test_what_fits_gives_the_formula_and_writes_nothing_else(operator, device):
     check()
 
 
-# ---- what does not ---------------------------------------------------------------------------
-
-
-def fits(call):
-    """Whether the call may be answered, by what is documented of its operator."""
-    spec, numbers, size = OPERATORS[call.operator], call.numbers, {}
-    present = {n: t for n, t in call.by_name.items() if t is not None}
-    dtypes = {
-        present[name].dtype
-        for name, _, kind, _, _ in spec.parsed()
-        if kind == "t" and name in present
-    }
-    if (
-        len(dtypes) != 1
-        or not dtypes <= set(FLOATS)
-        or len({t.device for t in present.values()}) > 1
-    ):
-        return False
-    for name, letters, kind, _, optional in spec.parsed():
-        if name not in present:
-            if not optional:
-                return False
-            continue
-        t = present[name]
-        if kind != "t" and t.dtype != KINDS[kind]:
-            return False
-        if t.dim() != len(letters) or (t.numel() == 0 and not spec.empty):
-            return False
-        for letter, length in zip(letters, t.shape, strict=True):
-            if letter != "L" and size.setdefault(letter, length) != length:
-                return False
-        whole = t[0] if name == "w" else t  # weights of tasks may lie apart
-        if not whole.is_contiguous():
-            return False
-    if "lam" in present and len(present["lam"]) not in (1, size["D"]):
-        return False
-    rules = {
-        "cg_step_": lambda: (call.by_name["inverse"] is None) == (call.by_name["rz"] is None),
-        "prox_gd_": lambda: "velocity" in present or numbers["momentum"] == 0,
-        "prox_adam_": lambda: (
-            all(0 <= numbers[beta] < 1 for beta in ("beta1", "beta2")) and numbers["step"] >= 1
-        ),
-        "batch_norm": lambda: numbers["eps"] > 0,
-    }
-    if not rules.get(call.operator, lambda: True)():
-        return False
-    return (spec.sizes != "images" or window_fits(size, numbers)) and not overlapping(call)
-
-
-def window_fits(size, numbers):
-    size = size | {"H": numbers.get("in_h", size.get("H")), "W": numbers.get("in_w", size.get("W"))}
-    size |= {
-        "K": numbers.get("kernel_h", size.get("K")),
-        "M": numbers.get("kernel_w", size.get("M")),
-    }
-    for side, kernel, out, letter in (("H", "K", "P", "h"), ("W", "M", "Q", "w")):
-        stride, pad = numbers[f"stride_{letter}"], numbers[f"pad_{letter}"]
-        largest = max(size[side], size[kernel], stride, pad)
-        if stride < 1 or pad < 0 or min(size[side], size[kernel]) < 1 or largest >= 2**31:
-            return False
-        room = size[side] + 2 * pad - size[kernel]
-        if room < 0 or size.setdefault(out, room // stride + 1) != room // stride + 1:
-            return False
-    return size["P"] * size["Q"] < 2**50
-
-
-def overlapping(call):
-    spans = {
-        name: (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size())
-        for name, t in call.by_name.items()
-        if t is not None and t.device.type != "meta" and t.numel()
-    }
-    return any(
-        first != second and spans[first][0] < end and begin < spans[first][1]
-        for first in call.written().keys() & spans.keys()
-        for second, (begin, end) in spans.items()
-    )
-
+# ---- what does not fit -----------------------------------------------------------------------
 
 WRONG_NUMBERS = {
     "cg_step_": {},
@@ -356,6 +85,7 @@ def spoiled(draw, operator):
     for _ in range(draw(st.integers(1, 2))):
         wrong = WRONG_NUMBERS.get(operator) or {n: WINDOWS[n] for n in call.numbers if n in WINDOWS}
         ways = ["dtype", "shape", "layout", "memory", "device", "huge"]
+        ways += ["memory"] * 3 * operator.endswith("_")  # what is written must lie apart
         ways += ["number"] * 3 * bool(wrong) + ["absent"] * ("?" in OPERATORS[operator].operands)
         way = draw(st.sampled_from(ways))
         if way == "number":
@@ -401,17 +131,19 @@ def spoil_layout(draw, call, name):
 def spoil_memory(draw, call, name):
     """The operand lies on another one's memory, from one of its first elements on."""
     t = call.by_name[name]
-    onto = call.by_name[
-        draw(st.sampled_from([n for n, o in call.by_name.items() if o is not None]))
-    ]
-    if onto.device.type == "meta" or not onto.is_contiguous():
+    others = {
+        n: o for n, o in call.by_name.items()
+        if n != name and o is not None and o.device.type != "meta" and o.is_contiguous()
+    }  # fmt: skip
+    if not others or t.device.type == "meta":
         return t
-    room = memory(onto)[onto.storage_offset() * onto.element_size() :].view(torch.uint8)
-    start = draw(st.integers(0, 3)) * 8
+    onto = others[draw(st.sampled_from(sorted(others)))]
+    start = onto.storage_offset() * onto.element_size() + draw(st.integers(0, 3)) * 8
     span = t.numel() * t.element_size()
-    if t.device.type == "meta" or (room.data_ptr() + start) % 8 or room.numel() < start + span:
+    room = memory(onto)[start : start + span]
+    if start % t.element_size() or len(room) < span:
         return t
-    return room[start : start + span].view(t.dtype).view(t.shape)
+    return room.view(t.dtype).view(t.shape)
 
 
 SPOIL = {
@@ -448,6 +180,22 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_is_written(operator):
         check_spoiled(call)
 
     check()
+
+
+@pytest.mark.parametrize("number", [2**31, 2**61, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("name", ["stride_h", "stride_w", "pad_h", "pad_w", "in_h", "in_w"])
+def test_places_that_overflow_are_refused(name, number):
+    # Strides of 2^63 - 1 once wrote outside of the result.
+    g, w = torch.rand(1, 1, 1, 1, 1), torch.rand(1, 1, 1, 1, 1)
+    window = {"in_h": 5, "in_w": 5, "stride_h": 5, "stride_w": 5, "pad_h": 0, "pad_w": 0}
+    with pytest.raises(RuntimeError, match=r"conv_data_gradient: .* below 2\^31"):
+        torch.ops.imaml.conv_data_gradient(g, w, **(window | {name: number}))
+
+
+def test_a_result_that_no_memory_holds_is_refused_by_name():
+    x, w = torch.rand(1, 1, 2, 2, 1), torch.rand(1, 1, 1, 2, 2)
+    with pytest.raises(RuntimeError, match=r"^conv: cannot allocate a result of shape \[1, 1, "):
+        torch.ops.imaml.conv(x, w, None, 1, 1, 2**31 - 1, 2**31 - 1)
 
 
 # ---- without memory --------------------------------------------------------------------------
