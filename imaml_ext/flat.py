@@ -113,10 +113,9 @@ class Layout:
             self._check_like_parameters("lam", lam)
             flat = lam.reshape(1) if lam.dim() == 0 else lam
         elif isinstance(lam, Real) and not isinstance(lam, bool):
-            value = float(lam)
-            if not (value > 0 and fits(value, self.dtype)):
+            if not (fits(lam, self.dtype) and float(lam) > 0):
                 raise ValueError(f"lam must be positive and finite, got {lam}, in {self.dtype}")
-            return torch.full((1,), value, dtype=self.dtype, device=self.device)
+            return torch.full((1,), float(lam), dtype=self.dtype, device=self.device)
         else:
             raise TypeError(
                 f"lam must be a float, a tensor or a dict of tensors, got {type(lam).__name__}"
@@ -152,10 +151,10 @@ def check_integer(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
-def fits(value: float, dtype: torch.dtype) -> bool:
+def fits(value: Any, dtype: torch.dtype) -> bool:
     """Whether a number is neither infinite nor, but for 0 itself, 0 in this dtype."""
     info = torch.finfo(dtype)
-    return value == 0 or info.smallest_normal * info.eps <= abs(value) <= info.max
+    return bool(value == 0 or info.smallest_normal * info.eps <= abs(value) <= info.max)
 
 
 def matrix_product(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -229,7 +229,7 @@ def _cg_row(o, row):
         "steps": (o["steps"][row].double() + 1, 0.0),
     }
     tol2 = o["tol2"][row]
-    if rr + rr_slack <= tol2 or (rr == 0 and rr_slack <= 1e-300):
+    if rr + rr_slack <= tol2 or (tol2 >= 0 and not (r.any() or alpha)):
         return {**moved, "status": (Status.CONVERGED, 0.0)}
     if not rr - rr_slack > tol2 and not tol2.isnan():
         return None

@@ -14,7 +14,7 @@ from fuzz_problems import (
     linear_solvers,
     problems,
 )
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -194,7 +194,8 @@ PARAMS = {
     "two devices": lambda p: p | {"last": torch.zeros(2, device="meta")},
 }
 LAMS = {
-    **{str(v): (lambda p, v=v: v) for v in (0.0, -1.0, torch.nan, torch.inf, 1e-330, 10**400)},
+    **{str(v): (lambda p, v=v: v) for v in (0.0, -1.0, torch.nan, torch.inf, 1e-330)},
+    "beyond any float": lambda p: 10**400,
     **{str(v): (lambda p, v=v: v) for v in (None, True, "1.0", [1.0], 1j)},
     "0-d nan": lambda p: first(p).new_full((), torch.nan),
     "0-d integer": lambda p: torch.tensor(1),
@@ -213,7 +214,7 @@ LAMS = {
     "dense nan": lambda p: torch.full((count(p), count(p)), torch.nan, dtype=first(p).dtype),
 }
 LOSSES = {
-    "a vector": lambda params, data: first(params).reshape(-1).expand(3) * 1.0,
+    "a vector": lambda params, data: first(params).sum().expand(3),
     "None": lambda params, data: None,
     "a number": lambda params, data: 1.0,
     "complex": lambda params, data: first(params).sum() * 1j,
@@ -224,7 +225,7 @@ ADAPTED = {
     "one task more": lambda p: {n: t.expand(p.tasks + 1, *t.shape) for n, t in p.params.items()},
     "no tasks": lambda p: dict(p.params),
     "half": lambda p: {n: t.half().expand(p.tasks, *t.shape) for n, t in p.params.items()},
-    "other names": lambda p: {"x": first(p.params).expand(p.tasks, 1)},
+    "other names": lambda p: {"x": torch.zeros(p.tasks, 1, dtype=p.layout.dtype)},
 }
 
 
@@ -244,12 +245,12 @@ WRONG = {
 }  # fmt: skip
 
 
-@given(st.data())
-def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(data):
+@pytest.mark.parametrize(("argument", "key"), [(a, key) for a in WRONG for key in WRONG[a]])
+@settings(max_examples=max(3, settings().max_examples // 10))
+@given(data=st.data())
+def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(argument, key, data):
     problem = data.draw(problems())
     assume(problem.layout.dim > 1)  # or a matrix is a number
-    argument = data.draw(st.sampled_from(sorted(WRONG)))
-    key = data.draw(st.sampled_from(sorted(WRONG[argument])))
     wrong = WRONG[argument][key]
     arguments = {
         "loss": problem.loss, "params": problem.params, "support": problem.support,
@@ -266,9 +267,11 @@ def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(data):
     if (argument, key) == ("params", "half"):  # throughout, or the data would be refused
         for name in ("support", "query"):
             arguments[name] = pytree.tree_map(half, arguments[name])
+        arguments["lam"] = 1.0
     before = [t.clone() for t in problem.tensors()]
     calls = [lambda: implicit_meta_grad(**arguments)]
-    if argument not in ("query", "nonfinite", "adapted"):
+    # Only beside a query set are there too many tasks.
+    if argument not in ("query", "nonfinite", "adapted") and key not in ("more tasks", "huge"):
         del_query = {n: v for n, v in arguments.items() if n != "query"}
         calls.append(lambda: adapt(**del_query))
     for call in calls:

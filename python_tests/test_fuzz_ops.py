@@ -182,6 +182,22 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_is_written(operator):
     check()
 
 
+@pytest.mark.parametrize("number", [2**31, 2**61, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("name", ["stride_h", "stride_w", "pad_h", "pad_w", "in_h", "in_w"])
+def test_places_that_overflow_are_refused(name, number):
+    # Strides of 2^63 - 1 once wrote outside of the result.
+    g, w = torch.rand(1, 1, 1, 1, 1), torch.rand(1, 1, 1, 1, 1)
+    window = {"in_h": 5, "in_w": 5, "stride_h": 5, "stride_w": 5, "pad_h": 0, "pad_w": 0}
+    with pytest.raises(RuntimeError, match=r"conv_data_gradient: .* below 2\^31"):
+        torch.ops.imaml.conv_data_gradient(g, w, **(window | {name: number}))
+
+
+def test_a_result_that_no_memory_holds_is_refused_by_name():
+    x, w = torch.rand(1, 1, 2, 2, 1), torch.rand(1, 1, 1, 2, 2)
+    with pytest.raises(RuntimeError, match=r"^conv: cannot allocate a result of shape \[1, 1, "):
+        torch.ops.imaml.conv(x, w, None, 1, 1, 2**31 - 1, 2**31 - 1)
+
+
 # ---- without memory --------------------------------------------------------------------------
 
 
