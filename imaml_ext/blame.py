@@ -115,6 +115,8 @@ def explain(error: RuntimeError, example: Callable[[], Tensor]) -> str | None:
     layer = _failing_layer(example) if cause.in_backward else _layer_in(error.__traceback__)
     operator = "" if cause.operator is None else f" ({cause.operator})"
     text = f"{layer or 'the loss'} {cause.failure}{operator}: {remedy(cause)}"
+    if cause.failure == _SHARED:  # or it is a mistake about shapes
+        text += f" ({str(error).partition(chr(10))[0]})"
     if cause.failure in (_TWICE, _WRONG):
         text += ", or take a method that needs none, FOMAML or Reptile"
     return text

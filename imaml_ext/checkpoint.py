@@ -1,6 +1,8 @@
 """Checkpoints: a dict of tensors and plain values, written whole or not at all."""
 
 import io
+import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +40,16 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     tagged = {"format": _FORMAT, "version": _VERSION, **state}
     whole = io.BytesIO()  # a full disk under torch.save itself raises anything
     torch.save(tagged, whole)
+    try:
+        whole.seek(0)
+        torch.load(whole, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search("GLOBAL (\\S+)", str(error))
+        held = found[1] if found else "objects"
+        raise TypeError(
+            f"{path} could not be loaded again: the state holds {held}, "
+            "where only tensors and plain numbers, texts, lists and dicts are"
+        ) from error
     write_atomically(path, lambda file: file.write(whole.getbuffer()))
 
 
@@ -122,19 +134,23 @@ def restore(learned: Mapping[str, Tensor], state: dict[str, Any], path: str | Pa
         path: for messages.
 
     Raises:
-        ValueError: names or shapes differ.
+        ValueError: names, shapes or dtypes differ.
     """
     if not all(isinstance(tensor, Tensor) for tensor in state["learned"].values()):
         raise ValueError(f"{path} is of another model: what it learned are not tensors")
-    expected = {name: list(tensor.shape) for name, tensor in learned.items()}
-    found = {name: list(tensor.shape) for name, tensor in state["learned"].items()}
+    expected = {name: (list(tensor.shape), tensor.dtype) for name, tensor in learned.items()}
+    found = {name: (list(t.shape), t.dtype) for name, t in state["learned"].items()}
     if found != expected:
         names = [n for n in {**found, **expected} if found.get(n) != expected.get(n)]
         first = names[0]
         raise ValueError(
             f"{path} is of another model: {len(names)} tensors differ, such as {first!r}: "
-            f"{found.get(first)}, expected {expected.get(first)}"
+            f"{_says(found.get(first))}, expected {_says(expected.get(first))}"
         )
     with torch.no_grad():
         for name, tensor in learned.items():
             tensor.copy_(state["learned"][name])
+
+
+def _says(tensor: tuple[list[int], torch.dtype] | None) -> str:
+    return "none" if tensor is None else f"{tensor[0]} {tensor[1]}"

@@ -16,7 +16,7 @@ import torch
 from imaml_ext import plots
 from imaml_ext._version import __version__
 from imaml_ext.checkpoint import load_checkpoint, restore
-from imaml_ext.distributed import Group, is_launched, own_device, process_group, rank, was_restarted
+from imaml_ext.distributed import Group, is_launched, own_device, process_group, rank
 from imaml_ext.evaluation import Evaluation, evaluate
 from imaml_ext.experiment import build
 from imaml_ext.ops import build_info
@@ -67,6 +67,8 @@ _OF_THE_RUN = ("meta_steps", "minutes", "nonfinite")  # may change when a run is
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
+        if is_launched() and options.run is not _train:
+            raise ValueError("only train can be shared by the processes of torchrun")
         options.run(options)
     except (ValueError, TypeError, OSError, NonfiniteError) as error:
         print(f"imaml-ext: error: {error}", file=sys.stderr)
@@ -94,7 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_experiment(train, "experiment (default: the data set's preset)", list(_HELP))
     train.add_argument("--download", action="store_true", help="fetch the data if it is not there")
     train.add_argument("--out", type=Path, help="folder of the run; default runs/DATASET-TIME")
-    train.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    train.add_argument(
+        "--resume", action="store_true",
+        help="go on from OUT/checkpoint.pt; under torchrun, if there is one",
+    )  # fmt: skip
     train.add_argument(
         "--compile", action="store_true", help="the meta-gradient, once, on the CPU: takes a while"
     )
@@ -186,11 +191,11 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 def _device(options: argparse.Namespace) -> torch.device:
     has_kernels = bool(build_info()["cuda"])
-    if options.device == "auto":
-        automatic = "cuda" if torch.cuda.is_available() and has_kernels else "cpu"
-        return own_device(torch.device(automatic))
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() and has_kernels else "cpu"
     try:
-        device = own_device(torch.device(options.device))
+        device = own_device(torch.device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
@@ -217,7 +222,8 @@ def _train_with(options: argparse.Namespace, device: torch.device, group: Group 
     overrides = _overrides(options)
     out = options.out or Path("runs") / f"{options.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint = out / "checkpoint.pt"
-    resume = options.resume or (was_restarted() and checkpoint.exists())
+    # torchrun repeats its command after a failure, and the first time there is nothing to resume.
+    resume = options.resume and (group is None or checkpoint.exists())
     if resume:
         config = _resumed_config(checkpoint, options.dataset, overrides)
     else:

@@ -22,12 +22,15 @@ from imaml_ext.tasks import RecordableSource, TaskBatch, TaskSource
 _MOST_RECORDINGS = 8  # of one training; what changes more often is not worth recording
 
 
-def summarise(out: MetaGradient, batch: TaskBatch, metrics: dict[str, Metric]) -> dict[str, Tensor]:
+def summarise(
+    method: Method, out: MetaGradient, batch: TaskBatch, metrics: dict[str, Metric]
+) -> dict[str, Tensor]:
     """Means over the tasks that did not fail, and the share that did, "failed"; 0-d float64."""
+    phi = method.beside(out.adapted)
     values = {
         "loss": out.query_loss,
         "support_loss": out.support_loss,
-        **{name: per_task(m, out.adapted, batch.query) for name, m in metrics.items()},
+        **{name: per_task(m, phi, batch.query) for name, m in metrics.items()},
         "inner_residual": out.inner.residual,
     }
     if out.cg is not None:
@@ -42,10 +45,14 @@ def summarise(out: MetaGradient, batch: TaskBatch, metrics: dict[str, Metric]) -
 
 
 def measure(
-    out: MetaGradient, batch: TaskBatch, metrics: dict[str, Metric], group: Group | None
+    method: Method,
+    out: MetaGradient,
+    batch: TaskBatch,
+    metrics: dict[str, Metric],
+    group: Group | None,
 ) -> tuple[Params, dict[str, Tensor]]:
     """Gradients by name and a summary, of the batches of all processes of the group together."""
-    summary = summarise(out, batch, metrics)
+    summary = summarise(method, out, batch, metrics)
     if group is None:
         return out.named(), summary
     return average(out.named(), summary, len(out.query_loss), group)
@@ -205,7 +212,7 @@ class DeviceStep:
             assert self._batch is not None
             batch = self._batch
         out = self.method.meta_gradient(batch)
-        gradients, summary = measure(out, batch, self.metrics, self._group)
+        gradients, summary = measure(self.method, out, batch, self.metrics, self._group)
         return gradients, torch.stack([summary[name] for name in self.names])
 
     def _update(self) -> None:

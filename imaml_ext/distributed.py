@@ -5,9 +5,14 @@ all-reduce of D numbers and a few gives every process the mean over all B, whate
 makes the same update.
 """
 
+import hashlib
 import os
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,11 +27,6 @@ Group = dist.ProcessGroup
 def is_launched() -> bool:
     """Whether torchrun started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
-
-
-def was_restarted() -> bool:
-    """Whether torchrun started the processes again, since one of them had died."""
-    return is_launched() and _restarts() > 0
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -47,13 +47,11 @@ def process_group(device: torch.device) -> Iterator[Group | None]:
     store, own, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     # torchrun may keep its store when it starts the processes again: without a name of their own
     # they could find the addresses of those that died.
-    store = dist.PrefixStore(f"start {_restarts()}", store)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(_roll_call(store, own, size), store)  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=own, world_size=size)
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
+    yield dist.group.WORLD
+    dist.destroy_process_group()  # not after an error: the others may never get there
 
 
 def rank(group: Group | None) -> int:
@@ -126,13 +124,16 @@ def average(
     }
     names = [name for name in summary if name != "failed"]
     record = dict(zip(names, parts[-1].double(), strict=True))
-    return averaged, record | {"failed": 1 - (used / whole).double()}
+    # The sum over the processes may overflow where no task failed.
+    finite = torch.stack([part.isfinite().all() for part in parts[:-1]]).all()
+    failed = 1 - (used / whole).double()
+    return averaged, record | {"failed": torch.where(finite, failed, 1.0)}
 
 
 def check_same(number: int, what: str, group: Group) -> None:
     """Raises ValueError where a process has another number than rank 0."""
     first = torch.tensor([number], device=_device_of(group))
-    dist.broadcast(first, 0, group=group)
+    dist.broadcast(first, group=group, group_src=0)
     if first.item() != number:
         raise ValueError(f"rank {rank(group)}: {what} {number}, but {int(first)} on rank 0")
 
@@ -142,12 +143,36 @@ def agree(tensors: Mapping[str, Tensor], group: Group) -> None:
     with torch.no_grad():
         for tensor in tensors.values():
             value = tensor.contiguous()
-            dist.broadcast(value, 0, group=group)
+            dist.broadcast(value, group=group, group_src=0)
             tensor.copy_(value)
 
 
-def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def _roll_call(store: Any, own: int, size: int) -> str:
+    """A name that these processes agree on, and no other ones have.
+
+    Rank 0 lists who is there, and the name is that of the list; it holds once everyone on the list
+    has confirmed it. One that was started again has another token, and is waited for.
+    """
+    token, moment = uuid.uuid4().hex[:16], timedelta(seconds=1)
+    store.set(f"here {own}", token)
+    while True:
+        if own == 0:
+            present = [store.get(f"here {other}").decode() for other in range(size)]
+            store.set("roll", ",".join(present))
+        roll = store.get("roll").decode()
+        if roll.split(",")[own : own + 1] != [token]:
+            time.sleep(0.05)
+            continue
+        name = hashlib.sha256(roll.encode()).hexdigest()[:16]
+        store.set(f"{name} {own}", "")
+        try:
+            if own == 0:
+                store.wait([f"{name} {other}" for other in range(size)], moment)
+                store.set(name, "")
+            store.wait([name], moment)
+        except RuntimeError:  # someone on the list is gone
+            continue
+        return name
 
 
 def _device_of(group: Group) -> str:

@@ -61,7 +61,7 @@ def evaluate(
     seen, step = 0, 0
     while seen < tasks:
         batch = source.sample(step)
-        phi = method.adapt(batch.support)
+        phi = method.beside(method.adapt(batch.support))
         for name, metric in metrics.items():
             values[name].append(per_task(metric, phi, batch.query))
         for name, joint in (support_metrics or {}).items():

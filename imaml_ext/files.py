@@ -71,7 +71,8 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         OSError: another process holds it, or the folder cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
+    lock = folder / ".lock"
+    with named_in_errors(lock), lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -68,7 +68,8 @@ def implicit_meta_grad(
         cg: linear solver, any `LinearSolver`; default `ConjugateGradient(max_iter=5)`.
         query_loss: judged at phi instead of `loss`.
         shared: {name: tensor}, learned but not adapted, as ANIL's body is: the losses get them
-            beside phi, and `out.extra` has their gradients.
+            beside phi, and `out.extra` has their gradients. Exact with the Hessian alone: x is
+            another one with `curvature="ggn"`.
         adapted: use these phi, {name: [B, ...]}, and skip the inner solve.
         nonfinite: what a task with a non-finite loss, gradient or solve does to the mean. "refuse":
             the mean is NaN, so that it cannot go unnoticed. "skip": the mean is of the other tasks.
@@ -105,13 +106,18 @@ def implicit_meta_grad(
     support_loss, solution, system = solvers.differentiate(problem, solution, v)
 
     ok = ~failed_tasks(losses, solution, system)
-    share = task_share(ok, nonfinite, layout.dtype)
-    to_theta, to_lam = _pull_back(system.value, phi, problem, ok, share)
-    extra = {}
+    to_psi: Params = {}
     if psi:
         direct = direct_gradient(judged, phi, ok)
         through_phi = gradient_through_phi(objective, phi, system.value, ok)
-        extra = {name: (direct[name] + through_phi[name]) * share for name in psi}
+        to_psi = {name: direct[name] + through_phi[name] for name in psi}
+        # It is a sum over the tasks: where it is not finite, none of them can be told apart.
+        finite = torch.stack([slope.isfinite().all() for slope in to_psi.values()]).all()
+        status = torch.where(finite, system.status, Status.NONFINITE).to(torch.int32)
+        system, ok = replace(system, status=status), ok & finite
+    share = task_share(ok, nonfinite, layout.dtype)
+    to_theta, to_lam = _pull_back(system.value, phi, problem, ok, share)
+    extra = {name: torch.where(finite, slope, 0.0) * share for name, slope in to_psi.items()}
     return MetaGradient(
         params=layout.unflatten(to_theta),
         lam=_lam_gradient(leaves, flat_lam, to_lam),

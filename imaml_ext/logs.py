@@ -1,7 +1,9 @@
 """Where the records of a training go: a file of JSON lines, TensorBoard. Each gives a `Log`."""
 
+import errno
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +38,10 @@ def json_lines(
     with path.open("ab", buffering=0) as file:  # each line is there at once, or fails at once
 
         def log(split: str, record: Record) -> None:
+            line = _line(split, record).encode()
             with named_in_errors(path):
-                file.write(_line(split, record).encode())
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         yield log
 

@@ -70,6 +70,10 @@ class Method(ABC):
             support: a pytree of [B, ...] tensors.
         """
 
+    def beside(self, phi: Params) -> Params:
+        """phi, {name: [B, ...]}, and beside it what a loss gets that is the same for all tasks."""
+        return phi
+
     def extra(self) -> Params:
         """What the method learns beside theta, named as in `MetaGradient.named`."""
         return {}
@@ -151,6 +155,10 @@ class IMAML(Method):
         objective = Objective(self.loss, self.layout, support, "support", psi)
         problem = Proximal(objective, self.layout.flatten(self.params), lam)
         return self.layout.unflatten(self.inner.solve(problem).value)
+
+    def beside(self, phi: Params) -> Params:
+        tasks = next(iter(phi.values())).shape[0]
+        return phi | {name: t.detach().expand(tasks, *t.shape) for name, t in self.shared.items()}
 
     def extra(self) -> Params:
         return self.shared | self._strengths()

@@ -1,6 +1,7 @@
 """The outer loop: meta-gradients into any `torch.optim` optimizer, and checkpoints."""
 
 import copy
+import inspect
 import json
 import time
 import warnings
@@ -21,9 +22,11 @@ from imaml_ext.checkpoint import (
 from imaml_ext.device_step import DeviceStep, LateRecord, measure, why_not_on_device
 from imaml_ext.distributed import Group, agree, check_same, rank, share
 from imaml_ext.evaluation import Metric, evaluate
+from imaml_ext.flat import Params
 from imaml_ext.logs import Log, Record
 from imaml_ext.meta_gradient import MetaGradient
 from imaml_ext.methods import Method
+from imaml_ext.objective import ModuleLoss
 from imaml_ext.recording import Capture, cuda_graph, unrecorded
 from imaml_ext.tasks import TaskBatch, TaskSource
 
@@ -53,9 +56,9 @@ class Trainer:
         read_every: steps after which their records are read from the device.
         log: called with "train" or "val" and each record, in their order, when it is known.
         process_group: of `torch.distributed`: its processes share the tasks of each batch, start
-            from rank 0's parameters, and go on as one process with all the tasks would; see
-            docs/distributed.md. On CUDA their meta-steps are not recorded, unless a capture is
-            given.
+            from rank 0's parameters (and what else a `module_loss` model holds), and go on as one
+            process with all the tasks would; see docs/distributed.md. On CUDA their meta-steps are
+            not recorded, unless a capture is given.
 
     Attributes:
         source: deals this process's tasks.
@@ -91,7 +94,7 @@ class Trainer:
         self.process_group = process_group
         self.source = share(source, process_group)
         if process_group is not None:
-            agree(method.learned(), process_group)
+            agree(_tensors_of(method), process_group)
         self.optimizer = optimizer or torch.optim.Adam(
             method.learned().values(), lr=1e-3, capturable=on_cuda
         )
@@ -199,7 +202,13 @@ class Trainer:
             def closure() -> float:
                 return (evaluated.pop() if evaluated else self._evaluate(batch))["loss"]
 
-            self.optimizer.step(closure)
+            before = copy.deepcopy(self._state()) if _asks_again(self.optimizer) else None
+            try:
+                self.optimizer.step(closure)
+            except NonfiniteError:
+                if before is not None:  # it had moved already
+                    self._take(before, "")
+                raise
         if self.scheduler is not None:
             self.scheduler.step()
         if applied and self.capture is not None:
@@ -209,7 +218,7 @@ class Trainer:
     def _evaluate(self, batch: TaskBatch) -> Record:
         """Fill the gradients of what is learned, and say how the batch went."""
         out = (self.meta_gradient or self.method.meta_gradient)(batch)
-        gradients, summary = measure(out, batch, self.metrics, self.process_group)
+        gradients, summary = measure(self.method, out, batch, self.metrics, self.process_group)
         numbers = torch.stack(list(summary.values())).tolist()
         record = dict(zip(summary, numbers, strict=True))
         if record["failed"] > 0 and self.method.nonfinite == "refuse":
@@ -310,10 +319,12 @@ class Trainer:
                 f"but the optimizer is {type(self.optimizer).__name__}"
             )
         before = copy.deepcopy(self._state())
+        unread = self._device_step, self._pending, self._history, self.validation
         try:
             self._take(state, path)
         except Exception as error:  # torch checks less than all, and raises anything
             self._take(before, path)
+            self._device_step, self._pending, self._history, self.validation = unread
             said = str(error).partition("\n")[0]
             raise ValueError(
                 said if str(path) in said else f"{path} does not fit: {said}"
@@ -351,6 +362,22 @@ class Trainer:
         self._device_step, self._pending = None, []
         self.steps, self.seconds = state["steps"], state["seconds"]
         self._history, self.validation = state["history"], state["validation"]
+
+
+def _asks_again(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step needs a closure, and may call it more than once, as that of L-BFGS."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _tensors_of(method: Method) -> Params:
+    """What a method learns, and what the models of its losses hold beside it."""
+    tensors = dict(method.learned())
+    for number, loss in enumerate((method.loss, method.query_loss)):
+        if isinstance(loss, ModuleLoss):
+            held = (*loss.model.named_parameters(), *loss.model.named_buffers())
+            tensors |= {f"{number} {name}": tensor for name, tensor in held}
+    return tensors
 
 
 def is_on_cuda(method: Method) -> bool:

@@ -12,13 +12,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from imaml_ext.distributed import rank
+from imaml_ext.distributed import is_launched, rank
 from imaml_ext.experiment import Experiment
 from imaml_ext.files import locked, remove_unfinished
 from imaml_ext.logs import Record, json_lines, tensorboard
 from imaml_ext.presets import Config
 from imaml_ext.trainer import NonfiniteError, Trainer
 
+_LOG = "metrics.jsonl"
 _SHOWN_EVERY = 1.0  # seconds; to look waits for the device
 
 
@@ -65,6 +66,7 @@ def train_to_end(
         if leads:
             stack.enter_context(locked(checkpoint.parent))
             remove_unfinished(checkpoint)
+            remove_unfinished(checkpoint.parent / _LOG)
             stack.enter_context(_logged(trainer, checkpoint.parent, with_tensorboard))
         progress = stack.enter_context(
             tqdm(
@@ -119,7 +121,9 @@ class _StopSignals:
 
     def _note(self, number: int, _: object) -> None:
         self.came = number
-        signal.signal(number, self._before[signal.Signals(number)])
+        if not is_launched():  # torchrun repeats what came to its process too, and kills in the end
+            for each, handler in self._before.items():
+                signal.signal(each, handler)
 
 
 @contextmanager
@@ -128,7 +132,7 @@ def _logged(trainer: Trainer, folder: Path, with_tensorboard: bool) -> Iterator[
     own = trainer.log
     with ExitStack() as stack:
         logs = [] if own is None else [own]
-        lines = json_lines(folder / "metrics.jsonl", trainer.history, trainer.validation)
+        lines = json_lines(folder / _LOG, trainer.history, trainer.validation)
         logs.append(stack.enter_context(lines))
         if with_tensorboard:
             logs.append(stack.enter_context(tensorboard(folder, trainer.steps)))

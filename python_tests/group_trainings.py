@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from trainings import make_method, make_trainer, sinusoid, state_of
 
-from imaml_ext import MAML, ProximalStrength, Trainer
+from imaml_ext import FOMAML, MAML, ProximalStrength, Trainer, module_loss
+from imaml_ext.models import mlp
 from imaml_ext.recording import unrecorded
 from imaml_ext.trainer import NonfiniteError
 
@@ -56,6 +58,15 @@ def from_other_starts(group):
     return make_trainer(CPU, source=sinusoid(CPU, TASKS), method=method, process_group=group)
 
 
+def with_a_frozen_body(group):
+    """Each process has a body of its own, which is not learned; rank 0's is what counts."""
+    torch.manual_seed(0 if group is None else dist.get_rank())
+    model = mlp(1, 12, 1).to(torch.float64)
+    head = {n: p for n, p in model.named_parameters() if n.startswith("2.")}
+    method = FOMAML(module_loss(model, nn.functional.mse_loss), head)
+    return make_trainer(CPU, source=sinusoid(CPU, TASKS), method=method, process_group=group)
+
+
 def skipping(steps, tasks):
     def make(group):
         method = make_method(CPU, nonfinite="skip")
@@ -80,6 +91,7 @@ TRAININGS = {
     ),
     "an optimizer that asks again": with_lbfgs,
     "other starts": from_other_starts,
+    "a frozen body": with_a_frozen_body,
     "decided on the device": lambda group: make_trainer(
         CPU, unrecorded, source=sinusoid(CPU, TASKS), process_group=group, read_every=4
     ),

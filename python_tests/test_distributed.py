@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from imaml_ext.checkpoint import load_checkpoint
 from imaml_ext.cli import main
 from imaml_ext.data import ImageEpisodes, Sinusoid
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
@@ -27,7 +28,7 @@ def group(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("group")
     script = Path(__file__).with_name("group_trainings.py")
     run = subprocess.run(
-        [*TORCHRUN, f"--nproc-per-node={request.param}", str(script), str(folder)],
+        [*TORCHRUN, "--standalone", f"--nproc-per-node={request.param}", str(script), str(folder)],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -98,10 +99,10 @@ def leaves(batch: TaskBatch):
 TRAIN = ["train", "--tasks", "5", "--inner-steps", "2", "--device", "cpu", "--eval-tasks", "5"]
 
 
-def torchrun(processes, *arguments, restarts=0):
+def torchrun(processes, *arguments, restarts=0, meet=("--standalone",)):
     return subprocess.Popen(
         [
-            *TORCHRUN, f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
+            *TORCHRUN, *meet, f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
             "--monitor-interval=0.1", "-m", "imaml_ext", *map(str, arguments),
         ],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -159,14 +160,33 @@ def undisturbed(tmp_path_factory):
     return learned(folder)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
 def test_ranks_that_are_killed_do_not_change_the_result(undisturbed, tmp_path):
-    run = torchrun(2, *TRAIN, *LONG, "--out", tmp_path, restarts=2)
+    """Two torchruns with a process each, as on two machines: one has to notice the other's."""
+    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
+    runs = [
+        torchrun(1, *TRAIN, *LONG, "--out", tmp_path, "--resume", restarts=3, meet=meet)
+        for _ in range(2)
+    ]
     for victim, step in ((1, 20), (0, 60)):
-        wait_for_step(run, tmp_path, step)
-        os.kill(workers(run)[victim], signal.SIGKILL)
-    _, error = finished(run)
-    assert error.count("going on from meta-step") == 2
+        wait_for_step(runs[victim], tmp_path, step)
+        os.kill(*workers(runs[victim]), signal.SIGKILL)
+    errors = "".join(finished(run)[1] for run in runs)
+    assert errors.count("going on from meta-step") == 2
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in learned(tmp_path).items())
+
+
+def test_a_run_that_others_began_is_not_gone_on_with_unasked(tmp_path):
+    before = (tmp_path / "checkpoint.pt", b"of another run")
+    before[0].write_bytes(before[1])
+    _, error = torchrun(2, *TRAIN, "--out", tmp_path, restarts=1).communicate(timeout=300)
+    assert "checkpoint.pt exists: add --resume" in error
+    assert before[0].read_bytes() == before[1]
 
 
 def test_a_group_that_is_told_to_stop_saves_its_last_step(undisturbed, tmp_path):

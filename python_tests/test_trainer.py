@@ -1,10 +1,12 @@
 """The outer loop: it learns, it resumes bit for bit, it refuses what would poison it."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from imaml_ext import (
+    FOMAML,
     IMAML,
     ConjugateGradient,
     GradientDescent,
@@ -429,3 +431,80 @@ def test_a_model_alone_is_enough_to_evaluate_and_not_to_resume(tmp_path):
     assert (tmp_path / "model.pt").stat().st_size < (tmp_path / "whole.pt").stat().st_size
     with pytest.raises(ValueError, match="is a model alone: it can be evaluated, not trained"):
         make_trainer().load(tmp_path / "model.pt")
+
+
+def test_a_state_that_could_not_be_loaded_is_refused_when_saving(tmp_path):
+    trainer = make_trainer()
+    trainer.scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trainer.optimizer, lambda step: np.cos(step / 100)
+    )
+    trainer.step()
+    with pytest.raises(TypeError, match=r"c\.pt could not be loaded again: the state holds numpy"):
+        trainer.save(tmp_path / "c.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_in_another_precision_is_refused(tmp_path):
+    make_trainer().save(tmp_path / "c.pt")
+    trainer = make_trainer()
+    for tensor in trainer.method.learned().values():
+        tensor.data = tensor.data.double()
+    with pytest.raises(ValueError, match=r"\[20, 1\] torch.float32, expected .* torch.float64"):
+        trainer.load(tmp_path / "c.pt")
+
+
+def test_an_optimizer_that_had_moved_before_the_refusal_is_put_back():
+    w = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    zeros = torch.zeros(2, 1, 1, dtype=torch.float64)
+
+    class Same:
+        def sample(self, step):
+            return TaskBatch(zeros, zeros)
+
+    method = FOMAML(lambda params, _: 5 * params["w"].sqrt().sum(), {"w": w})
+    method.inner = GradientDescent(steps=0)
+    trainer = Trainer(method, Same(), torch.optim.LBFGS([w], lr=10, max_iter=5))
+    with pytest.raises(NonfiniteError):  # its first step leads to a negative w
+        trainer.step()
+    assert w.item() == 1
+    assert trainer.steps == 0
+    assert not trainer.optimizer.state_dict()["state"]
+
+
+def test_metrics_see_what_tasks_share():
+    psi = torch.tensor([2.0], requires_grad=True)
+    w = torch.zeros(1, requires_grad=True)
+
+    def loss(params, data):
+        x, y = data
+        return (params["w"] * x + params["psi"] - y).square().mean()
+
+    method = IMAML(loss, {"w": w}, lam=1.0, shared={"psi": psi})
+    source = Sinusoid(tasks=4)
+    trainer = Trainer(method, source, metrics={"again": loss})
+    record = trainer.step()
+    assert record["again"] == pytest.approx(record["loss"])
+    with torch.no_grad():
+        psi.copy_(torch.tensor([2.0]))
+        w.zero_()
+    mean = evaluate(method, source, {"loss": loss}, tasks=4).mean["loss"]
+    assert mean == pytest.approx(record["loss"])
+
+
+@pytest.mark.parametrize("nonfinite", ["refuse", "skip"])
+def test_a_shared_gradient_that_is_not_finite_changes_nothing(nonfinite):
+    psi = torch.zeros(1, requires_grad=True)  # where the root has no derivative
+    w = torch.zeros(1, requires_grad=True)
+
+    def loss(params, data):
+        x, y = data
+        return (params["w"] * x - y).square().mean() + params["psi"].sqrt().sum()
+
+    method = IMAML(loss, {"w": w}, lam=1.0, shared={"psi": psi}, nonfinite=nonfinite)
+    trainer = Trainer(method, Sinusoid(tasks=3))
+    if nonfinite == "refuse":
+        with pytest.raises(NonfiniteError, match="NONFINITE: 3 of 3 tasks"):
+            trainer.step()
+    else:
+        assert trainer.step()["failed"] == 1
+    assert psi.item() == w.item() == 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.data.cache import decoded_once
+from imaml_ext.files import locked
 from imaml_ext.random import random_bits
 
 _CHARACTERS = {"images_background": 964, "images_evaluation": 659}
@@ -74,8 +75,10 @@ def load_omniglot(root: str | Path, *, download: bool = False) -> Omniglot:
     Source: Lake, Salakhutdinov, Tenenbaum 2015, "Human-level concept learning".
     """
     folder = Path(root) / "omniglot-py"
-    if download and any(_find(folder, part) is None for part in _CHARACTERS):
-        _download(root)
+    if download:
+        with locked(Path(root), wait=True):  # against other processes that fetch it
+            if any(_find(folder, part) is None for part in _CHARACTERS):
+                _download(root)
     digest = hashlib.sha256()
     characters: dict[str, list[_Drawing]] = {}
     for part, expected in _CHARACTERS.items():
