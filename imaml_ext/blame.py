@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.func import functional_call, vmap
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+)
 from torch.utils import _pytree as pytree
 
 
@@ -212,8 +215,13 @@ def _failing_layer(example: Callable[[], Tensor]) -> str | None:
         finally:
             busy = False
 
-    with torch.enable_grad(), register_module_forward_hook(after, with_kwargs=True):
-        example()
+    handle = register_module_forward_hook(after, with_kwargs=True)
+    try:
+        with torch.enable_grad():
+            example()
+    finally:
+        handle.remove()
+        _global_forward_hooks_with_kwargs.pop(handle.id, None)  # which torch 2.13 leaves there
     return _name(callers[-1], failing[0]) if failing else None
 
 

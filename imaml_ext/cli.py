@@ -230,6 +230,7 @@ def _train_with(options: argparse.Namespace, device: torch.device, group: Group 
         if checkpoint.exists():
             raise ValueError(f"{checkpoint} exists: add --resume to go on, or choose another --out")
         config = dataclasses.replace(PRESETS[options.dataset], **overrides)
+    torch.manual_seed(config.seed + rank(group))  # torch's own is another in each process
     experiment = build(config, data=options.data, device=device, download=options.download)
     try:
         trainer = experiment.trainer(compile=options.compile, process_group=group)

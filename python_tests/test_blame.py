@@ -47,6 +47,12 @@ SETTINGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_hook_is_left_behind():
+    yield
+    assert not torch.nn.modules.module._has_any_global_hook()
+
+
 def sequences():
     return torch.randn(2, 5, 3, 4).double(), torch.randn(2, 5, 1).double()
 
