@@ -40,9 +40,16 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     tagged = {"format": _FORMAT, "version": _VERSION, **state}
     whole = io.BytesIO()  # a full disk under torch.save itself raises anything
     torch.save(tagged, whole)
+    write_atomically(path, lambda file: file.write(whole.getbuffer()))
+
+
+def check_loadable(path: str | Path, state: Any) -> None:
+    """Raises TypeError where what is to be saved at `path` holds objects that are not loaded."""
+    saved = io.BytesIO()
+    torch.save(state, saved)
+    saved.seek(0)
     try:
-        whole.seek(0)
-        torch.load(whole, map_location="meta", weights_only=True)
+        torch.load(saved, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search("GLOBAL (\\S+)", str(error))
         held = found[1] if found else "objects"
@@ -50,7 +57,6 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
             f"{path} could not be loaded again: the state holds {held}, "
             "where only tensors and plain numbers, texts, lists and dicts are"
         ) from error
-    write_atomically(path, lambda file: file.write(whole.getbuffer()))
 
 
 def save_model(path: str | Path, state: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.checkpoint import (
+    check_loadable,
     load_checkpoint,
     random_states,
     restore,
@@ -291,10 +292,13 @@ class Trainer:
 
         Raises:
             NonfiniteError: as `read`.
+            TypeError: the optimizer's or the scheduler's settings hold what `load` would refuse.
         """
         self.read()
         if rank(self.process_group) == 0:
-            save_checkpoint(path, {"config": json.dumps(config or {}), **self._state()})
+            state = self._state()
+            check_loadable(path, [state["optimizer"]["param_groups"], state["scheduler"]])
+            save_checkpoint(path, {"config": json.dumps(config or {}), **state})
 
     def load(self, path: str | Path) -> None:
         """Go on from a checkpoint; on the CPU, bit for bit as if the training had not stopped.
