@@ -111,11 +111,8 @@ def average(
         torch.full_like(used, tasks)[None],
     ]
     buffer = torch.cat(sums)
-    try:
+    with _reaching_the_others(group):
         dist.all_reduce(buffer, group=group)
-    except RuntimeError as error:
-        said = str(error).splitlines()[0]
-        raise ConnectionError(f"rank {rank(group)} cannot reach the others: {said}") from error
     used, whole = buffer[-2], buffer[-1]
     parts = (buffer[:-2] / used).split([part.numel() for part in sums[:-2]])
     averaged = {
@@ -133,18 +130,28 @@ def average(
 def check_same(number: int, what: str, group: Group) -> None:
     """Raises ValueError where a process has another number than rank 0."""
     first = torch.tensor([number], device=_device_of(group))
-    dist.broadcast(first, group=group, group_src=0)
+    with _reaching_the_others(group):
+        dist.broadcast(first, group=group, group_src=0)
     if first.item() != number:
         raise ValueError(f"rank {rank(group)}: {what} {number}, but {int(first)} on rank 0")
 
 
 def agree(tensors: Mapping[str, Tensor], group: Group) -> None:
     """Overwrite the tensors of every process by those of rank 0."""
-    with torch.no_grad():
+    with torch.no_grad(), _reaching_the_others(group):
         for tensor in tensors.values():
             value = tensor.contiguous()
             dist.broadcast(value, group=group, group_src=0)
             tensor.copy_(value)
+
+
+@contextmanager
+def _reaching_the_others(group: Group) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise ConnectionError(f"rank {rank(group)} cannot reach the others: {said}") from error
 
 
 def _roll_call(store: Any, own: int, size: int) -> str:

@@ -106,6 +106,7 @@ def torchrun(processes, *arguments, restarts=0, meet=("--standalone",)):
             "--monitor-interval=0.1", "-m", "imaml_ext", *map(str, arguments),
         ],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parent,  # where there are no sources to be imported
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from imaml_ext.checkpoint import load_checkpoint
 from imaml_ext.cli import main
 from imaml_ext.files import locked
 
+HERE = Path(__file__).parent  # where there are no sources to be imported
 QUICK = ["--tasks", "3", "--inner-steps", "1", "--cg-steps", "2", "--eval-tasks", "2"]
 QUICK += ["--device", "cpu", "--validations", "3"]
 KILLS = int(os.environ.get("IMAML_TEST_KILLS", "25"))
@@ -24,7 +25,7 @@ def run(*arguments):
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        capture_output=True, text=True, timeout=60 + 20 * KILLS,
+        capture_output=True, text=True, timeout=60 + 20 * KILLS, cwd=HERE,
     )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def test_a_training_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_
     done = run("-m", "imaml_ext", "train", *QUICK, *steps, "--out", tmp_path / "undisturbed")
     assert done.returncode == 0, done.stderr
     killed = run(
-        Path(__file__).with_name("killing.py"), tmp_path / "killed", 0, KILLS, 0.3,
+        "killing.py", tmp_path / "killed", 0, KILLS, 0.3,
         *QUICK, *steps, "--save-every", "0",
     )  # fmt: skip
     assert killed.returncode == 0, killed.stderr
@@ -112,7 +113,7 @@ def small_disk(tmp_path):
         script = f"{mount} || exit 77; {put}; {refuse}; {command}; code=$?; {keep}; exit $code"
         done = subprocess.run(
             ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120,
-            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+            env={**os.environ, "PYTHONWARNINGS": "ignore"}, cwd=HERE,
         )  # fmt: skip
         if done.returncode == 77 or "unshare failed" in done.stderr:
             pytest.skip("a disk cannot be mounted here")
