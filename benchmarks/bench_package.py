@@ -26,11 +26,12 @@ from harness import Timing, parser, provenance, report, time_in_turn
 
 CPU = torch.device("cpu")
 STATEMENTS = ("import torch", "import torch, imaml_ext")
+HERE = Path(__file__).parent  # where there are no sources to be imported
 
 
 def run(*command: str) -> float:
     """User and system seconds of a process and its children."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=HERE)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
@@ -67,7 +68,7 @@ def added_within(rounds: int) -> Timing:
     """The CPU time of importing imaml_ext over that of importing torch just before it."""
     return summary(
         [
-            float(subprocess.check_output([sys.executable, "-c", WITHIN], text=True))
+            float(subprocess.check_output([sys.executable, "-c", WITHIN], text=True, cwd=HERE))
             for _ in range(rounds)
         ]
     )

@@ -141,6 +141,7 @@ def test_a_run_that_is_done_is_evaluated_again_when_resumed(tmp_path, capsys):
 
 def test_without_cuda_kernels_auto_is_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.empty", lambda *_, device: None)  # there may be none
     monkeypatch.setattr(cli, "build_info", lambda: {"cuda": ""})
     options = cli._parser().parse_args(["train"])
     assert cli._device(options).type == "cpu"
