@@ -113,7 +113,7 @@ def archive(text: str) -> tuple[str, Path]:
     label, _, path = text.partition("=")
     if not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"expected LABEL=FILE, got {text!r}")
-    return label, Path(path)
+    return label, Path(path).resolve()  # what runs it is started elsewhere
 
 
 def main() -> None:
