@@ -219,6 +219,8 @@ def _train_with(options: argparse.Namespace, device: torch.device, group: Group 
             raise ValueError(
                 f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}"
             )
+    if not (math.isfinite(options.save_every) and options.save_every >= 0):
+        raise ValueError(f"--save-every must be finite and not negative, got {options.save_every}")
     overrides = _overrides(options)
     out = options.out or Path("runs") / f"{options.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint = out / "checkpoint.pt"

@@ -177,6 +177,8 @@ def fails(arguments, capsys):
         (["train", "--meta-steps", "0"], "meta_steps must be at least 1"),
         (["train", "--eval-tasks", "0"], "--eval-tasks must be at least 1, got 0"),
         (["train", "--validations", "0"], "--validations must be at least 1, got 0"),
+        (["train", "--save-every", "nan"], "--save-every must be finite and not negative, got nan"),
+        (["train", "--save-every", "-1"], "--save-every must be finite and not negative, got -1.0"),
         (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--method", "maml", "--learn-lam", "scalar"], "learn_lam is for imaml"),
         (["train", "--method", "maml", "--inner", "adam"], "inner is for imaml"),
