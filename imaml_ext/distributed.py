@@ -5,7 +5,9 @@ all-reduce of D numbers and a few gives every process the mean over all B, whate
 makes the same update.
 """
 
+import gc
 import hashlib
+import importlib
 import os
 import time
 import uuid
@@ -38,10 +40,19 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Group | None]:
-    """The processes that torchrun started, with NCCL on CUDA and gloo elsewhere; else None."""
+    """The processes that torchrun started, with NCCL on CUDA and gloo elsewhere; else None.
+
+    Nothing is to refer to the group when Python ends, so call it in a function: gloo's threads end
+    with the group, and one that still lets go of a tensor at that moment would abort the process.
+
+    Args:
+        device: that this process computes on.
+    """
     if not is_launched():
         yield None
         return
+    # Its functions would hold, as default arguments, the group that is there when it is imported.
+    importlib.import_module("torch.distributed.nn")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, own, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
@@ -52,6 +63,7 @@ def process_group(device: torch.device) -> Iterator[Group | None]:
     dist.init_process_group(backend, store=store, rank=own, world_size=size)
     yield dist.group.WORLD
     dist.destroy_process_group()  # not after an error: the others may never get there
+    gc.collect()  # trainers, which their schedulers refer to
 
 
 def rank(group: Group | None) -> int:

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from trainings import make_method, make_trainer, sinusoid, state_of
 
 from imaml_ext import FOMAML, MAML, ProximalStrength, Trainer, module_loss
+from imaml_ext.distributed import process_group, rank
 from imaml_ext.models import mlp
 from imaml_ext.recording import unrecorded
 from imaml_ext.trainer import NonfiniteError
@@ -54,13 +54,13 @@ def from_other_starts(group):
     if group is not None:
         with torch.no_grad():
             for tensor in method.learned().values():
-                tensor.add_(dist.get_rank())
+                tensor.add_(rank(group))
     return make_trainer(CPU, source=sinusoid(CPU, TASKS), method=method, process_group=group)
 
 
 def with_a_frozen_body(group):
     """Each process has a body of its own, which is not learned; rank 0's is what counts."""
-    torch.manual_seed(0 if group is None else dist.get_rank())
+    torch.manual_seed(rank(group))
     model = mlp(1, 12, 1).to(torch.float64)
     head = {n: p for n, p in model.named_parameters() if n.startswith("2.")}
     method = FOMAML(module_loss(model, nn.functional.mse_loss), head)
@@ -120,17 +120,18 @@ def refused(group):
     raise AssertionError("the poisoned step was applied")
 
 
-def main(folder):
+def main():
     adam = importlib.import_module("torch.optim.adam")
     adam._get_capturable_supported_devices = lambda *_: ["cpu"]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    group = dist.group.WORLD
-    results = {name: trained(make, group) for name, make in TRAININGS.items()}
-    results["refused"] = refused(group)
-    torch.save(results, Path(folder) / f"rank{os.environ['RANK']}.pt")
-    dist.destroy_process_group()
+    with process_group(CPU) as group:
+        results = {name: trained(make, group) for name, make in TRAININGS.items()}
+        results["refused"] = refused(group)
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    results = main()
+    threads = Path("/proc/self/task").glob("*/comm")
+    results["threads"] = [thread.read_text().strip() for thread in threads]
+    torch.save(results, Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")

@@ -70,6 +70,22 @@ def test_every_process_refuses_a_step_and_the_one_with_the_task_names_it(group):
         assert (named in refused["message"]) == (rank == owner)
 
 
+def test_no_thread_of_the_group_outlives_it(group):
+    """One that drops a tensor when Python ends aborts the process."""
+    for results in group:
+        assert results["threads"]
+        assert not [name for name in results["threads"] if "gloo" in name]
+
+
+def test_processes_that_leave_at_once_end_well():
+    done = subprocess.run(
+        [sys.executable, "leaving.py", "2"], env=ENVIRONMENT, capture_output=True, text=True,
+        timeout=300, cwd=Path(__file__).parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"ended": 6, "not well": 0}, done.stderr
+
+
 def sources():
     images = torch.randint(256, (9, 5, 6, 6), dtype=torch.uint8)
     yield Sinusoid(tasks=7, seed=5)
@@ -123,11 +139,12 @@ def workers(run):
     return sorted(pid for pid, command in commands.items() if b"imaml_ext" in command)
 
 
-def wait_for_step(run, folder, step):
-    """Until this step is in the log, and a checkpoint of some step is there."""
-    lines = folder / "metrics.jsonl"
+def wait_for_step(run, folder, step, *, saved):
+    """Until this step is in the log, and, if `saved`, a checkpoint of some step is there."""
+    log, checkpoint = folder / "metrics.jsonl", folder / "checkpoint.pt"
     while run.poll() is None:
-        if (folder / "checkpoint.pt").exists() and f'"step": {step},' in lines.read_text():
+        there = log.exists() and f'"step": {step},' in log.read_text()
+        if there and (checkpoint.exists() or not saved):
             return
         time.sleep(0.02)
     raise AssertionError(run.communicate()[1])
@@ -151,7 +168,8 @@ def test_torchrun_trains_as_one_process_does_and_reports_once(tmp_path):
     assert [json.loads(line)["step"] for line in lines if "train" in line] == [1, 2, 3, 4, 5]
 
 
-LONG = ["--meta-steps", "100", "--save-every", "0.05", "--validations", "1"]
+STEPS = 400  # two thirds of them are left when the last process is killed
+LONG = ["--meta-steps", str(STEPS), "--save-every", "0.05", "--validations", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +193,7 @@ def test_ranks_that_are_killed_do_not_change_the_result(undisturbed, tmp_path):
         for _ in range(2)
     ]
     for victim, step in ((1, 20), (0, 60)):
-        wait_for_step(runs[victim], tmp_path, step)
+        wait_for_step(runs[victim], tmp_path, step, saved=True)
         os.kill(*workers(runs[victim]), signal.SIGKILL)
     errors = "".join(finished(run)[1] for run in runs)
     assert errors.count("going on from meta-step") == 2
@@ -192,13 +210,11 @@ def test_a_run_that_others_began_is_not_gone_on_with_unasked(tmp_path):
 
 def test_a_group_that_is_told_to_stop_saves_its_last_step(undisturbed, tmp_path):
     run = torchrun(2, *TRAIN, *LONG, "--save-every", "1000", "--out", tmp_path)
-    while run.poll() is None and not (tmp_path / "metrics.jsonl").exists():
-        time.sleep(0.02)
-    time.sleep(0.3)
+    wait_for_step(run, tmp_path, 3, saved=False)
     run.send_signal(signal.SIGTERM)
     _, error = run.communicate(timeout=300)
     assert "to go on: --resume" in error
-    assert 0 < load_checkpoint(tmp_path / "checkpoint.pt")["steps"] < 100
+    assert 0 < load_checkpoint(tmp_path / "checkpoint.pt")["steps"] < STEPS
     finished(torchrun(2, *TRAIN, *LONG, "--out", tmp_path, "--resume"))
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in learned(tmp_path).items())
 
