@@ -15,7 +15,7 @@ from imaml_ext.inner import (
 )
 from imaml_ext.linear import LinearSolver
 from imaml_ext.maml import FOMAML, MAML, Reptile, TruncatedMAML
-from imaml_ext.meta_gradient import MetaGradient
+from imaml_ext.meta_gradient import ImplicitMetaGradient, MetaGradient
 from imaml_ext.methods import IMAML, Method
 from imaml_ext.minres import MINRES
 from imaml_ext.neumann import NeumannSeries
@@ -41,6 +41,7 @@ __all__ = [
     "External",
     "GradientDescent",
     "HessianFree",
+    "ImplicitMetaGradient",
     "InnerSolver",
     "LinearSolver",
     "MetaGradient",

@@ -25,7 +25,7 @@ from imaml_ext.inner import GradientDescent, InnerSolver
 from imaml_ext.inner.base import judge, new_status, unjudged
 from imaml_ext.linear import LinearSolver
 from imaml_ext.meta_gradient import (
-    MetaGradient,
+    ImplicitMetaGradient,
     Nonfinite,
     check_nonfinite,
     failed_tasks,
@@ -52,7 +52,7 @@ def implicit_meta_grad(
     shared: Mapping[str, Tensor] | None = None,
     adapted: Mapping[str, Tensor] | None = None,
     nonfinite: Nonfinite = "refuse",
-) -> MetaGradient:
+) -> ImplicitMetaGradient:
     """Adapt to a batch of tasks and differentiate the mean query loss through the adaptation.
 
     Memory does not depend on the number of inner steps or of CG iterations. Nothing synchronises.
@@ -118,7 +118,7 @@ def implicit_meta_grad(
     share = task_share(ok, nonfinite, layout.dtype)
     to_theta, to_lam = _pull_back(system.value, phi, problem, ok, share)
     extra = {name: torch.where(finite, slope, 0.0) * share for name, slope in to_psi.items()}
-    return MetaGradient(
+    return ImplicitMetaGradient(
         params=layout.unflatten(to_theta),
         lam=_lam_gradient(leaves, flat_lam, to_lam),
         support_loss=support_loss,

@@ -27,9 +27,7 @@ class MetaGradient:
             `‖phi_i - phi_i*‖`: delta of the paper's Algorithm 2. The bound needs the curvature of
             G_i itself: there is none with `curvature="ggn"`, whose smallest value is lam or more
             even at a saddle, nor from a method without a linear solve.
-        cg: the linear solve, whichever solver made it; `error_bound` estimates `‖x_i - x_i*‖`,
-            delta' of Algorithm 2, for the system that was solved, damping included. None from a
-            method without one.
+        cg: the linear solve; None from a method without one.
         extra: the gradients of whatever else the method learns, by name.
     """
 
@@ -71,7 +69,21 @@ class MetaGradient:
         return text + (f". Query loss: NONFINITE: {counted(tasks, len(silent))}" if tasks else "")
 
 
-pytree.register_dataclass(MetaGradient)
+@dataclass(frozen=True)
+class ImplicitMetaGradient(MetaGradient):
+    """A meta-gradient by a linear solve, as `implicit_meta_grad` and `IMAML` give it.
+
+    Attributes:
+        params, lam, support_loss, query_loss, adapted, inner, extra: as in `MetaGradient`.
+        cg: the linear solve, whichever solver made it; `error_bound` estimates `‖x_i - x_i*‖`,
+            delta' of Algorithm 2, for the system that was solved, damping included.
+    """
+
+    cg: Solution
+
+
+for _result in (MetaGradient, ImplicitMetaGradient):
+    pytree.register_dataclass(_result)
 
 
 def check_nonfinite(nonfinite: Nonfinite) -> None:

@@ -12,7 +12,12 @@ from imaml_ext.flat import Lam, Layout, Params
 from imaml_ext.implicit import implicit_meta_grad
 from imaml_ext.inner import GradientDescent, InnerSolver
 from imaml_ext.linear import LinearSolver
-from imaml_ext.meta_gradient import MetaGradient, Nonfinite, check_nonfinite
+from imaml_ext.meta_gradient import (
+    ImplicitMetaGradient,
+    MetaGradient,
+    Nonfinite,
+    check_nonfinite,
+)
 from imaml_ext.objective import Loss, Objective
 from imaml_ext.proximal import Proximal
 from imaml_ext.shared import check_shared
@@ -124,7 +129,7 @@ class IMAML(Method):
         self.cg = cg
         self.adapt_proximal = adapt_proximal
 
-    def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
+    def meta_gradient(self, batch: TaskBatch) -> ImplicitMetaGradient:
         with torch.enable_grad():
             lam = self._strength()
         out = implicit_meta_grad(

@@ -19,6 +19,7 @@ from imaml_ext import (
     External,
     GradientDescent,
     HessianFree,
+    ImplicitMetaGradient,
     MetaGradient,
     Method,
     NeumannSeries,
@@ -70,7 +71,7 @@ def meta_gradients(model: nn.Module, batch: TaskBatch) -> None:
                 loss, params, batch.support, batch.query, lam={"w": torch.ones(())}, inner=inner,
                 cg=cg,
             )  # fmt: skip
-            assert_type(out, MetaGradient)
+            assert_type(out, ImplicitMetaGradient)
             assert_type(out.params, dict[str, Tensor])
             assert_type(out.adapted, dict[str, Tensor])
             assert_type(out.named(), dict[str, Tensor])
@@ -78,7 +79,7 @@ def meta_gradients(model: nn.Module, batch: TaskBatch) -> None:
             assert_type(out.failed, Tensor)
             assert_type(out.inner, Solution)
             assert_type(out.inner.error_bound, Tensor)
-            assert_type(out.cg, Solution | None)
+            assert_type(out.cg, Solution)
             assert_type(out.describe(), str)
     assert_type(adapt(squared, params, batch.support, lam=1.0), dict[str, Tensor])
     solution = conjugate_gradient(lambda p: 2 * p, torch.ones(3, 4), max_iter=5)
@@ -87,8 +88,10 @@ def meta_gradients(model: nn.Module, batch: TaskBatch) -> None:
 
 
 def training(params: Mapping[str, Tensor], source: TaskSource, file: Path) -> Evaluation:
+    implicit = IMAML(squared, params, lam=ProximalStrength(params))
+    assert_type(implicit.meta_gradient(source.sample(0)), ImplicitMetaGradient)
     methods: list[Method] = [
-        IMAML(squared, params, lam=ProximalStrength(params)),
+        implicit,
         MAML(squared, params, accelerated=True, lam=0.1),
         FOMAML(squared, params),
         Reptile(squared, params),

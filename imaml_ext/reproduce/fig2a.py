@@ -107,8 +107,8 @@ def measure(settings: Settings) -> Iterator[Record]:
             for name, values in {
                 "phi_error": (out.inner.value - best).norm(dim=1),
                 "phi_bound": out.inner.error_bound,
-                "x_error": (out.cg.value - x).norm(dim=1),  # type: ignore[union-attr]
-                "x_bound": out.cg.error_bound,  # type: ignore[union-attr]
+                "x_error": (out.cg.value - x).norm(dim=1),
+                "x_bound": out.cg.error_bound,
             }.items():
                 curves[name].append(values.mean().item())
         yield {"method": "imaml", "cg_steps": cg_steps, **curves, **shared}
