@@ -113,7 +113,7 @@ class Layout:
             self._check_like_parameters("lam", lam)
             flat = lam.reshape(1) if lam.dim() == 0 else lam
         elif isinstance(lam, Real) and not isinstance(lam, bool):
-            if not (fits(lam, self.dtype) and float(lam) > 0):
+            if not _is_positive_in(self.dtype, lam):
                 raise ValueError(f"lam must be positive and finite, got {lam}, in {self.dtype}")
             return torch.full((1,), float(lam), dtype=self.dtype, device=self.device)
         else:
@@ -151,10 +151,10 @@ def check_integer(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
-def fits(value: Any, dtype: torch.dtype) -> bool:
-    """Whether a number is neither infinite nor, but for 0 itself, 0 in this dtype."""
+def _is_positive_in(dtype: torch.dtype, number: Any) -> bool:
+    """Whether it is neither 0 nor infinite in this dtype."""
     info = torch.finfo(dtype)
-    return bool(value == 0 or info.smallest_normal * info.eps <= abs(value) <= info.max)
+    return bool(info.smallest_normal * info.eps <= number <= info.max)
 
 
 def matrix_product(rows: Tensor, matrix: Tensor) -> Tensor:

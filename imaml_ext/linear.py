@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml_ext.flat import check_integer, fits, matrix_product
+from imaml_ext.flat import check_integer, matrix_product
 from imaml_ext.ops import row_dot
 from imaml_ext.solution import CurvatureKind, Lanczos, Matvec, Solution, Status
 
@@ -163,7 +163,7 @@ def check_settings(max_iter: int, rtol: float, atol: float, damping: float) -> N
 
 def _flat_lam(lam: float | Tensor, b: Tensor) -> Tensor:
     if not isinstance(lam, Tensor):
-        if not fits(lam, b.dtype):
+        if not abs(lam) <= torch.finfo(b.dtype).max:
             raise ValueError(f"lam must be finite, got {lam}, in {b.dtype}")
         return b.new_full((1,), lam)
     dim = b.shape[1]

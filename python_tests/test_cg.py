@@ -31,6 +31,12 @@ def test_every_iterate_is_that_of_scipy():
         assert got.steps.item() == steps
 
 
+def test_a_lam_that_is_0_in_the_dtype_is_taken_for_0():
+    b = torch.ones(1, 3)
+    got = conjugate_gradient(lambda p: 2 * p, b, lam=1e-60, max_iter=2)
+    torch.testing.assert_close(got.value, b / 2)
+
+
 def test_float32_reaches_its_precision(device):
     h = symmetric(torch.rand(8, 40, device=device) * 10 + 1)
     b = torch.randn(8, 40, device=device)

@@ -33,7 +33,7 @@ def systems(draw):
     h = q @ torch.diag_embed(eigenvalues) @ q.mT
     lam = {
         "none": 0.0,
-        "float": draw(st.floats(0, 3)),
+        "float": draw(st.floats(0, 3)),  # down to where float32 has 0
         "0-d": normal().abs().to(dtype),
         "[1]": normal(1).abs().to(dtype),
         "diagonal": normal(dim).abs().to(dtype),
@@ -111,7 +111,10 @@ def test_a_row_that_is_not_finite_ends_alone_and_negative_curvature_too(system, 
         assert got.residual[row].isnan()
         assert named_by(got.describe()) == {row}
     elif how == "concave" and not isinstance(solver, MINRES):
-        assert got.status[row] == Status.NEGATIVE_CURVATURE
+        # Without a step the solution is the one without H, which a tiny lam may make infinite.
+        overflows = isinstance(lam, float) and 0 < lam < 1e-30 and got.steps[row] == 0
+        allowed = {Status.NEGATIVE_CURVATURE} | ({Status.NONFINITE} if overflows else set())
+        assert got.status[row].item() in allowed
 
 
 SYSTEMS = {
