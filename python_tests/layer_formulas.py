@@ -129,7 +129,9 @@ class Normalised:
         odd = torch.stack(
             [(~t.isfinite()).any(1, keepdim=True).expand_as(self.scale) for t in tensors]
         ).any(0)
-        self.unsure = odd | (near.any(1, keepdim=True) if o["relu"] else False)
+        overflows = self.size > self.rounding.max / 16  # and 0 times such an h is NaN
+        unsure = overflows | near if o["relu"] else overflows
+        self.unsure = odd | unsure.any(1, keepdim=True)
 
     def project(self, u):
         return u - mean(u) - mean(self.h * u) * self.h
