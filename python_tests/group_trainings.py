@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node N group_trainings.py FOLDER
 import importlib
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -130,8 +131,13 @@ def main():
     return results
 
 
+def threads():
+    """Names of this process's; one that has ended may be listed for a moment."""
+    time.sleep(0.5)
+    return [thread.read_text().strip() for thread in Path("/proc/self/task").glob("*/comm")]
+
+
 if __name__ == "__main__":
     results = main()
-    threads = Path("/proc/self/task").glob("*/comm")
-    results["threads"] = [thread.read_text().strip() for thread in threads]
+    results["threads"] = threads()
     torch.save(results, Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")

@@ -41,6 +41,10 @@ def train(folder, arguments, prepare=lambda: None):
     return child
 
 
+def has_ended(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def end_of(child):
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
@@ -81,7 +85,7 @@ def kill_again_and_again(folder, seed, kills, arguments):
             child = train(folder, arguments)
             if way == "at any moment":
                 for _ in range(generator.randint(1, 8)):  # about as many meta-steps
-                    while log_written(folder) == before:
+                    while log_written(folder) == before and not has_ended(child):
                         time.sleep(0.0005)
                     before = log_written(folder)
             time.sleep(generator.uniform(0, 0.02))

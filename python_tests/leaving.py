@@ -10,6 +10,7 @@ them not well.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,7 @@ def leave(trials, keep):
             for rank in range(SIZE):
                 child = os.fork()
                 if child == 0:
+                    signal.alarm(60)  # where another one failed
                     os.environ["RANK"] = str(rank)
                     reduce(keep)
                     sys.exit()

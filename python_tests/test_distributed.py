@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -133,20 +134,35 @@ def finished(run, code=0):
 
 
 def workers(run):
-    """Process ids of the ranks, in the order in which they were started."""
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    commands = {int(c): Path(f"/proc/{c}/cmdline").read_bytes().split(b"\0") for c in children}
-    return sorted(pid for pid, command in commands.items() if b"imaml_ext" in command)
+    """Process ids of the ranks. A process that is about to start one still has torchrun's name."""
+    found = []
+    for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+        with suppress(OSError):  # it has just ended
+            command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            if b"imaml_ext" in command and b"torch.distributed.run" not in command:
+                found.append(int(child))
+    return found
+
+
+def kill_worker(run):
+    """The only one that this torchrun has, as soon as it has it."""
+    end = time.monotonic() + 60
+    while len(found := workers(run)) != 1:
+        assert time.monotonic() < end, found
+        time.sleep(0.02)
+    os.kill(found[0], signal.SIGKILL)
 
 
 def wait_for_step(run, folder, step, *, saved):
     """Until this step is in the log, and, if `saved`, a checkpoint of some step is there."""
     log, checkpoint = folder / "metrics.jsonl", folder / "checkpoint.pt"
-    while run.poll() is None:
+    end = time.monotonic() + 300
+    while run.poll() is None and time.monotonic() < end:
         there = log.exists() and f'"step": {step},' in log.read_text()
         if there and (checkpoint.exists() or not saved):
             return
         time.sleep(0.02)
+    run.kill()
     raise AssertionError(run.communicate()[1])
 
 
@@ -168,7 +184,7 @@ def test_torchrun_trains_as_one_process_does_and_reports_once(tmp_path):
     assert [json.loads(line)["step"] for line in lines if "train" in line] == [1, 2, 3, 4, 5]
 
 
-STEPS = 400  # two thirds of them are left when the last process is killed
+STEPS = 400  # half of them are left when the last process is killed
 LONG = ["--meta-steps", str(STEPS), "--save-every", "0.05", "--validations", "1"]
 
 
@@ -192,11 +208,11 @@ def test_ranks_that_are_killed_do_not_change_the_result(undisturbed, tmp_path):
         torchrun(1, *TRAIN, *LONG, "--out", tmp_path, "--resume", restarts=3, meet=meet)
         for _ in range(2)
     ]
-    for victim, step in ((1, 20), (0, 60)):
+    for victim, step in ((1, 20), (0, 200)):
         wait_for_step(runs[victim], tmp_path, step, saved=True)
-        os.kill(*workers(runs[victim]), signal.SIGKILL)
+        kill_worker(runs[victim])
     errors = "".join(finished(run)[1] for run in runs)
-    assert errors.count("going on from meta-step") == 2
+    assert errors.count("going on from meta-step") >= 2  # torchrun may start once more
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in learned(tmp_path).items())
 
 

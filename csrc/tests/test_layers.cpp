@@ -17,6 +17,15 @@ void test_conv(const ConvShape& s) {
 }
 
 template <typename T>
+void test_conv_of_equal_values(const ConvShape& s) {
+  context = describe(s, sizeof(T) == 4 ? "equal float" : "equal double");
+  ConvProblem<T> problem(s, 0, 1);
+  std::fill(problem.x.begin(), problem.x.end(), T(0.1));
+  std::fill(problem.g.begin(), problem.g.end(), T(0.3));
+  check_conv(problem, false, run_conv(problem, false), 0);
+}
+
+template <typename T>
 void test_norm(const NormShape& s, bool relu) {
   context = std::string(sizeof(T) == 4 ? "norm<float> " : "norm<double> ") +
             std::to_string(s.tasks) + " " + std::to_string(s.rows) + " " +
@@ -54,6 +63,8 @@ void test_layers() {
     test_conv<float>(s);
     test_conv<double>(s);
   }
+  test_conv_of_equal_values<float>(shape_of(1, 60, 7, 7, 2, 3, 3, 3, 1, 1, 1, 1));
+  test_conv_of_equal_values<double>(shape_of(1, 60, 7, 7, 2, 3, 3, 3, 1, 1, 1, 1));
   for (const bool relu : {false, true})
     for (const int64_t channels : {1, 15, 16, 17, 40})
       for (const int64_t rows : {2, 5, 64, 65, 130}) {
