@@ -147,7 +147,7 @@ Tensor conv_weight_gradient(const Tensor& x, const Tensor& g, int64_t kernel_h, 
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-cpu::NormShape norm_shape(const char* op, const Tensor& x) {
+NormShape norm_shape(const char* op, const Tensor& x) {
   check(op, "x", x, 3);
   return {x.size(0), x.size(1), x.size(2)};
 }
@@ -162,7 +162,7 @@ void check_channels(const char* op, const char* name, const Tensor& t, const Ten
 
 Three batch_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps) {
   constexpr const char* kName = "batch_norm";
-  const cpu::NormShape s = norm_shape(kName, x);
+  const NormShape s = norm_shape(kName, x);
   check_channels(kName, "gamma", gamma, x);
   check_channels(kName, "beta", beta, x);
   if (!(eps > 0)) fail(kName, "eps must be positive, got ", eps);
@@ -170,7 +170,7 @@ Three batch_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, doubl
   Tensor scale = torch::stable::empty_like(gamma);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::batch_norm(cpu::NormForward<T>{.shape = s,
+    cpu::batch_norm(NormForward<T>{.shape = s,
                                         .eps = eps,
                                         .x = x.const_data_ptr<T>(),
                                         .gamma = gamma.const_data_ptr<T>(),
@@ -186,7 +186,7 @@ Three batch_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, doubl
 Three batch_norm_backward(const Tensor& g, const Tensor& x, const Tensor& gamma, const Tensor& beta,
                           const Tensor& mean, const Tensor& scale, bool relu) {
   constexpr const char* kName = "batch_norm_backward";
-  const cpu::NormShape s = norm_shape(kName, x);
+  const NormShape s = norm_shape(kName, x);
   check_images(kName, "g", g, x);
   check_channels(kName, "gamma", gamma, x);
   check_channels(kName, "beta", beta, x);
@@ -196,7 +196,7 @@ Three batch_norm_backward(const Tensor& g, const Tensor& x, const Tensor& gamma,
   Tensor dbeta = torch::stable::empty_like(gamma);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::batch_norm(cpu::NormBackward<T>{.shape = s,
+    cpu::batch_norm(NormBackward<T>{.shape = s,
                                          .relu = relu,
                                          .g = g.const_data_ptr<T>(),
                                          .x = x.const_data_ptr<T>(),
@@ -216,7 +216,7 @@ Three batch_norm_double_backward(const Tensor& a, const Tensor& b, const Tensor&
                                  const Tensor& x, const Tensor& gamma, const Tensor& beta,
                                  const Tensor& mean, const Tensor& scale, bool relu) {
   constexpr const char* kName = "batch_norm_double_backward";
-  const cpu::NormShape s = norm_shape(kName, x);
+  const NormShape s = norm_shape(kName, x);
   check_images(kName, "a", a, x);
   check_images(kName, "g", g, x);
   check_channels(kName, "b", b, x);
@@ -229,7 +229,7 @@ Three batch_norm_double_backward(const Tensor& a, const Tensor& b, const Tensor&
   Tensor to_gamma = torch::stable::empty_like(gamma);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::batch_norm(cpu::NormDoubleBackward<T>{.shape = s,
+    cpu::batch_norm(NormDoubleBackward<T>{.shape = s,
                                                .relu = relu,
                                                .a = a.const_data_ptr<T>(),
                                                .b = b.const_data_ptr<T>(),

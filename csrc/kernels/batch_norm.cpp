@@ -1,9 +1,8 @@
 #include "batch_norm.h"
 
-#include <cmath>
+#include <algorithm>
 #include <vector>
 
-#include "formulas.h"
 #include "isa.h"
 
 namespace imaml::cpu {
@@ -81,7 +80,7 @@ struct TaskBlocks {
   }
 };
 
-// What a block's channels need to normalise an element, and to tell whether relu lets it pass.
+// A NormChannel for each lane of a block.
 template <typename T>
 struct Channels {
   T mean[kNormLanes] = {}, scale[kNormLanes] = {}, factor[kNormLanes] = {}, shift[kNormLanes] = {};
@@ -89,54 +88,47 @@ struct Channels {
   template <typename Pass>
   IMAML_INLINE Channels(const Pass& p, const Chunk& chunk) {
     for (int64_t lane = 0; lane < chunk.width; ++lane) {
-      const int64_t at = chunk.channel + lane;
-      mean[lane] = p.mean[at];
-      scale[lane] = p.scale[at];
-      factor[lane] = p.gamma[at] * p.scale[at];
-      shift[lane] = p.beta[at];
+      const NormChannel<T> one = norm_channel(p, chunk.channel + lane);
+      mean[lane] = one.mean;
+      scale[lane] = one.scale;
+      factor[lane] = one.factor;
+      shift[lane] = one.shift;
     }
   }
 
-  IMAML_INLINE T h(T x, int64_t lane) const { return (x - mean[lane]) * scale[lane]; }
-  IMAML_INLINE T y(T x, int64_t lane) const {
-    return (x - mean[lane]) * factor[lane] + shift[lane];
-  }
-  template <bool kRelu>
-  IMAML_INLINE T pass(T x, T value, int64_t lane) const {
-    return !kRelu || y(x, lane) > T(0) ? value : T(0);
+  IMAML_INLINE NormChannel<T> at(int64_t lane) const {
+    return {mean[lane], scale[lane], factor[lane], shift[lane]};
   }
 };
 
-template <typename T>
+template <bool kPositive, typename T>
 IMAML_INLINE void run(const NormForward<T>& p, const TaskBlocks& all) {
   const T* __restrict x = p.x;
   T* __restrict y = p.y;
+  T* __restrict positive = p.positive;
   const T* first = x + all.task * p.shape.rows * p.shape.channels - all.task * p.shape.channels;
   all.reduce<2>(
       [&](const Chunk& chunk, auto& sums) IMAML_INLINE_LAMBDA {
-        // Against the first row, so that a large mean does not drown the variance.
         T origin[kNormLanes] = {};
         std::copy_n(first + chunk.channel, chunk.width, origin);
         chunk.for_each([&](int64_t i, int64_t lane) IMAML_INLINE_LAMBDA {
-          const double away = static_cast<double>(x[i] - origin[lane]);
-          sums[0][lane] += away;
-          sums[1][lane] += away * away;
+          norm_terms(x[i], origin[lane],
+                     [&](int k, double term) IMAML_INLINE_LAMBDA { sums[k][lane] += term; });
         });
       },
       [&](const Chunk& block, auto& means) IMAML_INLINE_LAMBDA {
         for (int64_t lane = 0; lane < block.width; ++lane) {
           const int64_t at = block.channel + lane;
-          const double away = means[0][lane];
-          const double rounded = means[1][lane] - away * away;
-          const double variance = rounded < 0 ? 0 : rounded;  // NaN stays
-          p.mean[at] = static_cast<T>(static_cast<double>(first[at]) + away);
-          p.scale[at] = static_cast<T>(1 / std::sqrt(variance + p.eps));
+          p.mean[at] = norm_mean(first[at], means[0][lane]);
+          p.scale[at] = norm_scale<T>(means[0][lane], means[1][lane], p.eps);
         }
       });
   all.for_chunks([&](const Chunk& chunk) IMAML_INLINE_LAMBDA {
     const Channels<T> channels(p, chunk);
-    chunk.for_each([&](int64_t i, int64_t lane)
-                       IMAML_INLINE_LAMBDA { y[i] = channels.y(x[i], lane); });
+    chunk.for_each([&](int64_t i, int64_t lane) IMAML_INLINE_LAMBDA {
+      y[i] = channels.at(lane).y(x[i]);
+      if constexpr (kPositive) positive[i] = positive_part(y[i]);
+    });
   });
 }
 
@@ -155,9 +147,10 @@ IMAML_INLINE void run(const NormBackward<T>& p, const TaskBlocks& all) {
       [&](const Chunk& chunk, auto& sums) IMAML_INLINE_LAMBDA {
         const Channels<T> channels(p, chunk);
         chunk.for_each([&](int64_t i, int64_t lane) IMAML_INLINE_LAMBDA {
-          const T g = channels.template pass<kRelu>(x[i], slope[i], lane);
-          sums[0][lane] += static_cast<double>(g);
-          sums[1][lane] += static_cast<double>(channels.h(x[i], lane)) * static_cast<double>(g);
+          const NormChannel<T> channel = channels.at(lane);
+          norm_backward_terms(channel.h(x[i]), channel.template pass<kRelu>(x[i], slope[i]),
+                              [&](int k, double term)
+                                  IMAML_INLINE_LAMBDA { sums[k][lane] += term; });
         });
       },
       [&](const Chunk& block, auto& means) IMAML_INLINE_LAMBDA {
@@ -173,88 +166,80 @@ IMAML_INLINE void run(const NormBackward<T>& p, const TaskBlocks& all) {
     const Channels<T> channels(p, chunk);
     const Means<T> mean = means_of[all.index(chunk)];
     chunk.for_each([&](int64_t i, int64_t lane) IMAML_INLINE_LAMBDA {
-      const T g = channels.template pass<kRelu>(x[i], slope[i], lane);
-      dx[i] = channels.factor[lane] * (g - mean.g[lane] - mean.hg[lane] * channels.h(x[i], lane));
+      const NormChannel<T> channel = channels.at(lane);
+      dx[i] = norm_dx(channel, channel.h(x[i]), channel.template pass<kRelu>(x[i], slope[i]),
+                      mean.g[lane], mean.hg[lane]);
     });
   });
 }
 
-// A block's numbers in the second pass of the double backward.
+// A NormSlopes for each lane of a block.
 template <typename T>
-struct DoubleSlopes {
-  T mean_a[kNormLanes] = {}, mean_g[kNormLanes] = {}, mean_ha[kNormLanes] = {};
-  T mean_hg[kNormLanes] = {}, b[kNormLanes] = {}, c[kNormLanes] = {};
-  T along_g[kNormLanes] = {}, along_a[kNormLanes] = {}, along_h[kNormLanes] = {};
+struct SlopeLanes {
+  T of[9][kNormLanes] = {};
+
+  IMAML_INLINE void set(int64_t lane, const NormSlopes<T>& s) {
+    const T values[] = {s.mean_a, s.mean_g,  s.mean_ha, s.mean_hg, s.b,
+                        s.c,      s.along_g, s.along_a, s.along_h};
+    for (int k = 0; k < 9; ++k) of[k][lane] = values[k];
+  }
+  IMAML_INLINE NormSlopes<T> at(int64_t lane) const {
+    return {of[0][lane], of[1][lane], of[2][lane], of[3][lane], of[4][lane],
+            of[5][lane], of[6][lane], of[7][lane], of[8][lane]};
+  }
 };
 
 template <bool kRelu, typename T>
 IMAML_INLINE void run(const NormDoubleBackward<T>& p, const TaskBlocks& all) {
   const T* __restrict x = p.x, * __restrict slope = p.g, * __restrict a = p.a;
   T* __restrict to_g = p.to_g, * __restrict to_x = p.to_x;
-  std::vector<DoubleSlopes<T>> slopes(all.count());
+  std::vector<SlopeLanes<T>> slopes(all.count());
   all.reduce<5>(
       [&](const Chunk& chunk, auto& sums) IMAML_INLINE_LAMBDA {
         const Channels<T> channels(p, chunk);
         chunk.for_each([&](int64_t i, int64_t lane) IMAML_INLINE_LAMBDA {
-          const double h = static_cast<double>(channels.h(x[i], lane));
-          const double ai = static_cast<double>(a[i]);
-          const double g = static_cast<double>(channels.template pass<kRelu>(x[i], slope[i], lane));
-          sums[0][lane] += ai;
-          sums[1][lane] += g;
-          sums[2][lane] += h * ai;
-          sums[3][lane] += h * g;
-          sums[4][lane] += ai * g;
+          const NormChannel<T> channel = channels.at(lane);
+          norm_double_terms(channel.h(x[i]), channel.template pass<kRelu>(x[i], slope[i]), a[i],
+                            [&](int k, double term) IMAML_INLINE_LAMBDA { sums[k][lane] += term; });
         });
       },
       [&](const Chunk& block, auto& means) IMAML_INLINE_LAMBDA {
-        DoubleSlopes<T>& own = slopes[all.index(block)];
         for (int64_t lane = 0; lane < block.width; ++lane) {
           const int64_t at = block.channel + lane;
-          const double s = static_cast<double>(p.scale[at]), b = static_cast<double>(p.b[at]);
-          const double factor = static_cast<double>(p.gamma[at]) * s;
-          const double ma = means[0][lane], mg = means[1][lane];
-          const double mha = means[2][lane], mhg = means[3][lane];
-          const double apg = means[4][lane] - ma * mg - mha * mhg;  // M(a P g)
-          p.to_gamma[at] = static_cast<T>(static_cast<double>(block.rows) * s * apg);
-          own.b[lane] = p.b[at];
-          own.c[lane] = p.c[at];
-          own.mean_a[lane] = static_cast<T>(ma);
-          own.mean_g[lane] = static_cast<T>(mg);
-          own.mean_ha[lane] = static_cast<T>(mha);
-          own.mean_hg[lane] = static_cast<T>(mhg);
-          own.along_g[lane] = static_cast<T>((b - factor * mha) * s);
-          own.along_a[lane] = static_cast<T>(-factor * s * mhg);
-          own.along_h[lane] = static_cast<T>(-factor * s * apg);
+          const double mean[] = {means[0][lane], means[1][lane], means[2][lane], means[3][lane],
+                                 means[4][lane]};
+          slopes[all.index(block)].set(lane, norm_slopes(p, at, mean));
+          p.to_gamma[at] = norm_to_gamma(p, at, mean);
         }
       });
   all.for_chunks([&](const Chunk& chunk) IMAML_INLINE_LAMBDA {
     const Channels<T> channels(p, chunk);
-    const DoubleSlopes<T> own = slopes[all.index(chunk)];
+    const SlopeLanes<T> own = slopes[all.index(chunk)];
     chunk.for_each([&](int64_t i, int64_t lane) IMAML_INLINE_LAMBDA {
-      const T h = channels.h(x[i], lane);
-      const T g = channels.template pass<kRelu>(x[i], slope[i], lane);
-      const T pa = a[i] - own.mean_a[lane] - own.mean_ha[lane] * h;
-      const T pg = g - own.mean_g[lane] - own.mean_hg[lane] * h;
-      const T to_slope = channels.factor[lane] * pa + own.b[lane] * h + own.c[lane];
-      to_g[i] = channels.template pass<kRelu>(x[i], to_slope, lane);
-      to_x[i] = own.along_g[lane] * pg + own.along_a[lane] * pa + own.along_h[lane] * h;
+      const NormChannel<T> channel = channels.at(lane);
+      const NormSlopes<T> at = own.at(lane);
+      const T h = channel.h(x[i]);
+      to_g[i] = channel.template pass<kRelu>(x[i], at.to_g(channel, h, a[i]));
+      to_x[i] = at.to_x(h, channel.template pass<kRelu>(x[i], slope[i]), a[i]);
     });
   });
 }
 
+template <typename T>
+bool joins_relu(const NormForward<T>& pass) {
+  return pass.positive != nullptr;
+}
 template <typename Pass>
-IMAML_INLINE void run(const Pass& pass, const TaskBlocks& all) {
-  if (pass.relu)
-    run<true>(pass, all);
-  else
-    run<false>(pass, all);
+bool joins_relu(const Pass& pass) {
+  return pass.relu;
 }
 
 }  // namespace
 
 #define IMAML_DEFINE(Pass)                                                             \
   IMAML_MULTIVERSION void norm_blocks(const Pass& pass, int64_t task, Blocks blocks) { \
-    run(pass, TaskBlocks{pass.shape, task, blocks});                                   \
+    const TaskBlocks all{pass.shape, task, blocks};                                    \
+    joins_relu(pass) ? run<true>(pass, all) : run<false>(pass, all);                   \
   }
 IMAML_DEFINE(NormForward<float>)
 IMAML_DEFINE(NormForward<double>)

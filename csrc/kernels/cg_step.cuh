@@ -11,10 +11,15 @@
 //     exchanged through shared memory;
 //   three launches, blocks_per_row(dim) blocks a row: 8 reads and 3 writes per element, with M^-1
 //     two more reads. A row's sums go through `workspace`.
-// cg_row_blocks chooses by the row's length and by what the device offers, never by the batch:
-// clusters, which begin with compute capability 9.0, hold rows of up to 462,848 floats there; a
-// block alone holds a short row on any device. A row's sums are added in a fixed order, nothing is
-// read back to the host, no atomics: the same input on the same kind of device gives the same bits.
+// The row's length and the device decide which, never the batch: clusters, which begin with compute
+// capability 9.0, hold rows of up to 462,848 floats there; a block alone holds a short row on any
+// device.
+//
+// The batch decides into how many blocks a row goes, so that all rows run at a time if they can.
+// It does not decide about any bit: a row is cut into cg_shares(dim) shares, of which a block takes
+// one or a few; each is summed by itself, and the sums are added in the order of the shares.
+// Nothing is read back to the host, no atomics: the same input gives the same bits on the same kind
+// of device.
 #pragma once
 #include "cluster.cuh"
 
@@ -68,46 +73,85 @@ __device__ CgNorms norms_of(const double (&norm)[N]) {
 
 // ---- one launch ------------------------------------------------------------------------------
 
-// A block's share of a row, where there are blocks enough.
+// A share of a row, where the row is worth more than one.
 constexpr int64_t kRowShare = 4096;
+
+// Shares that one block may take, one after the other.
+constexpr int kBlockShares = 4;
 
 // Elements of each operand that a thread loads together, 64 bytes: what hides the latency.
 template <typename T>
 constexpr int kRowItems = 64 / sizeof(T);
 
-// What a block keeps in shared memory besides its share of p and of Ap.
+// What a block keeps in shared memory besides its shares of p and of Ap.
 struct CgShared {
   double warp_sum[3 * kWarps];
   double sums[3 * kMaxCluster];
   double norms[2 * kMaxCluster];
 };
 
-// Elements of a row that one of its blocks works on. Whole warps: an aligned row stays aligned.
-IMAML_INLINE int64_t cg_row_share(int64_t dim, int blocks) {
-  const int64_t warps = (dim + int64_t{blocks} * kWarp - 1) / (int64_t{blocks} * kWarp);
+inline int cg_shares(int64_t dim) {
+  int shares = 1;
+  while (shares < kMaxCluster && kRowShare * shares < dim) shares *= 2;
+  return shares;
+}
+
+// Elements of a share. Whole warps: an aligned row stays aligned.
+IMAML_INLINE int64_t cg_share_length(int64_t dim, int shares) {
+  const int64_t warps = (dim + int64_t{shares} * kWarp - 1) / (int64_t{shares} * kWarp);
   return warps * kWarp;
 }
 
-template <typename T>
-int64_t cg_row_bytes(int64_t dim, int blocks) {
-  return static_cast<int64_t>(sizeof(CgShared) + 2 * sizeof(T) * cg_row_share(dim, blocks));
+// How a row is worked on. No blocks: in three launches.
+struct CgForm {
+  int shares;
+  int blocks;
+
+  int block_shares() const { return shares / blocks; }
+  template <typename T>
+  int64_t shared_bytes(int64_t dim) const {
+    const int64_t kept = 2 * block_shares() * cg_share_length(dim, shares);
+    return static_cast<int64_t>(sizeof(CgShared) + sizeof(T) * kept);
+  }
+};
+
+// The number of blocks with which all rows are done soonest, each block taking time for its shares,
+// and as many clusters running at a time as `capacity(blocks, bytes)` says. Of equals the fewest:
+// they want the least room.
+template <typename T, typename Capacity>
+CgForm cg_form(int64_t rows, int64_t dim, const Capacity& capacity) {
+  CgForm best{cg_shares(dim), 0};
+  int64_t best_time = 0;
+  for (CgForm form{best.shares, 1}; form.blocks <= form.shares; form.blocks *= 2) {
+    if (form.block_shares() > kBlockShares) continue;
+    const int64_t clusters = capacity(form.blocks, form.shared_bytes<T>(dim));
+    if (clusters == 0) continue;
+    const int64_t time = (rows + clusters - 1) / clusters * form.block_shares();
+    if (best.blocks == 0 || time < best_time) {
+      best = form;
+      best_time = time;
+    }
+  }
+  return best;
 }
 
-// How many blocks a row's cluster has, or 0: three launches. Where the largest cluster cannot be
-// had, the largest portable one may do.
-template <typename T>
-int cg_row_blocks(int64_t dim, const ClusterLimits& limits) {
-  int wanted = 0;
-  while (wanted + 1 < kClusterSizes && kRowShare << wanted < dim) ++wanted;
-  for (int k = wanted; k >= 0 && (k == wanted || 1 << k == kPortableCluster); --k)
-    if (cg_row_bytes<T>(dim, 1 << k) <= limits[k]) return 1 << k;
-  return 0;
-}
+// Share `number` of a row, and where a block keeps what it has of it.
+struct CgShare {
+  int64_t begin;  // in the row
+  int64_t first;  // in the operands
+  int count;
+  int kept;
 
-// Block `at.block` works on elements first + j, j < count, of the row, and each of its threads on
-// the same ones in all three passes: what is kept needs no barrier.
+  __device__ CgShare(int64_t dim, int64_t row, int64_t number, int64_t length, int kept_before)
+      : begin(number * length),
+        first(row * dim + begin),
+        count(static_cast<int>(begin + length < dim ? length : dim - begin)),
+        kept(static_cast<int>(kept_before * length)) {}
+};
+
+// Each thread works on the same elements in all three passes: what is kept needs no barrier.
 template <bool kPreconditioned, typename T>
-__global__ void __launch_bounds__(kThreads, 2) cg_row_kernel(CgArgs<T> a, int blocks) {
+__global__ void __launch_bounds__(kThreads, 2) cg_row_kernel(CgArgs<T> a, int shares, int blocks) {
   const Place at(blocks);
   const std::int32_t status = a.status[at.row], steps = a.steps[at.row];
   const double rz_old = cg_old_rz(a, at.row);
@@ -116,74 +160,94 @@ __global__ void __launch_bounds__(kThreads, 2) cg_row_kernel(CgArgs<T> a, int bl
     if (records) a.curvature[at.row] = a.beta[at.row] = 0;
     return;
   }
-  cluster_arrive();
-  const int share = static_cast<int>(cg_row_share(a.dim, blocks));
-  const int64_t begin = at.block * share, first = at.row * a.dim + begin;
-  const int count = static_cast<int>(begin + share < a.dim ? share : a.dim - begin);
+  cluster_arrive_relaxed();
   constexpr int kBatch = kRowItems<T>;
+  const int own = shares / blocks;
+  const int64_t length = cg_share_length(a.dim, shares);
+  const auto share = [&](int k) { return CgShare(a.dim, at.row, at.block * own + k, length, k); };
   CgShared& shared = *reinterpret_cast<CgShared*>(dynamic_shared());
   T* const kept_p = reinterpret_cast<T*>(&shared + 1);
-  T* const kept_z = kept_p + share;  // Ap until r has moved
+  T* const kept_z = kept_p + own * length;  // Ap until r has moved
 
-  double sum[3] = {};
-  for (int start = threadIdx.x; start < count; start += kBatch * kThreads) {
-    T p[kBatch] = {}, ap[kBatch] = {};
+  double sum[3];
+  for (int n = 0; n < own; ++n) {
+    const CgShare part = share(n);
+    for (double& one : sum) one = 0;
+    for (int start = threadIdx.x; start < part.count; start += kBatch * kThreads) {
+      T p[kBatch] = {}, ap[kBatch] = {};
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const int j = start + k * kThreads;
-      if (j >= count) continue;
-      p[k] = a.p[first + j];
-      ap[k] = ap_at(a, first + j, begin + j);
-    }
+      for (int k = 0; k < kBatch; ++k) {
+        const int j = start + k * kThreads;
+        if (j >= part.count) continue;
+        p[k] = a.p[part.first + j];
+        ap[k] = ap_at(a, part.first + j, part.begin + j);
+      }
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const int j = start + k * kThreads;
-      if (j >= count) continue;
-      kept_p[j] = p[k];
-      kept_z[j] = ap[k];
-      add_curvature(p[k], ap[k], sum);
+      for (int k = 0; k < kBatch; ++k) {
+        const int j = start + k * kThreads;
+        if (j >= part.count) continue;
+        kept_p[part.kept + j] = p[k];
+        kept_z[part.kept + j] = ap[k];
+        add_curvature(p[k], ap[k], sum);
+      }
     }
+    block_sum(sum, shared.warp_sum);
+    if (n == 0) cluster_wait();  // every block has begun
+    send_sums(sum, shared.sums, blocks, at.block * own + n);
   }
-  cluster_wait();  // every block has begun
-  cluster_sum(sum, shared.warp_sum, shared.sums, blocks, at.block);
+  cluster_sync(blocks);
+  add_shares(sum, shared.sums, shares);
   const CgSums sums{sum[0], sum[1], sum[2]};
   const CgStep step = cg_step_length<T>(sums, rz_old, steps);
 
   double norm[kNorms<kPreconditioned>] = {};
-  if (step.action != kFreeze)
-    for (int start = threadIdx.x; start < count; start += kBatch * kThreads) {
-      T x[kBatch] = {}, r[kBatch] = {}, inverse[kBatch] = {};
+  if (step.action != kFreeze) {
+    for (int n = 0; n < own; ++n) {
+      const CgShare part = share(n);
+      for (double& one : norm) one = 0;
+      for (int start = threadIdx.x; start < part.count; start += kBatch * kThreads) {
+        T x[kBatch] = {}, r[kBatch] = {}, inverse[kBatch] = {};
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const int j = start + k * kThreads;
-        if (j >= count) continue;
-        x[k] = a.x[first + j];
-        r[k] = a.r[first + j];
-        if constexpr (kPreconditioned) inverse[k] = a.inverse[first + j];
-      }
+        for (int k = 0; k < kBatch; ++k) {
+          const int j = start + k * kThreads;
+          if (j >= part.count) continue;
+          x[k] = a.x[part.first + j];
+          r[k] = a.r[part.first + j];
+          if constexpr (kPreconditioned) inverse[k] = a.inverse[part.first + j];
+        }
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const int j = start + k * kThreads;
-        if (j >= count) continue;
-        const T lam = step.action == kDropH ? a.lam[(begin + j) * a.lam_stride] : T(0);
-        r[k] = cg_move(step, static_cast<T>(step.alpha), kept_p[j], kept_z[j], lam, x[k], r[k]);
-        const T z = cg_z<kPreconditioned>(inverse, k, r[k]);
-        kept_z[j] = z;
-        a.x[first + j] = x[k];
-        a.r[first + j] = r[k];
-        add_norms(r[k], z, x[k], norm);
+        for (int k = 0; k < kBatch; ++k) {
+          const int j = start + k * kThreads, kept = part.kept + j;
+          if (j >= part.count) continue;
+          const T lam = step.action == kDropH ? a.lam[(part.begin + j) * a.lam_stride] : T(0);
+          r[k] = cg_move(step, static_cast<T>(step.alpha), kept_p[kept], kept_z[kept], lam, x[k],
+                         r[k]);
+          const T z = cg_z<kPreconditioned>(inverse, k, r[k]);
+          kept_z[kept] = z;
+          a.x[part.first + j] = x[k];
+          a.r[part.first + j] = r[k];
+          add_norms(r[k], z, x[k], norm);
+        }
       }
+      block_sum(norm, shared.warp_sum);
+      send_sums(norm, shared.norms, blocks, at.block * own + n);
     }
-  cluster_sum(norm, shared.warp_sum, shared.norms, blocks, at.block);
+    cluster_sync(blocks);
+    add_shares(norm, shared.norms, shares);
+  }
   const CgNorms norms = norms_of(norm);
   const CgDirection next = cg_direction(step, norms, rz_old, a.tol2[at.row]);
 
-  if (next.action == kAdvance)
-    for (int j = threadIdx.x; j < count; j += kThreads)
-      a.p[first + j] = static_cast<T>(next.beta) * kept_p[j] + kept_z[j];
-  if (next.action == kClear)
-    for (int j = threadIdx.x; j < count; j += kThreads) a.x[first + j] = T(0);
-  // Every thread of every block has read the row's entries: cluster_sum has been passed.
+  for (int n = 0; n < own; ++n) {
+    const CgShare part = share(n);
+    if (next.action == kAdvance)
+      for (int j = threadIdx.x; j < part.count; j += kThreads)
+        a.p[part.first + j] =
+            static_cast<T>(next.beta) * kept_p[part.kept + j] + kept_z[part.kept + j];
+    if (next.action == kClear)
+      for (int j = threadIdx.x; j < part.count; j += kThreads) a.x[part.first + j] = T(0);
+  }
+  // Every thread of every block has read the row's entries: a barrier has been passed.
   if (records) cg_record(a, at.row, sums, step, next, norms, rz_old);
 }
 
@@ -266,24 +330,26 @@ __global__ void __launch_bounds__(kThreads) cg_direction_kernel(CgArgs<T> a, CgW
 // ---- either ----------------------------------------------------------------------------------
 
 template <typename T>
-int cg_row_blocks(const CgArgs<T>& a) {
+CgForm cg_form(const CgArgs<T>& a) {
   const auto kernel = a.inverse == nullptr ? cg_row_kernel<false, T> : cg_row_kernel<true, T>;
-  return cg_row_blocks<T>(a.dim, cluster_limits(reinterpret_cast<const void*>(kernel)));
+  return cg_form<T>(a.rows, a.dim, [&](int blocks, int64_t bytes) {
+    return cluster_capacity(reinterpret_cast<const void*>(kernel), blocks, bytes);
+  });
 }
 
 // The doubles that cg_step wants for `workspace`, on the current device.
 template <typename T>
 int64_t cg_workspace(const CgArgs<T>& a) {
-  if (a.rows == 0 || cg_row_blocks(a) != 0) return 0;
+  if (a.rows == 0 || cg_form(a).blocks != 0) return 0;
   return a.rows *
          (static_cast<int64_t>(sizeof(CgRow) / sizeof(double)) + blocks_per_row(a.dim) * 5);
 }
 
 template <bool kPreconditioned, typename T>
 int cg_step_as(const CgArgs<T>& a, double* workspace, Stream stream) {
-  if (const int blocks = cg_row_blocks(a); blocks != 0)
-    return launch_clusters(cg_row_kernel<kPreconditioned, T>, a.rows, blocks,
-                           cg_row_bytes<T>(a.dim, blocks), stream, a, blocks);
+  if (const CgForm form = cg_form(a); form.blocks != 0)
+    return launch_clusters(cg_row_kernel<kPreconditioned, T>, a.rows, form.blocks,
+                           form.shared_bytes<T>(a.dim), stream, a, form.shares, form.blocks);
   CgWorkspace w;
   w.blocks = blocks_per_row(a.dim);
   w.row = reinterpret_cast<CgRow*>(workspace);

@@ -4,8 +4,6 @@
 // are c * blocks ... c * blocks + blocks - 1, a row's blocks as Place numbers them. All shared
 // memory of a kernel that is launched in clusters is dynamic_shared().
 #pragma once
-#include <array>
-
 #include "device.cuh"
 
 #if defined(__CUDACC__)
@@ -13,18 +11,15 @@
 
 #include <map>
 #include <mutex>
-#include <utility>
+#include <tuple>
 #endif
 
 namespace imaml::cuda {
 
 constexpr int kClusterSizes = 5;  // 1, 2, 4, 8, 16 blocks
 constexpr int kMaxCluster = 1 << (kClusterSizes - 1);
-constexpr int kPortableCluster = 8;  // any device that has clusters has these
-
-// [k]: the bytes of dynamic shared memory that each block of a cluster of 2^k blocks can have; 0
-// where there are no such clusters.
-using ClusterLimits = std::array<int64_t, kClusterSizes>;
+constexpr int kPortableCluster = 8;             // any device that has clusters has these
+constexpr int64_t kOrdinaryShared = 48 * 1024;  // bytes that any kernel can have
 
 #if defined(__CUDACC__)
 
@@ -33,17 +28,23 @@ __device__ __forceinline__ double* dynamic_shared() {
   return shared;
 }
 
-// What a thread wrote before cluster_arrive is seen by every thread of the cluster after
-// cluster_wait.
+// A barrier of a cluster's threads, in two parts. What a thread wrote before cluster_arrive is seen
+// by every thread of the cluster after cluster_wait; before cluster_arrive_relaxed it need not be.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  cooperative_groups::this_cluster().barrier_arrive();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  cooperative_groups::this_cluster().barrier_wait();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
@@ -83,70 +84,95 @@ class ClusterLaunch {
 template <typename... Params, typename... Args>
 int launch_clusters(void (*kernel)(Params...), int64_t clusters, int blocks, int64_t shared_bytes,
                     Stream stream, Args... args) {
+  if (!fits_grid(clusters * blocks)) return cudaErrorInvalidConfiguration;
   const ClusterLaunch launch(clusters, blocks, shared_bytes, stream);
-  return static_cast<int>(cudaLaunchKernelEx(launch.config(), kernel, args...));
+  const cudaError_t error = cudaLaunchKernelEx(launch.config(), kernel, args...);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it again
+  return static_cast<int>(error);
 }
 
-// Asks the current device about `kernel`, and lets the kernel have all that the device offers.
-inline ClusterLimits ask_cluster_limits(const void* kernel, int device) {
-  ClusterLimits limits{};
+// Lets the kernel have, on this device, all the shared memory that a block can have, and clusters
+// of any size.
+inline void allow_all(const void* kernel, int device) {
   cudaFuncAttributes attributes{};
   int most = 0;
   if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
           cudaSuccess &&
-      cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           most - static_cast<int>(attributes.sharedSizeBytes)) == cudaSuccess)
-    limits[0] = most - static_cast<int>(attributes.sharedSizeBytes);
+      cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         most - static_cast<int>(attributes.sharedSizeBytes));
   // By the code that would run, not by the device: a new device may run PTX of an old architecture.
-  if (attributes.ptxVersion >= 90 &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
-          cudaSuccess) {
-    for (int k = 1; k < kClusterSizes; ++k)
-      for (int64_t bytes = limits[0]; limits[k] == 0 && bytes >= limits[0] / 8; bytes /= 2) {
-        int fitting = 0;
-        const ClusterLaunch one(1, 1 << k, bytes, nullptr);
-        if (cudaOccupancyMaxActiveClusters(&fitting, kernel, one.config()) == cudaSuccess &&
-            fitting > 0)
-          limits[k] = bytes;
-      }
-  }
-  cudaGetLastError();  // a refusal is an answer here; it must not look like the next launch's error
-  return limits;
+  if (attributes.ptxVersion >= 90)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
 
-// Of the current device, which is asked once. Never waits for the device: legal in a graph capture.
-inline ClusterLimits cluster_limits(const void* kernel) {
+inline int ask_cluster_capacity(const void* kernel, int device, int blocks, int64_t shared_bytes) {
+  int clusters = 0;
+  cudaFuncAttributes attributes{};
+  if (blocks == 1) {
+    int processors = 0;
+    if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) !=
+            cudaSuccess ||
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+            &clusters, kernel, kThreads, static_cast<std::size_t>(shared_bytes)) != cudaSuccess)
+      return 0;
+    return clusters * processors;
+  }
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90)
+    return 0;
+  const ClusterLaunch one(1, blocks, shared_bytes, nullptr);
+  return cudaOccupancyMaxActiveClusters(&clusters, kernel, one.config()) == cudaSuccess ? clusters
+                                                                                        : 0;
+}
+
+// How many clusters of so many blocks, each with so many bytes of dynamic shared memory, the
+// current device can run at a time; 0: it cannot launch one. Each question is asked once. Never
+// waits for the device: legal in a graph capture.
+inline int cluster_capacity(const void* kernel, int blocks, int64_t shared_bytes) {
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, ClusterLimits> known;
+  static std::map<std::tuple<const void*, int, int, int64_t>, int> known;
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return {};
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] = known.try_emplace({kernel, device});
-  if (is_new) entry->second = ask_cluster_limits(kernel, device);
+  if (known.try_emplace({kernel, device, 0, 0}, 0).second) allow_all(kernel, device);
+  if (shared_bytes > kOrdinaryShared)  // the more of them run on a processor, the better
+    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                         cudaSharedmemCarveoutMaxShared);
+  const auto [entry, is_new] = known.try_emplace({kernel, device, blocks, shared_bytes}, 0);
+  if (is_new) entry->second = ask_cluster_capacity(kernel, device, blocks, shared_bytes);
+  cudaGetLastError();  // a refusal is an answer here; it must not look like the next launch's error
   return entry->second;
 }
 
 #endif  // otherwise all of this is in cuda_shim.h
 
-// Replaces value[k] by its sum over all threads of a cluster, in every thread: block by block, so
-// that every block gets the same bits. `block` is this block's number among `blocks`. In shared
-// memory: `warp_sum` as for block_sum, and `part` for N * blocks doubles that are used only once,
-// since the fastest block may be a sum ahead of the slowest. Every block must have begun.
-template <int N>
-__device__ void cluster_sum(double (&value)[N], double* warp_sum, double* part, int blocks,
-                            int64_t block) {
-  block_sum(value, warp_sum);
-  if (blocks == 1) return;
-  if (threadIdx.x < static_cast<unsigned>(blocks)) {
-    double* there = in_block(part, threadIdx.x) + block * N;
-    for (int k = 0; k < N; ++k) there[k] = value[k];
-  }
-  cluster_arrive();
-  cluster_wait();
+// Sums over a cluster go through `part`, shared memory of each block for N * kLanes doubles a
+// share: send_sums puts what this block has summed of a share into every block's, add_shares adds
+// what has come, share by share, so that every block gets the same bits, whatever the number of
+// blocks. A `part` is used only once, since the fastest block may be a sum ahead of the slowest.
+// Between the two goes a barrier, before the first of them every block must have begun.
+template <int kLanes = 1, int N>
+__device__ void send_sums(const double (&value)[N], double* part, int blocks, int64_t share) {
+  if (threadIdx.x >= static_cast<unsigned>(blocks * kLanes)) return;
+  double* there = blocks == 1 ? part : in_block(part, threadIdx.x / kLanes);
+  for (int k = 0; k < N; ++k) there[(share * kLanes + threadIdx.x % kLanes) * N + k] = value[k];
+}
+
+template <int kLanes = 1, int N>
+__device__ void add_shares(double (&value)[N], const double* part, int shares) {
   for (int k = 0; k < N; ++k) {
     value[k] = 0;
-    for (int j = 0; j < blocks; ++j) value[k] += part[j * N + k];
+    for (int j = 0; j < shares; ++j) value[k] += part[(j * kLanes + threadIdx.x % kLanes) * N + k];
+  }
+}
+
+// A barrier of all threads of the cluster.
+__device__ inline void cluster_sync(int blocks) {
+  if (blocks == 1) {
+    __syncthreads();
+  } else {
+    cluster_arrive();
+    cluster_wait();
   }
 }
 

@@ -40,19 +40,22 @@ struct Place {
   __device__ static int64_t stride(int64_t blocks) { return blocks * kThreads; }
 };
 
-// Replaces value[k] by its sum over the block's threads, in every thread. Fixed order. `warp_sum`
-// is shared memory for N * kWarps doubles.
-template <int N>
+// Replaces value[k] by its sum over those of the block's threads whose numbers are equal modulo
+// kLanes, in each of them; one lane: over all. Fixed order. `warp_sum` is shared memory for
+// N * kWarps * kLanes doubles.
+template <int kLanes = 1, int N>
 __device__ void block_sum(double (&value)[N], double* warp_sum) {
+  const int lane = threadIdx.x % kLanes;
   for (int k = 0; k < N; ++k) {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    for (int offset = kWarp / 2; offset >= kLanes; offset /= 2)
       value[k] += __shfl_xor_sync(0xffffffffu, value[k], offset);
-    if (threadIdx.x % kWarp == 0) warp_sum[k * kWarps + threadIdx.x / kWarp] = value[k];
+    if (threadIdx.x % kWarp < kLanes)
+      warp_sum[(k * kWarps + threadIdx.x / kWarp) * kLanes + lane] = value[k];
   }
   __syncthreads();
   for (int k = 0; k < N; ++k) {
     value[k] = 0;
-    for (int w = 0; w < kWarps; ++w) value[k] += warp_sum[k * kWarps + w];
+    for (int w = 0; w < kWarps; ++w) value[k] += warp_sum[(k * kWarps + w) * kLanes + lane];
   }
   __syncthreads();  // before the next call overwrites warp_sum
 }
@@ -79,11 +82,15 @@ __device__ void sum_partials(const double* partial, int64_t count, double (&tota
   block_sum(total);
 }
 
+// More blocks than a grid can have would be launched as their remainder by 2^32.
+inline bool fits_grid(int64_t blocks) { return blocks < int64_t{1} << 31; }
+
 #if defined(__CUDACC__)
 using Stream = cudaStream_t;
 
 template <typename... Params, typename... Args>
 int launch(void (*kernel)(Params...), int64_t blocks, Stream stream, Args... args) {
+  if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
   kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream>>>(args...);
   return static_cast<int>(cudaGetLastError());
 }

@@ -14,10 +14,15 @@ __global__ void __launch_bounds__(kThreads)
   const Place at(blocks);
   const int64_t base = at.row * a.dim;
   if (!prox_moves(a, at.row)) return;
+  // What is written lies apart from what is read: loads need not wait for stores.
+  T* __restrict__ phi = a.phi + base;
+  const T* __restrict__ grad = a.grad + base;
+  const T* __restrict__ theta = a.theta;
+  const T* __restrict__ lam = a.lam;
+#pragma unroll 4
   for (int64_t i = at.first(); i < a.dim; i += at.stride(blocks)) {
-    const T phi = a.phi[base + i];
-    const T g = prox_gradient(phi, a.grad[base + i], a.theta[i], a.lam[i * a.lam_stride]);
-    a.phi[base + i] = phi - rule(g, base + i);
+    const T g = prox_gradient(phi[i], grad[i], theta[i], lam[i * a.lam_stride]);
+    phi[i] -= rule(g, base + i);
   }
 }
 

@@ -131,15 +131,25 @@ CgState<T> cpu_step(CgState<T> state, int threads = 1, const ParallelFor& parall
   return state;
 }
 
-// The devices that a launch can meet, by the dynamic shared memory of a block in clusters of 1, 2,
-// 4, 8 and 16 blocks: compute capability 9.0; the same where 16 blocks are refused; 8.0; none.
+// The devices that a launch can meet: compute capability 9.0, idle and with room for few clusters;
+// the same where 16 blocks are refused; 8.0; one on which nothing fits.
 constexpr int64_t kHopper = 227 * 1024;
-constexpr cuda::ClusterLimits kDevices[] = {{kHopper, kHopper, kHopper, kHopper, kHopper},
-                                            {kHopper, kHopper, kHopper, kHopper, 0},
-                                            {163 * 1024},
-                                            {}};
+constexpr shim::Device kDevices[] = {
+    {{264, 132, 66, 32, 16}, {kHopper, kHopper, kHopper, kHopper, kHopper}},
+    {{264, 132, 66, 8, 1}, {kHopper, kHopper, kHopper, kHopper, kHopper}},
+    {{264, 132, 66, 32, 0}, {kHopper, kHopper, kHopper, kHopper, 0}},
+    {{108, 0, 0, 0, 0}, {163 * 1024, 0, 0, 0, 0}},
+    {}};
 
-// On the device that shim::cluster_limits describes.
+template <typename T>
+cuda::CgForm form_on(const shim::Device& device, int64_t rows, int64_t dim) {
+  shim::device = device;
+  return cuda::cg_form<T>(rows, dim, [](int blocks, int64_t bytes) {
+    return cuda::cluster_capacity(nullptr, blocks, bytes);
+  });
+}
+
+// On the device that shim::device describes.
 template <typename T>
 CgState<T> cuda_step(CgState<T> state, std::size_t offset = 0) {
   Operands operands(offset);

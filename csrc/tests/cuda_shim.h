@@ -34,6 +34,7 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#define __restrict__ __restrict
 #define __shared__ static
 
 struct ShimDim {
@@ -77,7 +78,13 @@ struct Cluster {
 };
 inline Cluster* cluster = nullptr;
 
-inline std::array<std::int64_t, 5> cluster_limits{};  // what cuda::cluster_limits answers
+// What cuda::cluster_capacity answers about. [k]: of clusters of 2^k blocks, how many run at a
+// time, and the bytes of dynamic shared memory that each of their blocks can have.
+struct Device {
+  std::array<int, 5> clusters;
+  std::array<std::int64_t, 5> shared_bytes;
+};
+inline Device device{};
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "cuda_shim: %s\n", what);
@@ -259,13 +266,18 @@ inline double* dynamic_shared() {
 }
 
 inline void cluster_arrive() { ++shim::cluster->fibers[shim::cluster->current].arrivals; }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() { shim::wait(shim::State::kAtClusterBarrier); }
 
 inline double* in_block(double* own, unsigned block) {
   return reinterpret_cast<double*>(shim::shared_of(block)) + (own - dynamic_shared());
 }
 
-inline std::array<std::int64_t, 5> cluster_limits(const void*) { return shim::cluster_limits; }
+inline int cluster_capacity(const void*, int blocks, std::int64_t shared_bytes) {
+  std::size_t k = 0;
+  while (1 << k < blocks) ++k;
+  return shared_bytes <= shim::device.shared_bytes[k] ? shim::device.clusters[k] : 0;
+}
 
 // `threads` is kThreads; device.cuh, which includes this, has not defined it yet.
 template <int threads = 256, typename... Params, typename... Args>

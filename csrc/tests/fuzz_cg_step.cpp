@@ -122,7 +122,9 @@ void check_end(const CgState<T>& before, const CgState<T>& got) {
     rz_size += std::abs(r * z);
   }
   expect_close<float>(got.rr[0], rr, rr, "rr");
-  if (preconditioned && std::isfinite(rz)) expect_close<float>(got.rz[0], rz, rz_size, "rz");
+  // Of a row that has arrived r.z may have overflowed.
+  if (preconditioned && rz_size < Totals<T>::template kMost<double> / 2)
+    expect_close<float>(got.rz[0], rz, rz_size, "rz");
 }
 
 template <typename T>
@@ -162,10 +164,10 @@ void fuzz_cg_step(Draw& draw) {
   ++tried["cg_step, emulated CUDA"];
   constexpr shim::Order kOrders[] = {shim::Order::kForwards, shim::Order::kBackwards,
                                      shim::Order::kShuffled, shim::Order::kWarpByWarp};
-  shim::cluster_limits = draw.one_of(kDevices);
+  shim::device = draw.one_of(kDevices);
   shim::order = draw.one_of(kOrders);
   context = name + " cuda, order " + std::to_string(static_cast<int>(shim::order)) + ", blocks " +
-            std::to_string(cuda::cg_row_blocks<T>(dim, shim::cluster_limits));
+            std::to_string(form_on<T>(shim::device, rows, dim).blocks);
   const CgState<T> device = cuda_step(before, draw.offset());
   check(before, device, spoilt);
   shim::order = draw.one_of(kOrders);

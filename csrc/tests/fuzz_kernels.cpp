@@ -25,9 +25,9 @@ namespace imaml {
 namespace {
 
 constexpr void (*kKernels[])(Draw&) = {
-    fuzz_cg_step<float>,    fuzz_cg_step<double>,   fuzz_prox_step<float>, fuzz_prox_step<double>,
-    fuzz_row_sums<float>,   fuzz_row_sums<double>,  fuzz_conv<float>,      fuzz_conv<double>,
-    fuzz_batch_norm<float>, fuzz_batch_norm<double>};
+    fuzz_cg_step<float>,  fuzz_cg_step<double>,  fuzz_prox_step<float>,  fuzz_prox_step<double>,
+    fuzz_row_sums<float>, fuzz_row_sums<double>, fuzz_conv<float>,       fuzz_conv<double>,
+    fuzz_patches<float>,  fuzz_patches<double>,  fuzz_batch_norm<float>, fuzz_batch_norm<double>};
 
 std::uint64_t running = 0;  // the input's seed
 

@@ -2,6 +2,7 @@
 #include "conv_oracle.h"
 #include "fuzz.h"
 #include "norm_oracle.h"
+#include "patches_oracle.h"
 
 namespace imaml {
 namespace {
@@ -50,8 +51,8 @@ template <typename T>
 NormResults<T> only(const NormProblem<T>& problem, const NormResults<T>& all, int64_t task) {
   NormResults<T> one = all;
   using Tensor = std::vector<T> NormResults<T>::*;
-  for (Tensor images :
-       {&NormResults<T>::y, &NormResults<T>::dx, &NormResults<T>::to_g, &NormResults<T>::to_x})
+  for (Tensor images : {&NormResults<T>::y, &NormResults<T>::positive, &NormResults<T>::dx,
+                        &NormResults<T>::to_g, &NormResults<T>::to_x})
     one.*images = part(all.*images, task, problem.shape.rows * problem.shape.channels);
   for (Tensor channels : {&NormResults<T>::mean, &NormResults<T>::scale, &NormResults<T>::dgamma,
                           &NormResults<T>::dbeta, &NormResults<T>::to_gamma})
@@ -97,6 +98,37 @@ void check(const NormProblem<T>& problem, const NormResults<T>& got) {
 }
 
 }  // namespace
+
+constexpr shim::Order kOrders[] = {shim::Order::kForwards, shim::Order::kBackwards,
+                                   shim::Order::kShuffled, shim::Order::kWarpByWarp};
+
+template <typename T>
+void fuzz_patches(Draw& draw) {
+  PatchProblem<T> problem(drawn_shape(draw), draw.seed());
+  const PatchShape& s = problem.shape;
+  context = "patches of " + describe(problem.conv, sizeof(T) == 4 ? "float" : "double");
+  const bool spoilt = draw.chance(0.5), emulated = kEmulates && draw.chance(0.3);
+  for (int64_t image = 0; spoilt && image < s.images; ++image) {
+    draw.spoil(problem.images.data() + image * s.image_size(), s.image_size());
+    draw.spoil(problem.rows.data() + image * s.rows_size(), s.rows_size());
+  }
+  ++tried["patches and their transpose"];
+  bool tame = true;  // but for what is not finite
+  for (const T value : problem.rows)
+    tame = tame && (!std::isfinite(value) || std::abs(double(value)) <= kTame<T>);
+
+  const PatchResults<T> serial = run_patches(problem, cpu::Serial{}, draw.offset());
+  if (tame) check_patches(problem, serial);
+  on_threads(draw, [&](int, const Threads& pool) {
+    return run_patches(problem, pool, draw.offset()).same(serial);
+  });
+  if (!emulated) return;
+  ++tried["patches and their transpose, emulated CUDA"];
+  shim::order = draw.one_of(kOrders);
+  const PatchResults<T> device = run_patches_on_cuda(problem, draw.offset());
+  expect(same_bits(device.rows, serial.rows), "emulated CUDA has other patches");
+  if (tame) check_patches(problem, device);
+}
 
 template <typename T>
 void fuzz_conv(Draw& draw) {
@@ -162,8 +194,24 @@ void fuzz_batch_norm(Draw& draw) {
   const int64_t task = draw.from(0, s.tasks - 1);
   expect(run_norm(only(problem, task)).same(only(problem, serial, task)),
          "a task changes another's bits");
+
+  if (!kEmulates || !draw.chance(0.2)) return;
+  ++tried["batch_norm and both derivatives, emulated CUDA"];
+  constexpr shim::Device kDevices[] = {{{132, 66, 33, 16, 0}, {48000, 48000, 48000, 48000, 0}},
+                                       {{108}, {48000}}};
+  shim::device = draw.one_of(kDevices);
+  shim::order = draw.one_of(kOrders);
+  context += " cuda, order " + std::to_string(static_cast<int>(shim::order));
+  const NormResults<T> device = run_norm_on_cuda(problem, draw.offset());
+  check(problem, device);
+  shim::order = draw.one_of(kOrders);
+  expect(run_norm_on_cuda(problem).same(device), "the order of threads changes the bits: a race");
+  expect(run_norm_on_cuda(only(problem, task)).same(only(problem, device, task)),
+         "a task changes another's bits");
 }
 
+template void fuzz_patches<float>(Draw&);
+template void fuzz_patches<double>(Draw&);
 template void fuzz_conv<float>(Draw&);
 template void fuzz_conv<double>(Draw&);
 template void fuzz_batch_norm<float>(Draw&);

@@ -1,11 +1,10 @@
 // Batch norm and its derivatives against their formulas, in long double.
 #pragma once
+#include "kernels/batch_norm.cuh"
 #include "kernels/batch_norm.h"
 #include "operands.h"
 
 namespace imaml {
-
-using cpu::NormShape;
 
 template <typename T>
 struct NormProblem {
@@ -36,64 +35,79 @@ struct NormProblem {
 
 template <typename T>
 struct NormResults {
-  std::vector<T> y, mean, scale, dx, dgamma, dbeta, to_g, to_x, to_gamma;
+  std::vector<T> y, positive, mean, scale, dx, dgamma, dbeta, to_g, to_x, to_gamma;
 
   // NaN: every entry has to be written.
   explicit NormResults(const NormProblem<T>& problem) {
-    for (auto* images : {&y, &dx, &to_g, &to_x}) images->assign(problem.x.size(), T(NAN));
+    for (auto* images : {&y, &positive, &dx, &to_g, &to_x})
+      images->assign(problem.x.size(), T(NAN));
     for (auto* channels : {&mean, &scale, &dgamma, &dbeta, &to_gamma})
       channels->assign(problem.gamma.size(), T(NAN));
   }
   bool same(const NormResults& o) const {
-    return same_bits(y, o.y) && same_bits(mean, o.mean) && same_bits(scale, o.scale) &&
-           same_bits(dx, o.dx) && same_bits(dgamma, o.dgamma) && same_bits(dbeta, o.dbeta) &&
-           same_bits(to_g, o.to_g) && same_bits(to_x, o.to_x) && same_bits(to_gamma, o.to_gamma);
+    return same_bits(y, o.y) && same_bits(positive, o.positive) && same_bits(mean, o.mean) &&
+           same_bits(scale, o.scale) && same_bits(dx, o.dx) && same_bits(dgamma, o.dgamma) &&
+           same_bits(dbeta, o.dbeta) && same_bits(to_g, o.to_g) && same_bits(to_x, o.to_x) &&
+           same_bits(to_gamma, o.to_gamma);
   }
 };
+
+// `run` runs a pass.
+template <typename T, typename Run>
+NormResults<T> run_norm_by(const NormProblem<T>& problem, const Run& run, std::size_t offset) {
+  NormResults<T> got(problem);
+  Operands operands(offset);
+  NormForward<T> forward{.shape = problem.shape,
+                         .eps = problem.eps,
+                         .x = operands.in(problem.x),
+                         .gamma = operands.in(problem.gamma),
+                         .beta = operands.in(problem.beta),
+                         .y = operands.out(got.y),
+                         .positive = problem.relu ? operands.out(got.positive) : nullptr,
+                         .mean = operands.out(got.mean),
+                         .scale = operands.out(got.scale)};
+  run(forward);
+  NormBackward<T> backward{.shape = problem.shape,
+                           .relu = problem.relu,
+                           .g = operands.in(problem.g),
+                           .x = forward.x,
+                           .gamma = forward.gamma,
+                           .beta = forward.beta,
+                           .mean = forward.mean,
+                           .scale = forward.scale,
+                           .dx = operands.out(got.dx),
+                           .dgamma = operands.out(got.dgamma),
+                           .dbeta = operands.out(got.dbeta)};
+  run(backward);
+  run(NormDoubleBackward<T>{.shape = problem.shape,
+                            .relu = problem.relu,
+                            .a = operands.in(problem.a),
+                            .b = operands.in(problem.b),
+                            .c = operands.in(problem.c),
+                            .g = backward.g,
+                            .x = forward.x,
+                            .gamma = forward.gamma,
+                            .beta = forward.beta,
+                            .mean = forward.mean,
+                            .scale = forward.scale,
+                            .to_g = operands.out(got.to_g),
+                            .to_x = operands.out(got.to_x),
+                            .to_gamma = operands.out(got.to_gamma)});
+  operands.give_back();
+  return got;
+}
 
 template <typename T, typename ParallelFor = cpu::Serial>
 NormResults<T> run_norm(const NormProblem<T>& problem, int threads = 1,
                         const ParallelFor& parallel_for = {}, std::size_t offset = 0) {
-  NormResults<T> got(problem);
-  Operands operands(offset);
-  cpu::NormForward<T> forward{.shape = problem.shape,
-                              .eps = problem.eps,
-                              .x = operands.in(problem.x),
-                              .gamma = operands.in(problem.gamma),
-                              .beta = operands.in(problem.beta),
-                              .y = operands.out(got.y),
-                              .mean = operands.out(got.mean),
-                              .scale = operands.out(got.scale)};
-  cpu::batch_norm(forward, threads, parallel_for);
-  cpu::NormBackward<T> backward{.shape = problem.shape,
-                                .relu = problem.relu,
-                                .g = operands.in(problem.g),
-                                .x = forward.x,
-                                .gamma = forward.gamma,
-                                .beta = forward.beta,
-                                .mean = forward.mean,
-                                .scale = forward.scale,
-                                .dx = operands.out(got.dx),
-                                .dgamma = operands.out(got.dgamma),
-                                .dbeta = operands.out(got.dbeta)};
-  cpu::batch_norm(backward, threads, parallel_for);
-  cpu::batch_norm(cpu::NormDoubleBackward<T>{.shape = problem.shape,
-                                             .relu = problem.relu,
-                                             .a = operands.in(problem.a),
-                                             .b = operands.in(problem.b),
-                                             .c = operands.in(problem.c),
-                                             .g = backward.g,
-                                             .x = forward.x,
-                                             .gamma = forward.gamma,
-                                             .beta = forward.beta,
-                                             .mean = forward.mean,
-                                             .scale = forward.scale,
-                                             .to_g = operands.out(got.to_g),
-                                             .to_x = operands.out(got.to_x),
-                                             .to_gamma = operands.out(got.to_gamma)},
-                  threads, parallel_for);
-  operands.give_back();
-  return got;
+  return run_norm_by(
+      problem, [&](const auto& pass) { cpu::batch_norm(pass, threads, parallel_for); }, offset);
+}
+
+// On the device that shim::device describes.
+template <typename T>
+NormResults<T> run_norm_on_cuda(const NormProblem<T>& problem, std::size_t offset = 0) {
+  return run_norm_by(problem, [](const auto& pass) { cuda::batch_norm(pass, nullptr); }, offset);
 }
 
 // One channel of one task, as the header defines it, in long double.
@@ -143,6 +157,8 @@ void check_norm(const NormProblem<T>& problem, const NormResults<T>& got, int64_
     one.g.push_back(passes.back() ? double(problem.g[place(row)]) : 0.0);
     one.a.push_back(double(problem.a[place(row)]));
     expect_close<T>(double(got.y[place(row)]), y, 8, "y");
+    if (problem.relu)
+      expect_close<T>(double(got.positive[place(row)]), y > 0 ? y : 0.0L, 8, "max(y, 0)");
   }
   const long double rows = static_cast<long double>(s.rows), slope = one.gamma / one.s;
   const long double b = double(problem.b[own]), c = double(problem.c[own]);

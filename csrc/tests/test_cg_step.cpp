@@ -1,12 +1,12 @@
 // cg_step: every way an iteration can end, and whole solves.
-#include <set>
+#include <map>
 
 #include "cg_oracle.h"
 
 namespace imaml {
 namespace {
 
-// On the device that shim::cluster_limits describes.
+// On the device that shim::device describes.
 template <typename T>
 CgState<T> test_on_device(const CgState<T>& before) {
   const std::string outer = context;
@@ -46,41 +46,49 @@ void test_cg(int64_t rows, int64_t dim, bool diagonal, bool preconditioned) {
     serial.rz = serial.rr;
     expect(cpu_step(identity).same(serial), "M = I has other bits than none, cpu");
   }
-  std::set<int> tested;
-  for (const cuda::ClusterLimits& limits : kDevices) {
+  std::map<int, CgState<T>> tested;  // by the number of blocks
+  for (const shim::Device& device : kDevices) {
     // A short row is a matter of one block, but on the device that has none.
-    const int blocks = cuda::cg_row_blocks<T>(dim, limits);
-    if (!tested.insert(blocks).second || (blocks == 0 && dim < 4095)) continue;
-    shim::cluster_limits = limits;
+    const int blocks = form_on<T>(device, rows, dim).blocks;
+    if (tested.count(blocks) > 0 || (blocks == 0 && dim < 4095)) continue;
     context = name + " cuda, blocks " + std::to_string(blocks);
     CgState<T> state = test_on_device(before);
+    tested.emplace(blocks, state);
+    const auto first = tested.begin()->first > 0 ? tested.begin() : std::next(tested.begin());
+    if (blocks > 0) expect(state.same(first->second), "the number of blocks changes the bits");
     if (preconditioned) continue;
     state.rz = state.rr;
     expect(cuda_step(identity).same(state), "M = I has other bits than none, cuda");
   }
 }
 
-// Which form a row takes: as many blocks as its length is worth, if the device holds it.
+// How a row is worked on: in as many blocks as its length is worth, fewer where that many do not
+// run at a time, and in three launches where the device cannot hold it.
 void test_forms() {
-  context = "cg_row_blocks";
-  const auto expect_blocks = [](int64_t dim, std::array<int, 4> floats,
-                                std::array<int, 4> doubles) {
-    for (std::size_t k = 0; k < 4; ++k) {
-      expect(cuda::cg_row_blocks<float>(dim, kDevices[k]) == floats[k], "floats");
-      expect(cuda::cg_row_blocks<double>(dim, kDevices[k]) == doubles[k], "doubles");
+  const auto expect_blocks = [](int64_t rows, int64_t dim, std::array<int, 5> floats,
+                                std::array<int, 5> doubles) {
+    for (std::size_t k = 0; k < 5; ++k) {
+      context = "cg_form [" + std::to_string(rows) + ", " + std::to_string(dim) + "], device " +
+                std::to_string(k);
+      expect(form_on<float>(kDevices[k], rows, dim).blocks == floats[k], "floats");
+      expect(form_on<double>(kDevices[k], rows, dim).blocks == doubles[k], "doubles");
     }
   };
-  expect_blocks(0, {1, 1, 1, 0}, {1, 1, 1, 0});
-  expect_blocks(4096, {1, 1, 1, 0}, {1, 1, 1, 0});
-  expect_blocks(4097, {2, 2, 0, 0}, {2, 2, 0, 0});
-  expect_blocks(8193, {4, 4, 0, 0}, {4, 4, 0, 0});
-  expect_blocks(32768, {8, 8, 0, 0}, {8, 8, 0, 0});
-  expect_blocks(32769, {16, 8, 0, 0}, {16, 8, 0, 0});
-  expect_blocks(113221, {16, 8, 0, 0}, {16, 8, 0, 0});
-  expect_blocks(115712, {16, 8, 0, 0}, {16, 8, 0, 0});
-  expect_blocks(115713, {16, 8, 0, 0}, {16, 0, 0, 0});
-  expect_blocks(462848, {16, 0, 0, 0}, {0, 0, 0, 0});
-  expect_blocks(462849, {0, 0, 0, 0}, {0, 0, 0, 0});
+  expect_blocks(1, 0, {1, 1, 1, 1, 0}, {1, 1, 1, 1, 0});
+  expect_blocks(1, 4096, {1, 1, 1, 1, 0}, {1, 1, 1, 1, 0});
+  expect_blocks(1, 4097, {2, 2, 2, 1, 0}, {2, 2, 2, 1, 0});
+  expect_blocks(1, 8193, {4, 4, 4, 1, 0}, {4, 4, 4, 1, 0});
+  expect_blocks(1, 16385, {8, 8, 8, 0, 0}, {8, 8, 8, 0, 0});
+  expect_blocks(1, 32769, {16, 16, 8, 0, 0}, {16, 16, 8, 0, 0});
+  // Blocks of one share run in one wave, in two, ...; those of two or four shares in fewer.
+  expect_blocks(16, 113221, {16, 4, 8, 0, 0}, {16, 8, 8, 0, 0});
+  expect_blocks(17, 113221, {8, 4, 8, 0, 0}, {8, 8, 8, 0, 0});
+  expect_blocks(33, 113221, {16, 4, 4, 0, 0}, {16, 8, 8, 0, 0});
+  expect_blocks(1, 115713, {16, 16, 8, 0, 0}, {16, 16, 0, 0, 0});
+  expect_blocks(1, 462848, {16, 16, 0, 0, 0}, {0, 0, 0, 0, 0});
+  expect_blocks(1, 462849, {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0});
+  context = "fits_grid";
+  expect(cuda::fits_grid(2147483647) && !cuda::fits_grid(2147483648), "of 2^31 blocks");
 }
 
 // A row arrives by r.r, whatever r.z is; it goes on only while r.z is positive and finite.
@@ -153,7 +161,7 @@ void test_type() {
   for (bool preconditioned : {false, true})
     test_cg<T>(1, kLargestCluster, !preconditioned, preconditioned);
   test_cg<T>(1, kManyBlocks, true, /*preconditioned=*/sizeof(T) == 8);  // the dearest by far
-  shim::cluster_limits = kDevices[0];
+  shim::device = kDevices[0];
   for (int64_t dim : {5, 100, 5000})
     for (bool jacobi : {false, true}) test_solve<T>(dim, jacobi);
 }

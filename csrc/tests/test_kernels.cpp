@@ -64,21 +64,32 @@ void test_the_emulation_sees_a_missing_barrier() {
   expect(!same_bits(forwards, backwards), "a cluster without its barrier gives one result");
 }
 
-constexpr int kBlocks = 8;
+constexpr int kShares = 8;
 
 struct Sums {
   double of[2];
 };
 
-// out[j] = the sums of values and of their squares, as thread j has them.
-__global__ void sum_kernel(const double* values, Sums* out) {
-  const cuda::Place at(kBlocks);
+// out[j] = the sums of values and of their squares, as thread j has them. Of `shares` values a
+// cluster's block takes as many as come to it.
+__global__ void sum_kernel(const double* values, Sums* out, int shares, int blocks) {
+  const cuda::Place at(blocks);
   double* const shared = cuda::dynamic_shared();
-  const double value = threadIdx.x == 0 ? values[blockIdx.x] : 0;
-  double sum[2] = {value, value * value};
-  cuda::cluster_arrive();
-  cuda::cluster_wait();
-  cuda::cluster_sum(sum, shared, shared + 2 * cuda::kWarps, kBlocks, at.block);
+  double* const part = shared + 2 * cuda::kWarps;
+  const int own = shares / blocks;
+  double sum[2];
+  cuda::cluster_arrive_relaxed();
+  for (int n = 0; n < own; ++n) {
+    const int64_t share = at.block * own + n;
+    const double value = threadIdx.x == 0 ? values[at.row * shares + share] : 0;
+    sum[0] = value;
+    sum[1] = value * value;
+    cuda::block_sum(sum, shared);
+    if (n == 0) cuda::cluster_wait();
+    cuda::send_sums(sum, part, blocks, share);
+  }
+  cuda::cluster_sync(blocks);
+  cuda::add_shares(sum, part, shares);
   for (int k = 0; k < 2; ++k) out[blockIdx.x * cuda::kThreads + threadIdx.x].of[k] = sum[k];
 }
 
@@ -86,24 +97,27 @@ __global__ void sum_kernel(const double* values, Sums* out) {
 void test_every_block_of_a_cluster_adds_in_the_same_order() {
   const std::vector<double> values = {1,    1e16, 3, -1e16, 5, 1e16, -7,   -1e16,  // one cluster
                                       1e16, 1,    1, -1e16, 9, 1e-3, 1e16, 2};
-  std::vector<Sums> got(values.size() * cuda::kThreads);
-  for (auto order : {shim::Order::kForwards, shim::Order::kBackwards}) {
-    context = "cluster_sum, order " + std::to_string(static_cast<int>(order));
-    shim::order = order;
-    cuda::launch_clusters(sum_kernel, 2, kBlocks, (2 * cuda::kWarps + 2 * kBlocks) * 8, nullptr,
-                          values.data(), got.data());
-    for (std::size_t cluster = 0; cluster < 2; ++cluster) {
-      double sum = 0, squares = 0;
-      for (std::size_t j = 0; j < kBlocks; ++j) {
-        sum += values[cluster * kBlocks + j];
-        squares += values[cluster * kBlocks + j] * values[cluster * kBlocks + j];
-      }
-      for (std::size_t j = 0; j < kBlocks * cuda::kThreads; ++j) {
-        const Sums& one = got[cluster * kBlocks * cuda::kThreads + j];
-        expect(one.of[0] == sum && one.of[1] == squares, "a sum in another order");
+  for (const int blocks : {8, 4, 2, 1})
+    for (auto order : {shim::Order::kForwards, shim::Order::kBackwards}) {
+      context = "cluster sums, blocks " + std::to_string(blocks) + ", order " +
+                std::to_string(static_cast<int>(order));
+      shim::order = order;
+      std::vector<Sums> got(at(2 * blocks * cuda::kThreads));
+      cuda::launch_clusters(sum_kernel, 2, blocks, (2 * cuda::kWarps + 2 * kShares) * 8, nullptr,
+                            values.data(), got.data(), kShares, blocks);
+      for (std::size_t cluster = 0; cluster < 2; ++cluster) {
+        double sum = 0, squares = 0;
+        for (std::size_t j = 0; j < kShares; ++j) {
+          sum += values[cluster * kShares + j];
+          squares += values[cluster * kShares + j] * values[cluster * kShares + j];
+        }
+        const std::size_t threads = at(blocks * cuda::kThreads);
+        for (std::size_t j = 0; j < threads; ++j) {
+          const Sums& one = got[cluster * threads + j];
+          expect(one.of[0] == sum && one.of[1] == squares, "a sum in another order");
+        }
       }
     }
-  }
 }
 
 }  // namespace

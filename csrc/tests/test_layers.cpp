@@ -1,6 +1,7 @@
 // The layers with weights for each task, against their formulas summed one by one in float64.
 #include "conv_oracle.h"
 #include "norm_oracle.h"
+#include "patches_oracle.h"
 
 namespace imaml {
 namespace {
@@ -25,6 +26,21 @@ void test_conv_of_equal_values(const ConvShape& s) {
   check_conv(problem, false, run_conv(problem, false), 0);
 }
 
+constexpr shim::Device kWithClusters{{132, 66, 33, 16, 0}, {48000, 48000, 48000, 48000, 0}};
+constexpr shim::Device kWithoutClusters{{108}, {48000}};
+
+// What call() gives, in whatever order the emulated threads run.
+template <typename Call>
+auto on_cuda(const Call& call) {
+  shim::order = shim::Order::kForwards;
+  const auto first = call();
+  for (auto order : {shim::Order::kBackwards, shim::Order::kShuffled, shim::Order::kWarpByWarp}) {
+    shim::order = order;
+    expect(call().same(first), "the order of threads changes the bits: a race");
+  }
+  return first;
+}
+
 template <typename T>
 void test_norm(const NormShape& s, bool relu) {
   context = std::string(sizeof(T) == 4 ? "norm<float> " : "norm<double> ") +
@@ -36,6 +52,45 @@ void test_norm(const NormShape& s, bool relu) {
     for (int64_t channel = 0; channel < s.channels; ++channel)
       check_norm(problem, serial, task, channel);
   expect(run_norm(problem, 5, Threads{3}).same(serial), "threads change the bits");
+  for (const bool clusters : {false, true}) {
+    if (clusters && cuda::norm_blocks(s.rows, true) == 1) continue;
+    shim::device = clusters ? kWithClusters : kWithoutClusters;
+    context += clusters ? " in clusters" : " on cuda";
+    const NormResults<T> device = on_cuda([&] { return run_norm_on_cuda(problem); });
+    for (int64_t task = 0; task < s.tasks; ++task)
+      for (int64_t channel = 0; channel < s.channels; ++channel)
+        check_norm(problem, device, task, channel);
+  }
+}
+
+template <typename T>
+void test_patches(const ConvShape& s) {
+  context = "patches of " + describe(s, sizeof(T) == 4 ? "float" : "double");
+  const PatchProblem<T> problem(s, 1);
+  const PatchResults<T> serial = run_patches(problem);
+  check_patches(problem, serial);
+  expect(run_patches(problem, Threads{3}).same(serial), "threads change the bits");
+  check_patches(problem, on_cuda([&] { return run_patches_on_cuda(problem); }));
+}
+
+void test_divisor() {
+  context = "Divisor";
+  std::mt19937_64 generator(1);
+  const auto check = [](std::uint32_t n, std::uint32_t d) {
+    const auto [whole, rest] = cuda::Divisor(d)(n);
+    expect(whole == n / d && rest == n % d, "a quotient");
+  };
+  constexpr std::uint32_t kMost = (1u << 31) - 1;
+  for (const std::uint32_t d : {1u, 2u, 3u, 7u, 9u, 64u, 576u, 1u << 16, (1u << 30) + 1, kMost}) {
+    for (const std::uint32_t n : {0u, 1u, d - 1, d, 2 * (d / 2) + 1, kMost - 1, kMost}) check(n, d);
+    check(kMost / d * d, d);
+    check(kMost / d * d - 1, d);
+  }
+  for (int k = 0; k < 10000; ++k) {
+    const auto n = static_cast<std::uint32_t>(generator() >> 33);
+    const auto d = static_cast<std::uint32_t>(generator() >> (33 + generator() % 31));
+    check(n, std::max(d, 1u));
+  }
 }
 
 }  // namespace
@@ -62,7 +117,14 @@ void test_layers() {
         shape_of(2, 3, 4, 4, 5, 9, 4, 4, 1, 1, 0, 0)}) {
     test_conv<float>(s);
     test_conv<double>(s);
+    test_patches<float>(s);
+    test_patches<double>(s);
   }
+  test_divisor();
+  // Images of one block and of several; a window that sees pixels often, or not at all.
+  test_patches<float>(shape_of(2, 2, 14, 13, 9, 1, 3, 3, 2, 2, 1, 1));
+  test_patches<double>(shape_of(1, 3, 17, 16, 5, 1, 3, 2, 1, 1, 1, 0));
+  test_patches<float>(shape_of(2, 1, 9, 9, 2, 1, 2, 2, 3, 4, 0, 0));
   test_conv_of_equal_values<float>(shape_of(1, 60, 7, 7, 2, 3, 3, 3, 1, 1, 1, 1));
   test_conv_of_equal_values<double>(shape_of(1, 60, 7, 7, 2, 3, 3, 3, 1, 1, 1, 1));
   for (const bool relu : {false, true})
@@ -71,6 +133,10 @@ void test_layers() {
         test_norm<float>({.tasks = 3, .rows = rows, .channels = channels}, relu);
         test_norm<double>({.tasks = 3, .rows = rows, .channels = channels}, relu);
       }
+  // Every number of blocks in a cluster; more rows than a thread reads at a time.
+  for (const int64_t rows : {128, 129, 257, 513, 1200})
+    test_norm<float>({.tasks = 1, .rows = rows, .channels = 9}, /*relu=*/rows % 2 == 1);
+  test_norm<double>({.tasks = 1, .rows = 600, .channels = 3}, true);
 }
 
 }  // namespace imaml
