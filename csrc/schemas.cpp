@@ -25,8 +25,14 @@ STABLE_TORCH_LIBRARY(imaml, m) {
       "conv_weight_gradient(Tensor x, Tensor g, int kernel_h, int kernel_w, int stride_h, "
       "int stride_w, int pad_h, int pad_w) -> Tensor");
   m.def(
-      "batch_norm(Tensor x, Tensor gamma, Tensor beta, float eps) -> (Tensor, Tensor, "
-      "Tensor)");
+      "patches(Tensor x, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, "
+      "int pad_w) -> Tensor");
+  m.def(
+      "patches_transpose(Tensor g, int in_h, int in_w, int kernel_h, int kernel_w, int stride_h, "
+      "int stride_w, int pad_h, int pad_w) -> Tensor");
+  m.def(
+      "batch_norm(Tensor x, Tensor gamma, Tensor beta, float eps, bool relu) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def(
       "batch_norm_backward(Tensor g, Tensor x, Tensor gamma, Tensor beta, Tensor mean, "
       "Tensor scale, bool relu) -> (Tensor, Tensor, Tensor)");

@@ -1,17 +1,21 @@
 """Layers in which every task has its own weights, for the forward pass that `Objective` vmaps.
 
 Under `vmap` a convolution with batched weights becomes a grouped convolution, and batch norm a
-dozen passes over memory. Both are slow on the CPU, and slower with each derivative. Inside
-`task_layers()`, `conv2d` and `batch_norm` calls of a vmapped function run this package's operators
-instead. A convolution is bilinear: it and its two gradients are each other's derivatives, so three
-operators can be differentiated to any order.
+dozen passes over memory. Both are slow, and slower with each derivative. Inside `task_layers()`,
+`conv2d` and `batch_norm` calls of a vmapped function run this package's operators instead.
+
+A convolution is bilinear. On the CPU it and its two gradients are each other's derivatives, so
+three operators can be differentiated to any order. On CUDA it is a matrix product with the patches
+that the window sees: patches and their transpose are each other's derivatives, and of the products
+autograd knows all.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +34,23 @@ from imaml_ext.ops import (
     conv,
     conv_data_gradient,
     conv_weight_gradient,
+    patches,
+    patches_transpose,
 )
 
 
 def task_layers(device: torch.device) -> AbstractContextManager[Any]:
-    """What to run a vmapped forward pass in, on this device."""
-    return _TaskLayers() if device.type == "cpu" else nullcontext()
+    """What to run a vmapped forward pass in, on this device.
+
+    IMAML_LAYERS in the environment chooses another form, to compare and to debug: "torch" for
+    PyTorch's own layers, "patches" for CUDA's form on the CPU too, "direct" for the CPU's.
+    """
+    name = os.environ.get("IMAML_LAYERS") or {"cpu": "direct", "cuda": "patches"}.get(device.type)
+    if name is None or name == "torch":
+        return nullcontext()
+    if name not in _FORMS:
+        raise ValueError(f"IMAML_LAYERS must be torch, {' or '.join(_FORMS)}, got {name!r}")
+    return _TaskLayers(_FORMS[name])
 
 
 # A Function saves the very tensors that it was given: a contiguous copy made inside it would stand
@@ -99,7 +114,7 @@ class ConvWeightGradient(torch.autograd.Function):
     def backward(ctx: Any, w: Tensor) -> Any:
         x, g = ctx.saved_tensors
         to_x, to_g, _, _ = ctx.needs_input_grad
-        w = _weights(w)
+        w = _tasks_contiguous(w)
         return (
             ConvDataGradient.apply(g, w, x.shape[2:4], ctx.window) if to_x else None,
             Conv.apply(x, w, None, ctx.window) if to_g else None,
@@ -108,36 +123,92 @@ class ConvWeightGradient(torch.autograd.Function):
         )
 
 
+class Patches(torch.autograd.Function):
+    """The patches of x: [B, N, H, W, C] to [B, N H' W', C kH kW], linear."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Pair, window: Window) -> Tensor:
+        ctx.geometry = x.shape[2:4], kernel, window
+        return patches(x, kernel, window)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return PatchesTranspose.apply(g.contiguous(), *ctx.geometry), None, None
+
+
+class PatchesTranspose(torch.autograd.Function):
+    """The gradient of `<g, patches(x)>` by x: linear in g."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, size: Pair, kernel: Pair, window: Window) -> Tensor:
+        ctx.geometry = kernel, window
+        return patches_transpose(g, size, kernel, window)
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> Any:
+        return Patches.apply(x.contiguous(), *ctx.geometry), None, None, None
+
+
+class Product(torch.autograd.Function):
+    """`op(a) @ op(b)` of every task, where op transposes if asked.
+
+    As `torch.bmm`, but the gradients lie as a and b do, so that none has to be copied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.transposed = transpose_a, transpose_b
+        return torch.bmm(a.mT if transpose_a else a, b.mT if transpose_b else b)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        of_a, of_b = ctx.transposed
+        to_a, to_b, _, _ = ctx.needs_input_grad
+        slope_a = slope_b = None
+        if to_a:
+            slope_a = product(b, g, of_b, True) if of_a else product(g, b, False, not of_b)
+        if to_b:
+            slope_b = product(g, a, True, of_a) if of_b else product(a, g, not of_a, False)
+        return slope_a, slope_b, None, None
+
+
+product: Callable[[Tensor, Tensor, bool, bool], Tensor] = Product.apply
+
+
 class BatchNorm(torch.autograd.Function):
     """Batch norm over the rows of each task: x [B, R, C], gamma and beta [B, C].
 
-    Also gives the mean and the inverse root of the variance, [B, C], outside the graph.
+    Also gives, outside the graph, its positive part or an empty tensor, and the mean and the
+    inverse root of the variance, [B, C].
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, scale = batch_norm(x, gamma, beta, eps)
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, positive: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, *others = batch_norm(x, gamma, beta, eps, positive)
+        _, mean, scale = others
         ctx.save_for_backward(x, gamma, beta, mean, scale)
-        ctx.mark_non_differentiable(mean, scale)
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
         ctx.eps = eps
-        return y, mean, scale
+        return y, *others
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: None) -> Any:
         slopes = BatchNormBackward.apply(g.contiguous(), *ctx.saved_tensors, ctx.eps, False)
-        return *slopes, None
+        return *slopes, None, None
 
 
 class BatchNormReLU(torch.autograd.Function):
-    """The positive part of y, which is the batch norm of x, in the graph of x."""
+    """The positive part of the batch norm of x, in the graph of x: what `relu()` returns."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        y: Tensor,
+        relu: Callable[[], Tensor],
         x: Tensor,
         gamma: Tensor,
         beta: Tensor,
@@ -147,7 +218,7 @@ class BatchNormReLU(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, gamma, beta, mean, scale)
         ctx.eps = eps
-        return y.relu()
+        return relu()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -181,7 +252,7 @@ class BatchNormBackward(torch.autograd.Function):
         if torch.is_grad_enabled():
             slopes = _batch_norm_double_backward(a, b, c, g, x, gamma, beta, eps, relu)
         else:
-            cotangents = a.contiguous(), b.contiguous(), c.contiguous()
+            cotangents = a.contiguous(), _tasks_contiguous(b), _tasks_contiguous(c)
             operands = g, x, gamma, beta, mean, scale
             slopes = batch_norm_double_backward(*cotangents, *operands, relu)
         return *slopes, None, None, None, None, None
@@ -238,30 +309,68 @@ def _tasks_in_front(batched: Tensor) -> Tensor:
 
 
 def _conv2d(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window) -> Tensor:
-    x = x.permute(0, 1, 3, 4, 2).contiguous()
     bias = None if bias is None else bias.contiguous()
-    y: Tensor = Conv.apply(x, _weights(w), bias, window)
+    y: Tensor = Conv.apply(_channels_last(x), _tasks_contiguous(w), bias, window)
     return y.permute(0, 1, 4, 2, 3)
 
 
-def _weights(w: Tensor) -> Tensor:
-    """As they lie in the rows of parameters, where the weights of each task are contiguous."""
-    return w if w[0].is_contiguous() else w.contiguous()
+def _conv2d_of_patches(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window) -> Tensor:
+    x = _channels_last(x)
+    kernel = w.shape[3:]
+    y = product(Patches.apply(x, kernel, window), w.flatten(2), False, True)
+    if bias is not None:
+        y = y + bias[:, None]
+    height, width = (
+        (x.shape[side + 2] + 2 * window[side + 2] - kernel[side]) // window[side] + 1
+        for side in (0, 1)
+    )
+    return y.unflatten(1, (x.shape[1], height, width)).permute(0, 1, 4, 2, 3)
+
+
+class _Form(NamedTuple):
+    conv2d: Callable[..., Tensor]
+    positive: bool  # batch norm writes what a ReLU behind it gives, which costs less than a launch
+
+
+_FORMS = {"direct": _Form(_conv2d, False), "patches": _Form(_conv2d_of_patches, True)}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 1, 3, 4, 2).contiguous()
+
+
+def _tasks_contiguous(t: Tensor) -> Tensor:
+    """As parameters lie in the rows of all parameters, where those of each task are contiguous."""
+    return t if t[0].is_contiguous() else t.contiguous()
 
 
 def _batch_norm(
-    x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _rows(x)
-    y, mean, scale = BatchNorm.apply(rows, gamma.contiguous(), beta.contiguous(), eps)
-    return _images(y, x), mean, scale
+    x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, positive: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    own = _tasks_contiguous(gamma), _tasks_contiguous(beta)
+    y, *others = BatchNorm.apply(_rows(x), *own, eps, positive)
+    return _images(y, x), *others
 
 
 def _batch_norm_relu(
-    y: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, scale: Tensor, *, eps: float
+    y: Tensor,
+    positive: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    *,
+    eps: float,
 ) -> Tensor:
-    arguments = _rows(x), gamma.contiguous(), beta.contiguous(), mean, scale, eps
-    return _images(BatchNormReLU.apply(_rows(y.detach()), *arguments), x)
+    own = _tasks_contiguous(gamma), _tasks_contiguous(beta)
+    arguments = _rows(x), *own, mean, scale, eps
+    rows = _rows(y.detach())
+
+    def relu() -> Tensor:
+        return positive if positive.numel() else rows.relu()
+
+    return _images(BatchNormReLU.apply(relu, *arguments), x)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -277,8 +386,9 @@ _WANT_CONTIGUOUS = (torch.Tensor.view, torch.Tensor.view_as, F.group_norm, torch
 
 
 class _TaskLayers(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, form: _Form) -> None:
         super().__init__()
+        self._form = form
         self._normalised: tuple[Any, ...] | None = None  # by the call just before, if it was one
 
     def __torch_function__(
@@ -314,7 +424,7 @@ class _TaskLayers(TorchFunctionMode):
         if input.dim() != 4 or input.numel() == 0 or not _have_tasks(input, weight, bias):
             return None
         window = *_pair(stride), *_pair(padding)
-        return _for_tasks(partial(_conv2d, window=window), input, weight, bias)
+        return _for_tasks(partial(self._form.conv2d, window=window), input, weight, bias)
 
     def _batch_norm(
         self,
@@ -334,9 +444,10 @@ class _TaskLayers(TorchFunctionMode):
         # torch has messages for one value a channel, and for what else cannot be.
         if input.dim() < 2 or input.numel() <= input.shape[1] or eps <= 0:
             return None
-        y, mean, scale = _for_tasks(partial(_batch_norm, eps=eps), input, weight, bias)
+        of_tasks = partial(_batch_norm, eps=eps, positive=self._form.positive)
+        y, positive, *statistics = _for_tasks(of_tasks, input, weight, bias)
         version = _functorch.get_unwrapped(y)._version
-        self._normalised = (y, input, weight, bias, mean, scale), eps, version
+        self._normalised = (y, positive, input, weight, bias, *statistics), eps, version
         return y
 
     def _relu(self, normalised: tuple[Any, ...], input: Tensor, inplace: bool = False) -> Any:
@@ -361,5 +472,5 @@ def _have_tasks(*tensors: Tensor | None) -> bool:
         and forward_ad._current_level < 0
         and all(t is None or _functorch.is_batchedtensor(t) for t in tensors)
         and {t.dtype for t in tensors if t is not None} in ({torch.float32}, {torch.float64})
-        and not torch.is_autocast_enabled("cpu")
+        and not any(torch.is_autocast_enabled(t.device.type) for t in tensors if t is not None)
     )

@@ -118,19 +118,38 @@ def _(x, g, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w):  # type: igno
     return x.new_empty((x.shape[0], g.shape[4], x.shape[4], kernel_h, kernel_w))
 
 
+@_fake("patches")
+def _(x, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
+    height = (x.shape[2] + 2 * pad_h - kernel_h) // stride_h + 1
+    width = (x.shape[3] + 2 * pad_w - kernel_w) // stride_w + 1
+    rows, columns = x.shape[1] * height * width, x.shape[4] * kernel_h * kernel_w
+    return x.new_empty((x.shape[0], rows, columns))
+
+
+@_fake("patches_transpose")
+def _(g, in_h, in_w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
+    height = (in_h + 2 * pad_h - kernel_h) // stride_h + 1
+    width = (in_w + 2 * pad_w - kernel_w) // stride_w + 1
+    images, channels = g.shape[1] // (height * width), g.shape[2] // (kernel_h * kernel_w)
+    return g.new_empty((g.shape[0], images, in_h, in_w, channels))
+
+
 @_fake("batch_norm")
-def _(x, gamma, beta, eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
+def _(x, gamma, beta, eps, relu):  # type: ignore[no-untyped-def]
+    positive = torch.empty_like(x) if relu else x.new_empty(0)
+    channels = x.shape[0], x.shape[2]
+    return torch.empty_like(x), positive, x.new_empty(channels), x.new_empty(channels)
 
 
 @_fake("batch_norm_backward")
 def _(g, x, gamma, beta, mean, scale, relu):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
+    channels = x.shape[0], x.shape[2]
+    return torch.empty_like(x), x.new_empty(channels), x.new_empty(channels)
 
 
 @_fake("batch_norm_double_backward")
 def _(a, b, c, g, x, gamma, beta, mean, scale, relu):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(gamma)
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty((x.shape[0], x.shape[2]))
 
 
 def _refuse_gradients(operator: str, *tensors: Tensor | None) -> None:
@@ -344,22 +363,60 @@ def conv_weight_gradient(x: Tensor, g: Tensor, kernel: Pair, window: Window) -> 
     return w
 
 
-def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`gamma h + beta` with `h = (x - mean) scale` over the rows of each task, on the CPU.
+def patches(x: Tensor, kernel: Pair, window: Window) -> Tensor:
+    """What a convolution's window sees of each image, as the rows of a matrix, one matrix a task.
+
+    With `w` [B, O, C, kH, kW], `patches(x, ...) @ w.flatten(2).mT` is the convolution of x.
+
+    Args:
+        x: images, [B, N, H, W, C].
+        kernel: (kH, kW).
+        window: as in `conv`.
+
+    Returns:
+        [B, N H' W', C kH kW], 0 outside of an image; H', W' as in `conv`.
+
+    Raises:
+        RuntimeError: as `conv`.
+    """
+    rows: Tensor = torch.ops.imaml.patches(x, *kernel, *window)
+    return rows
+
+
+def patches_transpose(g: Tensor, size: Pair, kernel: Pair, window: Window) -> Tensor:
+    """The gradient of `<g, patches(x)>` by x, [B, N, H, W, C].
+
+    Args:
+        g: like what `patches` returns.
+        size: (H, W).
+        kernel, window: as in `patches`.
+
+    Raises:
+        RuntimeError: as `conv`.
+    """
+    x: Tensor = torch.ops.imaml.patches_transpose(g, *size, *kernel, *window)
+    return x
+
+
+def batch_norm(
+    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gamma h + beta` with `h = (x - mean) scale` over the rows of each task.
 
     Args:
         x: [B, R, C].
-        gamma, beta: [B, C].
+        gamma, beta: [B, C]; contiguous within each task.
         eps: added to the variance, of which `scale` is the inverse root.
+        relu: also give the positive part.
 
     Returns:
-        The result, like x, and mean and scale, [B, C].
+        The result, like x, its positive part, like x or empty, and mean and scale, [B, C].
 
     Raises:
         RuntimeError: a shape, dtype or layout does not fit; an operand is empty.
     """
-    y, mean, scale = torch.ops.imaml.batch_norm(x, gamma, beta, eps)
-    return y, mean, scale
+    y, positive, mean, scale = torch.ops.imaml.batch_norm(x, gamma, beta, eps, relu)
+    return y, positive, mean, scale
 
 
 def batch_norm_backward(
@@ -397,7 +454,8 @@ def batch_norm_double_backward(
     """The gradients of `<(a, b, c), batch_norm_backward(g, x, gamma)>` by g, x and gamma.
 
     Args:
-        a, b, c: like the three that `batch_norm_backward` returns.
+        a, b, c: like the three that `batch_norm_backward` returns; b and c contiguous within each
+            task.
         g, x, gamma, beta, mean, scale, relu: as in `batch_norm_backward`.
 
     Returns:

@@ -68,6 +68,26 @@ def conv_weight_gradient(o):
     return {"result": (value, slack)}
 
 
+def patches(o):
+    x = images_first(o["x"])
+    kernel = o["kernel_h"], o["kernel_w"]
+    columns = F.unfold(x.flatten(0, 1).double(), kernel, **_window(o))  # [B N, columns, pixels]
+    rows = columns.mT.reshape(len(x), -1, columns.shape[1])
+    return {"result": (rows, torch.zeros_like(rows))}
+
+
+def patches_transpose(o):
+    def fold(rows):
+        one = rows.unflatten(1, (-1, pixels)).flatten(0, 1).mT  # [B N, columns, pixels]
+        images = F.fold(one, size, kernel, **_window(o))
+        return images_last(images.unflatten(0, (len(rows), -1)))
+
+    g, size, kernel = o["g"], (o["in_h"], o["in_w"]), (o["kernel_h"], o["kernel_w"])
+    pixels = F.unfold(torch.zeros(1, 1, *size), kernel, **_window(o)).shape[2]
+    value = fold(g.double())
+    return {"result": (value, Rounding(g.dtype).slack(fold(size_of(g)), kernel[0] * kernel[1]))}
+
+
 def mean(t):
     return t.mean(1, keepdim=True)
 
@@ -98,8 +118,11 @@ def batch_norm(o):
     scale_slack = torch.where(share.isinf() | share.isnan(), torch.inf, share * scale)
     bad = ~x.isfinite().all(1, keepdim=True)  # the channel has no statistics at all
     nothing = torch.full_like(center, torch.nan)
+    y, slack = torch.where(bad, torch.nan, y), slack.masked_fill(bad, 0)
+    positive = y.relu(), slack
     return {
-        "result": (torch.where(bad, torch.nan, y), slack.masked_fill(bad, 0)),
+        "result": (y, slack),
+        "positive": positive if o["relu"] else (y.new_empty(0), y.new_empty(0)),
         # An infinite mean may come out as NaN: what counts is that it is not finite.
         "mean": _squeezed(torch.where(bad, nothing, center), center_slack.masked_fill(bad, -1)),
         "scale": _squeezed(torch.where(bad, nothing, scale), scale_slack.masked_fill(bad, 0)),
@@ -191,9 +214,11 @@ def batch_norm_double_backward(o):
         + factor_size * mean(n.size * size_of(g)) * pa_size
         + factor_size * mean(size_of(a) * pg_size) * n.size
     )
+    # A factor of P g, P a or h that is below the dtype's smallest number is 0.
+    vanishing = (pg_size + pa_size + n.size) * n.rounding.tiny / n.rounding.eps
     return {
         "result": n.expected(to_g, to_g_size, *others),
-        "to_x": n.expected(to_x, to_x_size * size_of(n.scale), to_x_size, *others),
+        "to_x": n.expected(to_x, to_x_size * size_of(n.scale) + vanishing, to_x_size, *others),
         "to_gamma": _squeezed(
             *n.expected(
                 n.rows * n.scale * mean(a * pg),

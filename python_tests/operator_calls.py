@@ -46,7 +46,11 @@ OPERATORS = {
     "conv": Operator("x:BNHWC:t w:BOCKM:t bias:BO:t?", ("result",), "images", False),
     "conv_data_gradient": Operator("g:BNPQO:t w:BOCKM:t", ("result",), "images", False),
     "conv_weight_gradient": Operator("x:BNHWC:t g:BNPQO:t", ("result",), "images", False),
-    "batch_norm": Operator(f"x:BRC:t {CHANNELS}", ("result", "mean", "scale"), "norm", False),
+    "patches": Operator("x:BNHWC:t", ("result",), "images", False),
+    "patches_transpose": Operator("g:BRE:t", ("result",), "images", False),
+    "batch_norm": Operator(
+        f"x:BRC:t {CHANNELS}", ("result", "positive", "mean", "scale"), "norm", False
+    ),
     "batch_norm_backward": Operator(
         f"g:BRC:t x:BRC:t {CHANNELS} mean:BC:t scale:BC:t",
         ("result", "dgamma", "dbeta"), "norm", False,
@@ -113,7 +117,7 @@ def sizes_of(draw, kind):
         size[side] = draw(st.integers(least, least + 5))
         room = size[side] + 2 * size[f"p{side}"] - size[kernel]
         size[out] = room // size[f"s{side}"] + 1
-    return size
+    return size | {"R": size["N"] * size["P"] * size["Q"], "E": size["C"] * size["K"] * size["M"]}
 
 
 # None that float32 does not hold.
@@ -134,14 +138,16 @@ def numbers_of(draw, operator, size):
         betas = {"beta1": draw(SHARES), "beta2": draw(SHARES)}
         steps = {"eps": draw(sampled(1e-8, 1e-3, 0.0)), "step": draw(sampled(1, 2, 100, 2**62))}
         return {"lr": draw(FACTORS)} | betas | steps
-    if operator.startswith("conv"):
+    if OPERATORS[operator].sizes == "images":
         sides = {"stride_h": size["sH"], "stride_w": size["sW"]}
         sides |= {"pad_h": size["pH"], "pad_w": size["pW"]}
-        own = {"conv_data_gradient": {"in_h": size["H"], "in_w": size["W"]},
-               "conv_weight_gradient": {"kernel_h": size["K"], "kernel_w": size["M"]}}  # fmt: skip
+        inputs = {"in_h": size["H"], "in_w": size["W"]}
+        kernel = {"kernel_h": size["K"], "kernel_w": size["M"]}
+        own = {"conv_data_gradient": inputs, "conv_weight_gradient": kernel,
+               "patches": kernel, "patches_transpose": inputs | kernel}  # fmt: skip
         return own.get(operator, {}) | sides
     if operator == "batch_norm":
-        return {"eps": draw(sampled(1e-5, 1.0, 1e-2, 1e10))}
+        return {"eps": draw(sampled(1e-5, 1.0, 1e-2, 1e10)), "relu": draw(st.booleans())}
     return {"relu": draw(st.booleans())} if operator.startswith("batch_norm") else {}
 
 
@@ -175,8 +181,9 @@ def calls(draw, operator, device="cpu"):
         make_consistent(tensors, draw)
     if "scale" in tensors:
         tensors["scale"].abs_()
-    if "w" in tensors and draw(st.booleans()):
-        tensors["w"] = apart(tensors["w"], draw(sampled("rows", "shared")))
+    for name in may_lie_apart(operator):
+        if draw(st.booleans()):
+            tensors[name] = apart(tensors[name], draw(sampled("rows", "shared")))
     return Call(tensors, operator=operator, numbers=numbers)
 
 
@@ -196,8 +203,16 @@ def make_consistent(tensors, draw):
         tensors["rz"].copy_((squares * tensors["inverse"].double()).sum(1))
 
 
+def may_lie_apart(operator):
+    """Operands of which each task's part is contiguous, no more."""
+    if OPERATORS[operator].sizes == "rows":
+        return ()
+    names = [name for name, *_ in OPERATORS[operator].parsed()]
+    return [name for name in names if name in ("w", "gamma", "beta", "b", "c")]
+
+
 def apart(w, how):
-    """Weights as they come from rows of parameters, or the same for all tasks."""
+    """Parameters as they come from rows of parameters, or the same for all tasks."""
     if how == "shared":
         return w[:1].expand(w.shape)
     rows = torch.full((len(w), w[0].numel() + 3), 7.0, dtype=w.dtype)
@@ -233,7 +248,7 @@ def fits(call):
         for letter, length in zip(letters, t.shape, strict=True):
             if letter != "L" and size.setdefault(letter, length) != length:
                 return False
-        whole = t[0] if name == "w" else t  # weights of tasks may lie apart
+        whole = t[0] if name in may_lie_apart(call.operator) else t
         if not whole.is_contiguous():
             return False
     if "lam" in present and len(present["lam"]) not in (1, size["D"]):
@@ -265,7 +280,10 @@ def window_fits(size, numbers):
         room = size[side] + 2 * pad - size[kernel]
         if room < 0 or size.setdefault(out, room // stride + 1) != room // stride + 1:
             return False
-    return size["P"] * size["Q"] < 2**50
+    if "E" not in size:  # what convolves makes no rows
+        return size["P"] * size["Q"] < 2**50
+    rows, columns = size["P"] * size["Q"], size["K"] * size["M"]
+    return size["R"] % rows == 0 and size["E"] % columns == 0
 
 
 def overlapping(call):

@@ -1,19 +1,35 @@
 """Layers with weights for each task give what vmap of the layers themselves gives, to any order."""
 
-from contextlib import nullcontext
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import imaml_ext
 from imaml_ext import layers, module_loss
 from imaml_ext.flat import Layout
 from imaml_ext.models import conv4
 from imaml_ext.objective import Objective
 
 TASKS = 3
+
+
+@pytest.fixture(params=["direct", "patches"])
+def form(request, monkeypatch):
+    """What convolutions are made of: by themselves on the CPU, as on CUDA in the other form."""
+    monkeypatch.setenv("IMAML_LAYERS", request.param)
+    return request.param
+
+
+@pytest.fixture
+def layers_device(device, form):
+    if device.type == "cuda" and form == "direct":
+        pytest.skip("convolutions are made of patches there")
+    return device
 
 
 class Residual(nn.Module):
@@ -127,13 +143,15 @@ MODELS = {
 }
 
 
-def make(name, frozen=()):
+def make(name, frozen=(), device="cpu"):
     build, shape = MODELS[name]
-    model = build().double()
+    model = build().double().to(device)
     params = {n: p for n, p in model.named_parameters() if n not in frozen}
     layout = Layout(params)
-    rows = layout.flatten(params).detach() + 0.1 * torch.randn(TASKS, layout.dim).double()
-    data = (torch.randn(TASKS, 6, *shape).double(), torch.randn(TASKS, 6, 1).double())
+    rows = layout.flatten(params).detach() + 0.1 * torch.randn(TASKS, layout.dim).double().to(
+        device
+    )
+    data = tuple(torch.randn(TASKS, 6, *s).double().to(device) for s in (shape, (1,)))
     loss = module_loss(model, lambda z, y: (z.pow(3) * y).mean())
     return Objective(loss, layout, data), rows
 
@@ -161,21 +179,21 @@ def assert_close(got, expected):
 def both(monkeypatch, compute):
     torch.manual_seed(1)
     got = compute()
-    monkeypatch.setattr("imaml_ext.objective.task_layers", lambda device: nullcontext())
+    monkeypatch.setenv("IMAML_LAYERS", "torch")
     torch.manual_seed(1)
     return got, compute()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_derivatives_are_those_of_plain_vmap(name, monkeypatch):
-    objective, rows = make(name)
+def test_derivatives_are_those_of_plain_vmap(name, layers_device, monkeypatch):
+    objective, rows = make(name, device=layers_device)
     assert_close(*both(monkeypatch, lambda: derivatives(objective, rows)))
 
 
 @pytest.mark.parametrize("name", ["relu beside", "tanh", "relu in place", "1d"])
-def test_the_third_derivative_is_right(name):
+def test_the_third_derivative_is_right(name, layers_device):
     # Not against vmap: torch's own batch norm holds its statistics fast in the third derivative.
-    objective, rows = make(name)
+    objective, rows = make(name, device=layers_device)
     v, step = torch.randn_like(rows), 1e-5
     at, _, product = second(objective, rows, v)
     (got,) = torch.autograd.grad(product, at, v)
@@ -185,35 +203,98 @@ def test_the_third_derivative_is_right(name):
 
 
 @pytest.mark.parametrize("frozen", [("0.weight",), ("0.weight", "0.bias"), ("1.weight",)])
-def test_parameters_that_tasks_share_are_left_to_vmap(frozen, monkeypatch):
-    objective, rows = make("tanh" if "0.bias" not in frozen else "relu in place", frozen)
+def test_parameters_that_tasks_share_are_left_to_vmap(frozen, layers_device, monkeypatch):
+    name = "tanh" if "0.bias" not in frozen else "relu in place"
+    objective, rows = make(name, frozen, layers_device)
     assert_close(*both(monkeypatch, lambda: derivatives(objective, rows)))
 
 
 def count_calls(monkeypatch):
     calls = []
-    for name in ("conv", "batch_norm", "batch_norm_backward"):
+    for name in ("conv", "patches", "batch_norm", "batch_norm_backward"):
         original = getattr(layers, name)
 
         def counted(*args, name=name, original=original):
-            calls.append((name, args[-1] if name == "batch_norm_backward" else None))
+            calls.append((name, args[-1] if name.startswith("batch_norm") else None))
             return original(*args)
 
         monkeypatch.setattr(layers, name, counted)
     return calls
 
 
-def test_the_operators_run_where_they_can(monkeypatch):
+def test_the_operators_run_where_they_can(form, monkeypatch):
     calls = count_calls(monkeypatch)
     objective, rows = make("conv4")
     objective.gradient(rows)
-    kinds = [("conv", None), ("batch_norm", None)] * 4
+    kinds = {
+        "direct": [("conv", None), ("batch_norm", False)],
+        "patches": [("patches", None), ("batch_norm", True)],
+    }
     # The four ReLUs, each behind a batch norm, are part of its derivative.
-    assert calls == kinds + [("batch_norm_backward", True)] * 4
+    assert calls == 4 * kinds[form] + [("batch_norm_backward", True)] * 4
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute something: all but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func._schema.returns
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in results):
+            self.count[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches(tasks, compute):
+    model = conv4(5)
+    params = dict(model.named_parameters())
+    layout = Layout(params)
+    rows = layout.flatten(params).detach().expand(tasks, -1).clone()
+    data = torch.rand(tasks, 5, 1, 28, 28), torch.arange(5).expand(tasks, -1)
+    objective = Objective(module_loss(model, F.cross_entropy), layout, data)
+    matvec, v = objective.linearise(rows, "hessian").matvec, torch.randn_like(rows)
+    with Launches() as counted:
+        matvec(v) if compute == "product" else objective.gradient(rows)
+    return counted.count
+
+
+@pytest.mark.parametrize(("compute", "most"), [("product", 90), ("gradient", 75)])
+def test_a_hessian_product_is_few_operators_whatever_the_number_of_tasks(compute, most, form):
+    few, many = launches(2, compute), launches(16, compute)
+    assert few == many
+    assert many.total() <= most
+    assert not many["aten::convolution_backward"]
+    # Parameters in rows of all parameters, and gradients on their way back, are not copied.
+    assert many["aten::clone"] <= {"direct": 7, "patches": 3}[form]
+
+
+def test_relu_costs_no_operator_of_its_own_where_convolutions_are_made_of_patches(monkeypatch):
+    monkeypatch.setenv("IMAML_LAYERS", "patches")
+    assert not launches(2, "gradient")["aten::relu"]
+
+
+def test_a_form_of_the_layers_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setenv("IMAML_LAYERS", "winograd")
+    objective, rows = make("tanh")
+    with pytest.raises(ValueError, match="IMAML_LAYERS must be torch, direct or patches"):
+        objective.losses(rows)
+
+
+@pytest.mark.skipif(not imaml_ext.build_info()["cuda"], reason="built without CUDA")
+@pytest.mark.parametrize(
+    "name",
+    ["patches", "patches_transpose", "batch_norm", "batch_norm_backward",
+     "batch_norm_double_backward"],
+)  # fmt: skip
+def test_what_the_layers_are_made_of_on_cuda_has_kernels_there(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"imaml::{name}", "CUDA")
 
 
 @pytest.mark.parametrize("name", ["overwritten", "relu in place", "tanh"])
-def test_a_relu_is_joined_to_a_batch_norm_only_if_it_is_next_and_apart(name, monkeypatch):
+def test_a_relu_is_joined_to_a_batch_norm_only_if_it_is_next_and_apart(name, form, monkeypatch):
     calls = count_calls(monkeypatch)
     objective, rows = make(name)
     objective.gradient(rows)
@@ -266,14 +347,14 @@ def test_forward_mode_differentiation_is_torchs():
     torch.testing.assert_close(got, (objective.gradient(rows)[1] * direction).sum(1))
 
 
-def test_statistics_survive_a_large_mean_and_a_constant_channel(dtype):
+def test_statistics_survive_a_large_mean_and_a_constant_channel(dtype, device):
     torch.manual_seed(0)
     x = torch.randn(2, 500, 3, dtype=torch.float64)
     x[..., 1] += 1e5
     x[..., 2] = 1e5
     ones, zeros = torch.ones(2, 3, dtype=dtype), torch.zeros(2, 3, dtype=dtype)
-    x = x.to(dtype)
-    got, _, scale = torch.ops.imaml.batch_norm(x, ones, zeros, 1e-5)
+    x, ones, zeros = (t.to(device, dtype) for t in (x, ones, zeros))
+    got, _, _, scale = torch.ops.imaml.batch_norm(x, ones, zeros, 1e-5, False)
     exact = x.double()
     expected = F.batch_norm(exact[0], None, None, training=True, eps=1e-5)
     tolerance = 1e-2 if dtype == torch.float32 else 1e-8  # of what is left of x beside its mean
@@ -281,18 +362,19 @@ def test_statistics_survive_a_large_mean_and_a_constant_channel(dtype):
     torch.testing.assert_close(scale[0, 2].item(), 1e-5**-0.5, rtol=1e-6, atol=0)
 
 
-def test_a_channel_with_an_infinity_has_no_statistics(dtype):
-    x = torch.randn(1, 9, 1, dtype=dtype)
+def test_a_channel_with_an_infinity_has_no_statistics(dtype, device):
+    x = torch.randn(1, 9, 1, dtype=dtype, device=device)
     x[0, 4] = torch.inf
-    one = torch.ones(1, 1, dtype=dtype)
-    y, _, scale = torch.ops.imaml.batch_norm(x, one, one, 1e-5)
+    one = torch.ones(1, 1, dtype=dtype, device=device)
+    y, positive, _, scale = torch.ops.imaml.batch_norm(x, one, one, 1e-5, True)
     assert y.isnan().all()
+    assert positive.isnan().all()
     assert scale.isnan().all()
 
 
-def test_where_the_normalised_value_is_zero_relu_passes_nothing_back():
-    x, zero = torch.randn(1, 5, 2), torch.zeros(1, 2)
-    _, mean, scale = torch.ops.imaml.batch_norm(x, zero, zero, 1e-5)
+def test_where_the_normalised_value_is_zero_relu_passes_nothing_back(device):
+    x, zero = torch.randn(1, 5, 2, device=device), torch.zeros(1, 2, device=device)
+    _, _, mean, scale = torch.ops.imaml.batch_norm(x, zero, zero, 1e-5, False)
     _, dgamma, dbeta = torch.ops.imaml.batch_norm_backward(
         torch.ones_like(x), x, zero, zero, mean, scale, True
     )
@@ -309,11 +391,15 @@ def test_batch_norm_and_convolution_pass_gradgradcheck():
         y = layers.Conv.apply(x.contiguous(), w.contiguous(), b.contiguous(), (2, 1, 1, 0))
         return y.sin()
 
+    def patches(x, w, b):
+        return layers._conv2d_of_patches(x.movedim(-1, 2), w, b, window=(2, 1, 1, 0)).sin()
+
     def norm(x, gamma, beta):
-        return layers._batch_norm(x, gamma, beta, eps=0.1)[0].sin()
+        return layers._batch_norm(x, gamma, beta, eps=0.1, positive=True)[0].sin()
 
     operands = random(2, 2, 3, 3, 2), random(2, 3, 2, 3, 2), random(2, 3)
     assert torch.autograd.gradgradcheck(conv, operands)
+    assert torch.autograd.gradgradcheck(patches, operands)
     assert torch.autograd.gradgradcheck(norm, (random(2, 4, 2, 2), random(2, 2), random(2, 2)))
 
 
@@ -327,7 +413,9 @@ def operands():
         "conv": (x, w, torch.rand(2, 6), 2, 1, 1, 0),
         "conv_data_gradient": (g, w, 5, 4, 2, 1, 1, 0),
         "conv_weight_gradient": (x, g, 3, 2, 2, 1, 1, 0),
-        "batch_norm": (rows, channels, channels, 1e-5),
+        "patches": (x, 3, 2, 2, 1, 1, 0),
+        "patches_transpose": (torch.rand(2, 27, 12), 5, 4, 3, 2, 2, 1, 1, 0),
+        "batch_norm": (rows, channels, channels, 1e-5, True),
         "batch_norm_backward": (rows, rows, *[channels] * 4, True),
         "batch_norm_double_backward": (rows, channels, channels, rows, rows, *[channels] * 4, True),
     }
@@ -336,6 +424,18 @@ def operands():
 @pytest.mark.parametrize("name", operands())
 def test_an_operator_passes_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.imaml, name).default, operands()[name])
+
+
+@pytest.mark.parametrize("name", operands())
+def test_cuda_gives_what_the_cpu_gives(name, device, dtype):
+    if device.type == "cpu" or name.startswith("conv"):
+        pytest.skip("an operator of both devices is compared on a GPU")
+    operator, tolerance = getattr(torch.ops.imaml, name), torch.finfo(dtype).eps * 64
+    given = [t.to(dtype) if isinstance(t, torch.Tensor) else t for t in operands()[name]]
+    moved = [t.to(device) if isinstance(t, torch.Tensor) else t for t in given]
+    torch.testing.assert_close(
+        operator(*moved), operator(*given), rtol=tolerance, atol=tolerance, check_device=False
+    )
 
 
 @pytest.mark.parametrize("name", operands())
@@ -353,6 +453,8 @@ def test_an_operator_passes_opcheck(name):
 )
 def test_an_operator_refuses_what_does_not_fit(name, spoil):
     good = operands()[name]
+    if name.startswith("patches") and spoil(good[0]).shape == good[0][:1].shape:
+        return  # one operand alone may be of any number of tasks
     for position, operand in enumerate(good):
         if isinstance(operand, torch.Tensor):
             bad = [*good[:position], spoil(operand), *good[position + 1 :]]

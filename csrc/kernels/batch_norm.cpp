@@ -17,7 +17,9 @@ struct LaneSums {
 // Some rows of a block of channels: `width` channels, rows `stride` apart, from `image` on in
 // tensors like x, and from `channel` on in those that have one entry a channel.
 struct Chunk {
-  int64_t image, channel, rows, stride, width;
+  int64_t task, image, channel, rows, stride, width;
+
+  NormPlace place(int64_t lane) const { return {task, channel + lane}; }
 
   // Calls element(i, lane) for every element, row by row. A constant width makes the compiler
   // vectorise over the lanes.
@@ -49,8 +51,12 @@ struct TaskBlocks {
 
   IMAML_INLINE Chunk chunk(int64_t block, int64_t row, int64_t rows) const {
     const int64_t first = block * kNormLanes;
-    return {(task * shape.rows + row) * shape.channels + first, task * shape.channels + first, rows,
-            shape.channels, std::min(kNormLanes, shape.channels - first)};
+    return {task,
+            (task * shape.rows + row) * shape.channels + first,
+            task * shape.channels + first,
+            rows,
+            shape.channels,
+            std::min(kNormLanes, shape.channels - first)};
   }
 
   // Calls visit(chunk), all blocks of some rows before the next rows.
@@ -88,7 +94,7 @@ struct Channels {
   template <typename Pass>
   IMAML_INLINE Channels(const Pass& p, const Chunk& chunk) {
     for (int64_t lane = 0; lane < chunk.width; ++lane) {
-      const NormChannel<T> one = norm_channel(p, chunk.channel + lane);
+      const NormChannel<T> one = norm_channel(p, chunk.place(lane));
       mean[lane] = one.mean;
       scale[lane] = one.scale;
       factor[lane] = one.factor;
@@ -208,7 +214,7 @@ IMAML_INLINE void run(const NormDoubleBackward<T>& p, const TaskBlocks& all) {
           const int64_t at = block.channel + lane;
           const double mean[] = {means[0][lane], means[1][lane], means[2][lane], means[3][lane],
                                  means[4][lane]};
-          slopes[all.index(block)].set(lane, norm_slopes(p, at, mean));
+          slopes[all.index(block)].set(lane, norm_slopes(p, block.place(lane), mean));
           p.to_gamma[at] = norm_to_gamma(p, at, mean);
         }
       });

@@ -38,23 +38,24 @@ struct NormWork<kPositive, NormForward<T>> {
   static constexpr int kSums = 2;
   using Read = T;
   const NormForward<T>& p;
-  int64_t at;
+  NormPlace place;
   T first;
   NormChannel<T> channel{};
 
-  __device__ NormWork(const NormForward<T>& p, int64_t at, int64_t image)
-      : p(p), at(at), first(p.x[image]) {}
+  __device__ NormWork(const NormForward<T>& p, const NormPlace& place, int64_t image)
+      : p(p), place(place), first(p.x[image]) {}
   __device__ T load(int64_t i) const { return p.x[i]; }
   __device__ void add(T x, double (&sum)[kSums]) const {
     norm_terms(x, first, [&](int k, double term) { sum[k] += term; });
   }
   __device__ void finish(const double (&mean)[kSums]) {
+    const auto [task, at] = place;
     const T scale = norm_scale<T>(mean[0], mean[1], p.eps);
-    channel = {norm_mean(first, mean[0]), scale, p.gamma[at] * scale, p.beta[at]};
+    channel = {norm_mean(first, mean[0]), scale, p.gamma.of(task, at) * scale, p.beta.of(task, at)};
   }
   __device__ void record(const double (&)[kSums]) const {
-    p.mean[at] = channel.mean;
-    p.scale[at] = channel.scale;
+    p.mean[place.at] = channel.mean;
+    p.scale[place.at] = channel.scale;
   }
   __device__ void write(T x, int64_t i) const {
     const T y = channel.y(x);
@@ -70,12 +71,12 @@ struct NormWork<kRelu, NormBackward<T>> {
     T h, g;
   };
   const NormBackward<T>& p;
-  int64_t at;
+  NormPlace place;
   NormChannel<T> channel;
   T mean_g = 0, mean_hg = 0;
 
-  __device__ NormWork(const NormBackward<T>& p, int64_t at, int64_t)
-      : p(p), at(at), channel(norm_channel(p, at)) {}
+  __device__ NormWork(const NormBackward<T>& p, const NormPlace& place, int64_t)
+      : p(p), place(place), channel(norm_channel(p, place)) {}
   __device__ Read load(int64_t i) const {
     return {channel.h(p.x[i]), channel.template pass<kRelu>(p.x[i], p.g[i])};
   }
@@ -88,8 +89,8 @@ struct NormWork<kRelu, NormBackward<T>> {
   }
   __device__ void record(const double (&mean)[kSums]) const {
     const double rows = static_cast<double>(p.shape.rows);
-    p.dbeta[at] = static_cast<T>(rows * mean[0]);
-    p.dgamma[at] = static_cast<T>(rows * mean[1]);
+    p.dbeta[place.at] = static_cast<T>(rows * mean[0]);
+    p.dgamma[place.at] = static_cast<T>(rows * mean[1]);
   }
   __device__ void write(const Read& e, int64_t i) const {
     p.dx[i] = norm_dx(channel, e.h, e.g, mean_g, mean_hg);
@@ -103,12 +104,12 @@ struct NormWork<kRelu, NormDoubleBackward<T>> {
     T x, h, g, a;
   };
   const NormDoubleBackward<T>& p;
-  int64_t at;
+  NormPlace place;
   NormChannel<T> channel;
   NormSlopes<T> slopes{};
 
-  __device__ NormWork(const NormDoubleBackward<T>& p, int64_t at, int64_t)
-      : p(p), at(at), channel(norm_channel(p, at)) {}
+  __device__ NormWork(const NormDoubleBackward<T>& p, const NormPlace& place, int64_t)
+      : p(p), place(place), channel(norm_channel(p, place)) {}
   __device__ Read load(int64_t i) const {
     const T x = p.x[i];
     return {x, channel.h(x), channel.template pass<kRelu>(x, p.g[i]), p.a[i]};
@@ -116,9 +117,9 @@ struct NormWork<kRelu, NormDoubleBackward<T>> {
   __device__ void add(const Read& e, double (&sum)[kSums]) const {
     norm_double_terms(e.h, e.g, e.a, [&](int k, double term) { sum[k] += term; });
   }
-  __device__ void finish(const double (&mean)[kSums]) { slopes = norm_slopes(p, at, mean); }
+  __device__ void finish(const double (&mean)[kSums]) { slopes = norm_slopes(p, place, mean); }
   __device__ void record(const double (&mean)[kSums]) const {
-    p.to_gamma[at] = norm_to_gamma(p, at, mean);
+    p.to_gamma[place.at] = norm_to_gamma(p, place.at, mean);
   }
   __device__ void write(const Read& e, int64_t i) const {
     p.to_g[i] = channel.template pass<kRelu>(e.x, slopes.to_g(channel, e.h, e.a));
@@ -154,12 +155,12 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t task = at.row / groups;
   const int64_t channel = at.row % groups * kNormLanes + threadIdx.x % kNormLanes;
   const bool works = channel < s.channels;
-  const int64_t own = task * s.channels + (works ? channel : 0);
+  const NormPlace place{task, task * s.channels + (works ? channel : 0)};
   const int64_t image = task * s.rows * s.channels + (works ? channel : 0);
   const int64_t first = at.block * share;
   const int64_t last = !works ? 0 : first + share < s.rows ? first + share : s.rows;
 
-  Work work(pass, own, image);
+  Work work(pass, place, image);
   double mean[Work::kSums] = {};
   for_rows(work, image, s.channels, first, last,
            [&](const auto& read, int64_t) { work.add(read, mean); });

@@ -1,6 +1,8 @@
 // Instantiates the kernels for float and double.
+#include "batch_norm.cuh"
 #include "cg_step.cuh"
 #include "cuda_launch.h"
+#include "patches.cuh"
 #include "prox_step.cuh"
 #include "row_sums.cuh"
 
@@ -23,11 +25,27 @@ namespace imaml::cuda {
   int row_dot_on(const T* a, const T* b, double* out, double* workspace, std::int64_t rows,       \
                  std::int64_t dim, void* stream) {                                                \
     return row_sums(Dot<T>{a, b, rows, dim}, out, workspace, static_cast<Stream>(stream));        \
+  }                                                                                               \
+  int patches_on(const PatchShape& s, const T* images, T* rows, void* stream) {                   \
+    return patches(s, images, rows, static_cast<Stream>(stream));                                 \
+  }                                                                                               \
+  int patches_transpose_on(const PatchShape& s, const T* rows, T* images, void* stream) {         \
+    return patches_transpose(s, rows, images, static_cast<Stream>(stream));                       \
+  }                                                                                               \
+  int batch_norm_on(const NormForward<T>& pass, void* stream) {                                   \
+    return batch_norm(pass, static_cast<Stream>(stream));                                         \
+  }                                                                                               \
+  int batch_norm_on(const NormBackward<T>& pass, void* stream) {                                  \
+    return batch_norm(pass, static_cast<Stream>(stream));                                         \
+  }                                                                                               \
+  int batch_norm_on(const NormDoubleBackward<T>& pass, void* stream) {                            \
+    return batch_norm(pass, static_cast<Stream>(stream));                                         \
   }
 IMAML_DEFINE(float)
 IMAML_DEFINE(double)
 #undef IMAML_DEFINE
 
+bool fits_patches(const PatchShape& s) { return fits_divisors(s); }
 std::int64_t sums_workspace(std::int64_t rows, std::int64_t dim, int sums) {
   return row_sums_workspace(rows, dim, sums);
 }

@@ -28,13 +28,23 @@ struct NormShape {
   std::int64_t tasks, rows, channels;
 };
 
+// [tasks, channels] whose rows may lie apart, as parameters do in rows of all parameters.
+template <typename T>
+struct TaskChannels {
+  const T* values;
+  std::int64_t gap;  // between the end of a row and the next one
+
+  // `at` is the entry's place in a contiguous tensor.
+  IMAML_INLINE T of(std::int64_t task, std::int64_t at) const { return values[at + task * gap]; }
+};
+
 template <typename T>
 struct NormForward {
   NormShape shape;
   double eps;
   const T* x;
-  const T* gamma;
-  const T* beta;
+  TaskChannels<T> gamma;
+  TaskChannels<T> beta;
   T* y;
   T* positive;  // max(y, 0), or null: not wanted
   T* mean;      // M x
@@ -47,8 +57,8 @@ struct NormBackward {
   bool relu;
   const T* g;
   const T* x;
-  const T* gamma;
-  const T* beta;
+  TaskChannels<T> gamma;
+  TaskChannels<T> beta;
   const T* mean;
   const T* scale;
   T* dx;
@@ -61,12 +71,12 @@ struct NormDoubleBackward {
   NormShape shape;
   bool relu;
   const T* a;
-  const T* b;
-  const T* c;
+  TaskChannels<T> b;
+  TaskChannels<T> c;
   const T* g;
   const T* x;
-  const T* gamma;
-  const T* beta;
+  TaskChannels<T> gamma;
+  TaskChannels<T> beta;
   const T* mean;
   const T* scale;
   T* to_g;
@@ -89,10 +99,16 @@ struct NormChannel {
   }
 };
 
-// `at` is the channel's place in tensors that have one entry a channel. `p` is one of the three.
+// A channel of a task: its place in contiguous tensors that have one entry a channel.
+struct NormPlace {
+  std::int64_t task, at;
+};
+
+// `p` is one of the three.
 template <template <typename> typename Pass, typename T>
-IMAML_INLINE NormChannel<T> norm_channel(const Pass<T>& p, std::int64_t at) {
-  return {p.mean[at], p.scale[at], p.gamma[at] * p.scale[at], p.beta[at]};
+IMAML_INLINE NormChannel<T> norm_channel(const Pass<T>& p, const NormPlace& place) {
+  const auto [task, at] = place;
+  return {p.mean[at], p.scale[at], p.gamma.of(task, at) * p.scale[at], p.beta.of(task, at)};
 }
 
 // NaN stays.
@@ -172,16 +188,18 @@ IMAML_INLINE double norm_mean_apg(const double (&mean)[5]) {  // M(a P g)
 }
 
 template <typename T>
-IMAML_INLINE NormSlopes<T> norm_slopes(const NormDoubleBackward<T>& p, std::int64_t at,
+IMAML_INLINE NormSlopes<T> norm_slopes(const NormDoubleBackward<T>& p, const NormPlace& place,
                                        const double (&mean)[5]) {
-  const double s = static_cast<double>(p.scale[at]), b = static_cast<double>(p.b[at]);
-  const double factor = static_cast<double>(p.gamma[at]) * s;
+  const auto [task, at] = place;
+  const T own_b = p.b.of(task, at);
+  const double s = static_cast<double>(p.scale[at]), b = static_cast<double>(own_b);
+  const double factor = static_cast<double>(p.gamma.of(task, at)) * s;
   return {static_cast<T>(mean[0]),
           static_cast<T>(mean[1]),
           static_cast<T>(mean[2]),
           static_cast<T>(mean[3]),
-          p.b[at],
-          p.c[at],
+          own_b,
+          p.c.of(task, at),
           static_cast<T>((b - factor * mean[2]) * s),
           static_cast<T>(-factor * s * mean[3]),
           static_cast<T>(-factor * s * norm_mean_apg(mean))};

@@ -51,7 +51,7 @@ struct PatchDivisors {
 template <typename Write>
 __device__ void for_elements(const Place& at, int64_t size, const Write& write) {
   const int64_t first = at.block * kThreads * kPatchItems + threadIdx.x;
-#pragma unroll
+#pragma unroll 2  // more would spill registers
   for (int k = 0; k < kPatchItems; ++k)
     if (first + k * kThreads < size) write(static_cast<std::uint32_t>(first + k * kThreads));
 }
@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// Whether an image's values can be numbered as the kernels do.
-inline bool fits_patches(const PatchShape& s) {
+// Whether the kernels can number an image's values: a Divisor takes 31 bits.
+inline bool fits_divisors(const PatchShape& s) {
   constexpr int64_t limit = int64_t{1} << 31;
   return s.rows_size() < limit && s.image_size() < limit && s.in_h + s.pad_h < limit &&
          s.in_w + s.pad_w < limit;

@@ -173,6 +173,7 @@ void fuzz_batch_norm(Draw& draw) {
                     .rows = draw.from(1, draw.chance(0.2) ? 200 : 20),
                     .channels = draw.from(1, 40)};
   NormProblem<T> problem(s, /*relu=*/draw.chance(0.5), draw.seed());
+  problem.gap = draw.chance(0.5) ? draw.from(0, 40) : 0;
   const bool spoilt = draw.chance(0.5);
   for (int64_t task = 0; spoilt && task < s.tasks; ++task) {
     for (auto* images : {&problem.x, &problem.g, &problem.a})

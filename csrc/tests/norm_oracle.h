@@ -11,6 +11,7 @@ struct NormProblem {
   NormShape shape;
   bool relu;
   double eps = 0.1;
+  int64_t gap = 0;  // other values between the tasks' gamma, beta, b and c
   std::vector<T> x, g, a, gamma, beta, b, c;
 
   NormProblem(const NormShape& s, bool relu, std::uint64_t seed) : shape(s), relu(relu) {
@@ -30,6 +31,16 @@ struct NormProblem {
   }
   std::size_t place(int64_t task, int64_t channel) const {
     return at(task * shape.channels + channel);
+  }
+
+  std::vector<T> spread(const std::vector<T>& channels) const {
+    std::vector<T> apart;
+    for (int64_t task = 0; task < shape.tasks; ++task) {
+      if (task > 0) apart.insert(apart.end(), at(gap), T(NAN));
+      const auto first = channels.begin() + task * shape.channels;
+      apart.insert(apart.end(), first, first + shape.channels);
+    }
+    return apart;
   }
 };
 
@@ -56,12 +67,14 @@ struct NormResults {
 template <typename T, typename Run>
 NormResults<T> run_norm_by(const NormProblem<T>& problem, const Run& run, std::size_t offset) {
   NormResults<T> got(problem);
+  const std::vector<T> gamma = problem.spread(problem.gamma), beta = problem.spread(problem.beta);
+  const std::vector<T> b = problem.spread(problem.b), c = problem.spread(problem.c);
   Operands operands(offset);
   NormForward<T> forward{.shape = problem.shape,
                          .eps = problem.eps,
                          .x = operands.in(problem.x),
-                         .gamma = operands.in(problem.gamma),
-                         .beta = operands.in(problem.beta),
+                         .gamma = {operands.in(gamma), problem.gap},
+                         .beta = {operands.in(beta), problem.gap},
                          .y = operands.out(got.y),
                          .positive = problem.relu ? operands.out(got.positive) : nullptr,
                          .mean = operands.out(got.mean),
@@ -82,8 +95,8 @@ NormResults<T> run_norm_by(const NormProblem<T>& problem, const Run& run, std::s
   run(NormDoubleBackward<T>{.shape = problem.shape,
                             .relu = problem.relu,
                             .a = operands.in(problem.a),
-                            .b = operands.in(problem.b),
-                            .c = operands.in(problem.c),
+                            .b = {operands.in(b), problem.gap},
+                            .c = {operands.in(c), problem.gap},
                             .g = backward.g,
                             .x = forward.x,
                             .gamma = forward.gamma,
