@@ -15,7 +15,7 @@ from imaml_ext.linear import (
     initial_status,
     squared_tolerance,
 )
-from imaml_ext.looking import is_recording, may_look
+from imaml_ext.looking import all_done, is_tracing, may_look
 from imaml_ext.ops import cg_step_, row_dot
 from imaml_ext.random import random_bits
 from imaml_ext.solution import Lanczos, Matvec, Solution, Status
@@ -60,7 +60,7 @@ class ConjugateGradient(LinearSolver):
     ) -> Solution:
         diagonal = None
         if self.preconditioner == "jacobi":
-            if is_recording():
+            if is_tracing():
                 raise RuntimeError(
                     "preconditioner='jacobi' cannot be compiled: its random probes overflow there"
                 )
@@ -106,7 +106,9 @@ def conjugate_gradient(
     """Solve `(H_i + Λ + damping I) x_i = b_i` for every row i, H_i symmetric.
 
     Nothing is decided for the batch as a whole: a row freezes when it is done, whatever the others
-    do. Besides the products, an iteration is one fused kernel. Nothing synchronises on CUDA.
+    do. Besides the products, an iteration is one fused kernel. On CUDA nothing synchronises in up
+    to 64 iterations, nor while they are recorded; a longer solve waits for the device every 64, to
+    see if all rows are done.
 
     Args:
         matvec: maps [B, D] to [B, D], row i by `H_i`; called at most `max_iter` times, and once
@@ -154,7 +156,7 @@ def conjugate_gradient(
         steps = torch.zeros_like(status)
         curvature, beta = rr.new_zeros(2, max_iter, b.shape[0])
     for k in range(max_iter):
-        if may_look(b) and not (status == Status.RUNNING).any():
+        if all_done(status, k):
             break
         hp = system.unfused(p)
         with torch.no_grad():

@@ -46,7 +46,7 @@ def compiled(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable
             result = function()
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
-    with recording():
+    with recording(tracing=True):
         graph = make_fx(tensors)()
     read = _lift_tensors(graph)
     operands = [tensor.detach() for tensor in read]

@@ -16,6 +16,7 @@ from imaml_ext.flat import Params
 from imaml_ext.meta_gradient import MetaGradient
 from imaml_ext.methods import Method
 from imaml_ext.recording import Capture, unrecorded
+from imaml_ext.snapshot import Snapshot
 from imaml_ext.solution import Status
 from imaml_ext.tasks import RecordableSource, TaskBatch, TaskSource
 
@@ -197,15 +198,25 @@ class DeviceStep:
             applied = (failed < 1) & ~self._refused
             for name, tensor in self.method.learned().items():
                 tensor.grad = gradients[name]
-            tensors = self._updated()
-            before = [tensor.clone() for tensor in tensors]
+            before = Snapshot(self._updated())
             self._update()
-            for tensor, old in zip(tensors, before, strict=True):
-                tensor.copy_(torch.where(applied, tensor, old))
+            before.restore(unless=applied)
             self._number.add_(1)
 
+    def _rehearse(self) -> None:
+        """The step, after which everything that it writes is as it was."""
+        learned = self.method.learned().values()
+        gradients = [tensor.grad for tensor in learned]
+        before = Snapshot([*self._updated(), self._records, self._refused, self._number])
+        try:
+            self._step()
+        finally:
+            before.restore()
+            for tensor, gradient in zip(learned, gradients, strict=True):
+                tensor.grad = gradient
+
     def _measure(self) -> tuple[Params, Tensor]:
-        """Gradients by name, and the record; without effect."""
+        """Gradients by name, and the record."""
         if isinstance(self.source, RecordableSource):
             batch = self.source.sample(self._number)
         else:
@@ -264,7 +275,7 @@ class DeviceStep:
             return
         self._perform = self._step  # frees the memory of a former recording
         try:
-            self._perform = self._capture(self._step, self._measure)
+            self._perform = self._capture(self._step, self._rehearse)
         except RuntimeError as error:
             self._give_up(str(error))
 

@@ -24,6 +24,7 @@ from imaml_ext.flat import Lam, Layout, Params, matrix_product
 from imaml_ext.inner import GradientDescent, InnerSolver
 from imaml_ext.inner.base import judge, new_status, unjudged
 from imaml_ext.linear import LinearSolver
+from imaml_ext.looking import is_recording, recording
 from imaml_ext.meta_gradient import (
     ImplicitMetaGradient,
     Nonfinite,
@@ -55,7 +56,9 @@ def implicit_meta_grad(
 ) -> ImplicitMetaGradient:
     """Adapt to a batch of tasks and differentiate the mean query loss through the adaptation.
 
-    Memory does not depend on the number of inner steps or of CG iterations. Nothing synchronises.
+    Memory does not depend on the number of inner steps or of CG iterations. On CUDA nothing
+    synchronises with solvers of up to 64 steps; longer ones wait for the device every 64, to see if
+    all tasks are done.
 
     Args:
         loss: `(params, data) -> scalar` for one task; see `module_loss`.
@@ -212,6 +215,7 @@ class _Adapt(torch.autograd.Function):
     ) -> Tensor:
         solution = solvers.inner.solve(Proximal(objective, theta.detach(), lam.detach()))
         ctx.precision = _autocast_of(theta.device.type)
+        ctx.looking = recording if is_recording() else nullcontext
         ctx.objective, ctx.solvers, ctx.second_moment = objective, solvers, solution.second_moment
         ctx.save_for_backward(theta, lam, solution.value, *shared)
         return solution.value
@@ -224,7 +228,8 @@ class _Adapt(torch.autograd.Function):
         problem = Proximal(ctx.objective, theta, lam)
         solution = replace(_given(phi, problem), second_moment=ctx.second_moment)
         psi: Params = {}
-        with ctx.precision():  # of the forward pass, wherever backward() is called
+        # As in the forward pass, wherever backward() is called; on CUDA another thread runs it.
+        with ctx.precision(), ctx.looking():
             _, inner, system = ctx.solvers.differentiate(problem, solution, v.contiguous())
             ok = ~failed_tasks(inner.residual, inner, system)
             if any(ctx.needs_input_grad[4:]):

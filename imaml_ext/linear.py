@@ -52,6 +52,9 @@ class LinearSolver(ABC):
     ) -> Solution:
         """Solve for every row of b [B, D], from x = 0; nothing is decided for the batch as a whole.
 
+        On an accelerator a solve of more than 64 iterations waits for the device every 64, to see
+        if all rows are done; not while it is recorded.
+
         Args:
             matvec: maps [B, D] to [B, D], row i by `H_i`, symmetric.
             b: right-hand sides, [B, D], float32 or float64.

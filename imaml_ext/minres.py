@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.linear import LinearSolver, System, finished, initial_status, squared_tolerance
-from imaml_ext.looking import may_look
+from imaml_ext.looking import all_done
 from imaml_ext.ops import row_dot
 from imaml_ext.solution import Lanczos, Matvec, Solution, Status
 
@@ -58,7 +58,7 @@ class MINRES(LinearSolver):
         cos = cos_old = torch.ones_like(norm)
         sin = sin_old = torch.zeros_like(norm)
         for k in range(self.max_iter):
-            if may_look(b) and not (status == Status.RUNNING).any():
+            if all_done(status, k):
                 break
             # Lanczos: A v = beta v_old + alpha v + beta_new v_new
             product = system.product(v)

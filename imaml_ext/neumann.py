@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.linear import LinearSolver, System, finished, initial_status, squared_tolerance
-from imaml_ext.looking import may_look
+from imaml_ext.looking import all_done
 from imaml_ext.ops import row_dot
 from imaml_ext.solution import Matvec, Solution, Status
 
@@ -57,8 +57,8 @@ class NeumannSeries(LinearSolver):
         tol2 = squared_tolerance(system.b, self.rtol, self.atol)
         status = initial_status(rr, tol2)
         steps = torch.zeros_like(status)
-        for _ in range(self.max_iter):
-            if may_look(x) and not (status == Status.RUNNING).any():
+        for k in range(self.max_iter):
+            if all_done(status, k):
                 break
             ar = system.product(r)
             curvature = row_dot(r, ar)

@@ -6,9 +6,10 @@ the host stays as it was then; what is to change between replays is a tensor, wr
 Source: torch's notes on CUDA graphs, "Whole-network capture".
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import Any, Protocol, TypeVar, cast
 
@@ -16,6 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from imaml_ext.compiling import compiled
+from imaml_ext.looking import recording
 from imaml_ext.meta_gradient import MetaGradient
 from imaml_ext.tasks import TaskBatch
 
@@ -32,10 +34,11 @@ class Capture(Protocol):
 
         Args:
             function: what to record.
-            rehearse: what `function` does, but for its effects; run before, any number of times.
+            rehearse: all of what `function` does, its effects undone; run before, any number of
+                times.
 
         Raises:
-            RuntimeError: it cannot be recorded. `function` has had no effect.
+            RuntimeError: it cannot be recorded. `function` has had no effect on any tensor.
         """
 
 
@@ -43,7 +46,7 @@ def cuda_graph(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callab
     """A CUDA graph of `function` on the current device, in a memory pool of its own; a `Capture`.
 
     Recording waits for the device; replaying does not. A replay returns the same tensors as the
-    one before, with new values.
+    one before, with new values. Random numbers go on as if nothing had been rehearsed.
 
     Args:
         function, rehearse: as in `Capture`.
@@ -51,20 +54,10 @@ def cuda_graph(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callab
     Raises:
         RuntimeError: something in it synchronises, or cannot be captured; the message says why.
     """
-    caller, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-    try:
-        stream.wait_stream(caller)
-        with torch.cuda.stream(stream):
-            for _ in range(_REHEARSALS - 1):
-                rehearse()
-            # What synchronises is found here: a capture that fails can leave the generator of
-            # random numbers unusable.
-            with _synchronising_raises():
-                rehearse()
-        caller.wait_stream(stream)
+    stream = torch.cuda.Stream()
+    with recording():
+        _rehearse(rehearse, stream)
         graph, result = _captured(function, stream)
-    finally:
-        torch.cuda.set_stream(caller)  # which a capture that fails does not restore
 
     def replay() -> T:
         graph.replay()
@@ -74,14 +67,54 @@ def cuda_graph(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callab
     return replay
 
 
-def _captured(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Any, T]:
-    graph = torch.cuda.CUDAGraph()
-    torch.clear_autocast_cache()  # casts of the rehearsals, which will be freed
+def _rehearse(work: Callable[[], Any], stream: torch.cuda.Stream) -> None:
+    caller = torch.cuda.current_stream()
+    stream.wait_stream(caller)
     try:
-        with torch.cuda.graph(graph, stream=stream):
-            return graph, function()
-    except RuntimeError as error:  # ending a capture that failed hides why it did
-        raise RuntimeError(str(error.__context__ or error)) from error
+        random = torch.random.fork_rng([torch.cuda.current_device()], device_type="cuda")
+        with torch.cuda.stream(stream), random:
+            for _ in range(_REHEARSALS - 1):
+                work()
+            # What synchronises is found here: a capture that fails costs more to recover from.
+            with _synchronising_raises():
+                work()
+    finally:
+        caller.wait_stream(stream)  # it may still undo what it wrote
+
+
+def _captured(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Any, T]:
+    caller, cause = torch.cuda.current_stream(), None
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    torch.clear_autocast_cache()  # casts of the rehearsals, which will be freed
+    gc.collect()  # a CUDA graph that is destroyed during a capture may invalidate it
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            try:
+                return graph, function()
+            except Exception as error:
+                cause = error
+                raise
+    except RuntimeError as error:
+        torch.cuda.set_stream(caller)
+        _leave_capture(pool, stream)
+        # Ending a capture that failed raises too, which hides why it did.
+        raise RuntimeError(str(cause or error)) from error
+    finally:
+        torch.clear_autocast_cache()  # casts in the graph's memory
+
+
+def _leave_capture(pool: Any, stream: torch.cuda.Stream) -> None:
+    """Put right what a capture that failed leaves behind in torch 2.10, and partly in later ones.
+
+    The allocator goes on as if it were capturing, and ends the process when a memory pool is
+    destroyed; the default generator refuses to draw.
+    """
+    with suppress(RuntimeError):  # torch has done it
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):  # whose end frees the generator
+        torch.zeros((), device="cuda")
 
 
 def unrecorded(function: Callable[[], T], rehearse: Callable[[], Any]) -> Callable[[], T]:
@@ -145,11 +178,15 @@ class RecordedMetaGradient:
 
 @contextmanager
 def _synchronising_raises() -> Iterator[None]:
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
+    before = torch.cuda.get_sync_debug_mode()
+    _set_sync_debug_mode("error")
     try:
         yield
     finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
         torch.cuda.set_sync_debug_mode(mode)

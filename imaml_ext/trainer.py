@@ -41,7 +41,7 @@ class Trainer:
 
     On CUDA the whole meta-step is recorded once and replayed, and nothing in it synchronises; see
     docs/recording.md for what it asks of the model, the source and the optimizer, and what happens
-    where they cannot give it.
+    where they cannot give it: unrecorded, long solves wait for the device now and then.
 
     Args:
         method: owns what is learned.

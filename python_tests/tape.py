@@ -8,23 +8,33 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from imaml_ext.looking import recording
+
 
 class Tape:
     """A `Capture` that keeps what CUDA graphs keep: operators, memory, and numbers from the host.
 
     Recording leaves memory as it was, as if nothing had run.
+
+    Args:
+        refuses: an operator that cannot be recorded: there the recording breaks off, with what a
+            CUDA library would say.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, refuses: Any = None) -> None:
         self.recordings = self.replays = 0
+        self.refuses = refuses
 
     def __call__(self, function: Callable[[], Any], rehearse: Callable[[], Any]) -> Callable:
-        rehearse()
-        writing = _Writing()
-        with writing:
-            result = function()
-        for storage, content in writing.before.values():
-            storage.copy_(content)
+        with recording():
+            rehearse()
+            writing = _Writing(self.refuses)
+            try:
+                with writing:
+                    result = function()
+            finally:
+                for storage, content in writing.before.values():
+                    storage.copy_(content)
         self.recordings += 1
 
         def replay() -> Any:
@@ -38,14 +48,17 @@ class Tape:
 
 
 class _Writing(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, refuses: Any) -> None:
         super().__init__()
+        self.refuses = refuses
         self.calls: list[tuple] = []
         self.before: dict[int, tuple] = {}  # what was there before, and was written
         self._own: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is self.refuses:
+            raise RuntimeError(f"cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR in {func}\n(more)")
         for tensor in _written(func, args, kwargs):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._own | self.before.keys():

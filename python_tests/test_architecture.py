@@ -9,8 +9,9 @@ import imaml_ext
 
 # From the ground up; a room imports from rooms below it only.
 FLOORS = [
-    {"_version", "blame", "files", "looking", "random"},
-    {"ops", "solution", "flat", "checkpoint", "compiling", "data.cache", "logs"},
+    {"_version", "blame", "files", "random", "snapshot", "solution"},
+    {"looking"},
+    {"ops", "flat", "checkpoint", "compiling", "data.cache", "logs"},
     {"layers", "models", "presets"},
     {"objective", "linear", "strength"},
     {"cg", "minres", "neumann", "proximal", "shared"},

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import vmap
+from trainings import on_the_device
 
 from imaml_ext import (
     IMAML,
@@ -159,7 +160,8 @@ def test_training_under_autocast_follows_training_without(half, device):
             module_loss(model, nn.functional.mse_loss), params, lam=1.0,
             inner=GradientDescent(lr=0.05, steps=8),
         )  # fmt: skip
-        trainer = Trainer(method, Source(), torch.optim.SGD(params.values(), lr=0.1))
+        sgd = on_the_device(torch.optim.SGD, params.values(), lr=0.1)
+        trainer = Trainer(method, Source(), sgd)
         start = [p.detach().clone() for p in params.values()]
         with torch.autocast(device.type, dtype=half, enabled=enabled):
             for _ in range(10):

@@ -22,7 +22,7 @@ from trainings import (
     state_of,
 )
 
-from imaml_ext import IMAML, MAML, External, ProximalStrength, Trainer
+from imaml_ext import IMAML, MAML, ProximalStrength, Trainer
 from imaml_ext.device_step import DeviceStep
 from imaml_ext.recording import cuda_graph, unrecorded
 from imaml_ext.trainer import NonfiniteError
@@ -261,6 +261,58 @@ def test_what_is_replaced_is_recorded_anew(device, capture):
         assert capture.recordings == 5
 
 
+@pytest.mark.parametrize("poisoned", [False, True])
+@pytest.mark.parametrize("nonfinite", ["refuse", "skip"])
+def test_a_rehearsal_is_the_whole_step_and_changes_nothing(poisoned, nonfinite, device):
+    rehearsed = []
+
+    def watching(function, rehearse):
+        step, optimizer = trainer._device_step, trainer.optimizer
+        hook = optimizer.register_step_post_hook(lambda *_: rehearsed.append("an update"))
+        gradients = [t.grad for t in trainer.method.learned().values()]
+
+        def everything():
+            tensors = [*state_of(trainer), *gradients]
+            tensors += [step._records, step._refused, step._number, step._rates[0]]
+            return [t.detach().cpu().numpy().tobytes() for t in tensors]
+
+        before = everything()
+        rehearse()
+        rehearse()
+        hook.remove()
+        assert everything() == before
+        now = [t.grad for t in trainer.method.learned().values()]
+        assert all(a is b for a, b in zip(now, gradients, strict=True))
+        return function
+
+    source = PoisonedOnTheDevice(device, 1 if poisoned else -1)
+    trainer = make_trainer(
+        device, watching, source=source, method=make_method(device, nonfinite=nonfinite)
+    )
+    trainer.step()
+    trainer.step()
+    assert rehearsed == ["an update"] * 2
+
+
+def test_a_rehearsal_that_fails_changes_nothing(device):
+    def breaks_off(function, rehearse):
+        # In the middle of the update, when some of the state is written.
+        hook = trainer.optimizer.register_step_post_hook(fails)
+        before = state_of(trainer)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            rehearse()
+        hook.remove()
+        assert_close(state_of(trainer), before, rtol=0, atol=0)
+        return function
+
+    def fails(*_):
+        raise RuntimeError("called a synchronizing operation")
+
+    trainer = make_trainer(device, breaks_off)
+    trainer.step()
+    trainer.step()
+
+
 # ---- where it cannot be ----------------------------------------------------------------------
 
 
@@ -277,6 +329,26 @@ def test_what_cannot_be_recorded_is_run_as_it_is_and_says_so_once(device):
         trainer.step()
     for _ in range(6):
         expected.step()
+    assert_same_training(trainer, expected)
+
+
+def test_a_dense_strength_that_cannot_be_recorded_is_trained_as_it_is(device):
+    # Its Cholesky factor is a library's call, which a capture may refuse.
+    def make():
+        method = make_method(device)
+        strength = ProximalStrength(method.params, form="dense")
+        return IMAML(method.loss, method.params, lam=strength, inner=method.inner)
+
+    tape = Tape(refuses=torch.ops.aten.linalg_cholesky_ex.default)
+    trainer, expected = (make_trainer(device, c, method=make()) for c in (tape, None))
+    trainer.step()
+    with pytest.warns(UserWarning, match="run without recording them: cusolver error.*cholesky"):
+        trainer.step()
+    for _ in range(3):
+        trainer.step()
+    for _ in range(5):
+        expected.step()
+    assert tape.recordings == 0
     assert_same_training(trainer, expected)
 
 
@@ -362,63 +434,3 @@ def test_fused_sgd_is_decided_on_the_device(momentum, device):
 def test_reading_less_than_every_step_is_refused():
     with pytest.raises(ValueError, match="read_every must be at least 1, got 0"):
         make_trainer("cpu", read_every=0)
-
-
-# ---- on CUDA ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cuda(device):
-    if device.type != "cuda":
-        pytest.skip("about CUDA")
-    return device
-
-
-@pytest.fixture
-def synchronising_raises(cuda):
-    """A context in which whatever waits for the device raises."""
-
-    class Context:
-        def __enter__(self):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the mode is a prototype
-                torch.cuda.set_sync_debug_mode("error")
-
-        def __exit__(self, *_):
-            torch.cuda.set_sync_debug_mode("default")
-
-    return Context()
-
-
-@pytest.mark.parametrize("kind", [cuda_graph, unrecorded])
-def test_a_step_on_cuda_does_not_synchronise(kind, cuda, synchronising_raises):
-    trainer = make_trainer(cuda, kind)
-    trainer.step()
-    trainer.step()  # recorded here
-    with synchronising_raises:
-        for _ in range(5):
-            trainer.step()
-    assert len(trainer.history) == 7
-
-
-def test_on_cuda_the_default_is_to_record(cuda):
-    trainer = Trainer(make_method(cuda), sinusoid(cuda))
-    assert trainer.capture is cuda_graph
-    assert trainer.optimizer.param_groups[0]["capturable"]
-
-
-def test_an_inner_solver_that_looks_falls_back_on_cuda(cuda):
-    def solve(problem):
-        phi = problem.start()
-        if phi.sum().item() > -1e9:
-            phi = 0.9 * phi
-        return phi
-
-    method = make_method(cuda)
-    method.inner = External(solve)
-    trainer = make_trainer(cuda, cuda_graph, method=method)
-    trainer.step()
-    with pytest.warns(UserWarning, match="run without recording them: .*synchroniz"):
-        trainer.step()
-    trainer.step()
-    assert all(record["failed"] == 0 for record in trainer.history)

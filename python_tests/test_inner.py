@@ -1,5 +1,7 @@
 """Inner solvers against torch.optim, SciPy and the optimality condition."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -125,8 +127,9 @@ def test_a_single_task_with_a_single_parameter(solver, dtype, device):
     objective = Objective(loss, layout, x)
     proximal = Proximal(objective, layout.flatten(params), x.new_full((1,), 1.0))
     if isinstance(solver, HessianFree):  # a plain callable has no outputs to linearise
-        solver = HessianFree(steps=60, cg=ConjugateGradient(max_iter=5), tol=1e-8)
-    got = solver.solve(proximal)
+        solver = HessianFree(steps=60, cg=ConjugateGradient(max_iter=5))
+    got = replace(solver, tol=1e-5 if dtype == torch.float32 else 1e-8).solve(proximal)
+    assert got.status.item() == Status.CONVERGED
     # 2 (w - 1.5) + w = 0
     tolerance = 1e-4 if dtype == torch.float32 else 1e-8
     torch.testing.assert_close(got.value[0, 0].item(), 1.0, rtol=0, atol=tolerance)
@@ -134,8 +137,6 @@ def test_a_single_task_with_a_single_parameter(solver, dtype, device):
 
 @pytest.mark.parametrize("solver", TO_THE_END.values(), ids=list(TO_THE_END))
 def test_no_steps_stay_at_theta(solver, device):
-    from dataclasses import replace
-
     _, proximal = setting(device)
     got = replace(solver, steps=0).solve(proximal)
     assert torch.equal(got.value, proximal.theta.expand(4, -1))
@@ -223,7 +224,7 @@ def test_adams_moments_reach_the_preconditioner(device):
     problem = regression(3, device)
     out = implicit_meta_grad(
         problem.loss, problem.params, problem.support, problem.query, lam=1.5,
-        inner=Adam(lr=0.01, steps=6000, tol=1e-10),
+        inner=Adam(lr=0.05, steps=6000, tol=1e-10),
         cg=ConjugateGradient(max_iter=200, rtol=1e-11, preconditioner="adam"),
     )  # fmt: skip
     want = implicit_meta_grad(
@@ -244,8 +245,6 @@ def test_adams_moments_reach_the_preconditioner(device):
     "solver", [HessianFree(steps=8), LBFGS(steps=8)], ids=["hessian-free", "lbfgs"]
 )
 def test_every_step_of_a_line_search_lowers_the_objective(solver, make, device):
-    from dataclasses import replace
-
     _, proximal = setting(device, make=make)
     values = [proximal.values(proximal.start())]
     for steps in range(1, 9):

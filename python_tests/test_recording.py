@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tape import Tape
 from trainings import assert_close, make_method, sinusoid
 
 from imaml_ext import (
@@ -12,6 +13,7 @@ from imaml_ext import (
     TaskBatch,
     Trainer,
     implicit_meta_grad,
+    looking,
 )
 from imaml_ext.data import Sinusoid
 from imaml_ext.recording import cuda_graph, unrecorded
@@ -65,6 +67,15 @@ def test_a_batch_of_another_shape_is_refused_and_nothing_is_written(device, capt
     assert_close(recorded(batch).params.values(), before, rtol=0, atol=0)
 
 
+def test_a_dense_strength_that_cannot_be_recorded_says_so(device):
+    method = make_method(device)
+    size = method.layout.dim
+    method.lam = 2 * torch.eye(size, dtype=torch.float64, device=device)
+    tape = Tape(refuses=torch.ops.aten.linalg_cholesky_ex.default)
+    with pytest.raises(RuntimeError, match=r"cusolver error.*linalg_cholesky_ex"):
+        RecordedMetaGradient(method.meta_gradient, sinusoid(device, 2).sample(0), capture=tape)
+
+
 def test_a_cuda_graph_needs_cuda():
     method, batch = make_method("cpu"), Sinusoid(tasks=2).sample(0)
     with pytest.raises(RuntimeError, match="needs a batch on CUDA, got one on cpu"):
@@ -75,10 +86,16 @@ def test_a_cuda_graph_needs_cuda():
 
 
 class CudaOnPaper:
-    """torch.cuda's part in recording, written down."""
+    """torch.cuda's part in recording, written down.
 
-    def __init__(self, monkeypatch):
-        self.log, self.current, self.mode = [], "caller", 0
+    Args:
+        ends_late: whether a capture that fails leaves the allocator to whoever began it, as up to
+            torch 2.11, or ends that before it raises.
+    """
+
+    def __init__(self, monkeypatch, ends_late=True):
+        self.log, self.current, self.mode, self.ends_late = [], "caller", 0, ends_late
+        self.allocates_to, self.generator_captures, self.random = None, False, 7
         paper = self
 
         class Stream:
@@ -103,58 +120,110 @@ class CudaOnPaper:
                 paper.log.append("replay")
 
         class Capture(Within):
-            def __init__(self, graph, stream):
+            def __init__(self, graph, pool="its own", stream=None):
                 super().__init__(stream)
+                self.pool = pool
 
             def __enter__(self):
                 super().__enter__()
                 paper.log.append("begin")
+                paper.allocates_to, paper.generator_captures = self.pool, True
 
             def __exit__(self, kind, *_):
                 if kind is not None:  # as torch: the stream stays, and this error hides the cause
+                    if not paper.ends_late:
+                        paper.allocates_to = None
                     raise RuntimeError("operation failed due to a previous error during capture")
                 super().__exit__()
                 paper.log.append("end")
+                paper.allocates_to, paper.generator_captures = None, False
+
+        def end_allocation(device, pool):
+            if paper.allocates_to != pool:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            paper.allocates_to = None
 
         fakes = {
             "Stream": Stream,
             "stream": Within,
             "CUDAGraph": Graph,
             "graph": Capture,
-            "current_stream": lambda: Stream("caller"),
+            "graph_pool_handle": lambda: (0, 5),
+            "current_device": lambda: 3,
+            "current_stream": lambda: Stream(self.current),
             "set_stream": lambda stream: setattr(self, "current", stream.name),
             "get_sync_debug_mode": lambda: self.mode,
             "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
+            "get_rng_state": lambda device: self.random,
+            "set_rng_state": lambda state, device: setattr(self, "random", state),
         }
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocation, raising=False)
+        monkeypatch.setattr(
+            torch._C, "_cuda_releasePool", lambda *of: self.log.append(f"release {of}"),
+            raising=False,
+        )  # fmt: skip
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **kw: zeros(*size, **kw))
+
+    def is_left_as_it_was(self):
+        at_rest = self.allocates_to is None and not self.generator_captures
+        return at_rest and (self.current, self.mode, self.random) == ("caller", 0, 7)
 
 
 def test_a_cuda_graph_is_rehearsed_on_its_stream_then_captured(monkeypatch):
     paper = CudaOnPaper(monkeypatch)
-    replay = cuda_graph(
-        lambda: paper.log.append(f"run on {paper.current}") or "result",
-        lambda: paper.log.append(f"rehearse on {paper.current}, {paper.mode}"),
-    )
+
+    def rehearse():
+        paper.random += 1
+        assert looking.is_recording()
+        paper.log.append(f"rehearse on {paper.current}, {paper.mode}")
+
+    def function():
+        assert paper.random == 7
+        assert looking.is_recording()
+        paper.log.append(f"run on {paper.current}, into {paper.allocates_to}")
+        return "result"
+
+    replay = cuda_graph(function, rehearse)
     rehearsed = ["rehearse on side, 0"] * 2 + ["rehearse on side, error"]
-    around = ["side waits", *rehearsed, "caller waits", "begin", "run on side", "end"]
+    around = ["side waits", *rehearsed, "caller waits"]
+    around += ["begin", "run on side, into (0, 5)", "end"]
     assert paper.log == around
+    assert not looking.is_recording()
     assert replay() == "result"
     assert paper.log == [*around, "replay"]
-    assert (paper.current, paper.mode) == ("caller", 0)
+    assert paper.is_left_as_it_was()
 
 
-@pytest.mark.parametrize("place", ["rehearsal", "capture"])
-def test_a_capture_that_fails_says_why_and_leaves_no_trace(place, monkeypatch):
-    paper = CudaOnPaper(monkeypatch)
+@pytest.mark.parametrize("ends_late", [True, False], ids=["torch 2.11", "torch 2.13"])
+def test_a_capture_that_fails_says_why_and_leaves_no_trace(ends_late, monkeypatch):
+    paper = CudaOnPaper(monkeypatch, ends_late)
 
     def fails():
         raise RuntimeError("the cause")
 
-    arguments = (fails, lambda: None) if place == "capture" else (lambda: None, fails)
     with pytest.raises(RuntimeError, match=r"^the cause$"):
-        cuda_graph(*arguments)
-    assert (paper.current, paper.mode) == ("caller", 0)
+        cuda_graph(fails, lambda: None)
+    assert paper.is_left_as_it_was()
+    # Where torch has ended the allocation itself, releasing its pool is torch's too.
+    released = ["release (3, (0, 5))"] if ends_late else []
+    assert paper.log == ["side waits", "caller waits", "begin", *released, "begin", "end"]
+    assert not looking.is_recording()
+
+
+def test_a_rehearsal_that_fails_says_why_and_is_waited_for(monkeypatch):
+    paper = CudaOnPaper(monkeypatch)
+
+    def fails():
+        paper.random += 1
+        raise RuntimeError("the cause")
+
+    with pytest.raises(RuntimeError, match=r"^the cause$"):
+        cuda_graph(lambda: None, fails)
+    assert paper.log == ["side waits", "caller waits"]
+    assert paper.is_left_as_it_was()
 
 
 # ---- compiled, on the CPU ---------------------------------------------------------------------

@@ -24,6 +24,13 @@ def sinusoid(device, tasks=6, **settings):
     return Sinusoid(tasks=tasks, device=device, dtype=torch.float64, **settings)
 
 
+def on_the_device(optimizer, params, **settings):
+    """An optimizer of this class whose steps a GPU decides by itself; elsewhere as it comes."""
+    params = list(params)
+    name = "fused" if optimizer is torch.optim.SGD else "capturable"
+    return optimizer(params, **settings, **{name: True} if params[0].is_cuda else {})
+
+
 def make_trainer(
     device, capture=None, *, source=None, decay=0.5, method=None, capturable=True, **settings
 ):

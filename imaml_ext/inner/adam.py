@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from imaml_ext.inner.base import InnerSolver, all_done, check_settings, judge, new_status, unjudged
+from imaml_ext.inner.base import InnerSolver, check_settings, judge, new_status, unjudged
+from imaml_ext.looking import all_done
 from imaml_ext.ops import prox_adam_
 from imaml_ext.proximal import Proximal
 from imaml_ext.solution import Solution, Status
@@ -52,7 +53,7 @@ class Adam(InnerSolver):
             _, gradient = problem.objective.gradient(phi)
             if self.tol is not None:
                 status = judge(status, problem.residual(phi, gradient), self.tol)
-                if all_done(status):
+                if all_done(status, step - 1):
                     break
             prox_adam_(
                 phi, problem.unfused(phi, gradient), problem.theta, problem.fused, lr=self.lr,

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from imaml_ext.flat import check_integer
-from imaml_ext.looking import may_look
 from imaml_ext.proximal import Proximal
 from imaml_ext.solution import Solution, Status
 
@@ -28,6 +27,9 @@ class InnerSolver(ABC):
     def solve(self, problem: Proximal) -> Solution:
         """Adapt the problem's tasks.
 
+        On an accelerator a solve of more than 64 steps waits for the device every 64, to see if all
+        tasks are done; not while it is recorded.
+
         Args:
             problem: G_i of every task.
 
@@ -43,11 +45,6 @@ def judge(status: Tensor, residual: Tensor, tol: float | None) -> Tensor:
         arrived = (status == Status.RUNNING) & (residual <= tol)
         status = torch.where(arrived, Status.CONVERGED, status)
     return torch.where(residual.isfinite(), status, Status.NONFINITE).to(torch.int32)
-
-
-def all_done(status: Tensor) -> bool:
-    """Whether no task is RUNNING; not asked on an accelerator, where looking would synchronise."""
-    return may_look(status) and not bool((status == Status.RUNNING).any())
 
 
 def unjudged(phi: Tensor, status: Tensor, steps: Tensor) -> Solution:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from imaml_ext.inner.base import InnerSolver, all_done, check_settings, judge, new_status, unjudged
+from imaml_ext.inner.base import InnerSolver, check_settings, judge, new_status, unjudged
+from imaml_ext.looking import all_done
 from imaml_ext.ops import prox_gd_
 from imaml_ext.proximal import Proximal
 from imaml_ext.solution import Solution, Status
@@ -70,11 +71,11 @@ class GradientDescent(InnerSolver):
         velocity = torch.zeros_like(phi) if self.momentum else None
         status = new_status(problem)
         steps = torch.zeros_like(status)
-        for _ in range(self.steps):
+        for step in range(self.steps):
             _, gradient = problem.objective.gradient(phi)
             if self.tol is not None:
                 status = judge(status, problem.residual(phi, gradient), self.tol)
-                if all_done(status):
+                if all_done(status, step):
                     break
             prox_gd_(
                 phi, problem.unfused(phi, gradient), problem.theta, problem.fused, lr=self.lr,

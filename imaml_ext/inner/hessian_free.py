@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from imaml_ext.cg import ConjugateGradient
-from imaml_ext.inner.base import InnerSolver, all_done, check_settings, judge, new_status, unjudged
+from imaml_ext.inner.base import InnerSolver, check_settings, judge, new_status, unjudged
 from imaml_ext.inner.line_search import Backtracking, rounding_of
+from imaml_ext.looking import all_done
 from imaml_ext.ops import row_dot
 from imaml_ext.proximal import Proximal
 from imaml_ext.solution import Matvec, Solution, Status
@@ -56,12 +57,12 @@ class HessianFree(InnerSolver):
         status = new_status(problem)
         steps = torch.zeros_like(status)
         damping = torch.full_like(steps, self.damping, dtype=torch.float64)
-        for _ in range(self.steps):
+        for step in range(self.steps):
             at_phi = problem.objective.linearise(phi, self.cg.curvature)
             value, gradient = problem.complete(phi, at_phi.losses, at_phi.gradient)
             norm = row_dot(gradient, gradient).sqrt()
             status = judge(status, norm, self.tol)
-            if all_done(status):
+            if all_done(status, step):
                 break
             damped = _damped(at_phi.matvec, damping[:, None].to(phi.dtype))
             direction = self.cg.solve(damped, -gradient, problem.lam).value

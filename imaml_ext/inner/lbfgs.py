@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from imaml_ext.flat import check_integer
-from imaml_ext.inner.base import InnerSolver, all_done, check_settings, judge, new_status, unjudged
+from imaml_ext.inner.base import InnerSolver, check_settings, judge, new_status, unjudged
 from imaml_ext.inner.line_search import Backtracking
+from imaml_ext.looking import all_done
 from imaml_ext.ops import row_dot
 from imaml_ext.proximal import Proximal
 from imaml_ext.solution import Solution, Status
@@ -60,7 +61,7 @@ class LBFGS(InnerSolver):
         remembers = torch.zeros_like(status, dtype=torch.bool)
         for step in range(self.steps):
             status = judge(status, row_dot(gradient, gradient).sqrt(), self.tol)
-            if all_done(status):
+            if all_done(status, step):
                 break
             direction = -_two_loops(gradient, pairs, gamma)
             slope = row_dot(gradient, direction)
