@@ -78,7 +78,7 @@ class _Unrolled(Method):
             phi, _ = self._descend(problem, start, theta, velocity, lr, last)
             losses = judged.losses(phi)
             leaves = [theta] if log_lr is None else [theta, log_lr]
-            with problem.objective.naming_layers(phi):
+            with problem.objective.computing(phi):
                 gradients = torch.autograd.grad(
                     losses.sum(), leaves, allow_unused=True, materialize_grads=True
                 )

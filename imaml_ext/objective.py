@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from imaml_ext.blame import check_differentiable_twice, explain, title
 from imaml_ext.flat import Layout, Params
 from imaml_ext.layers import task_layers
+from imaml_ext.precision import one_precision
 from imaml_ext.solution import CurvatureKind, Matvec
 
 Loss = Callable[[Params, Any], Tensor]
@@ -132,13 +133,13 @@ class Objective:
 
     def losses(self, rows: Tensor) -> Tensor:
         """[B] from [B, D]."""
-        with self.naming_layers(rows):
+        with self.computing(rows):
             return self._for_each_task(self._one_loss, rows, self.data)
 
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [B] and gradients [B, D]."""
         leaf, losses = self._record(self.losses, rows)
-        with self.naming_layers(rows):
+        with self.computing(rows):
             return losses.detach(), _vjp(losses, leaf, torch.ones_like(losses))
 
     def differentiable_gradient(self, rows: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class Objective:
             return self.gradient(rows)[1]
         at = rows if rows.requires_grad else rows.detach().requires_grad_()
         losses = self.losses(at)
-        with self.naming_layers(rows):
+        with self.computing(rows):
             if not self._checked:  # once, of the graphs that may be chained to thousands
                 check_differentiable_twice(losses, at)
                 self._checked = True
@@ -159,23 +160,25 @@ class Objective:
         The graph of the gradient is recorded once; each product is then one backward pass through
         it. It lives as long as `matvec` does.
         """
-        with self.naming_layers(rows):
+        with self.computing(rows):
             at = self._hessian(rows) if kind == "hessian" else self._gauss_newton(rows)
 
         def matvec(vector: Tensor) -> Tensor:
-            with self.naming_layers(rows):
+            with self.computing(rows):
                 return at.matvec(vector)
 
         return at._replace(matvec=matvec)
 
     @contextmanager
-    def naming_layers(self, rows: Tensor) -> Iterator[None]:
-        """Raises RuntimeError that names the layer which PyTorch cannot batch or differentiate.
+    def computing(self, rows: Tensor) -> Iterator[None]:
+        """What functions of rows [B, D] are computed and differentiated in.
 
-        What is differentiated is a function of rows [B, D].
+        Raises:
+            RuntimeError: names the layer which PyTorch cannot batch or differentiate.
         """
         try:
-            yield
+            with one_precision(self.layout.device):
+                yield
         except RuntimeError as error:
             explanation = explain(error, lambda: self._example(rows))
             if explanation is None:

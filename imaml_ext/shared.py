@@ -68,7 +68,7 @@ def _gradient(
     data = pytree.tree_map(lambda leaf: leaf[stand_in], objective.data)
     phi = phi[stand_in]
     psi = {name: t.detach().requires_grad_() for name, t in objective.shared.items()}
-    with torch.enable_grad(), objective.naming_layers(phi):
+    with torch.enable_grad(), objective.computing(phi):
         at_psi = Objective(objective.loss, objective.layout, data, shared=psi)
         value = total(at_psi, phi)
         if not value.requires_grad:

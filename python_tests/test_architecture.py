@@ -9,7 +9,7 @@ import imaml_ext
 
 # From the ground up; a room imports from rooms below it only.
 FLOORS = [
-    {"_version", "blame", "files", "random", "snapshot", "solution"},
+    {"_version", "blame", "files", "precision", "random", "snapshot", "solution"},
     {"looking"},
     {"ops", "flat", "checkpoint", "compiling", "data.cache", "logs"},
     {"layers", "models", "presets"},
