@@ -188,13 +188,12 @@ class BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, positive: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, *others = batch_norm(x, gamma, beta, eps, positive)
-        _, mean, scale = others
+        y, positive_part, mean, scale = batch_norm(x, gamma, beta, eps, positive)
         ctx.save_for_backward(x, gamma, beta, mean, scale)
-        ctx.mark_non_differentiable(*others)
+        ctx.mark_non_differentiable(positive_part, mean, scale)
         ctx.set_materialize_grads(False)
         ctx.eps = eps
-        return y, *others
+        return y, positive_part, mean, scale
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: None) -> Any:
@@ -324,7 +323,8 @@ def _conv2d_of_patches(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Win
         (x.shape[side + 2] + 2 * window[side + 2] - kernel[side]) // window[side] + 1
         for side in (0, 1)
     )
-    return y.unflatten(1, (x.shape[1], height, width)).permute(0, 1, 4, 2, 3)
+    images: Tensor = y.unflatten(1, (x.shape[1], height, width))
+    return images.permute(0, 1, 4, 2, 3)
 
 
 class _Form(NamedTuple):

@@ -7,6 +7,7 @@ cuDNN's convolutions and recurrent layers are TF32 by default. Here that one set
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -17,7 +18,8 @@ def one_precision(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    layers = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    cudnn: Any = torch.backends.cudnn
+    layers = cudnn.conv, cudnn.rnn
     before = [layer.fp32_precision for layer in layers]
     chosen = torch.backends.cuda.matmul.fp32_precision
     for layer in layers:
