@@ -54,6 +54,23 @@ def build_info() -> dict[str, str]:
     return dict(_extension.build_info())
 
 
+def cluster_occupancy(dim: int, dtype: torch.dtype, rows: int) -> tuple[int, dict[int, int]]:
+    """How `cg_step_` works on [rows, dim] on the current CUDA device, without a preconditioner.
+
+    Returns:
+        The blocks of the cluster that works on a row, 0 where it takes three launches; and by the
+        number of blocks how many rows the device works on at a time, 0 where that many blocks are
+        no choice.
+
+    Raises:
+        RuntimeError: built without CUDA.
+    """
+    if not hasattr(_extension, "cg_occupancy"):
+        raise RuntimeError("cluster_occupancy: imaml_ext was built without CUDA kernels")
+    blocks, at_a_time = _extension.cg_occupancy(rows, dim, dtype == torch.float64)
+    return blocks, at_a_time
+
+
 def _fake(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers what the operator gives without memory: in a compiled graph, and on "meta".
 

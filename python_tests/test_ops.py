@@ -478,3 +478,13 @@ def test_a_missing_or_stale_extension_names_the_remedy(stub, message, tmp_path):
     assert result.returncode == 1
     assert "ImportError: imaml_ext: " in result.stderr
     assert message in result.stderr
+
+
+@pytest.mark.skipif(not hasattr(ops._extension, "cg_occupancy"), reason="built without CUDA")
+def test_how_a_row_is_worked_on_can_be_asked():
+    blocks, at_a_time = ops.cluster_occupancy(113221, torch.float32, 16)
+    assert list(at_a_time) == [1, 2, 4, 8, 16]
+    if torch.cuda.is_available():
+        assert blocks == 0 or at_a_time[blocks] > 0
+    else:
+        assert (blocks, sum(at_a_time.values())) == (0, 0)

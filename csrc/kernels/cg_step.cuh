@@ -329,12 +329,26 @@ __global__ void __launch_bounds__(kThreads) cg_direction_kernel(CgArgs<T> a, CgW
 
 // ---- either ----------------------------------------------------------------------------------
 
+template <bool kPreconditioned, typename T>
+int cg_capacity(int blocks, int64_t bytes) {
+  const auto kernel = cg_row_kernel<kPreconditioned, T>;
+  return cluster_capacity(reinterpret_cast<const void*>(kernel), blocks, bytes);
+}
+
 template <typename T>
 CgForm cg_form(const CgArgs<T>& a) {
-  const auto kernel = a.inverse == nullptr ? cg_row_kernel<false, T> : cg_row_kernel<true, T>;
-  return cg_form<T>(a.rows, a.dim, [&](int blocks, int64_t bytes) {
-    return cluster_capacity(reinterpret_cast<const void*>(kernel), blocks, bytes);
-  });
+  return cg_form<T>(a.rows, a.dim,
+                    a.inverse == nullptr ? cg_capacity<false, T> : cg_capacity<true, T>);
+}
+
+// How cg_step would work on rows without a preconditioner.
+template <typename T>
+CgOccupancy cg_occupancy(int64_t rows, int64_t dim) {
+  CgOccupancy found{cg_form<T>(rows, dim, cg_capacity<false, T>).blocks, {}};
+  CgForm form{cg_shares(dim), 1};
+  for (int k = 0; k < kClusterSizes && form.blocks <= form.shares; ++k, form.blocks *= 2)
+    found.rows_at_a_time[k] = cg_capacity<false, T>(form.blocks, form.shared_bytes<T>(dim));
+  return found;
 }
 
 // The doubles that cg_step wants for `workspace`, on the current device.

@@ -4,6 +4,7 @@
 // are c * blocks ... c * blocks + blocks - 1, a row's blocks as Place numbers them. All shared
 // memory of a kernel that is launched in clusters is dynamic_shared().
 #pragma once
+#include "cluster_sizes.h"
 #include "device.cuh"
 
 #if defined(__CUDACC__)
@@ -16,9 +17,6 @@
 
 namespace imaml::cuda {
 
-constexpr int kClusterSizes = 5;  // 1, 2, 4, 8, 16 blocks
-constexpr int kMaxCluster = 1 << (kClusterSizes - 1);
-constexpr int kPortableCluster = 8;             // any device that has clusters has these
 constexpr int64_t kOrdinaryShared = 48 * 1024;  // bytes that any kernel can have
 
 #if defined(__CUDACC__)

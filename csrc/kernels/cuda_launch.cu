@@ -45,6 +45,9 @@ IMAML_DEFINE(float)
 IMAML_DEFINE(double)
 #undef IMAML_DEFINE
 
+CgOccupancy cg_occupancy_of(std::int64_t rows, std::int64_t dim, bool is_double) {
+  return is_double ? cg_occupancy<double>(rows, dim) : cg_occupancy<float>(rows, dim);
+}
 bool fits_patches(const PatchShape& s) { return fits_divisors(s); }
 std::int64_t sums_workspace(std::int64_t rows, std::int64_t dim, int sums) {
   return row_sums_workspace(rows, dim, sums);

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cluster_sizes.h"
 #include "norm_formulas.h"
 #include "patches.h"
 
@@ -26,6 +27,8 @@ IMAML_DECLARE(float)
 IMAML_DECLARE(double)
 #undef IMAML_DECLARE
 
+// How cg_step works on a batch of rows on the current device.
+CgOccupancy cg_occupancy_of(std::int64_t rows, std::int64_t dim, bool is_double);
 // Whether an image's values can be numbered as the kernels of patches do.
 bool fits_patches(const PatchShape&);
 std::int64_t sums_workspace(std::int64_t rows, std::int64_t dim, int sums);  // doubles
