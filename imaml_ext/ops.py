@@ -54,6 +54,37 @@ def build_info() -> dict[str, str]:
     return dict(_extension.build_info())
 
 
+WITHOUT_CUDA = (
+    "imaml_ext was built without CUDA kernels: reinstall it with "
+    "`pip install --force-reinstall --no-deps .` in its source folder, where torch has CUDA "
+    "(IMAML_CUDA=on to insist)"
+)
+
+
+def _refuse_cuda() -> torch.library.Library:
+    """Names the remedy wherever an operator without a CUDA kernel meets a CUDA tensor.
+
+    The dispatcher's own message lists every backend that there is. The operators are those that
+    are registered, so none can be forgotten. The result has to be kept: its end undoes this.
+    """
+
+    def refusal(operator: str) -> Callable[..., Any]:
+        def refuse(*_: Any) -> None:
+            raise RuntimeError(f"{operator}: {WITHOUT_CUDA}")
+
+        return refuse
+
+    library = torch.library.Library("imaml", "IMPL", "CUDA")
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
+        namespace, _, operator = name.partition("::")
+        if namespace == "imaml":
+            library.impl(operator, refusal(operator))
+    return library
+
+
+_refusing = None if build_info()["cuda"] else _refuse_cuda()
+
+
 def _fake(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers what the operator gives without memory: in a compiled graph, and on "meta".
 
