@@ -27,6 +27,7 @@ if int(setuptools.__version__.partition(".")[0]) < MINIMUM_SETUPTOOLS:
     )
 sys.path.insert(0, str(SOURCE / "build_backend"))
 from imaml_build import missing_tools, require_torch  # noqa: E402
+from imaml_cuda import shortfall, tell  # noqa: E402
 
 
 def cmake_architectures(arch_list: str) -> str:
@@ -81,6 +82,8 @@ class CMakeBuild(build_ext):
             print("+", shlex.join(command), flush=True)
             if subprocess.run(command).returncode != 0:
                 raise SystemExit("imaml_ext: CMake failed, and says why above")
+        if "IMAML_LACKS_NVCC:INTERNAL=ON" in (build / "CMakeCache.txt").read_text():
+            tell(shortfall(torch))
 
 
 setup(ext_modules=[Extension("imaml_ext._C", [])], cmdclass={"build_ext": CMakeBuild})
