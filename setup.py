@@ -1,6 +1,6 @@
 """Runs CMakeLists.txt, the one build definition, for pip. Settings are environment variables:
 
-IMAML_CUDA            auto (default), on or off
+IMAML_CUDA            auto (default), on or off; imaml_cuda.py says where nvcc comes from
 TORCH_CUDA_ARCH_LIST  such as "9.0" or "8.0;9.0+PTX"; default: what nvcc knows
 IMAML_TORCH_DIR       the torch package to build against
 CMAKE_ARGS            more arguments for CMake
