@@ -1,6 +1,6 @@
 """Runs CMakeLists.txt, the one build definition, for pip. Settings are environment variables:
 
-IMAML_CUDA            auto (default), on or off
+IMAML_CUDA            auto (default), on or off; imaml_cuda.py says where nvcc comes from
 TORCH_CUDA_ARCH_LIST  such as "9.0" or "8.0;9.0+PTX"; default: what nvcc knows
 IMAML_TORCH_DIR       the torch package to build against
 CMAKE_ARGS            more arguments for CMake
@@ -27,6 +27,7 @@ if int(setuptools.__version__.partition(".")[0]) < MINIMUM_SETUPTOOLS:
     )
 sys.path.insert(0, str(SOURCE / "build_backend"))
 from imaml_build import missing_tools, require_torch  # noqa: E402
+from imaml_cuda import shortfall, tell  # noqa: E402
 
 
 def cmake_architectures(arch_list: str) -> str:
@@ -81,6 +82,8 @@ class CMakeBuild(build_ext):
             print("+", shlex.join(command), flush=True)
             if subprocess.run(command).returncode != 0:
                 raise SystemExit("imaml_ext: CMake failed, and says why above")
+        if "IMAML_LACKS_NVCC:INTERNAL=ON" in (build / "CMakeCache.txt").read_text():
+            tell(shortfall(torch))
 
 
 setup(ext_modules=[Extension("imaml_ext._C", [])], cmdclass={"build_ext": CMakeBuild})

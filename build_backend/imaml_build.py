@@ -10,6 +10,8 @@ already, and download one only where there is none. The search goes
    sys.prefix, and with it sysconfig, as they were;
 4. the environments on PATH and ./.venv, since uv builds in an environment of its own;
 5. else torch becomes a build requirement.
+
+imaml_cuda.py does the like for nvcc.
 """
 
 import contextlib
@@ -25,6 +27,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from imaml_cuda import compiler_packages
 from setuptools import build_meta
 
 MINIMUM_TORCH = (2, 10)
@@ -127,7 +130,9 @@ def _version(tool: str) -> tuple[int, ...]:
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    return missing_tools() if find_torch() else [*missing_tools(), TORCH]
+    torch = find_torch()
+    # Of a torch that is still to come nobody knows whether, and for which CUDA, it will be built.
+    return [*missing_tools(), *([TORCH] if torch is None else compiler_packages(torch))]
 
 
 def get_requires_for_build_sdist(config_settings=None):

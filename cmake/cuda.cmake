@@ -1,21 +1,25 @@
-# Decides about the CUDA kernels. Sets IMAML_HAS_CUDA and, with it, enables the CUDA language for
-# CMAKE_CUDA_ARCHITECTURES. Whether this machine has a GPU plays no part.
+# Decides about the CUDA kernels, with the nvcc that build_backend/imaml_cuda.py finds. Sets
+# IMAML_HAS_CUDA and, with it, enables the CUDA language for CMAKE_CUDA_ARCHITECTURES. Whether this
+# machine has a GPU plays no part.
 set(IMAML_HAS_CUDA OFF)
+set(IMAML_LACKS_NVCC OFF CACHE INTERNAL "Kernels were wanted, but there is no nvcc: for setup.py")
 string(TOLOWER "${IMAML_CUDA}" _wanted)
 if(NOT _wanted MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "imaml_ext: IMAML_CUDA must be auto, on or off, got '${IMAML_CUDA}'")
 endif()
 
 if(_wanted STREQUAL "on" OR (_wanted STREQUAL "auto" AND TORCH_cuda))
-  if(DEFINED ENV{CUDACXX})
-    set(_nvcc "$ENV{CUDACXX}")
-  else()
-    file(GLOB _installed /usr/local/cuda /usr/local/cuda-*)
-    find_program(_nvcc nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS ${_installed}
-      PATH_SUFFIXES bin NO_CACHE)
-  endif()
-  if(_nvcc)
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/../build_backend/imaml_cuda.py"
+      "${TORCH_root}"
+    OUTPUT_VARIABLE _found OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+  if(_found)
+    list(GET _found 0 _nvcc)
+    list(GET _found 1 _libraries)
     set(ENV{CUDACXX} "${_nvcc}")
+    if(_libraries)  # CMake learns here where to link from, and its checks need it too
+      set(ENV{NVCC_APPEND_FLAGS} "$ENV{NVCC_APPEND_FLAGS} -L\"${_libraries}\"")
+    endif()
     if(IMAML_CUDA_ARCHITECTURES)
       set(CMAKE_CUDA_ARCHITECTURES "${IMAML_CUDA_ARCHITECTURES}")
     elseif(NOT CMAKE_CUDA_ARCHITECTURES)
@@ -46,6 +50,7 @@ if(_wanted STREQUAL "on" OR (_wanted STREQUAL "auto" AND TORCH_cuda))
     message(FATAL_ERROR "imaml_ext: IMAML_CUDA=on, but there is no working nvcc: install the CUDA toolkit, "
       "or set CUDACXX or CUDA_HOME")
   else()
+    set(IMAML_LACKS_NVCC ON CACHE INTERNAL "")
     message(WARNING "imaml_ext: torch has CUDA ${TORCH_cuda}, but there is no working nvcc: "
       "building for the CPU alone")
   endif()

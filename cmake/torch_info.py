@@ -20,6 +20,7 @@ def torch_directory() -> Path:
 
 root = torch_directory()
 version = runpy.run_path(str(root / "version.py"))
+print(f"root={root}")
 print(f"include={root / 'include'}")
 print(f"lib={root / 'lib'}")
 print(f"version={str(version['__version__']).split('+')[0]}")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ from imaml_ext.checkpoint import load_checkpoint, restore
 from imaml_ext.distributed import Group, is_launched, own_device, process_group, rank
 from imaml_ext.evaluation import Evaluation, evaluate
 from imaml_ext.experiment import build
-from imaml_ext.ops import build_info
+from imaml_ext.ops import WITHOUT_CUDA, build_info
 from imaml_ext.presets import CHOICES, FLAVOURS, PRESETS, ROWS, TABLES, Config
 from imaml_ext.reproduce import STUDIES
 from imaml_ext.reproduce.study import Settings, read
@@ -193,14 +194,18 @@ def _device(options: argparse.Namespace) -> torch.device:
     has_kernels = bool(build_info()["cuda"])
     name = options.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() and has_kernels else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and not has_kernels:
+            name = "cpu"
+            if not is_launched() or os.environ["RANK"] == "0":
+                print(f"imaml-ext: the GPU is not used: {WITHOUT_CUDA}", file=sys.stderr)
     try:
         device = own_device(torch.device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda" and not has_kernels:
-        raise ValueError("--device cuda: imaml_ext was built without CUDA: install it with nvcc")
+        raise ValueError(f"--device cuda: {WITHOUT_CUDA}")
     return device
 
 

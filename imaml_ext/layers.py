@@ -50,6 +50,8 @@ def task_layers(device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext()
     if name not in _FORMS:
         raise ValueError(f"IMAML_LAYERS must be torch, {' or '.join(_FORMS)}, got {name!r}")
+    if name == "direct" and device.type != "cpu":
+        raise ValueError(f"IMAML_LAYERS=direct is for the CPU, the parameters are on {device}")
     return _TaskLayers(_FORMS[name])
 
 

@@ -54,6 +54,37 @@ def build_info() -> dict[str, str]:
     return dict(_extension.build_info())
 
 
+WITHOUT_CUDA = (
+    "imaml_ext was built without CUDA kernels: reinstall it with "
+    "`pip install --force-reinstall --no-deps .` in its source folder, where torch has CUDA "
+    "(IMAML_CUDA=on to insist)"
+)
+
+
+def _refuse_cuda() -> torch.library.Library:
+    """Names the remedy wherever an operator without a CUDA kernel meets a CUDA tensor.
+
+    The dispatcher's own message lists every backend that there is. The operators are those that
+    are registered, so none can be forgotten. The result has to be kept: its end undoes this.
+    """
+
+    def refusal(operator: str) -> Callable[..., Any]:
+        def refuse(*_: Any) -> None:
+            raise RuntimeError(f"{operator}: {WITHOUT_CUDA}")
+
+        return refuse
+
+    library = torch.library.Library("imaml", "IMPL", "CUDA")
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
+        namespace, _, operator = name.partition("::")
+        if namespace == "imaml":
+            library.impl(operator, refusal(operator))
+    return library
+
+
+_refusing = None if build_info()["cuda"] else _refuse_cuda()
+
+
 def cluster_occupancy(dim: int, dtype: torch.dtype, rows: int) -> tuple[int, dict[int, int]]:
     """How `cg_step_` works on [rows, dim] on the current CUDA device, without a preconditioner.
 
@@ -66,7 +97,7 @@ def cluster_occupancy(dim: int, dtype: torch.dtype, rows: int) -> tuple[int, dic
         RuntimeError: built without CUDA.
     """
     if not hasattr(_extension, "cg_occupancy"):
-        raise RuntimeError("cluster_occupancy: imaml_ext was built without CUDA kernels")
+        raise RuntimeError(f"cluster_occupancy: {WITHOUT_CUDA}")
     blocks, at_a_time = _extension.cg_occupancy(rows, dim, dtype == torch.float64)
     return blocks, at_a_time
 

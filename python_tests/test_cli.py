@@ -1,8 +1,10 @@
 """The command line, as a user and as a script meet it."""
 
+import argparse
 import dataclasses
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -139,14 +141,51 @@ def test_a_run_that_is_done_is_evaluated_again_when_resumed(tmp_path, capsys):
     assert (again["loss"], again["meta_steps"]) == (loss, 4)
 
 
-def test_without_cuda_kernels_auto_is_the_cpu(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.empty", lambda *_, device: None)  # there may be none
+
+
+@pytest.fixture
+def cpu_build(monkeypatch):
     monkeypatch.setattr(cli, "build_info", lambda: {"cuda": ""})
-    options = cli._parser().parse_args(["train"])
-    assert cli._device(options).type == "cpu"
+
+
+AUTO = argparse.Namespace(device="auto")
+
+
+def test_auto_takes_the_gpu_where_there_are_kernels_for_it(gpu, monkeypatch, capsys):
     monkeypatch.setattr(cli, "build_info", lambda: {"cuda": "13.0"})
-    assert cli._device(options).type == "cuda"
+    assert cli._device(AUTO).type == "cuda"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_gpu_that_a_cpu_build_cannot_use_is_mentioned_once(gpu, cpu_build, monkeypatch, capsys):
+    said = r"imaml-ext: the GPU is not used: .* without CUDA kernels: reinstall .*`pip install .*\n"
+    assert cli._device(AUTO).type == "cpu"
+    captured = capsys.readouterr()
+    assert re.fullmatch(said, captured.err)
+    assert captured.out == ""
+    monkeypatch.setattr(cli, "is_launched", lambda: True)
+    for rank, expected in (("0", said), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert cli._device(AUTO).type == "cpu"
+        assert re.fullmatch(expected, capsys.readouterr().err)
+
+
+def test_without_a_gpu_or_where_the_cpu_is_asked_for_nothing_is_said(
+    gpu, cpu_build, monkeypatch, capsys
+):
+    assert cli._device(argparse.Namespace(device="cpu")).type == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli._device(AUTO).type == "cpu"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_gpu_that_is_insisted_on_is_an_error_with_the_remedy(gpu, cpu_build):
+    with pytest.raises(ValueError, match=r"^--device cuda: .*reinstall .*`pip install "):
+        cli._device(argparse.Namespace(device="cuda"))
 
 
 def test_a_checkpoint_that_the_command_line_did_not_write_is_refused(tmp_path, capsys):

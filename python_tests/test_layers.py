@@ -281,6 +281,9 @@ def test_a_form_of_the_layers_that_does_not_exist_is_refused(monkeypatch):
     objective, rows = make("tanh")
     with pytest.raises(ValueError, match="IMAML_LAYERS must be torch, direct or patches"):
         objective.losses(rows)
+    monkeypatch.setenv("IMAML_LAYERS", "direct")
+    with pytest.raises(ValueError, match="IMAML_LAYERS=direct is for the CPU"):
+        layers.task_layers(torch.device("cuda"))
 
 
 @pytest.mark.skipif(not imaml_ext.build_info()["cuda"], reason="built without CUDA")

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from operator_calls import OPERATORS
 
 import imaml_ext
 from imaml_ext import ops
@@ -434,6 +435,24 @@ def test_a_velocity_that_does_not_fit_is_refused_by_name(change, message):
     arguments = torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4), torch.ones(1)
     with pytest.raises(RuntimeError, match=f"prox_gd_: {message}"):
         ops.prox_gd_(*arguments, lr=0.1, **change)
+
+
+@pytest.mark.skipif(bool(ops.build_info()["cuda"]), reason="built with CUDA kernels")
+def test_every_operator_of_a_cpu_build_names_the_remedy_when_it_meets_a_cuda_tensor():
+    # There may be no GPU, so the dispatcher is told to take its kernel for CUDA.
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    values = {"Tensor": torch.ones(1), "float": 1.0, "int": 1, "SymInt": 1, "bool": False}
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("imaml::")]
+    assert {name.partition("::")[2] for name in names} >= set(OPERATORS)
+    for name in names:
+        operator = getattr(torch.ops.imaml, name.partition("::")[2]).default
+        arguments = [values.get(str(a.type)) for a in operator._schema.arguments]
+        remedy = (
+            f"^{operator._opname}: .* without CUDA kernels: reinstall it with `pip install [^\n]*$"
+        )
+        with pytest.raises(RuntimeError, match=remedy) as caught:
+            operator.redispatch(cuda, *arguments)
+        assert type(caught.value) is RuntimeError
 
 
 def test_status_has_the_kernels_numbers():

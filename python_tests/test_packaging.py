@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from fakes import fake_tool, fake_torch
 
 import imaml_ext
 
@@ -51,9 +52,11 @@ def backend(monkeypatch):
 
 
 def build(sources, *command, **variables):
+    """Without a terminal, on which it would say what is looked for here on stderr."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=sources, env=os.environ | variables, capture_output=True, text=True,
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -90,16 +93,6 @@ def test_the_wheel_holds_every_module_its_types_and_nothing_else(sources, backen
     assert {"imaml_ext/py.typed", "imaml_ext/_C.pyi"} <= packed
 
 
-def fake_torch(folder, version, *, headers):
-    torch = folder / "torch"
-    stable = torch / "include" / "torch" / "csrc" / "stable"
-    stable.mkdir(parents=True)
-    (torch / "version.py").write_text(f"__version__ = '{version}'\n")
-    if headers:
-        (stable / "library.h").touch()
-    return torch
-
-
 @pytest.mark.parametrize(
     ("version", "headers", "message"),
     [
@@ -127,13 +120,6 @@ def test_an_installed_torch_is_used_and_a_missing_one_asked_for(backend, tmp_pat
     torch = fake_torch(tmp_path, "2.10.0", headers=True)  # 2.10 is newer than 2.9
     assert backend.find_torch() == torch
     assert backend.TORCH not in backend.get_requires_for_build_wheel()
-
-
-def fake_tool(folder, name, lines):
-    folder.mkdir(exist_ok=True)
-    tool = folder / name
-    tool.write_text("\n".join(["#!/bin/sh", *lines]))
-    tool.chmod(0o755)
 
 
 def test_tools_that_are_old_or_missing_are_asked_for(backend, tmp_path, monkeypatch):
@@ -179,3 +165,19 @@ def test_a_build_that_cannot_be_ends_with_one_line_and_no_traceback(
     assert message in built.stderr
     assert "Traceback" not in built.stderr
     assert re.search(r"^(imaml_ext|TORCH_CUDA)", built.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("lacks", ["ON", "OFF"])
+def test_a_build_that_lacks_nvcc_says_so_in_its_last_line(lacks, sources, tools, tmp_path):
+    torch = fake_torch(tmp_path / "cuda", "2.14.1", cuda="13.0")
+    fake_tool(
+        tmp_path / "bin", "cmake",
+        ["[ $1 = --version ] && echo version 3.25.1",
+         '[ $1 = -S ] && mkdir -p "$4" && echo IMAML_LACKS_NVCC:INTERNAL=' + lacks
+         + ' > "$4/CMakeCache.txt"', "exit 0"],
+    )  # fmt: skip
+    variables = tools | {"IMAML_TORCH_DIR": str(torch), "PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+    built = build(sources, "setup.py", "build_ext", **variables)
+    assert built.returncode == 0, built.stderr
+    said = "imaml_ext: built with CPU kernels alone: torch has CUDA 13.0"
+    assert (said in (built.stderr.splitlines() or [""])[-1]) == (lacks == "ON")

@@ -1,0 +1,173 @@
+"""Which nvcc the build uses, and what is done where there is none. Decided here alone: the backend
+imports this, and CMake runs it:
+
+    python imaml_cuda.py TORCH      # prints nvcc and the folder to link from: a CMake list, or ""
+
+The first nvcc that can build a program is taken, of
+
+1. $CUDACXX, $CUDA_HOME, $CUDA_PATH;
+2. PATH;
+3. /usr/local/cuda and /usr/local/cuda-*, the newest first;
+4. NVIDIA's compiler packages from PyPI: in the build environment, or beside torch.
+
+Where there is none, and torch is a build for CUDA 13 or newer, these packages become a build
+requirement, in the version of torch's CUDA: older ones hold no complete nvcc. Not with
+IMAML_CUDA=off, and not offline, where a requirement that cannot be had would end the build; with
+IMAML_CUDA=on they are asked for offline too, since a folder of wheels may have them.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Every part is named: an nvvm that is newer than ptxas emits PTX that ptxas cannot read.
+PACKAGES = "cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]=={}.{}.*"
+FIRST_WITH_PACKAGES = (13, 0)
+TOOLKITS = Path("/usr/local")
+PROGRAM = "__global__ void kernel() {}\nint main() { kernel<<<1, 1>>>(); }\n"
+TRUE = ("1", "true", "yes", "on", "t", "y")  # as pip and uv read variables
+
+
+def torch_cuda(torch: Path) -> tuple[int, int] | None:
+    """The CUDA that torch was built for."""
+    text = (torch / "version.py").read_text(encoding="utf-8")
+    found = re.search(r"^cuda\b[^=]*= ['\"](\d+)\.(\d+)", text, re.MULTILINE)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def find_nvcc(torch: Path) -> Path | None:
+    """The first nvcc that works, by the search above. One that does not is named on stderr."""
+    for nvcc in dict.fromkeys(_candidates(torch)):
+        fault = _fault(nvcc)
+        if not fault:
+            return nvcc
+        print(f"imaml_ext: {nvcc} does not work: {fault}", file=sys.stderr, flush=True)
+    return None
+
+
+def _candidates(torch: Path) -> Iterator[Path]:
+    if chosen := os.environ.get("CUDACXX"):
+        yield Path(shutil.which(chosen) or chosen)
+    roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    yield from (root / "bin" / "nvcc" for root in roots)
+    if on_path := shutil.which("nvcc"):
+        yield Path(on_path)
+    yield from TOOLKITS.glob("cuda/bin/nvcc")
+    yield from sorted(TOOLKITS.glob("cuda-*/bin/nvcc"), reverse=True)
+    for folder in [*map(Path, sys.path), torch.parent]:
+        yield from folder.glob("nvidia/cu*/bin/nvcc")
+
+
+def _fault(nvcc: Path) -> str:
+    """Why a program cannot be built, in the way that CMake tries it; "" if it can."""
+    flags = shlex.split(os.environ.get("CUDAFLAGS", ""))
+    if host := os.environ.get("CUDAHOSTCXX"):
+        flags += ["-ccbin", host]
+    if libraries := library_folder(nvcc):
+        flags.append(f"-L{libraries}")
+    with tempfile.TemporaryDirectory(prefix="imaml-nvcc-") as folder:
+        source = Path(folder) / "program.cu"
+        source.write_text(PROGRAM, encoding="utf-8")
+        command = [str(nvcc), *flags, "-o", str(source.with_suffix("")), str(source)]
+        try:
+            ran = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                errors="replace", timeout=120,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+    said = ran.stdout.strip().splitlines() or [f"exit status {ran.returncode}"]
+    return said[0] if ran.returncode else ""
+
+
+def library_folder(nvcc: Path) -> Path | None:
+    """Where nvcc's libraries are, if it does not look there: PyPI's are in lib, and it in lib64."""
+    root = nvcc.parent.parent
+    has_libraries = (root / "lib" / "libcudart_static.a").is_file()
+    return root / "lib" if has_libraries and not (root / "lib64").exists() else None
+
+
+def compiler_packages(torch: Path) -> list[str]:
+    """The build requirements that bring an nvcc, where there is none."""
+    wanted, version = os.environ.get("IMAML_CUDA", "auto").lower(), torch_cuda(torch)
+    if wanted == "off" or version is None or version < FIRST_WITH_PACKAGES or find_nvcc(torch):
+        return []
+    if wanted != "on" and offline():
+        return []
+    return [PACKAGES.format(*version)]
+
+
+def offline() -> str:
+    """What tells the build to do without an index of packages; "" if nothing does.
+
+    The frontend's variables and its command line, which is that of this process's parent; for pip
+    its configuration files too. Those of uv are not read, nor pip's requirements files.
+    """
+    for name in ("PIP_NO_INDEX", "UV_OFFLINE", "UV_NO_INDEX"):
+        if os.environ.get(name, "").lower() in TRUE:
+            return f"{name}={os.environ[name]}"
+    command = _command_line(os.getppid())
+    for word in command:
+        if word == "--offline" or word.startswith("--no-ind"):  # pip takes abbreviations
+            return word
+    of_uv = command and Path(command[0]).name.startswith("uv")
+    return "" if of_uv or "PIP_NO_INDEX" in os.environ else _pip_configuration()
+
+
+def _command_line(process: int) -> list[str]:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def _pip_configuration() -> str:
+    # Without PYTHONPATH, by which pip's isolation hides the environment's own pip.
+    command = [sys.executable, "-E", "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    found = re.search(r"^\w+\.no-index='(\w+)'", listed.stdout, re.MULTILINE)
+    return "no-index in pip's configuration" if found and found[1].lower() in TRUE else ""
+
+
+def shortfall(torch: Path) -> str:
+    """What a build says that has no nvcc for a torch with CUDA: why, and the remedy, in a line."""
+    version = torch_cuda(torch)
+    line = "imaml_ext: built with CPU kernels alone: "
+    if version is None:
+        return line + "there is no working nvcc"
+    line += "torch has CUDA {}.{}, but there is no working nvcc".format(*version)
+    remedy = "install the CUDA toolkit"
+    if version >= FIRST_WITH_PACKAGES:
+        if why := offline():
+            line += f", and the build is offline ({why}), so that none was asked for"
+        remedy = f"pip install '{PACKAGES.format(*version)}'"
+    return f"{line}. For CUDA kernels: {remedy}, then pip install --force-reinstall --no-deps ."
+
+
+def tell(line: str) -> None:
+    """Say it on stderr and, as ssh asks for a password, on the terminal, if there is one.
+
+    pip and uv show the stderr of a build only with -v, or when it fails.
+    """
+    print(line, file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        return
+    with contextlib.suppress(OSError):
+        terminal = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
+            # pip's spinner has begun a line, and uv redraws the last three.
+            os.write(terminal, f"\n{line}\n\n\n".encode())
+        finally:
+            os.close(terminal)
+
+
+if __name__ == "__main__":
+    nvcc = find_nvcc(Path(sys.argv[1]))
+    print("" if nvcc is None else f"{nvcc};{library_folder(nvcc) or ''}")
