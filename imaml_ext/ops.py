@@ -1,8 +1,9 @@
 """The operators of the C++/CUDA extension, `torch.ops.imaml`, as Python functions.
 
 Importing this module loads the extension. Operators whose name ends in `_` write their arguments;
-none is differentiable. All work on contiguous [B, D] row buffers of float32 or float64, on the CPU
-and on CUDA, never synchronise, and give the same bits for the same input on the same device.
+none is differentiable. All take float32 or float64 tensors, contiguous unless it is said, never
+synchronise, and give the same bits for the same input on the same device. They run on the CPU and
+on CUDA, but for the direct convolutions.
 """
 
 from collections.abc import Callable
