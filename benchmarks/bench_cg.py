@@ -36,7 +36,7 @@ from torch import Tensor
 from imaml_ext.ops import cg_step_, row_dot
 
 LAM = 2.0
-GRAPHED = {"imaml_ext", "plain batched PyTorch"}
+GRAPHED = ("imaml_ext", "plain batched PyTorch")
 
 State = tuple[Any, Any, Any, Any]  # x, r, p and r·r
 
@@ -259,7 +259,7 @@ def with_graphs(made: Implementations, device: torch.device) -> Implementations:
     if device.type == "cpu":
         return made
     graphs: Implementations = {}
-    for name in GRAPHED & made.keys():
+    for name in filter(made.get, GRAPHED):
         graphs |= captured(name, made[name])
     return made | graphs
 

@@ -1,11 +1,13 @@
 """`.ci/gpu`: a stage that fails, hangs or does not fit leaves the others alone, and a reason."""
 
 import argparse
+import functools
 import json
 import os
 import sys
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -195,6 +197,63 @@ def test_failed_tests_are_read_with_their_reasons(check, tmp_path):
     }  # fmt: skip
 
 
+SANITIZER = """#!/bin/sh
+[ "$1" = --tool ] && [ "$3" = --error-exitcode ] || exit 2
+if [ "$2" = racecheck ]; then
+  echo "========= Error: Race reported between Write access and Read access"
+  echo "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
+  exit $4
+fi
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+def test_every_tool_of_the_sanitizer_runs_and_the_first_complaint_is_told(
+    check, run, tmp_path, monkeypatch
+):
+    module, stages = check("place"), check("stages")
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text(SANITIZER)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(module.Place, "installed", lambda place: {})
+    place = module.Place(tmp_path, tmp_path, "cuda", "")
+    sanitize = functools.partial(stages.sanitize, place)
+    record = run(("sanitize", sanitize, 0, 60))["sanitize"]
+    assert record["failures"] == {
+        "racecheck": "exit code 9: ========= Error: Race reported between Write access and "
+        "Read access"
+    }
+    for tool in ("memcheck", "synccheck", "initcheck"):
+        assert record[tool] == "========= ERROR SUMMARY: 0 errors"
+
+
+def test_a_build_that_fails_is_told_though_a_wheel_takes_its_place(
+    check, run, tmp_path, monkeypatch
+):
+    module, stages = check("place"), check("stages")
+    wheel = tmp_path / "root" / ".whl" / "imaml_ext-1.0-py3-none-any.whl"
+    wheel.parent.mkdir(parents=True)
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("imaml_ext.py", "build_info = lambda: {'cuda': ''}")
+        metadata = "Metadata-Version: 2.1\nName: imaml_ext\nVersion: 1.0"
+        archive.writestr("imaml_ext-1.0.dist-info/METADATA", metadata)
+        tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any"
+        archive.writestr("imaml_ext-1.0.dist-info/WHEEL", tags)
+        archive.writestr("imaml_ext-1.0.dist-info/RECORD", "")
+    monkeypatch.setattr(stages, "ROOT", tmp_path / "root")  # nothing there to build
+    place = module.Place(tmp_path, tmp_path, "cpu", "")
+    build = functools.partial(stages.build, place)
+    record = run(("build", build, 0, 300))["build"]
+    assert record["outcome"] == "failed"
+    assert record["failures"]["the build"].startswith("exit code 1: ")
+    assert record["instead"] == [wheel.name]
+    assert record["file"] == str(site / "imaml_ext.py")
+    assert place.installed()
+
+
 class Parsed(Exception):
     """The arguments are those of the script."""
 
@@ -208,13 +267,14 @@ def test_the_benchmarks_of_a_gpu_are_settings_that_their_scripts_take(check, mon
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
     benchmarks = check("stages").BENCHMARKS
-    assert len({name for name, *_ in benchmarks}) == len(benchmarks)
-    for name, need, script, *arguments in benchmarks:
-        assert "-cuda" in name
-        assert need > 0
-        monkeypatch.setattr(sys, "argv", [script, "--device", "cuda", *arguments, "--json", "x"])
+    assert len({one.result + one.note for one in benchmarks}) == len(benchmarks)
+    for one in benchmarks:
+        assert "-cuda" in one.result
+        assert one.need > 0
+        argv = [one.script, "--device", "cuda", *one.arguments, "--json", "x"]
+        monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(Parsed) as parsed:
-            __import__(script.removesuffix(".py")).main()
+            __import__(one.script.removesuffix(".py")).main()
         assert parsed.value.args[0].json == Path("x")
 
 

@@ -146,6 +146,7 @@ def shortened(log: Path, start: int) -> str:
 # What tells most of a failure, and which line of its kind: the first of a compiler's complaints,
 # the last exception.
 TELLING = (
+    (r"^=+ (Invalid|Uninitialized|Error|Barrier|Race)", 0),  # compute-sanitizer
     (r"(:\d+:|\(\d+\):).*\berror\b", 0),
     (r"^FAILED", 0),
     (r"^CMake Error", 0),
