@@ -4,15 +4,18 @@ A fixed number of iterations on [B, D] systems `(H + lam I) x = b`. The products
 beforehand and handed to all alike, so only what lies between them is timed. Seven passes over
 memory are counted for an iteration, the floor, against the bandwidth of a copy of the same
 footprint. TorchOpt and linear_operator also ask for the product with their first guess, 0: they get
-a zero.
+a zero. On CUDA a call finds nothing in the cache: the operands rotate. What costs time there may be
+launching alone, so ours and plain PyTorch are timed in a CUDA graph too.
 """
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+from cuda_timing import Rotated, captured, copies
 from harness import (
     Implementation,
     Implementations,
@@ -33,6 +36,7 @@ from torch import Tensor
 from imaml_ext.ops import cg_step_, row_dot
 
 LAM = 2.0
+GRAPHED = ("imaml_ext", "plain batched PyTorch")
 
 State = tuple[Any, Any, Any, Any]  # x, r, p and r·r
 
@@ -80,6 +84,9 @@ class Systems:
             products.append(h * state[2])
             state = batched_step(*state, products[-1])
         return Systems(b.to(like), [product.to(like) for product in products])
+
+    def clone(self) -> "Systems":
+        return Systems(self.b.clone(), [product.clone() for product in self.products])
 
 
 class Fused:
@@ -139,9 +146,22 @@ def per_task(systems: Systems) -> Implementation:
     return call
 
 
-def in_jax(systems: Systems, peer: Any) -> Implementation:
+class InJax:
     """All iterations in one jitted function, so that XLA may fuse across them."""
 
+    def __init__(self, systems: Systems, peer: Any) -> None:
+        self.solve = jitted_solve(peer)
+        self.operands = peer.to_jax(systems.b), [peer.to_jax(hp) for hp in systems.products]
+
+    def submit(self) -> Any:
+        return self.solve(*self.operands)
+
+    def __call__(self) -> Tensor:
+        return torch.from_dlpack(self.submit().block_until_ready())
+
+
+@cache
+def jitted_solve(peer: Any) -> Any:
     def dot(u: Any, v: Any) -> Any:
         return peer.jnp.einsum("bd,bd->b", u, v)[:, None]  # faster than a sum of products in XLA
 
@@ -156,8 +176,7 @@ def in_jax(systems: Systems, peer: Any) -> Implementation:
             p = r + (rr / old) * p
         return x
 
-    b, products = peer.to_jax(systems.b), [peer.to_jax(hp) for hp in systems.products]
-    return lambda: torch.from_dlpack(solve(b, products).block_until_ready())
+    return solve
 
 
 class Recorded:
@@ -209,24 +228,49 @@ def in_linear_operator(systems: Systems) -> Implementation:
     return call
 
 
-def make_implementations(systems: Systems) -> tuple[Fused, Implementations]:
-    """Ours, whose operands are to be prepared before each call, and all by name."""
-    ours = Fused(systems)
+def make_implementations(systems: Systems, rotation: int) -> tuple[Implementation, Implementations]:
+    """What prepares ours for a call, and all by name, on as many copies of the systems."""
+    every = [systems, *(systems.clone() for _ in range(rotation - 1))]
+    ours = [Fused(each) for each in every]
     compiled = torch.compile(batched_step, dynamic=False)
     made: Implementations = {
-        "imaml_ext": ours,
-        "plain batched PyTorch": batched(systems),
-        "compiled batched PyTorch": batched(systems, compiled),
-        "the authors' loop over tasks": per_task(systems),
+        "imaml_ext": Rotated(ours),
+        "plain batched PyTorch": Rotated([batched(each) for each in every]),
+        "compiled batched PyTorch": Rotated([batched(each, compiled) for each in every]),
+        "the authors' loop over tasks": Rotated([per_task(each) for each in every]),
     }
     peer = jax_peer(systems.b.device)
     if peer is not None:
-        made["JAX, jit"] = in_jax(systems, peer)
+        made["JAX, jit"] = Rotated([InJax(each, peer) for each in every])
     if has_peer("torchopt"):
-        made["TorchOpt, loop over tasks"] = in_torchopt(systems)
+        made["TorchOpt, loop over tasks"] = Rotated([in_torchopt(each) for each in every])
     if has_peer("linear_operator"):
-        made["linear_operator, linear_cg"] = in_linear_operator(systems)
-    return ours, made
+        made["linear_operator, linear_cg"] = Rotated([in_linear_operator(each) for each in every])
+
+    def prepare() -> None:
+        for each in ours:
+            each.prepare()
+
+    return prepare, made
+
+
+def with_graphs(made: Implementations, device: torch.device) -> Implementations:
+    """Ours and plain PyTorch as CUDA graphs beside the others."""
+    if device.type == "cpu":
+        return made
+    graphs: Implementations = {}
+    for name in filter(made.get, GRAPHED):
+        graphs |= captured(name, made[name])
+    return made | graphs
+
+
+def check_work(ours: Rotated, prepare: Implementation, iterations: int) -> None:
+    """Exits unless every row made all its iterations."""
+    prepare()
+    for fused in ours.calls:
+        fused()
+        if not (fused.steps == iterations).all():
+            raise SystemExit(f"rows froze, so that work was left out: {fused.steps.tolist()}")
 
 
 def main() -> None:
@@ -244,25 +288,24 @@ def main() -> None:
         like = torch.empty((), dtype=dtype, device=device)
         return Systems.make(tasks, dim, iterations, like)
 
+    # The buffers in play are x, r, p and a product per iteration.
+    element = torch.finfo(dtype).bits // 8
+    footprint = (3 + iterations) * tasks * dim * element
     with torch.no_grad():
-        exact, every = make_implementations(systems(torch.float64))
+        prepare, every = make_implementations(systems(torch.float64), 1)
         every = leave_out(every, chosen.without)
-        check_agreement(every, exact.prepare, 1e-10)
-        ours, made = make_implementations(systems(dtype))
+        check_agreement(every, prepare, 1e-10)
+        prepare, made = make_implementations(systems(dtype), copies(footprint, device))
         made = {name: call for name, call in made.items() if name in every}
         first_call = {}
         for name, call in made.items():
-            ours.prepare()
+            prepare()
             first_call[name] = seconds(call, device)
-        check_agreement(made, ours.prepare, 1e-4 if dtype == torch.float32 else 1e-10)
-        ours.prepare()
-        ours()
-        if not (ours.steps == iterations).all():
-            raise SystemExit(f"rows froze, so that work was left out: {ours.steps.tolist()}")
-        timings = time_in_turn(made, ours.prepare, device, chosen.rounds)
-        # The buffers in play are x, r, p and a product per iteration.
-        element = torch.finfo(dtype).bits // 8
-        copy = copy_bandwidth((3 + iterations) * tasks * dim * element, device, chosen.rounds)
+        made = with_graphs(made, device)
+        check_agreement(made, prepare, 1e-4 if dtype == torch.float32 else 1e-10)
+        check_work(made["imaml_ext"], prepare, iterations)
+        timings = time_in_turn(made, prepare, device, chosen.rounds)
+        copy = copy_bandwidth(footprint, device, chosen.rounds)
     moved = 7 * iterations * tasks * dim * element
     rows = {}
     print(f"{iterations} CG iterations, B={tasks}, D={dim}, {chosen.dtype}, {device}")

@@ -11,6 +11,7 @@ device could still give.
 """
 
 import torch
+from cuda_timing import captured
 from harness import (
     Implementation,
     Implementations,
@@ -27,12 +28,15 @@ from harness import (
     time_in_turn,
 )
 from torch.utils.flop_counter import FlopCounterMode
-from torch_meta_gradient import IMPLEMENTATIONS, check_work, library
+from torch_meta_gradient import IMPLEMENTATIONS, batched_eager, check_work, library
 from workload import WORKLOADS, Workload, make_workload
 
 
 def torch_implementations(workload: Workload) -> Implementations:
+    """By name. On CUDA, where ours is recorded as a graph, plain batched PyTorch is too."""
     made = {name: make(workload) for name, make in IMPLEMENTATIONS.items()}
+    if workload.theta.is_cuda:
+        made |= captured("batched PyTorch", batched_eager(workload))
     if has_peer("torchopt"):
         import torchopt_meta_gradient
 
@@ -78,8 +82,9 @@ def count_flops(workload: Workload) -> int:
 def set_precision(device: torch.device, tf32: bool) -> None:
     """The same products for all on CUDA, where torch and JAX round differently if left alone."""
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.backends.cudnn.allow_tf32 = tf32
+        # The settings since torch 2.9; reading `allow_tf32` once these are set raises.
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
         peer = jax_peer(device)
         if peer is not None:
             precision = "tensorfloat32" if tf32 else "float32"

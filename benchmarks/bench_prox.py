@@ -3,14 +3,17 @@
 A step on [B, D] rows, the gradients given. torch.optim takes no proximal term, but its weight decay
 is one in the variable `phi - theta`: it is timed there, on one tensor, which also spares it reading
 theta. Counted are the passes that cannot be saved: gradient descent reads phi and the gradient and
-writes phi, Adam reads and writes its two moments too; against the bandwidth of a copy.
+writes phi, Adam reads and writes its two moments too; against the bandwidth of a copy. On CUDA the
+operands rotate and there are rows for CUDA graphs, as in bench_cg.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
+from cuda_timing import Implementation, Rotated, captured, copies
 from harness import (
     Implementations,
     add_without,
@@ -28,6 +31,7 @@ from torch import Tensor
 from imaml_ext.ops import prox_adam_, prox_gd_
 
 LAM, LR, BETA1, BETA2, EPS = 2.0, 0.01, 0.9, 0.999, 1e-8
+GRAPHED = ("imaml_ext", "plain PyTorch")
 PASSES = {"gd": 3, "adam": 7}
 
 
@@ -64,6 +68,9 @@ class Problem:
             for shape in ((dim,), (tasks, dim), (tasks, dim))
         )
         return Problem(kind, theta.to(like), grad.to(like), (theta + 0.1 * away).to(like))
+
+    def clone(self) -> "Problem":
+        return Problem(self.kind, self.theta.clone(), self.grad.clone(), self.start.clone())
 
 
 class Candidate(Protocol):
@@ -107,16 +114,19 @@ class Fused:
 class Plain:
     """The formula in PyTorch, as it is or compiled; it returns what it computes."""
 
-    def __init__(self, problem: Problem, compiled: Callable[[Any], Any] = lambda f: f) -> None:
+    def __init__(self, problem: Problem, step: Callable[..., Any]) -> None:
         zeros = torch.zeros_like(problem.start)
         self.operands = [problem.start, problem.grad, problem.theta]
         if problem.kind == "adam":
             self.operands += [zeros, zeros.clone()]
-        self.step = compiled(STEPS[problem.kind])
+        self.step = step
         self.stepped: Any = None
 
     def prepare(self) -> None:
-        self.stepped = None
+        if self.stepped is not None and self.stepped[0].is_cuda:
+            self.stepped[0].fill_(torch.nan)  # a graph's replay writes there again
+        else:
+            self.stepped = None
 
     def __call__(self) -> None:
         self.stepped = self.step(*self.operands)
@@ -164,20 +174,19 @@ class Jitted:
         written = [problem.start] + [torch.zeros_like(problem.start)] * (2 if adam else 0)
         self.start = [peer.to_jax(tensor) for tensor in written]
         self.read = peer.to_jax(problem.grad), peer.to_jax(problem.theta)
-        step = STEPS[problem.kind]
-
-        def reordered(state: list[Any], grad: Any, theta: Any) -> list[Any]:
-            return list(step(state[0], grad, theta, *state[1:]))
-
-        self.step = peer.jax.jit(reordered, donate_argnums=0)
+        self.step = jitted_step(problem.kind, peer)
 
     def prepare(self) -> None:
         self.state = [self.copy(array) for array in self.start]
         for array in self.state:
             array.block_until_ready()
 
-    def __call__(self) -> None:
+    def submit(self) -> Any:
         self.state = self.step(self.state, *self.read)
+        return self.state[0]
+
+    def __call__(self) -> None:
+        self.submit()
         for array in self.state:
             array.block_until_ready()
 
@@ -185,20 +194,47 @@ class Jitted:
         return torch.from_dlpack(self.state[0])
 
 
-def make_candidates(problem: Problem) -> dict[str, Candidate]:
-    def compiled(step: Any) -> Any:
-        return torch.compile(step, dynamic=False)
+@cache
+def jitted_step(kind: str, peer: Any) -> Any:
+    def reordered(state: list[Any], grad: Any, theta: Any) -> list[Any]:
+        return list(STEPS[kind](state[0], grad, theta, *state[1:]))
 
-    made: dict[str, Candidate] = {
-        "imaml_ext": Fused(problem),
-        "plain PyTorch": Plain(problem),
-        "compiled PyTorch": Plain(problem, compiled),
-        "torch.optim, foreach": TorchOptim(problem, "foreach"),
-        "torch.optim, fused": TorchOptim(problem, "fused"),
+    return peer.jax.jit(reordered, donate_argnums=0)
+
+
+class Candidates:
+    """A way to make the step, on each copy of the problem."""
+
+    def __init__(self, make: Callable[[Problem], Candidate], problems: list[Problem]) -> None:
+        self.each = [make(problem) for problem in problems]
+        self.rotated = Rotated(self.each)
+
+    def prepare(self) -> None:
+        for candidate in self.each:
+            candidate.prepare()
+
+    def stepped(self, step: Implementation) -> Implementation:
+        """phi of the first copy after `step`."""
+
+        def call() -> Tensor:
+            step()
+            return self.each[0].phi()
+
+        return call
+
+
+def ways(kind: str, device: torch.device) -> dict[str, Callable[[Problem], Candidate]]:
+    compiled = torch.compile(STEPS[kind], dynamic=False)
+    made: dict[str, Callable[[Problem], Candidate]] = {
+        "imaml_ext": Fused,
+        "plain PyTorch": lambda problem: Plain(problem, STEPS[kind]),
+        "compiled PyTorch": lambda problem: Plain(problem, compiled),
+        "torch.optim, foreach": lambda problem: TorchOptim(problem, "foreach"),
+        "torch.optim, fused": lambda problem: TorchOptim(problem, "fused"),
     }
-    peer = jax_peer(problem.theta.device)
+    peer = jax_peer(device)
     if peer is not None:
-        made["JAX, jit"] = Jitted(problem, peer)
+        made["JAX, jit"] = lambda problem: Jitted(problem, peer)
     return made
 
 
@@ -211,30 +247,35 @@ def main() -> None:
     chosen = options.parse_args()
     device, tasks, dim = torch.device(chosen.device), chosen.tasks, chosen.dim
 
-    def candidates(dtype: torch.dtype) -> dict[str, Candidate]:
+    moved = 4 * (PASSES[chosen.step] * tasks * dim + dim)
+    made_by = leave_out(dict(ways(chosen.step, device)), chosen.without)
+
+    def problems(dtype: torch.dtype, rotation: int) -> list[Problem]:
         like = torch.empty((), dtype=dtype, device=device)
-        made = make_candidates(Problem.make(chosen.step, tasks, dim, like))
-        kept = leave_out(dict(made), chosen.without)
-        return {name: made[name] for name in kept}
-
-    def prepare(made: dict[str, Candidate]) -> None:
-        for candidate in made.values():
-            candidate.prepare()
-
-    def stepped(candidate: Candidate) -> Tensor:
-        candidate()
-        return candidate.phi()
+        first = Problem.make(chosen.step, tasks, dim, like)
+        return [first, *(first.clone() for _ in range(rotation - 1))]
 
     with torch.no_grad():
-        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
-            made = candidates(dtype)
-            results: Implementations = {
-                name: lambda candidate=candidate: stepped(candidate)
-                for name, candidate in made.items()
-            }
-            check_agreement(results, lambda: prepare(made), tolerance)  # noqa: B023
-        timings = time_in_turn(dict(made), lambda: prepare(made), device, chosen.rounds)
-        moved = 4 * (PASSES[chosen.step] * tasks * dim + dim)
+        for dtype, rotation, tolerance in (
+            (torch.float64, 1, 1e-12),
+            (torch.float32, copies(moved, device), 1e-6),
+        ):
+            at = problems(dtype, rotation)
+            made = {name: Candidates(make, at) for name, make in made_by.items()}
+            timed: Implementations = {name: each.rotated for name, each in made.items()}
+            if device.type == "cuda" and dtype == torch.float32:
+                for name in filter(made_by.get, GRAPHED):
+                    own = Candidates(made_by[name], at)
+                    for label, graph in captured(name, own.rotated).items():
+                        made[label], timed[label] = own, graph
+
+            def prepare(made: dict[str, Candidates] = made) -> None:
+                for candidate in made.values():
+                    candidate.prepare()
+
+            results = {name: made[name].stepped(call) for name, call in timed.items()}
+            check_agreement(results, prepare, tolerance)
+        timings = time_in_turn(timed, prepare, device, chosen.rounds)
         copy = copy_bandwidth(moved, device, chosen.rounds)
     rows = {}
     print(f"a step of {chosen.step}, B={tasks}, D={dim}, float32, {device}")

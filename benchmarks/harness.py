@@ -2,7 +2,8 @@
 from.
 
 Implementations are timed one after the other, round by round (A B C A B C ...), so that a noisy
-machine disturbs all alike; `prepare` runs untimed before each call.
+machine disturbs all alike; `prepare` runs untimed before each call. CUDA needs more care than the
+CPU, and has it in cuda_timing.py.
 """
 
 import argparse
@@ -13,16 +14,15 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from cuda_timing import Implementation, cuda_seconds
 from torch import Tensor
 
 from imaml_ext.provenance import describe_run
 
-Implementation = Callable[[], Any]
 Implementations = dict[str, Implementation]
 Timing = dict[str, float]
 PEERS = {"jax": "JAX", "torchopt": "TorchOpt", "linear_operator": "linear_operator"}
@@ -96,11 +96,12 @@ def seconds(call: Implementation, device: torch.device) -> float:
 
 _SHORT = 0.05  # seconds
 _CALLS_IN_A_TURN = 5  # of short ones
+_CUDA_COPY_BYTES = 512 * 10**6
 
 
 def time_in_turn(
     implementations: Implementations,
-    prepare: Callable[[], None],
+    prepare: Implementation,
     device: torch.device,
     rounds: int,
     *,
@@ -109,20 +110,24 @@ def time_in_turn(
     """Seconds per call of each implementation: median, min and max over the rounds.
 
     Short calls are made several times in a turn, the first of them untimed: the threads of the
-    implementation before still spin then, and its own sleep.
+    implementation before still spin then, and its own sleep. On CUDA a turn is one sample, the mean
+    of as many calls as `cuda_seconds` makes.
     """
     samples: dict[str, list[float]] = {name: [] for name in implementations}
     latest = dict.fromkeys(implementations, math.inf)
     for round_number in range(-warm_up, rounds):
         for name, call in implementations.items():
-            calls = 1
-            if latest[name] < _SHORT:
+            short, calls = latest[name] < _SHORT, 1
+            if short and device.type == "cpu":
                 prepare()
                 call()
                 calls = _CALLS_IN_A_TURN
             for _ in range(calls):
                 prepare()
-                latest[name] = seconds(call, device)
+                if device.type == "cuda":
+                    latest[name] = cuda_seconds(call, device, short=short)
+                else:
+                    latest[name] = seconds(call, device)
                 if round_number >= 0:
                     samples[name].append(latest[name])
     return {
@@ -132,7 +137,7 @@ def time_in_turn(
 
 
 def check_agreement(
-    implementations: Implementations, prepare: Callable[[], None], tolerance: float
+    implementations: Implementations, prepare: Implementation, tolerance: float
 ) -> None:
     """Every result against the first one's, relative in norm; exits where they differ."""
     want: Tensor | None = None
@@ -149,8 +154,11 @@ def copy_bandwidth(total_bytes: int, device: torch.device, rounds: int) -> float
     """Bytes per second that `copy_` moves between two halves of `total_bytes`.
 
     A CPU reads a cache line before it overwrites it, so a copy moves three bytes for each byte
-    copied, where an update in place moves two; a GPU moves two in both.
+    copied, where an update in place moves two; a GPU moves two in both. On CUDA the halves are at
+    least 256 MB, several times the cache, since what is timed there finds nothing in the cache.
     """
+    if device.type == "cuda":
+        total_bytes = max(total_bytes, _CUDA_COPY_BYTES)
     source = torch.rand(max(total_bytes // 8, 1), device=device)
     target = torch.empty_like(source)
     timing = time_in_turn(

@@ -109,8 +109,11 @@ class MetaGradient:
         self.compiled = jax.jit(batch)
         self.operands = operands
 
+    def submit(self) -> Array:
+        return self.compiled(*self.operands)
+
     def __call__(self) -> Tensor:
-        return torch.from_dlpack(self.compiled(*self.operands).block_until_ready())
+        return torch.from_dlpack(self.submit().block_until_ready())
 
     def temporary_bytes(self) -> int:
         """What the compiled function reserves beside its operands and its result."""

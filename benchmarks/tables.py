@@ -1,9 +1,16 @@
-"""Writes benchmarks/README.md from benchmarks/results/*.json: `python benchmarks/tables.py`."""
+"""Writes benchmarks/README.md from benchmarks/results/*.json: `python benchmarks/tables.py`.
 
+The README's rows on a GPU too. `python benchmarks/tables.py --add OUT/bench.json` first takes over
+what `.ci/gpu` has measured, one file of results/ for each benchmark.
+"""
+
+import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import readme_rows
 
 HERE = Path(__file__).parent
 
@@ -13,8 +20,10 @@ HEADER = """# Benchmarks
 
 Written by `python benchmarks/tables.py` from `results/*.json`, which also hold minima and maxima.
 Implementations were timed in turn in one process, after their results were found to agree; times
-are medians. On a noisy machine trust the ratios. To run one again, take the command beside it, in
-this folder; what it compares with comes with `pip install '.[bench]'`.
+are medians. On a noisy machine trust the ratios. On CUDA a short time is the mean of at least 20
+calls between two events; the vector work finds its operands outside the cache there, and has rows
+for CUDA graphs, since launching it can take longer than doing it. To run one again, take the
+command beside it, in this folder; what it compares with comes with `pip install '.[bench]'`.
 """
 
 INNER = """
@@ -301,14 +310,32 @@ def make(results: list[Result], matrix: list[Result] | None = None) -> str:
     return text + (installs(matrix) if matrix else "")
 
 
-def committed() -> list[Result]:
-    return [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
+def committed(folder: Path = HERE) -> list[Result]:
+    return [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
 
 
-def committed_matrix() -> list[Result]:
-    text = (HERE / "results" / "installs.jsonl").read_text()
+def committed_matrix(folder: Path = HERE) -> list[Result]:
+    text = (folder / "results" / "installs.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 
+def add(merged: Path, folder: Path) -> None:
+    """Split what `.ci/gpu` has merged: {"NAME.json": result}."""
+    for name, result in json.loads(merged.read_text()).items():
+        (folder / Path(name).name).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = HERE.parent) -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--add", type=Path, metavar="FILE", help="results that .ci/gpu has merged")
+    chosen = options.parse_args(arguments)
+    folder, readme = root / "benchmarks", root / "README.md"
+    if chosen.add is not None:
+        add(chosen.add, folder / "results")
+    results = committed(folder)
+    (folder / "README.md").write_text(make(results, committed_matrix(folder)))
+    readme.write_text(readme_rows.replaced(readme.read_text(), results))
+
+
 if __name__ == "__main__":
-    (HERE / "README.md").write_text(make(committed(), committed_matrix()))
+    main()

@@ -213,3 +213,164 @@ def test_the_page_is_made_from_the_committed_results(benchmark):
     tables = benchmark("tables")
     page = tables.make(tables.committed(), tables.committed_matrix())
     assert (BENCHMARKS / "README.md").read_text() == page
+
+
+def test_the_readme_says_what_was_measured_on_a_gpu(benchmark):
+    readme = BENCHMARKS.parent / "README.md"
+    written = benchmark("readme_rows").replaced(readme.read_text(), benchmark("tables").committed())
+    assert readme.read_text() == written
+
+
+def made_up(benchmark, settings, **milliseconds):
+    """A result on CUDA."""
+    rows = {
+        name: {"median": 1e-3 * t, "min": 0.0, "max": 1.0, "share_of_copy_bandwidth": 0.08 / t}
+        for name, t in milliseconds.items()
+    }
+    return {
+        "benchmark": benchmark, "device_type": "cuda", "device": "Some Card", "command": "cmd",
+        "commit": "abc", "threads": 1, "torch": "2.11.0", "date": "2026-01-02T03",
+        "settings": settings, "copy_bandwidth": 3e12, "implementations": rows,
+    }  # fmt: skip
+
+
+def test_results_of_a_gpu_are_added_to_both_pages(benchmark, tmp_path):
+    settings = {"tasks": 16, "dim": 113221, "iterations": 5, "dtype": "float32"}
+    result = made_up(
+        "cg", settings,
+        **{"imaml_ext": 0.2, "imaml_ext, CUDA graph": 0.1, "JAX, jit": 0.45, "plain": 0.9},
+    )  # fmt: skip
+    folder = tmp_path / "benchmarks"
+    (folder / "results").mkdir(parents=True)
+    (folder / "results" / "installs.jsonl").write_text("")
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- measured on a GPU: by benchmarks/tables.py -->\nold\n<!-- end -->\nafter\n"
+    )
+    merged = tmp_path / "bench.json"
+    merged.write_text(json.dumps({"cg-cuda-b16.json": result}))
+    benchmark("tables").main(["--add", str(merged)], root=tmp_path)
+    assert json.loads((folder / "results" / "cg-cuda-b16.json").read_text()) == result
+    page = (folder / "README.md").read_text()
+    assert "CPU: not measured.\n\nCUDA:\n" in page
+    assert "| **imaml_ext** | 0.2 | 1.00 | 40% |" in page
+    assert "Some Card" in page
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n")
+    assert readme.endswith("<!-- end -->\nafter\n")
+    assert "On one Some Card, float32" in readme
+    assert (
+        "| 5 CG iterations without the products, 16 tasks, D = 113,221 "
+        "| 0.2 ms (40% of copy bandwidth); CUDA graph 0.1 ms (80% of copy bandwidth) "
+        "| JAX, jit 4.5x, plain 9.0x |"
+    ) in readme
+    assert "old" not in readme
+
+
+# ---- timing on CUDA, with a clock that the calls move -----------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Milliseconds that have passed on a device that is not there."""
+    passed = [0.0]
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = passed[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return passed
+
+
+CUDA = torch.device("cuda")
+
+
+def counted(clock, milliseconds):
+    def call():
+        clock[0] += milliseconds
+        call.made += 1
+
+    call.made = 0
+    return call
+
+
+def test_a_sample_is_the_mean_of_twenty_short_calls_or_one_long_call(benchmark, clock):
+    timing = benchmark("cuda_timing")
+    for short, calls in ((True, 20), (False, 1)):
+        call = counted(clock, 3.0)
+        assert timing.cuda_seconds(call, CUDA, short=short) == pytest.approx(3e-3)
+        assert call.made == calls
+
+
+def test_every_copy_of_the_operands_is_used_once_in_a_sample(benchmark, clock, monkeypatch):
+    timing = benchmark("cuda_timing")
+    calls = [counted(clock, milliseconds) for milliseconds in (1.0, 2.0, 6.0)]
+    rotated = timing.Rotated(calls)
+    assert timing.cuda_seconds(rotated, CUDA, short=True) == pytest.approx(3e-3)
+    assert [call.made for call in calls] == [1, 1, 1]
+    monkeypatch.setattr(timing, "cuda_graph", lambda function, rehearse: function)
+    graph = timing.Captured(rotated)
+    assert timing.cuda_seconds(graph, CUDA, short=True) == pytest.approx(3e-3)
+    assert [call.made for call in calls] == [2, 2, 2]
+
+
+def test_the_copies_exceed_the_cache_and_are_twenty_at_least(benchmark, monkeypatch):
+    copies = benchmark("cuda_timing").copies
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: type("", (), {"L2_cache_size": 50e6})
+    )
+    assert copies(10**9, CUDA) == 20
+    assert copies(10**6, CUDA) == 100
+    assert copies(10**6, torch.device("cpu")) == 1
+
+
+def test_what_jax_submits_is_waited_for_within_the_time(benchmark, clock, monkeypatch):
+    timing = benchmark("cuda_timing")
+    waited = []
+
+    class Array:
+        def block_until_ready(self):
+            clock[0] += 5.0
+            waited.append(self)
+
+    class Call:
+        def submit(self):
+            return Array()
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 1e-3 * clock[0])
+    assert timing.cuda_seconds(Call(), CUDA, short=True) == pytest.approx(5e-3)
+    assert len(waited) == len(set(waited)) == 20
+
+
+def test_what_cannot_be_captured_is_said_to_be_left_out(benchmark, monkeypatch, capsys):
+    timing = benchmark("cuda_timing")
+
+    def refuse(function, rehearse):
+        raise RuntimeError("it synchronises\nat length")
+
+    monkeypatch.setattr(timing, "cuda_graph", refuse)
+    assert timing.captured("some way", int) == {}
+    assert "left out, cannot be captured: some way: it synchronises\n" in capsys.readouterr().err
+
+
+def test_calls_on_cuda_are_prepared_once_a_turn_and_timed_by_events(benchmark, clock):
+    calls = {"fast": counted(clock, 1.0), "slow": counted(clock, 100.0)}
+    prepared = []
+    times = benchmark("harness").time_in_turn(
+        calls, lambda: prepared.append(clock[0]), CUDA, 3, warm_up=1
+    )
+    assert times["fast"] == pytest.approx({"median": 1e-3, "min": 1e-3, "max": 1e-3})
+    assert times["slow"] == pytest.approx({"median": 0.1, "min": 0.1, "max": 0.1})
+    assert calls["fast"].made == 1 + 3 * 20  # found to be short in the first turn
+    assert calls["slow"].made == 4
+    assert len(prepared) == 2 * 4
