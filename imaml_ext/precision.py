@@ -1,15 +1,19 @@
 """The precision of float32 on CUDA: that of matrix products, for cuDNN's layers too.
 
-A curvature product in TF32 has three digits, and conjugate gradient makes fewer of them. PyTorch's
-matrix products are IEEE float32 unless `torch.set_float32_matmul_precision` says otherwise, but
-cuDNN's convolutions and recurrent layers are TF32 by default. Here that one setting holds for all.
+A curvature product in TF32 has two digits. PyTorch's matrix products are IEEE float32 unless
+`torch.set_float32_matmul_precision` says otherwise, but cuDNN's convolutions and recurrent layers
+are TF32 by default. Here that one setting holds for all.
 """
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
+
+_cudnn: Any = torch.backends.cudnn
 
 
 @contextmanager
@@ -18,14 +22,40 @@ def one_precision(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cudnn: Any = torch.backends.cudnn
-    layers = cudnn.conv, cudnn.rnn
-    before = [layer.fp32_precision for layer in layers]
-    chosen = torch.backends.cuda.matmul.fp32_precision
-    for layer in layers:
-        layer.fp32_precision = "tf32" if chosen == "tf32" else "ieee"
+    precisions = _precisions()
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    older = _older_setting()
+    # torch.backends.cudnn.flags() reads the older setting, which must not contradict the newer.
+    if older is not None:
+        _cudnn.allow_tf32 = tf32
+    _set_precisions(["tf32" if tf32 else "ieee"] * 2)
     try:
         yield
     finally:
-        for layer, precision in zip(layers, before, strict=True):
-            layer.fp32_precision = precision
+        if older is not None:
+            _cudnn.allow_tf32 = older
+        _set_precisions(precisions)
+
+
+def _precisions() -> list[str]:
+    return [_cudnn.conv.fp32_precision, _cudnn.rnn.fp32_precision]
+
+
+def _set_precisions(precisions: list[str]) -> None:
+    _cudnn.conv.fp32_precision, _cudnn.rnn.fp32_precision = precisions
+
+
+def _older_setting() -> bool | None:
+    """`torch.backends.cudnn.allow_tf32`; None where the newer ones contradict it already."""
+    _silence_deprecation()
+    with suppress(RuntimeError):
+        return bool(_cudnn.allow_tf32)
+    return None
+
+
+@cache
+def _silence_deprecation() -> None:
+    """Some versions of torch warn of the older setting once in a process."""
+    with warnings.catch_warnings(), suppress(RuntimeError):
+        warnings.simplefilter("ignore")
+        _cudnn.allow_tf32 = _cudnn.allow_tf32
