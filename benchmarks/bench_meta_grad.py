@@ -10,6 +10,9 @@ and `cg_steps` products per task. Their share of the measured rate of a matrix p
 device could still give.
 """
 
+import os
+from unittest import mock
+
 import torch
 from cuda_timing import captured
 from harness import (
@@ -27,6 +30,7 @@ from harness import (
     seconds,
     time_in_turn,
 )
+from tf32 import EmulatedTF32
 from torch.utils.flop_counter import FlopCounterMode
 from torch_meta_gradient import IMPLEMENTATIONS, batched_eager, check_work, library
 from workload import WORKLOADS, Workload, make_workload
@@ -106,6 +110,9 @@ def rounding_errors(workload: Workload, exact: Workload) -> dict[str, float]:
         set_precision(device, True)
         errors["TF32"] = error()
         set_precision(device, False)
+    else:  # with convolutions made of matrix products, as on CUDA
+        with mock.patch.dict(os.environ, IMAML_LAYERS="patches"), EmulatedTF32():
+            errors["TF32, emulated"] = error()
     with torch.autocast(device.type, dtype=torch.bfloat16):
         errors["bfloat16 by autocast"] = error()
     return errors

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -374,3 +375,18 @@ def test_calls_on_cuda_are_prepared_once_a_turn_and_timed_by_events(benchmark, c
     assert calls["fast"].made == 1 + 3 * 20  # found to be short in the first turn
     assert calls["slow"].made == 4
     assert len(prepared) == 2 * 4
+
+
+def test_tf32_keeps_eleven_bits_and_rounds_ties_to_even(benchmark):
+    to_tf32, emulated = benchmark("tf32").to_tf32, benchmark("tf32").EmulatedTF32
+    step = 2.0**-10  # of numbers between 1 and 2
+    given = [1 + step, 1 + step / 2, 1 + 1.5 * step, 1 + 0.51 * step, -3.0, 0.0, math.inf, math.nan]
+    expected = [1 + step, 1, 1 + 2 * step, 1 + step, -3.0, 0.0, math.inf, math.nan]
+    got = to_tf32(torch.tensor(given))
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+    a, b = torch.randn(2, 4, 4)
+    with emulated():
+        product, total = a @ b, a + b
+    assert torch.equal(product, to_tf32(a) @ to_tf32(b))
+    assert torch.equal(total, a + b)
+    assert not torch.equal(product, a @ b)
