@@ -35,6 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_meta_gradient import IMPLEMENTATIONS, batched_eager, check_work, library
 from workload import WORKLOADS, Workload, make_workload
 
+from imaml_ext.objective import Objective
+
 
 def torch_implementations(workload: Workload) -> Implementations:
     """By name. On CUDA, where ours is recorded as a graph, plain batched PyTorch is too."""
@@ -95,26 +97,38 @@ def set_precision(device: torch.device, tf32: bool) -> None:
             peer.jax.config.update("jax_default_matmul_precision", precision)
 
 
-def rounding_errors(workload: Workload, exact: Workload) -> dict[str, float]:
-    """Relative error of the library's meta-gradient, by what its products are rounded to."""
-    device = workload.theta.device
-    want = library(exact)()
+def hessian_product(workload: Workload) -> Implementation:
+    """Of every task at theta, with a vector that is the same for either dtype."""
+    w = workload
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(w.tasks, w.layout.dim, dtype=torch.float64, generator=generator).to(w.theta)
+    objective = Objective(w.loss, w.layout, w.support)
+    rows = w.theta.expand(w.tasks, -1).clone()
+    return lambda: objective.linearise(rows, "hessian").matvec(v)
 
-    def error() -> float:
-        return ((library(workload)().double() - want).norm() / want.norm()).item()
+
+def rounding_errors(workload: Workload, exact: Workload) -> dict[str, dict[str, float]]:
+    """Relative errors of what the library computes, by what its products are rounded to."""
+    device = workload.theta.device
+    makers = {"meta-gradient": library, "Hessian product": hessian_product}
+    wanted = {name: make(exact)() for name, make in makers.items()}
+
+    def now() -> dict[str, float]:
+        got = {name: make(workload)().double() for name, make in makers.items()}
+        return {name: ((got[name] - x).norm() / x.norm()).item() for name, x in wanted.items()}
 
     errors = {}
     set_precision(device, False)
-    errors["float32"] = error()
+    errors["float32"] = now()
     if device.type == "cuda":
         set_precision(device, True)
-        errors["TF32"] = error()
+        errors["TF32"] = now()
         set_precision(device, False)
     else:  # with convolutions made of matrix products, as on CUDA
         with mock.patch.dict(os.environ, IMAML_LAYERS="patches"), EmulatedTF32():
-            errors["TF32, emulated"] = error()
+            errors["TF32, emulated"] = now()
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        errors["bfloat16 by autocast"] = error()
+        errors["bfloat16 by autocast"] = now()
     return errors
 
 
@@ -176,12 +190,13 @@ def main() -> None:
             f"{100 * rows[name]['share_of_matmul']:3.0f}% of a matrix product's rate"
             + (f", compiled in {rows[name]['compile']:.1f} s" if "compile" in rows[name] else "")
         )
-    errors = {}
+    errors: dict[str, dict[str, float]] = {}
     if chosen.errors:
         exact = make_workload(chosen.workload, device, torch.float64, tasks=chosen.tasks, **sizes)
         errors = rounding_errors(workload, exact)
-        for name, error in errors.items():
-            print(f"relative error of the meta-gradient, products in {name}: {error:.1e}")
+        for precision, of in errors.items():
+            said = ", ".join(f"{name} {error:.1e}" for name, error in of.items())
+            print(f"relative errors, products in {precision}: {said}")
     report(
         {**provenance("meta_grad", device, settings), "flops": flops, "matmul_rate": rate,
          "tried": tried, "implementations": rows, "errors": errors},

@@ -10,6 +10,8 @@
 #if defined(__CUDACC__)
 #include <cooperative_groups.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -123,6 +125,15 @@ inline int ask_cluster_capacity(const void* kernel, int device, int blocks, int6
                                                                                         : 0;
 }
 
+// IMAML_CLUSTERS=off in the environment: as on a device without clusters, to debug.
+inline bool clusters_are_off() {
+  static const bool off = [] {
+    const char* const chosen = std::getenv("IMAML_CLUSTERS");
+    return chosen != nullptr && std::strcmp(chosen, "off") == 0;
+  }();
+  return off;
+}
+
 // How many clusters of so many blocks, each with so many bytes of dynamic shared memory, the
 // current device can run at a time; 0: it cannot launch one. Each question is asked once. Never
 // waits for the device: legal in a graph capture.
@@ -130,7 +141,7 @@ inline int cluster_capacity(const void* kernel, int blocks, int64_t shared_bytes
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int, int64_t>, int> known;
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if ((blocks > 1 && clusters_are_off()) || cudaGetDevice(&device) != cudaSuccess) return 0;
   const std::lock_guard<std::mutex> lock(mutex);
   if (known.try_emplace({kernel, device, 0, 0}, 0).second) allow_all(kernel, device);
   if (shared_bytes > kOrdinaryShared)  // the more of them run on a processor, the better
