@@ -89,6 +89,9 @@ _refusing = None if build_info()["cuda"] else _refuse_cuda()
 def cluster_occupancy(dim: int, dtype: torch.dtype, rows: int) -> tuple[int, dict[int, int]]:
     """How `cg_step_` works on [rows, dim] on the current CUDA device, without a preconditioner.
 
+    Args:
+        dim, dtype, rows: of its operands.
+
     Returns:
         The blocks of the cluster that works on a row, 0 where it takes three launches; and by the
         number of blocks how many rows the device works on at a time, 0 where that many blocks are
