@@ -29,12 +29,15 @@ void test_conv_of_equal_values(const ConvShape& s) {
 constexpr shim::Device kWithClusters{{132, 66, 33, 16, 0}, {48000, 48000, 48000, 48000, 0}};
 constexpr shim::Device kWithoutClusters{{108}, {48000}};
 
-// What call() gives, in whatever order the emulated threads run.
+// What call() gives, in whatever order the emulated threads run: in every one, or in two.
 template <typename Call>
-auto on_cuda(const Call& call) {
+auto on_cuda(const Call& call, bool in_every_order = true) {
   shim::order = shim::Order::kForwards;
   const auto first = call();
-  for (auto order : {shim::Order::kBackwards, shim::Order::kShuffled, shim::Order::kWarpByWarp}) {
+  std::vector<shim::Order> orders = {shim::Order::kWarpByWarp};
+  if (in_every_order)
+    orders.insert(orders.end(), {shim::Order::kBackwards, shim::Order::kShuffled});
+  for (auto order : orders) {
     shim::order = order;
     expect(call().same(first), "the order of threads changes the bits: a race");
   }
@@ -57,7 +60,8 @@ void test_norm(const NormShape& s, bool relu) {
     if (clusters && cuda::norm_blocks(s.rows, true) == 1) continue;
     shim::device = clusters ? kWithClusters : kWithoutClusters;
     context += clusters ? " in clusters" : " on cuda";
-    const NormResults<T> device = on_cuda([&] { return run_norm_on_cuda(problem); });
+    const NormResults<T> device =
+        on_cuda([&] { return run_norm_on_cuda(problem); }, /*in_every_order=*/s.channels < 10);
     for (int64_t task = 0; task < s.tasks; ++task)
       for (int64_t channel = 0; channel < s.channels; ++channel)
         check_norm(problem, device, task, channel);
