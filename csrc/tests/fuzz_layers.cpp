@@ -85,9 +85,14 @@ void check(const NormProblem<T>& problem, const NormResults<T>& got) {
         g &= problem.g[problem.place(task, row, channel)];
       }
       if (!x.finite)
-        expect(!std::isfinite(got.mean[problem.place(task, channel)]),
-               "x is not finite, its mean is");
+        for (const auto* statistics : {&got.mean, &got.scale})
+          expect(!std::isfinite((*statistics)[problem.place(task, channel)]),
+                 "x is not finite, its mean or scale is");
       for (int64_t row = 0; row < problem.shape.rows; ++row) {
+        const T y = got.y[problem.place(task, row, channel)];
+        const T positive = got.positive[problem.place(task, row, channel)];
+        if (problem.relu)
+          expect(std::isnan(y) ? std::isnan(positive) : positive == std::max(y, T(0)), "max(y, 0)");
         if (!x.finite)
           expect(!std::isfinite(got.y[problem.place(task, row, channel)]), "x is not finite, y is");
         else if (!g.finite && !problem.relu)

@@ -68,6 +68,54 @@ void test_norm(const NormShape& s, bool relu) {
   }
 }
 
+// Of a problem of clusters of two blocks: on the CPU, and on CUDA without clusters and with.
+template <typename T, typename Check>
+void for_norms(const NormProblem<T>& problem, const Check& check) {
+  const std::string outer = context;
+  context = outer + " cpu";
+  check(run_norm(problem));
+  for (const bool clusters : {false, true}) {
+    context = outer + (clusters ? " in clusters" : " on cuda");
+    shim::device = clusters ? kWithClusters : kWithoutClusters;
+    check(on_cuda([&] { return run_norm_on_cuda(problem); }));
+  }
+  context = outer;
+}
+
+constexpr NormShape kTwoBlocks{.tasks = 2, .rows = 130, .channels = 3};
+
+// Of equal values without a shift y is 0, where relu passes nothing back, as torch has it.
+template <typename T>
+void test_relu_at_zero() {
+  context = sizeof(T) == 4 ? "relu at 0, float" : "relu at 0, double";
+  NormProblem<T> problem(kTwoBlocks, /*relu=*/true, 1);
+  std::fill(problem.x.begin(), problem.x.end(), T(0.3));
+  std::fill(problem.beta.begin(), problem.beta.end(), T(0));
+  for_norms(problem, [](const NormResults<T>& got) {
+    for (const auto* zeros : {&got.y, &got.positive, &got.dx, &got.dgamma, &got.dbeta, &got.to_g,
+                              &got.to_x, &got.to_gamma})
+      for (const T value : *zeros) expect(value == 0, "something passes where y is 0");
+  });
+}
+
+// The variance is taken about a value of the channel: about 0, the mean would drown it.
+template <typename T>
+void test_large_mean() {
+  context = sizeof(T) == 4 ? "a large mean, float" : "a large mean, double";
+  NormProblem<T> problem(kTwoBlocks, /*relu=*/false, 1), far = problem;
+  const T mean = sizeof(T) == 4 ? T(1 << 12) : T(1 << 26);
+  for (std::size_t i = 0; i < far.x.size(); ++i) {
+    far.x[i] += mean;
+    problem.x[i] = far.x[i] - mean;  // exact: the same values, but for the mean
+  }
+  far.eps = problem.eps = 1e-9;
+  const NormResults<T> want = run_norm(problem);
+  for_norms(far, [&](const NormResults<T>& got) {
+    for (std::size_t i = 0; i < want.scale.size(); ++i)
+      expect_close<T>(double(got.scale[i]), double(want.scale[i]), double(want.scale[i]), "scale");
+  });
+}
+
 template <typename T>
 void test_patches(const ConvShape& s) {
   context = "patches of " + describe(s, sizeof(T) == 4 ? "float" : "double");
@@ -98,6 +146,23 @@ void test_divisor() {
   }
 }
 
+// A Divisor takes 31 bits: what the kernels number must have fewer.
+void test_fits_divisors() {
+  context = "fits_divisors";
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  const PatchShape small = patch_shape(shape_of(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0));
+  const auto fits = [&](int64_t PatchShape::*size, int64_t value) {
+    PatchShape s = small;
+    s.*size = value;
+    return cuda::fits_divisors(s);
+  };
+  for (const auto size : {&PatchShape::in_h, &PatchShape::in_w, &PatchShape::channels,
+                          &PatchShape::out_h, &PatchShape::out_w, &PatchShape::kernel_h})
+    expect(fits(size, kLimit - 1) && !fits(size, kLimit), "a size");
+  for (const auto size : {&PatchShape::pad_h, &PatchShape::pad_w})
+    expect(fits(size, kLimit - 2) && !fits(size, kLimit - 1), "a padding");
+}
+
 }  // namespace
 
 void test_layers() {
@@ -126,6 +191,7 @@ void test_layers() {
     test_patches<double>(s);
   }
   test_divisor();
+  test_fits_divisors();
   // Images of one block and of several; a window that sees pixels often, or not at all.
   test_patches<float>(shape_of(2, 2, 14, 13, 9, 1, 3, 3, 2, 2, 1, 1));
   test_patches<double>(shape_of(1, 3, 17, 16, 5, 1, 3, 2, 1, 1, 1, 0));
@@ -142,6 +208,10 @@ void test_layers() {
   for (const int64_t rows : {128, 129, 257, 513, 1200})
     test_norm<float>({.tasks = 1, .rows = rows, .channels = 9}, /*relu=*/rows % 2 == 1);
   test_norm<double>({.tasks = 1, .rows = 600, .channels = 3}, true);
+  test_relu_at_zero<float>();
+  test_relu_at_zero<double>();
+  test_large_mean<float>();
+  test_large_mean<double>();
 }
 
 }  // namespace imaml
