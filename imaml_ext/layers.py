@@ -370,7 +370,7 @@ def _batch_norm_relu(
     rows = _rows(y.detach())
 
     def relu() -> Tensor:
-        return positive if positive.numel() else rows.relu()
+        return positive.detach() if positive.numel() else rows.relu()
 
     return _images(BatchNormReLU.apply(relu, *arguments), x)
 

@@ -55,6 +55,20 @@ class ChangedBetween(Residual):
         return F.relu(y).flatten(1)
 
 
+class ScaledBehind(Residual):
+    """The ReLU's result is scaled."""
+
+    def forward(self, x):
+        return (2 * F.relu(self.norm(self.conv(x)))).flatten(1)
+
+
+class OverwrittenBehind(Residual):
+    """The same, in place, which PyTorch's own ReLU does not allow: it keeps its result."""
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x))).mul_(2).flatten(1)
+
+
 class View(nn.Module):
     """`view` wants memory in the order of the dimensions."""
 
@@ -120,6 +134,7 @@ MODELS = {
     "running statistics": (RunningStatistics, (2, 5, 4)),
     "dilation of one": (lambda: convs(nn.Conv2d(2, 3, 2, dilation=(1, 2)), nn.Tanh()), (2, 4, 4)),
     "relu beside": (Residual, (2, 5, 4)),
+    "scaled behind": (ScaledBehind, (2, 5, 4)),
     "overwritten": (ChangedBetween, (2, 5, 4)),
     "relu in place": (
         lambda: convs(nn.Conv2d(2, 3, 2), norm_of(3, 1, 1), nn.ReLU(inplace=True)),
@@ -189,6 +204,18 @@ def both(monkeypatch, compute):
 def test_derivatives_are_those_of_plain_vmap(name, layers_device, monkeypatch):
     objective, rows = make(name, device=layers_device)
     assert_close(*both(monkeypatch, lambda: derivatives(objective, rows)))
+
+
+def test_what_a_joined_relu_gives_may_be_overwritten(form, monkeypatch):
+    monkeypatch.setitem(MODELS, "overwritten behind", (OverwrittenBehind, (2, 5, 4)))
+
+    def computed(name):
+        torch.manual_seed(1)
+        return derivatives(*make(name))
+
+    got = computed("overwritten behind")
+    monkeypatch.setenv("IMAML_LAYERS", "torch")
+    assert_close(got, computed("scaled behind"))
 
 
 @pytest.mark.parametrize("name", ["relu beside", "tanh", "relu in place", "1d"])

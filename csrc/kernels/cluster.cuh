@@ -144,12 +144,14 @@ inline int cluster_capacity(const void* kernel, int blocks, int64_t shared_bytes
   if ((blocks > 1 && clusters_are_off()) || cudaGetDevice(&device) != cudaSuccess) return 0;
   const std::lock_guard<std::mutex> lock(mutex);
   if (known.try_emplace({kernel, device, 0, 0}, 0).second) allow_all(kernel, device);
-  if (shared_bytes > kOrdinaryShared)  // the more of them run on a processor, the better
-    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                         cudaSharedmemCarveoutMaxShared);
   const auto [entry, is_new] = known.try_emplace({kernel, device, blocks, shared_bytes}, 0);
-  if (is_new) entry->second = ask_cluster_capacity(kernel, device, blocks, shared_bytes);
-  cudaGetLastError();  // a refusal is an answer here; it must not look like the next launch's error
+  if (is_new) {
+    if (shared_bytes > kOrdinaryShared)  // the more of them run on a processor, the better
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                           cudaSharedmemCarveoutMaxShared);
+    entry->second = ask_cluster_capacity(kernel, device, blocks, shared_bytes);
+    cudaGetLastError();  // a refusal is an answer here; it must not look like the next launch's error
+  }
   return entry->second;
 }
 
