@@ -150,7 +150,7 @@ inline int cluster_capacity(const void* kernel, int blocks, int64_t shared_bytes
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                            cudaSharedmemCarveoutMaxShared);
     entry->second = ask_cluster_capacity(kernel, device, blocks, shared_bytes);
-    cudaGetLastError();  // a refusal is an answer here; it must not look like the next launch's error
+    cudaGetLastError();  // a refusal is an answer here, not the next launch's error
   }
   return entry->second;
 }
