@@ -16,7 +16,7 @@ void launch_at(const char* op, const Tensor& t, const Launch& launch) {
 
 void check_numbering(const char* op, const PatchShape& s) {
   if (!cuda::fits_patches(s))
-    fail(op, "the patches of one image must be fewer than 2^31 values, got ", s.rows_size());
+    fail(op, "an image, its patches and its padded sides must be below 2^31 values");
 }
 
 Tensor patches(const Tensor& x, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,

@@ -425,6 +425,8 @@ class _TaskLayers(TorchFunctionMode):
             return None
         if input.dim() != 4 or input.numel() == 0 or not _have_tasks(input, weight, bias):
             return None
+        if input.shape[1] != weight.shape[1]:
+            return None  # torch has a message for it
         window = *_pair(stride), *_pair(padding)
         return _for_tasks(partial(self._form.conv2d, window=window), input, weight, bias)
 

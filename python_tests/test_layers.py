@@ -304,6 +304,13 @@ def test_relu_costs_no_operator_of_its_own_where_convolutions_are_made_of_patche
     assert not launches(2, "gradient")["aten::relu"]
 
 
+def test_images_of_other_channels_than_the_weights_get_torchs_message(form):
+    objective, rows = make("tanh")
+    objective.data = objective.data[0][:, :, :1], objective.data[1]
+    with pytest.raises(RuntimeError, match=r"to have \d+ channels, but got \d+ channels"):
+        objective.losses(rows)
+
+
 def test_a_form_of_the_layers_that_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setenv("IMAML_LAYERS", "winograd")
     objective, rows = make("tanh")

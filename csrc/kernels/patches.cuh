@@ -11,7 +11,7 @@
 
 namespace imaml::cuda {
 
-constexpr int kPatchItems = 8;
+constexpr int kPatchItems = 4;
 
 // Division by a number that is not known before the kernel runs, as a multiplication.
 // n / d = (n m) >> (32 + s) with s = ceil(log2 d), m = ceil(2^(32 + s) / d), for n, d below 2^31
@@ -34,9 +34,12 @@ struct Divisor {
   }
 };
 
-struct PatchDivisors {
+// A shape in 32 bits, which hold whatever fits_divisors lets pass.
+struct PatchNumbers {
   Divisor columns, taps, channels, in_w, out_w, kernel_w, stride_h, stride_w;
-  explicit PatchDivisors(const PatchShape& s)
+  std::uint32_t in_h, out_h, kernel_h, pad_h, pad_w;
+
+  explicit PatchNumbers(const PatchShape& s)
       : columns(s.columns()),
         taps(s.taps()),
         channels(s.channels),
@@ -44,21 +47,26 @@ struct PatchDivisors {
         out_w(s.out_w),
         kernel_w(s.kernel_w),
         stride_h(s.stride_h),
-        stride_w(s.stride_w) {}
+        stride_w(s.stride_w),
+        in_h(static_cast<std::uint32_t>(s.in_h)),
+        out_h(static_cast<std::uint32_t>(s.out_h)),
+        kernel_h(static_cast<std::uint32_t>(s.kernel_h)),
+        pad_h(static_cast<std::uint32_t>(s.pad_h)),
+        pad_w(static_cast<std::uint32_t>(s.pad_w)) {}
 };
 
 // Calls write(element) for the elements of this block's image that this thread writes.
 template <typename Write>
 __device__ void for_elements(const Place& at, int64_t size, const Write& write) {
   const int64_t first = at.block * kThreads * kPatchItems + threadIdx.x;
-#pragma unroll 2  // more would spill registers
+#pragma unroll 2
   for (int k = 0; k < kPatchItems; ++k)
     if (first + k * kThreads < size) write(static_cast<std::uint32_t>(first + k * kThreads));
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    patches_kernel(PatchShape s, PatchDivisors by, const T* images, T* rows, int64_t blocks) {
+    patches_kernel(PatchShape s, PatchNumbers by, const T* images, T* rows, int64_t blocks) {
   const Place at(blocks);
   const T* __restrict__ image = images + at.row * s.image_size();
   T* __restrict__ out = rows + at.row * s.rows_size();
@@ -67,15 +75,16 @@ __global__ void __launch_bounds__(kThreads)
     const auto [c, tap] = by.taps(column);
     const auto [i, j] = by.out_w(pixel);
     const auto [a, b] = by.kernel_w(tap);
-    const int64_t h = i * s.stride_h + a - s.pad_h, w = j * s.stride_w + b - s.pad_w;
-    const bool inside = 0 <= h && h < s.in_h && 0 <= w && w < s.in_w;
-    out[element] = inside ? image[(h * s.in_w + w) * s.channels + c] : T(0);
+    // As unsigned numbers, what lies before the image lies behind it.
+    const std::uint32_t h = i * by.stride_h.d + a - by.pad_h, w = j * by.stride_w.d + b - by.pad_w;
+    out[element] =
+        h < by.in_h && w < by.in_w.d ? image[(h * by.in_w.d + w) * by.channels.d + c] : T(0);
   });
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    patches_transpose_kernel(PatchShape s, PatchDivisors by, const T* rows, T* images,
+    patches_transpose_kernel(PatchShape s, PatchNumbers by, const T* rows, T* images,
                              int64_t blocks) {
   const Place at(blocks);
   const T* __restrict__ from = rows + at.row * s.rows_size();
@@ -84,14 +93,19 @@ __global__ void __launch_bounds__(kThreads)
     const auto [pixel, c] = by.channels(element);
     const auto [h, w] = by.in_w(pixel);
     T total = 0;
-    for (int64_t a = 0; a < s.kernel_h && a <= h + s.pad_h; ++a) {
-      const auto [i, off_h] = by.stride_h(static_cast<std::uint32_t>(h + s.pad_h - a));
-      if (off_h != 0 || i >= s.out_h) continue;
-      for (int64_t b = 0; b < s.kernel_w && b <= w + s.pad_w; ++b) {
-        const auto [j, off_w] = by.stride_w(static_cast<std::uint32_t>(w + s.pad_w - b));
-        if (off_w != 0 || j >= s.out_w) continue;
-        total += from[(i * s.out_w + j) * s.columns() + c * s.taps() + a * s.kernel_w + b];
+    // Of the pixels of the result that see this one, the last; the others are one, two, ... before.
+    auto [i, a] = by.stride_h(h + by.pad_h);
+    for (; a < by.kernel_h; a += by.stride_h.d, --i) {
+      if (i < by.out_h) {
+        auto [j, b] = by.stride_w(w + by.pad_w);
+        for (; b < by.kernel_w.d; b += by.stride_w.d, --j) {
+          if (j < by.out_w.d)
+            total +=
+                from[(i * by.out_w.d + j) * by.columns.d + c * by.taps.d + a * by.kernel_w.d + b];
+          if (j == 0) break;
+        }
       }
+      if (i == 0) break;
     }
     image[element] = total;
   });
@@ -111,14 +125,14 @@ inline int64_t patch_blocks(int64_t size) {
 template <typename T>
 int patches(const PatchShape& s, const T* images, T* rows, Stream stream) {
   const int64_t blocks = patch_blocks(s.rows_size());
-  return launch(patches_kernel<T>, s.images * blocks, stream, s, PatchDivisors(s), images, rows,
+  return launch(patches_kernel<T>, s.images * blocks, stream, s, PatchNumbers(s), images, rows,
                 blocks);
 }
 
 template <typename T>
 int patches_transpose(const PatchShape& s, const T* rows, T* images, Stream stream) {
   const int64_t blocks = patch_blocks(s.image_size());
-  return launch(patches_transpose_kernel<T>, s.images * blocks, stream, s, PatchDivisors(s), rows,
+  return launch(patches_transpose_kernel<T>, s.images * blocks, stream, s, PatchNumbers(s), rows,
                 images, blocks);
 }
 

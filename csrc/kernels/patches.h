@@ -8,7 +8,7 @@
 // for images n, pixels p of the result and q of the image, channels c, taps t of the window. Images
 // are [images, height, width, channels]; the columns of a row are in the order of torch.nn.Conv2d's
 // weights, channel by channel, so that those need no copy. Each is linear and the derivative of the
-// other. A sum has at most one term a tap, added in their order: the same bits always.
+// other. A sum has at most one term a tap, added in one order: the same bits on each device.
 #pragma once
 #include "formulas.h"
 

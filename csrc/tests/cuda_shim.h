@@ -2,12 +2,12 @@
 //
 // A block's threads are fibers (ucontext) on one OS thread. A thread runs until it waits, at
 // __syncthreads or at a warp shuffle, and then the next one runs. In which order they run is a
-// setting: forwards, backwards, shuffled, or one warp as far as it gets before the next. A kernel
-// that lacks a barrier gives another result in one of the orders, unless the race needs a finer
-// interleaving; threads that do not all reach a barrier are reported as a deadlock.
-// Blocks run one after the other, in that order too; in a cluster each as far as it gets before the
-// next. Dynamic shared memory exists from a block's first step to its last, and begins as NaN;
-// reaching for another block's before or after is reported.
+// setting: forwards, backwards, shuffled, or one warp as far as it gets before the next, beginning
+// with the first warp or with the last. A kernel that lacks a barrier gives another result in one
+// of the orders, unless the race needs a finer interleaving; threads that do not all reach a
+// barrier are reported as a deadlock. Blocks run one after the other, in that order too; in a
+// cluster each as far as it gets before the next. Dynamic shared memory exists from a block's first
+// step to its last, and begins as NaN; reaching for another block's before or after is reported.
 //
 // Under AddressSanitizer, buffers sized exactly make it find every access out of bounds.
 #pragma once
@@ -44,7 +44,7 @@ inline ShimDim threadIdx, blockIdx, blockDim, gridDim;
 
 namespace shim {
 
-enum class Order { kForwards, kBackwards, kShuffled, kWarpByWarp };
+enum class Order { kForwards, kBackwards, kShuffled, kWarpByWarp, kLastWarpFirst };
 inline Order order = Order::kForwards;
 
 constexpr int kWarpSize = 32;
@@ -171,11 +171,13 @@ inline bool release_cluster() {
 
 // Runs the threads first ... last - 1, a block, as far as they get. Tells whether any moved.
 inline bool run_block(unsigned first, unsigned last) {
-  const unsigned ahead = order == Order::kWarpByWarp ? kWarpSize : last - first;
+  const bool by_warp = order == Order::kWarpByWarp || order == Order::kLastWarpFirst;
+  const unsigned ahead = by_warp ? kWarpSize : last - first;
   bool moved = false;
   for (bool again = true; again;) {
     again = false;
-    for (unsigned start = first; start < last; start += ahead) {
+    for (unsigned done = 0; done < last - first; done += ahead) {
+      const unsigned start = order == Order::kLastWarpFirst ? last - done - ahead : first + done;
       for (bool warp_moved = true; warp_moved;) {
         warp_moved = false;
         for (unsigned thread : schedule(ahead))

@@ -163,7 +163,8 @@ void fuzz_cg_step(Draw& draw) {
   if (!emulated) return;
   ++tried["cg_step, emulated CUDA"];
   constexpr shim::Order kOrders[] = {shim::Order::kForwards, shim::Order::kBackwards,
-                                     shim::Order::kShuffled, shim::Order::kWarpByWarp};
+                                     shim::Order::kShuffled, shim::Order::kWarpByWarp,
+                                     shim::Order::kLastWarpFirst};
   shim::device = draw.one_of(kDevices);
   shim::order = draw.one_of(kOrders);
   context = name + " cuda, order " + std::to_string(static_cast<int>(shim::order)) + ", blocks " +

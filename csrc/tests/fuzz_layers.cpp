@@ -105,7 +105,8 @@ void check(const NormProblem<T>& problem, const NormResults<T>& got) {
 }  // namespace
 
 constexpr shim::Order kOrders[] = {shim::Order::kForwards, shim::Order::kBackwards,
-                                   shim::Order::kShuffled, shim::Order::kWarpByWarp};
+                                   shim::Order::kShuffled, shim::Order::kWarpByWarp,
+                                   shim::Order::kLastWarpFirst};
 
 template <typename T>
 void fuzz_patches(Draw& draw) {

@@ -55,6 +55,12 @@ void test_the_emulation_sees_a_missing_barrier() {
   shim::order = shim::Order::kWarpByWarp;
   cuda::launch(reusing_kernel, 1, nullptr, backwards.data());
   expect(!same_bits(forwards, backwards), "a write after read without a barrier gives one result");
+  // The first warp, which alone is looked at, is right where it goes first.
+  shim::order = shim::Order::kWarpByWarp;
+  cuda::launch(reusing_kernel, 1, nullptr, forwards.data());
+  shim::order = shim::Order::kLastWarpFirst;
+  cuda::launch(reusing_kernel, 1, nullptr, backwards.data());
+  expect(forwards[0] != backwards[0], "the first warp is ahead of the last in every order");
   forwards.resize(2 * 4 * 256);
   backwards.resize(2 * 4 * 256);
   shim::order = shim::Order::kForwards;

@@ -34,7 +34,7 @@ template <typename Call>
 auto on_cuda(const Call& call, bool in_every_order = true) {
   shim::order = shim::Order::kForwards;
   const auto first = call();
-  std::vector<shim::Order> orders = {shim::Order::kWarpByWarp};
+  std::vector<shim::Order> orders = {shim::Order::kWarpByWarp, shim::Order::kLastWarpFirst};
   if (in_every_order)
     orders.insert(orders.end(), {shim::Order::kBackwards, shim::Order::kShuffled});
   for (auto order : orders) {
