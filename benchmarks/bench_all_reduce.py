@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from harness import parser, provenance, report, synchronize
 
-from imaml_ext.distributed import average, own_device, process_group, rank
+from imaml_ext.training.distributed import average, own_device, process_group, rank
 
 DIMS = [1_761, 113_221, 1_000_000, 10_000_000]
 

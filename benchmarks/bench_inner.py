@@ -28,10 +28,10 @@ from imaml_ext import (
     module_loss,
 )
 from imaml_ext.data import ImageEpisodes, load_omniglot
-from imaml_ext.flat import Layout
-from imaml_ext.models import conv4
-from imaml_ext.objective import Linearisation, Objective
-from imaml_ext.provenance import describe_run
+from imaml_ext.experiments.models import conv4
+from imaml_ext.experiments.provenance import describe_run
+from imaml_ext.problem.layout import Layout
+from imaml_ext.problem.objective import Linearisation, Objective
 
 Work = dict[str, int]
 
@@ -126,7 +126,7 @@ def main() -> None:
             solution = solver.solve(problem)
             work = dict(objective.work)
             value, gradient = problem.value_and_gradient(solution.value)
-            kind = solver.cg.curvature if isinstance(solver, HessianFree) else "hessian"
+            kind = solver.linear.curvature if isinstance(solver, HessianFree) else "hessian"
             row = {
                 "solver": name,
                 "lr": getattr(solver, "lr", None),

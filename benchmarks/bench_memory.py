@@ -23,8 +23,8 @@ from torch_meta_gradient import IMPLEMENTATIONS, check_work
 from workload import WORKLOADS, Workload, make_workload
 
 from imaml_ext import MAML, GradientDescent
-from imaml_ext.reproduce.memory import peak_bytes
-from imaml_ext.tasks import TaskBatch
+from imaml_ext.data.tasks import TaskBatch
+from imaml_ext.experiments.reproduce.memory import peak_bytes
 
 MAML_NAME = "MAML, back-propagation through the steps"
 

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_meta_gradient import IMPLEMENTATIONS, batched_eager, check_work, library
 from workload import WORKLOADS, Workload, make_workload
 
-from imaml_ext.objective import Objective
+from imaml_ext.problem.objective import Objective
 
 
 def torch_implementations(workload: Workload) -> Implementations:

@@ -44,8 +44,8 @@ def adam_step(phi: Any, grad: Any, theta: Any, first: Any, second: Any) -> tuple
     g = grad + LAM * (phi - theta)
     first = BETA1 * first + (1 - BETA1) * g
     second = BETA2 * second + (1 - BETA2) * g * g
-    away = first / (1 - BETA1) / ((second / (1 - BETA2)) ** 0.5 + EPS)
-    return phi - LR * away, first, second
+    displacement = first / (1 - BETA1) / ((second / (1 - BETA2)) ** 0.5 + EPS)
+    return phi - LR * displacement, first, second
 
 
 STEPS: dict[str, Callable[..., Any]] = {"gd": gd_step, "adam": adam_step}
@@ -63,11 +63,11 @@ class Problem:
     @staticmethod
     def make(kind: str, tasks: int, dim: int, like: Tensor) -> "Problem":
         generator = torch.Generator().manual_seed(0)
-        theta, grad, away = (
+        theta, grad, displacement = (
             torch.randn(*shape, dtype=torch.float64, generator=generator)
             for shape in ((dim,), (tasks, dim), (tasks, dim))
         )
-        return Problem(kind, theta.to(like), grad.to(like), (theta + 0.1 * away).to(like))
+        return Problem(kind, theta.to(like), grad.to(like), (theta + 0.1 * displacement).to(like))
 
     def clone(self) -> "Problem":
         return Problem(self.kind, self.theta.clone(), self.grad.clone(), self.start.clone())
@@ -140,8 +140,8 @@ class TorchOptim:
     """torch.optim on `phi - theta` with weight decay, in place."""
 
     def __init__(self, problem: Problem, how: str) -> None:
-        self.theta, self.away = problem.theta, problem.start - problem.theta
-        self.parameter = torch.nn.Parameter(self.away.clone())
+        self.theta, self.displacement = problem.theta, problem.start - problem.theta
+        self.parameter = torch.nn.Parameter(self.displacement.clone())
         self.parameter.grad = problem.grad
         settings: Any = {"lr": LR, "weight_decay": LAM, how: True}
         self.optimizer: torch.optim.Optimizer
@@ -153,7 +153,7 @@ class TorchOptim:
             )
 
     def prepare(self) -> None:
-        self.parameter.data.copy_(self.away)
+        self.parameter.data.copy_(self.displacement)
         for value in self.optimizer.state[self.parameter].values():
             if isinstance(value, Tensor):
                 value.zero_()

@@ -21,7 +21,7 @@ from torch_meta_gradient import check_work, library
 from workload import WORKLOADS, make_workload
 
 from imaml_ext import conjugate_gradient
-from imaml_ext.plots import pyplot, save
+from imaml_ext.experiments.plots import pyplot, save
 
 Series = list[tuple[float, float]]  # (size, seconds)
 STEPS = ("inner steps", "CG steps")

@@ -11,9 +11,9 @@ import time
 import torch
 from harness import parser, provenance, report, synchronize
 
-from imaml_ext.experiment import build
-from imaml_ext.presets import PRESETS
-from imaml_ext.reproduce.memory import release_free_memory, resident_bytes
+from imaml_ext.experiments.build import build
+from imaml_ext.experiments.presets import PRESETS
+from imaml_ext.experiments.reproduce.memory import release_free_memory, resident_bytes
 
 
 def resident() -> int:

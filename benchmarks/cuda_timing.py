@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from imaml_ext.recording import cuda_graph
+from imaml_ext.training.capture import cuda_graph
 
 Implementation = Callable[[], Any]
 CALLS = 20  # of a sample, at least

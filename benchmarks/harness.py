@@ -21,7 +21,7 @@ import torch
 from cuda_timing import Implementation, cuda_seconds
 from torch import Tensor
 
-from imaml_ext.provenance import describe_run
+from imaml_ext.experiments.provenance import describe_run
 
 Implementations = dict[str, Implementation]
 Timing = dict[str, float]

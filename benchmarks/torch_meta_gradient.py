@@ -21,7 +21,7 @@ from imaml_ext import (
     implicit_meta_grad,
     reference,
 )
-from imaml_ext.flat import Params
+from imaml_ext.problem.layout import Params
 
 
 def library(workload: Workload) -> Implementation:
@@ -51,7 +51,7 @@ def recorded(workload: Workload) -> Implementation:
 
 def check_work(workload: Workload) -> None:
     """Exits unless every task of the library's solve made all its CG iterations."""
-    status = _solve(workload).cg.status
+    status = _solve(workload).linear.status
     if not (status == Status.MAX_ITER).all():
         raise SystemExit(f"a solve ended early, so that work was left out: {status.tolist()}")
 
@@ -62,7 +62,7 @@ def _solve(workload: Workload, batch: TaskBatch | None = None) -> Any:
     return implicit_meta_grad(
         w.loss, w.params, support, query, lam=w.lam,
         inner=GradientDescent(lr=w.lr, steps=w.inner_steps),
-        cg=ConjugateGradient(max_iter=w.cg_steps),
+        linear=ConjugateGradient(max_iter=w.cg_steps),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torchopt.diff.implicit import custom_root
 from torchopt.linear_solve import solve_cg
 from workload import Workload
 
-from imaml_ext.flat import Params
+from imaml_ext.problem.layout import Params
 
 # It still calls torch.func by the name of functorch.
 warnings.filterwarnings("ignore", "We've integrated functorch", FutureWarning)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from imaml_ext import module_loss
 from imaml_ext.data import Sinusoid
-from imaml_ext.flat import Layout, Params
-from imaml_ext.models import conv4, mlp
-from imaml_ext.objective import ModuleLoss
+from imaml_ext.experiments.models import conv4, mlp
+from imaml_ext.problem.layout import Layout, Params
+from imaml_ext.problem.module_loss import ModuleLoss
 
 # way, shot, tasks
 IMAGES = {

@@ -1,10 +1,19 @@
 """Implicit meta-gradients in PyTorch, for whole batches of tasks."""
 
 from imaml_ext._version import __version__
-from imaml_ext.cg import ConjugateGradient, conjugate_gradient
-from imaml_ext.evaluation import Evaluation, evaluate
-from imaml_ext.implicit import adapt, implicit_meta_grad
-from imaml_ext.inner import (
+from imaml_ext.data.tasks import RecordableSource, ShardableSource, TaskBatch, TaskSource
+from imaml_ext.methods.base import Method
+from imaml_ext.methods.imaml import IMAML
+from imaml_ext.methods.implicit import adapt, implicit_meta_grad
+from imaml_ext.methods.maml import FOMAML, MAML, Reptile, TruncatedMAML
+from imaml_ext.methods.meta_gradient import ImplicitMetaGradient, MetaGradient, Nonfinite
+from imaml_ext.ops.extension import build_info
+from imaml_ext.problem.lam import Lam, ProximalStrength
+from imaml_ext.problem.layout import Params
+from imaml_ext.problem.module_loss import module_loss
+from imaml_ext.problem.objective import CurvatureKind, Loss, Matvec
+from imaml_ext.problem.proximal import Proximal
+from imaml_ext.solvers.inner import (
     LBFGS,
     Adam,
     Backtracking,
@@ -13,20 +22,14 @@ from imaml_ext.inner import (
     HessianFree,
     InnerSolver,
 )
-from imaml_ext.linear import LinearSolver
-from imaml_ext.maml import FOMAML, MAML, Reptile, TruncatedMAML
-from imaml_ext.meta_gradient import ImplicitMetaGradient, MetaGradient
-from imaml_ext.methods import IMAML, Method
-from imaml_ext.minres import MINRES
-from imaml_ext.neumann import NeumannSeries
-from imaml_ext.objective import module_loss
-from imaml_ext.ops import build_info
-from imaml_ext.proximal import Proximal
-from imaml_ext.recording import RecordedMetaGradient
-from imaml_ext.solution import Solution, Status
-from imaml_ext.strength import ProximalStrength
-from imaml_ext.tasks import TaskBatch, TaskSource
-from imaml_ext.trainer import Trainer
+from imaml_ext.solvers.linear.base import LinearSolver
+from imaml_ext.solvers.linear.cg import ConjugateGradient, conjugate_gradient
+from imaml_ext.solvers.linear.minres import MINRES
+from imaml_ext.solvers.linear.neumann import NeumannSeries
+from imaml_ext.solvers.solution import Lanczos, Solution, Status
+from imaml_ext.training.evaluation import Evaluation, Metric, evaluate
+from imaml_ext.training.recorded import RecordedMetaGradient
+from imaml_ext.training.trainer import NonfiniteError, Trainer
 
 __all__ = [
     "FOMAML",
@@ -37,20 +40,31 @@ __all__ = [
     "Adam",
     "Backtracking",
     "ConjugateGradient",
+    "CurvatureKind",
     "Evaluation",
     "External",
     "GradientDescent",
     "HessianFree",
     "ImplicitMetaGradient",
     "InnerSolver",
+    "Lam",
+    "Lanczos",
     "LinearSolver",
+    "Loss",
+    "Matvec",
     "MetaGradient",
     "Method",
+    "Metric",
     "NeumannSeries",
+    "Nonfinite",
+    "NonfiniteError",
+    "Params",
     "Proximal",
     "ProximalStrength",
+    "RecordableSource",
     "RecordedMetaGradient",
     "Reptile",
+    "ShardableSource",
     "Solution",
     "Status",
     "TaskBatch",

@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 
-from imaml_ext import plots
 from imaml_ext._version import __version__
-from imaml_ext.checkpoint import load_checkpoint, restore
-from imaml_ext.distributed import Group, is_launched, own_device, process_group, rank
-from imaml_ext.evaluation import Evaluation, evaluate
-from imaml_ext.experiment import build
-from imaml_ext.ops import WITHOUT_CUDA, build_info
-from imaml_ext.presets import CHOICES, FLAVOURS, PRESETS, ROWS, TABLES, Config
-from imaml_ext.reproduce import STUDIES
-from imaml_ext.reproduce.study import Settings, read
-from imaml_ext.reproduce.study import run as run_study
-from imaml_ext.trainer import NonfiniteError
-from imaml_ext.training import Interrupted, saved_config, train_to_end
+from imaml_ext.experiments import plots
+from imaml_ext.experiments.build import build
+from imaml_ext.experiments.cells import ROWS, TABLES, VARIANTS
+from imaml_ext.experiments.config import CHOICES, Config
+from imaml_ext.experiments.presets import PRESETS
+from imaml_ext.experiments.reproduce import STUDIES
+from imaml_ext.experiments.reproduce.study import Settings, read
+from imaml_ext.experiments.reproduce.study import run as run_study
+from imaml_ext.experiments.run import Interrupted, saved_config, train_to_end
+from imaml_ext.ops.extension import WITHOUT_CUDA, build_info
+from imaml_ext.training.checkpoint import load_checkpoint, restore
+from imaml_ext.training.distributed import Group, is_launched, own_device, process_group, rank
+from imaml_ext.training.evaluation import Evaluation, evaluate
+from imaml_ext.training.trainer import NonfiniteError
 
 _HELP = {
     "method": "meta-learning method",
@@ -141,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     columns = sorted({column for table in TABLES.values() for column in table.columns})
     cells.add_argument("--cells", nargs="+", choices=columns, help="columns; None: all")
     cells.add_argument("--methods", nargs="+", choices=list(ROWS), help="rows; None: all")
-    cells.add_argument("--flavour", choices=FLAVOURS, default="ours", help="whose settings")
+    cells.add_argument("--variant", choices=VARIANTS, default="ours", help="whose settings")
     cells.add_argument(
         "--budget", type=float, default=0.0, metavar="MINUTES",
         help="of training for each cell, over all runs of it; 0: as many meta-steps as it has",
@@ -318,10 +320,10 @@ def _reproduce(options: argparse.Namespace) -> None:
     for name in ("meta_steps", "eval_tasks"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    of_table = options.cells or options.methods or options.budget or options.flavour != "ours"
+    of_table = options.cells or options.methods or options.budget or options.variant != "ours"
     if of_table and options.study not in TABLES:
         raise ValueError(
-            f"--cells, --methods, --flavour and --budget are of {', '.join(TABLES)}, "
+            f"--cells, --methods, --variant and --budget are of {', '.join(TABLES)}, "
             f"got {options.study}"
         )
     if not (math.isfinite(options.budget) and options.budget >= 0):
@@ -335,7 +337,7 @@ def _reproduce(options: argparse.Namespace) -> None:
             options.out,
             columns=options.cells,
             rows=options.methods,
-            flavour=options.flavour,
+            variant=options.variant,
             minutes=options.budget,
             tasks=options.eval_tasks,
             runs=options.runs,

@@ -9,7 +9,7 @@ from fuzz import tried
 from tape import Tape
 
 import imaml_ext
-from imaml_ext.recording import cuda_graph
+from imaml_ext.training.capture import cuda_graph
 
 CUDA = torch.cuda.is_available() and bool(imaml_ext.build_info()["cuda"])
 
@@ -56,7 +56,7 @@ def adam_capturable_on_the_cpu_too(monkeypatch):
     monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *_: ["cpu", "cuda"])
 
 
-# HYPOTHESIS_PROFILE=thorough pytest python_tests/test_fuzz_ops.py python_tests/test_fuzz_api.py
+# HYPOTHESIS_PROFILE=thorough pytest python_tests/ops/test_fuzz_ops.py
 for _profile, _inputs in (("default", 30), ("thorough", 1000)):
     hypothesis.settings.register_profile(
         _profile,

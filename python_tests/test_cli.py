@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from imaml_ext import Trainer, cli
-from imaml_ext.checkpoint import load_checkpoint
 from imaml_ext.cli import main
 from imaml_ext.data import Sinusoid
-from imaml_ext.experiment import build
-from imaml_ext.presets import PRESETS
+from imaml_ext.experiments.build import build
+from imaml_ext.experiments.presets import PRESETS
+from imaml_ext.training.checkpoint import load_checkpoint
 
 QUICK = ["--meta-steps", "4", "--tasks", "3", "--inner-steps", "2", "--eval-tasks", "5"]
 
@@ -53,7 +53,7 @@ def test_what_cannot_be_compiled_is_said_in_one_line(tmp_path, capsys, monkeypat
     def refuse(*_):
         raise RuntimeError("no C++ compiler\nand many lines more")
 
-    monkeypatch.setattr("imaml_ext.experiment.RecordedMetaGradient", refuse)
+    monkeypatch.setattr("imaml_ext.experiments.build.RecordedMetaGradient", refuse)
     assert main(["train", "--device", "cpu", "--out", str(tmp_path), "--compile"]) == 1
     assert capsys.readouterr().err == "imaml-ext: error: --compile: no C++ compiler\n"
 
@@ -270,7 +270,7 @@ def test_a_run_that_explodes_is_saved_before_it_and_says_which_tasks(tmp_path, c
     state = load_checkpoint(tmp_path / "checkpoint.pt", training=True)
     assert state["steps"] == 2
     assert all(tensor.isfinite().all() for tensor in state["learned"].values())
-    assert main(["train", *out, "--resume", "--nonfinite", "skip"]) == 0
+    assert main(["train", *out, "--resume", "--nonfinite", "omit"]) == 0
     assert last_json(capsys)["meta_steps"] == 4
     state = load_checkpoint(tmp_path / "checkpoint.pt", training=True)
     assert [record["failed"] for record in state["history"]] == [0, 0, pytest.approx(1 / 3), 0]

@@ -12,7 +12,7 @@ import pytest
 
 import imaml_ext
 import imaml_ext.data
-import imaml_ext.inner
+import imaml_ext.solvers.inner
 
 API = Path(__file__).parents[1] / "docs" / "api"
 NAMES = [

@@ -39,8 +39,8 @@ from imaml_ext import (
     module_loss,
 )
 from imaml_ext.data import ImageEpisodes, Omniglot, Sinusoid, load_omniglot
-from imaml_ext.evaluation import accuracy
-from imaml_ext.models import conv4, mlp
+from imaml_ext.experiments.models import conv4, mlp
+from imaml_ext.training.evaluation import accuracy
 
 
 class Lines:
@@ -69,7 +69,7 @@ def meta_gradients(model: nn.Module, batch: TaskBatch) -> None:
         for cg in (ConjugateGradient(), MINRES(), NeumannSeries()):
             out = implicit_meta_grad(
                 loss, params, batch.support, batch.query, lam={"w": torch.ones(())}, inner=inner,
-                cg=cg,
+                linear=cg,
             )  # fmt: skip
             assert_type(out, ImplicitMetaGradient)
             assert_type(out.params, dict[str, Tensor])
@@ -78,8 +78,8 @@ def meta_gradients(model: nn.Module, batch: TaskBatch) -> None:
             assert_type(out.query_loss, Tensor)
             assert_type(out.failed, Tensor)
             assert_type(out.inner, Solution)
-            assert_type(out.inner.error_bound, Tensor)
-            assert_type(out.cg, Solution)
+            assert_type(out.inner.error_estimate, Tensor)
+            assert_type(out.linear, Solution)
             assert_type(out.describe(), str)
     assert_type(adapt(squared, params, batch.support, lam=1.0), dict[str, Tensor])
     solution = conjugate_gradient(lambda p: 2 * p, torch.ones(3, 4), max_iter=5)

@@ -16,8 +16,8 @@ from imaml_ext import (
     module_loss,
 )
 from imaml_ext.data import Sinusoid
-from imaml_ext.models import conv4, mlp
-from imaml_ext.recording import unrecorded
+from imaml_ext.experiments.models import conv4, mlp
+from imaml_ext.training.capture import no_capture
 
 STEPS = 6
 
@@ -47,7 +47,7 @@ def sinusoid_method(device: torch.device, *, dense: bool = False) -> IMAML:
         lam = 2 * torch.eye(size, device=device) + factor @ factor.T
     return IMAML(
         module_loss(model, nn.functional.mse_loss), params, lam=lam,
-        inner=GradientDescent(lr=0.05, steps=4), cg=ConjugateGradient(3, curvature="ggn"),
+        inner=GradientDescent(lr=0.05, steps=4), linear=ConjugateGradient(3, curvature="ggn"),
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def recorded_meta_gradient(device: torch.device) -> str:
 def trained(device: torch.device, *, dense: bool, record: bool) -> Tensor:
     on_cuda = device.type == "cuda"
     method = sinusoid_method(device, dense=dense)
-    capture = unrecorded if on_cuda and not record else None
+    capture = no_capture if on_cuda and not record else None
     trainer = Trainer(method, Sinusoid(tasks=8, device=device), capture=capture)
     for _ in range(STEPS):
         trainer.step()
@@ -103,7 +103,7 @@ def conv4_in_float64(device: torch.device) -> str:
         out = implicit_meta_grad(
             module_loss(model, nn.functional.cross_entropy), dict(model.named_parameters()),
             (x, y), (query, y), lam=50.0, inner=GradientDescent(lr=0.01, steps=4),
-            cg=ConjugateGradient(3),
+            linear=ConjugateGradient(3),
         )  # fmt: skip
         return flat(out.params).cpu()
 
@@ -122,7 +122,7 @@ def conv4_twice(device: torch.device) -> str:
     def once() -> Tensor:
         out = implicit_meta_grad(
             loss, params, (images[0], labels), (images[1], labels), lam=50.0,
-            inner=GradientDescent(lr=0.01, steps=4), cg=ConjugateGradient(3),
+            inner=GradientDescent(lr=0.01, steps=4), linear=ConjugateGradient(3),
         )  # fmt: skip
         return flat(out.params)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml_ext.solution import Status
+from imaml_ext.solvers.solution import Status
 
 Case = tuple[str, dict[str, Any]]
 Cases = Callable[[list[int]], Iterator[Case]]  # given the numbers of parameters to try

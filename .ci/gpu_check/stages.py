@@ -101,7 +101,12 @@ def tests(place: Place, step: Step) -> None:
     report.unlink(missing_ok=True)
     selection = ["-k", "cuda and not packaging and not cuda_compiler", suite]
     if place.rehearse:
-        selection = ["-k", "cpu and float64", suite / "test_ops.py", suite / "test_cg.py"]
+        selection = [
+            "-k",
+            "cpu and float64",
+            suite / "ops/test_ops.py",
+            suite / "solvers/test_cg.py",
+        ]
     command = [PYTHON, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
     command += ["-p", "no:cacheprovider", "-q", "--tb=short", f"--junit-xml={report}"]
     if importlib.util.find_spec("xdist"):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imaml_ext.files import locked, remove_unfinished, write_atomically
+from imaml_ext._io import locked, remove_unfinished, write_atomically
 
 Decode = Callable[[], Iterator[np.ndarray]]  # uint8 arrays; one after the other, all the pixels
 

@@ -5,8 +5,8 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from imaml_ext.random import random_bits
-from imaml_ext.tasks import TaskBatch
+from imaml_ext._random import random_bits
+from imaml_ext.data.tasks import TaskBatch
 
 _CLASSES, _IMAGES, _ROTATIONS = range(3)  # streams of random numbers
 
@@ -84,7 +84,7 @@ class ImageEpisodes:
 
         return TaskBatch(support=part(0, self.shot), query=part(self.shot, self.query))
 
-    def part(self, tasks: range) -> "ImageEpisodes":
+    def shard(self, tasks: range) -> "ImageEpisodes":
         """Deals these tasks of each batch alone; shares the images."""
         part = copy(self)
         part.dealt, part.tasks = self.dealt[tasks.start : tasks.stop], len(tasks)

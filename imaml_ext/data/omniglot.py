@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imaml_ext._io import locked
+from imaml_ext._random import random_bits
 from imaml_ext.data.cache import decoded_once
-from imaml_ext.files import locked
-from imaml_ext.random import random_bits
 
 _CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 _DRAWINGS = 20

@@ -6,8 +6,8 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from imaml_ext.random import uniform
-from imaml_ext.tasks import TaskBatch
+from imaml_ext._random import uniform
+from imaml_ext.data.tasks import TaskBatch
 
 _TASK, _SUPPORT, _QUERY = range(3)  # streams of random numbers
 
@@ -60,7 +60,7 @@ class Sinusoid:
 
         return TaskBatch(support=part(_SUPPORT, self.shot), query=part(_QUERY, self.query))
 
-    def part(self, tasks: range) -> "Sinusoid":
+    def shard(self, tasks: range) -> "Sinusoid":
         """Deals these tasks of each batch alone."""
         part = copy(self)
         part.dealt, part.tasks = self.dealt[tasks.start : tasks.stop], len(tasks)

@@ -1,0 +1,49 @@
+"""What the code released with the paper computes in place of the paper's formulas.
+
+For comparison alone: https://github.com/aravindr93/imaml_dev.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from imaml_ext.problem.objective import Matvec
+from imaml_ext.problem.proximal import Proximal
+from imaml_ext.solvers.inner.base import unverified
+from imaml_ext.solvers.inner.gradient_descent import GradientDescent
+from imaml_ext.solvers.linear.cg import ConjugateGradient
+from imaml_ext.solvers.solution import Solution
+
+
+@dataclass(frozen=True)
+class DescentThenProximal(GradientDescent):
+    """Gradient descent on the loss alone; the proximal term is applied once, after the last step:
+    `phi = theta + (1 - lr lam) (phi_K - theta)`. Arguments as `GradientDescent`."""
+
+    @torch.no_grad()
+    def solve(self, problem: Proximal) -> Solution:
+        free = Proximal(problem.objective, problem.theta, problem.theta.new_zeros(1))
+        solution = super().solve(free)
+        displacement = solution.value - problem.theta
+        phi = solution.value - self.lr * problem.strengthen(displacement)
+        return unverified(phi, solution.status, solution.steps)
+
+
+@dataclass(frozen=True)
+class AuthorsCodeCG(ConjugateGradient):
+    """Solves `(2 I + H / (lam + 10)) g = v` where the paper solves `(I + H / lam) g = v`, so that g
+    is nearly `v / 2`, the direction of first-order MAML. Arguments as `ConjugateGradient`."""
+
+    def solve(
+        self,
+        matvec: Matvec,
+        b: Tensor,
+        lam: float | Tensor = 0.0,
+        *,
+        second_moment: Tensor | None = None,
+    ) -> Solution:
+        shifted = lam + 10
+        solution = super().solve(matvec, b, 2 * shifted, second_moment=second_moment)
+        # The caller multiplies x by lam to get g. What was seen is no certificate of its system.
+        return replace(solution, value=solution.value * (shifted / lam), lanczos=None)

@@ -1,0 +1,49 @@
+"""The networks of the paper's experiments."""
+
+from itertools import pairwise
+
+from torch import nn
+
+
+def conv4(
+    way: int, *, channels: int = 1, filters: int = 64, image: int = 28, pool: bool = False
+) -> nn.Sequential:
+    """Four blocks of 3x3 convolution, batch norm and ReLU, then a linear layer.
+
+    Maps [N, channels, image, image] to [N, way]. Batch norm uses the statistics of the batch that
+    it is given, as in MAML and iMAML, so a query image's output depends on the whole query set.
+
+    Args:
+        way: outputs, one for each class.
+        channels: of the images.
+        filters: of each convolution.
+        image: height and width, pixels.
+        pool: halve the image by 2x2 max pooling, as for Mini-ImageNet; without, by a stride of 2 in
+            the convolutions, as for Omniglot.
+
+    Source: Vinyals et al. 2016, as in Finn, Abbeel, Levine 2017.
+    """
+    layers: list[nn.Module] = []
+    side = image
+    for _ in range(4):
+        layers += [
+            nn.Conv2d(channels, filters, 3, stride=1 if pool else 2, padding=1),
+            nn.BatchNorm2d(filters, track_running_stats=False),
+            nn.ReLU(),
+        ]
+        if pool:
+            layers.append(nn.MaxPool2d(2))
+        channels, side = filters, side // 2 if pool else (side + 1) // 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters * side * side, way))
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers with ReLU between: `mlp(1, 40, 40, 1)` is the sinusoid's.
+
+    Args:
+        sizes: of the input, of each hidden layer, and of the output.
+    """
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(sizes):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

@@ -1,0 +1,91 @@
+"""Sinusoid regression: iMAML against MAML and first-order MAML, over the number of inner steps.
+
+Each point is a training of its own, with the preset `sinusoid` and this number of inner steps, in
+training and in evaluation.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from imaml_ext.experiments.build import build
+from imaml_ext.experiments.plots import pyplot, save
+from imaml_ext.experiments.presets import PRESETS
+from imaml_ext.experiments.reproduce.study import Record, Settings, Study
+from imaml_ext.training.evaluation import evaluate
+
+METHODS = {"imaml": "iMAML", "maml": "MAML", "fomaml": "first-order MAML"}
+INNER_STEPS = (1, 2, 5, 10, 20, 40)
+META_STEPS, EVALUATED = 1500, 600
+
+
+def measure(settings: Settings) -> Iterator[Record]:
+    for inner_steps in INNER_STEPS:
+        for method in METHODS:
+            config = dataclasses.replace(
+                PRESETS["sinusoid"],
+                method=method,
+                inner_steps=inner_steps,
+                meta_steps=settings.meta_steps or META_STEPS,
+                seed=settings.seed,
+            )
+            experiment = build(config, device=settings.device)
+            trainer = experiment.trainer()
+            start = time.perf_counter()
+            for _ in tqdm(range(config.meta_steps), desc=f"{method}, {inner_steps} steps"):
+                trainer.step()
+            trainer.read()
+            seconds = time.perf_counter() - start
+            result = evaluate(
+                experiment.method, experiment.sources["test"], experiment.metrics, tasks=EVALUATED
+            )
+            yield {
+                "method": method,
+                "inner_steps": inner_steps,
+                "loss": result.mean["loss"],
+                "ci95": result.ci95["loss"],
+                "tasks": result.tasks,
+                "seconds": seconds,
+                "config": dataclasses.asdict(config),
+            }
+
+
+def draw(records: list[Record], folder: Path) -> list[Path]:
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for method, label in METHODS.items():
+        points = [record for record in records if record["method"] == method]
+        steps = [record["inner_steps"] for record in points]
+        left.errorbar(
+            steps, [r["loss"] for r in points], [r["ci95"] for r in points], fmt="o-", capsize=3,
+            label=label,
+        )  # fmt: skip
+        right.plot(steps, [r["seconds"] for r in points], "o-", label=label)
+    left.set_ylabel("mean squared error after adaptation")
+    left.set_title(f"{records[0]['tasks']} unseen tasks")
+    right.set_ylabel("seconds")
+    right.set_title(f"training, {records[0]['config']['meta_steps']} meta-steps")
+    for axis in (left, right):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("inner gradient steps")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    return [save(figure, folder / "sinusoid.png")]
+
+
+def summary(records: list[Record]) -> Record:
+    return {
+        f"{record['method']}, {record['inner_steps']} inner steps": {
+            "loss": record["loss"],
+            "ci95": record["ci95"],
+            "seconds": round(record["seconds"], 1),
+        }
+        for record in records
+    }
+
+
+STUDY = Study("how well do MAML and iMAML learn, by inner steps?", measure, draw, summary)

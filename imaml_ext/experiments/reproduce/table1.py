@@ -1,0 +1,197 @@
+"""Table 1: what a meta-gradient of a given accuracy costs, against the condition number kappa.
+
+Quadratic tasks, whose proximal objective has eigenvalues evenly spread from 1 to kappa. Each method
+gets as few steps as bring its meta-gradient within ERROR of the exact one. Compute is counted in
+gradients of the loss and products with its Hessian (each step that is differentiated costs one of
+each; a CG iteration one product); memory is the peak of what is allocated. The paper expects:
+
+    MAML, gradient descent      compute kappa        memory kappa
+    MAML, Nesterov              compute sqrt(kappa)  memory sqrt(kappa)
+    truncated back-propagation  compute kappa        memory kappa (times log 1/error, not log D)
+    iMAML, Nesterov inside      compute sqrt(kappa)  memory 1
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from imaml_ext.data.tasks import TaskBatch
+from imaml_ext.experiments.plots import pyplot, save
+from imaml_ext.experiments.reproduce.memory import peak_bytes
+from imaml_ext.experiments.reproduce.study import Record, Settings, Study
+from imaml_ext.methods.base import Method
+from imaml_ext.methods.imaml import IMAML
+from imaml_ext.methods.maml import MAML, TruncatedMAML
+from imaml_ext.solvers.inner import GradientDescent
+from imaml_ext.solvers.linear.cg import ConjugateGradient
+
+TASKS, DIM, LAM, ERROR = 2, 100, 0.5, 1e-3
+KAPPAS = (10, 30, 100, 300)
+LABELS = {
+    "maml": "MAML, gradient descent",
+    "maml-accelerated": "MAML, Nesterov",
+    "truncated-maml": "truncated back-propagation",
+    "imaml": "iMAML",
+}
+EXPECTED = {  # exponents of kappa: compute, memory
+    "maml": (1.0, 1.0),
+    "maml-accelerated": (0.5, 0.5),
+    "truncated-maml": (1.0, 1.0),
+    "imaml": (0.5, 0.0),
+}
+
+
+class Quadratic:
+    """Tasks `1/2 |R w - y|²`, R'R + LAM I with eigenvalues from 1 to kappa."""
+
+    def __init__(self, kappa: float, seed: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        rotation, _ = torch.linalg.qr(normal(TASKS, DIM, DIM))
+        spectrum = torch.linspace(1, kappa, DIM, dtype=torch.float64) - LAM
+        root = (torch.diag(spectrum.sqrt()) @ rotation.mT).to(device)
+        support, query = (normal(TASKS, DIM).to(device) for _ in range(2))
+        eye = torch.eye(DIM, dtype=torch.float64, device=device)
+        self.theta = normal(DIM).to(device)
+        self.batch = TaskBatch((root, support), (eye.expand(TASKS, -1, -1), query))
+        system = root.mT @ root + LAM * eye
+        best = torch.linalg.solve(system, (root.mT @ support[..., None])[..., 0] + LAM * self.theta)
+        self.exact = LAM * torch.linalg.solve(system, best - query).mean(0)
+
+    @staticmethod
+    def loss(params: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
+        root, y = data
+        return 0.5 * ((root @ params["w"] - y) ** 2).sum()
+
+    def error(self, method: Method) -> float:
+        gradient = method.meta_gradient(self.batch).params["w"]
+        error: float = ((gradient - self.exact).norm() / self.exact.norm()).item()
+        return error
+
+
+def fewest(error: Callable[[int], float]) -> int:
+    """The smallest number of steps whose error is at most ERROR, by doubling and bisection."""
+    enough = 1
+    while error(enough) > ERROR:
+        enough *= 2
+    below = enough // 2
+    while enough - below > max(1, enough // 40):
+        middle = (below + enough) // 2
+        if error(middle) <= ERROR:
+            enough = middle
+        else:
+            below = middle
+    return enough
+
+
+def method_of(name: str, problem: Quadratic, kappa: float, steps: int, last: int = 0) -> Method:
+    params = {"w": problem.theta.clone().requires_grad_()}
+    descent = GradientDescent(lr=1 / kappa, steps=steps)
+    if name == "maml":
+        return MAML(Quadratic.loss, params, inner=descent, lam=LAM)
+    if name == "maml-accelerated":
+        # lam-strongly convex is all that MAML can know; here it is known to be 1.
+        accelerated = GradientDescent.accelerated(lr=1 / kappa, steps=steps, strong_convexity=1.0)
+        return MAML(Quadratic.loss, params, inner=accelerated, lam=LAM)
+    if name == "truncated-maml":
+        return TruncatedMAML(Quadratic.loss, params, last=last, inner=descent, lam=LAM)
+    accelerated = GradientDescent.accelerated(lr=1 / kappa, steps=steps, strong_convexity=1.0)
+    return IMAML(
+        Quadratic.loss, params, inner=accelerated, lam=LAM, linear=ConjugateGradient(max_iter=steps)
+    )
+
+
+def measure(settings: Settings) -> Iterator[Record]:
+    for kappa in KAPPAS:
+        problem = Quadratic(kappa, settings.seed, settings.device)
+        for name in LABELS:
+            yield {**cheapest(name, problem, kappa, settings.device), "seed": settings.seed}
+
+
+def cheapest(name: str, problem: Quadratic, kappa: float, device: torch.device) -> Record:
+    """The cost of a method with as few steps as reach ERROR."""
+
+    def error(steps: int, last: int, name: str = name) -> float:
+        return problem.error(method_of(name, problem, kappa, steps, last))
+
+    if name == "truncated-maml":
+        # As many steps as MAML, and a tenth more, since what is cut off is an error too.
+        steps = math.ceil(1.1 * fewest(lambda k: error(k, k, "maml")))
+        last = fewest(lambda k: error(steps, min(k, steps)))
+    else:
+        steps = last = fewest(lambda k: error(k, k))
+    method = method_of(name, problem, kappa, steps, last)
+    return {
+        "method": name,
+        "kappa": kappa,
+        "steps": steps,
+        "products": last,
+        "gradients_and_products": steps + last,
+        "peak_bytes": peak_bytes(lambda: method.meta_gradient(problem.batch), device),
+        "error": problem.error(method),
+        "tasks": TASKS,
+        "dim": DIM,
+    }
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Of the least-squares line through the logarithms."""
+    x = torch.tensor([math.log(a) for a, _ in points], dtype=torch.float64)
+    y = torch.tensor([math.log(b) for _, b in points], dtype=torch.float64)
+    x = x - x.mean()
+    return ((x @ y) / (x @ x)).item()
+
+
+def curves(records: list[Record], name: str) -> dict[str, list[tuple[float, float]]]:
+    mine = [record for record in records if record["method"] == name]
+    return {
+        what: [(record["kappa"], record[what]) for record in mine]
+        for what in ("gradients_and_products", "peak_bytes")
+    }
+
+
+def draw(records: list[Record], folder: Path) -> list[Path]:
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    titles = {
+        "gradients_and_products": ("compute", "gradients and products with the Hessian"),
+        "peak_bytes": ("memory", "peak bytes"),
+    }
+    for axis, (what, (title, label)) in zip(axes, titles.items(), strict=True):
+        for name, text in LABELS.items():
+            points = curves(records, name)[what]
+            expected = EXPECTED[name][what == "peak_bytes"]
+            axis.loglog(
+                *zip(*points, strict=True), "o-",
+                label=f"{text}: slope {slope(points):.2f} ({expected:g} expected)",
+            )  # fmt: skip
+        axis.set_title(title)
+        axis.set_xlabel("condition number kappa")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return [save(figure, folder / "table1.png")]
+
+
+def summary(records: list[Record]) -> Record:
+    """Exponents of kappa, fitted and expected."""
+    figures: Record = {}
+    for name in LABELS:
+        points = curves(records, name)
+        compute, memory = EXPECTED[name]
+        figures[name] = {
+            "compute": round(slope(points["gradients_and_products"]), 3),
+            "compute expected": compute,
+            "memory": round(slope(points["peak_bytes"]), 3),
+            "memory expected": memory,
+        }
+    return figures
+
+
+STUDY = Study("what does an accurate meta-gradient cost, against kappa?", measure, draw, summary)

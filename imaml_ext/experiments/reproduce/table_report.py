@@ -1,0 +1,166 @@
+"""A table as text and pictures, from its records alone."""
+
+from pathlib import Path
+
+from imaml_ext._io import write_atomically
+from imaml_ext.experiments.cells import ROWS, TABLES, cell
+from imaml_ext.experiments.plots import pyplot, save
+from imaml_ext.experiments.reproduce.study import Record
+
+
+def draw(table: str, records: list[Record], folder: Path) -> list[Path]:
+    """A picture of the learning curves for each column, and the table's section of README.md."""
+    written = []
+    for column in TABLES[table].columns:
+        trained = [r for r in records if r["column"] == column and "accuracy" in r]
+        if trained:
+            written.append(_draw_column(trained, folder / f"{table}-{column}.png"))
+    readme = folder / "README.md"
+    write_section(readme, table, markdown(table, records))
+    return [*written, readme]
+
+
+def _draw_column(records: list[Record], path: Path) -> Path:
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for record in records:
+        if not record["curve"]:
+            continue
+        steps, seconds, accuracy = zip(*record["curve"], strict=True)
+        axes[0].plot(steps, accuracy, ".-", label=_label(record, records))
+        axes[1].plot([s / 60 for s in seconds], accuracy, ".-", label=_label(record, records))
+    axes[0].set_xlabel("meta-steps")
+    axes[1].set_xlabel("minutes of training")
+    axes[0].set_ylabel("accuracy on validation classes (%)")
+    axes[1].legend()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return save(figure, path)
+
+
+def _label(record: Record, records: list[Record]) -> str:
+    """The method, and what else it takes to tell a record from the others."""
+    label = ROWS[record["row"]]
+    same = [r for r in records if r["row"] == record["row"]]
+    if record["variant"] != "ours":
+        label += f", {record['variant']}"
+    if len({r["seed"] for r in same}) > 1:
+        label += f", seed {record['seed']}"
+    if len({(r["config"]["minutes"], r["config"]["meta_steps"]) for r in same}) > 1:
+        label += f", {record['seconds'] / 60:.0f} min"
+    return label
+
+
+def markdown(table: str, records: list[Record]) -> str:
+    """Ours beside the published figures, then what was not trained."""
+    parts = [f"## {TABLES[table].title}\n"]
+    for column in TABLES[table].columns:
+        of_column = [r for r in records if r["column"] == column]
+        trained = [r for r in of_column if "accuracy" in r]
+        parts.append(f"### {_words(column)}\n")
+        if trained:
+            parts.append(f"![Learning curves]({table}-{column}.png)\n")
+            parts.append(_trained(trained))
+            parts.append(_origin(table, column, trained))
+        missing = [row for row in ROWS if not any(r["row"] == row for r in trained)]
+        if missing:
+            parts.append(_missing(table, column, missing, of_column))
+    return "\n".join(parts)
+
+
+def _words(column: str) -> str:
+    way, shot = column.removesuffix("s").split("w")
+    return f"{way}-way {shot}-shot"
+
+
+def _trained(records: list[Record]) -> str:
+    rows = [_row(record, _label(record, records)) for record in records]
+    headings = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = [headings, ["---"] * len(headings)]
+    lines += [[row[name] for name in headings] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _row(record: Record, label: str) -> dict[str, str]:
+    config = record["config"] | record["test"]
+    steps = record["adaptation_steps"]
+    adaptation = f"{steps} step" if steps == 1 else f"{steps} steps"
+    other = _interval(record, "no_proximal_")
+    if config["method"] == "imaml" and config["eval_proximal"]:
+        adaptation += f", lam {config['lam']:g}"
+    elif config["method"] == "imaml":
+        adaptation += ", without lam"
+        other = f"with lam {config['lam']:g}: {_interval(record, 'proximal_')}"
+    return {
+        "method": label,
+        "accuracy, %": f"**{_interval(record, '')}**",
+        "published, %": "{:g} ± {:g}".format(*record["published"]) if record["published"] else "",
+        "support statistics, %": _interval(record, "support_"),
+        "without lam, %": other,
+        "validation, %": _interval(record, "val_"),
+        "meta-steps": str(record["meta_steps"]),
+        "minutes": f"{record['seconds'] / 60:.0f}",
+        "adaptation": adaptation,
+    }
+
+
+def _interval(record: Record, prefix: str) -> str:
+    if f"{prefix}accuracy" not in record:
+        return ""
+    return f"{record[f'{prefix}accuracy']:.2f} ± {record[f'{prefix}ci95']:.2f}"
+
+
+def _origin(table: str, column: str, records: list[Record]) -> str:
+    """Where the figures are from, in a sentence or two."""
+
+    def all_of(values: list[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    best = max(records, key=lambda record: record["val_accuracy"])
+    sources = [record["source"] for record in records]
+    return (
+        f"On {all_of([str(r['test_tasks']) for r in records])} test tasks, seed "
+        f"{all_of([str(r['seed']) for r in records])}; "
+        f"{all_of([s['device'] for s in sources])}, "
+        f"{all_of([str(s['threads']) for s in sources])} thread(s); torch "
+        f"{all_of([s['torch'] for s in sources])}; commit "
+        f"{all_of([s['commit'] for s in sources])}; {all_of([s['date'][:10] for s in sources])}. "
+        "Commands: " + all_of([f"`{s['command']}`" for s in sources]) + ". The best on validation "
+        f"classes, {_label(best, records)}, is kept: `imaml-ext eval models/{table}-{column}.pt "
+        "--data FOLDER`.\n"
+    )
+
+
+def _missing(table: str, column: str, rows: list[str], records: list[Record]) -> str:
+    lines = ["Not trained:\n"]
+    for row in rows:
+        text = f"- {ROWS[row]}"
+        if published := TABLES[table].figure(row, column):
+            text += " (published: {:g} ± {:g} %)".format(*published)
+        for record in records:
+            if record["row"] == row:
+                text += ": " + (record.get("failed") or _would_take(record))
+        lines.append(text)
+    return "\n".join(lines) + "\n"
+
+
+def _would_take(record: Record) -> str:
+    each = record["seconds"] / record["meta_steps"]
+    one = cell(record["table"], record["column"], record["row"], record["variant"])
+    return (
+        f"{each:.1f} s for a meta-step of {record['config']['tasks']} tasks on "
+        f"{record['source']['device']}, {record['source']['threads']} thread(s), so "
+        f"{one.train.meta_steps:,} would take {each * one.train.meta_steps / 3600:.0f} hours"
+    )
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Replace what stands between the marks of `name` in a Markdown file, or append it."""
+    begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->\n"
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    head, found, rest = before.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        head, tail = before + ("\n" if before else ""), ""
+    whole = f"{head}{begin}{text}{end}{tail}".encode()
+    write_atomically(path, lambda file: file.write(whole))

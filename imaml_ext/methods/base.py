@@ -1,0 +1,90 @@
+"""Meta-learning methods with one interface: a batch of tasks in, a meta-gradient out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from imaml_ext.data.tasks import TaskBatch
+from imaml_ext.methods.meta_gradient import (
+    MetaGradient,
+    Nonfinite,
+    check_nonfinite,
+)
+from imaml_ext.problem.layout import Layout, Params
+from imaml_ext.problem.objective import Loss
+
+
+class Method(ABC):
+    """Owns the meta-parameters, `params`, and whatever else it learns.
+
+    Args:
+        loss: `(params, data) -> scalar` for one task; see `module_loss`.
+        params: theta, {name: tensor}; updated in place by the outer optimizer. A parameter of the
+            model that is not in it keeps the model's value: it is neither adapted nor learned.
+        query_loss: judged at phi instead of `loss`.
+        nonfinite: as in `implicit_meta_grad`.
+
+    Raises:
+        ValueError: a tensor of `params` does not require grad, or has a name that the method needs.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        params: Mapping[str, Tensor],
+        *,
+        query_loss: Loss | None = None,
+        nonfinite: Nonfinite = "propagate",
+    ) -> None:
+        check_nonfinite(nonfinite)
+        self.loss = loss
+        self.params: Params = dict(params)
+        check_learned("params", self.params)
+        self.query_loss = loss if query_loss is None else query_loss
+        self.nonfinite: Nonfinite = nonfinite
+
+    @property
+    def layout(self) -> Layout:
+        """Names and shapes of theta."""
+        return Layout(self.params)
+
+    @abstractmethod
+    def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
+        """The mean gradient of the query loss over the batch's tasks; nothing is updated.
+
+        Raises:
+            TypeError, ValueError: the batch does not fit the parameters; see each message.
+        """
+
+    @abstractmethod
+    def adapt(self, support: Any) -> Params:
+        """phi for each task, {name: [B, ...]}, without a graph: what evaluation uses.
+
+        Args:
+            support: a pytree of [B, ...] tensors.
+        """
+
+    def with_shared(self, phi: Params) -> Params:
+        """phi, {name: [B, ...]}, and beside it what a loss gets that is the same for all tasks."""
+        return phi
+
+    def extra(self) -> Params:
+        """What the method learns beside theta, named as in `MetaGradient.named`."""
+        return {}
+
+    def learned(self) -> Params:
+        """Every tensor that the outer optimizer updates, named as in `MetaGradient.named`."""
+        return self.params | self.extra()
+
+
+def check_learned(label: str, tensors: Params) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.requires_grad:
+            raise ValueError(
+                f"{label}[{name!r}] does not require grad: leave it out to keep it as it is, "
+                "or call requires_grad_() to learn it"
+            )
+        if name.split(".")[0] in ("lam", "log_lr"):
+            raise ValueError(f"{label}[{name!r}]: this name is taken by what the method learns")

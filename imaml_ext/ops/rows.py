@@ -1,0 +1,212 @@
+"""The operators of the C++/CUDA extension, `torch.ops.imaml`, as Python functions.
+
+Importing this module loads the extension. Operators whose name ends in `_` write their arguments;
+none is differentiable. All take float32 or float64 tensors, contiguous unless it is said, never
+synchronise, and give the same bits for the same input on the same device. They run on the CPU and
+on CUDA, but for the direct convolutions.
+"""
+
+import torch
+from torch import Tensor
+
+from imaml_ext.ops.extension import WITHOUT_CUDA, extension, fake, refuse_gradients
+
+
+def cluster_occupancy(dim: int, dtype: torch.dtype, rows: int) -> tuple[int, dict[int, int]]:
+    """How `cg_step_` works on [rows, dim] on the current CUDA device, without a preconditioner.
+
+    Args:
+        dim, dtype, rows: of its operands.
+
+    Returns:
+        The blocks of the cluster that works on a row, 0 where it takes three launches; and by the
+        number of blocks how many rows the device works on at a time, 0 where that many blocks are
+        no choice.
+
+    Raises:
+        RuntimeError: built without CUDA.
+    """
+    if not hasattr(extension, "cg_occupancy"):
+        raise RuntimeError(f"cluster_occupancy: {WITHOUT_CUDA}")
+    blocks, at_a_time = extension.cg_occupancy(rows, dim, dtype == torch.float64)
+    return blocks, at_a_time
+
+
+@fake("cg_step_")
+def _(x, r, p, hp, lam, damping, inverse, rr, rz, tol2, status, steps, curvature, beta):  # type: ignore[no-untyped-def]
+    return None
+
+
+@fake("prox_gd_")
+def _(phi, velocity, grad, theta, lam, lr, momentum, nesterov, status):  # type: ignore[no-untyped-def]
+    return None
+
+
+@fake("prox_adam_")
+def _(phi, first_moment, second_moment, grad, theta, lam, lr, beta1, beta2, eps, step, status):  # type: ignore[no-untyped-def]
+    return None
+
+
+@fake("prox_norms")
+def _(phi, grad, theta, lam):  # type: ignore[no-untyped-def]
+    return phi.new_empty((phi.shape[0], 2), dtype=torch.float64)
+
+
+@fake("row_dot")
+def _(a, b):  # type: ignore[no-untyped-def]
+    return a.new_empty((a.shape[0],), dtype=torch.float64)
+
+
+def cg_step_(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    hp: Tensor,
+    lam: Tensor,
+    *,
+    damping: float,
+    rr: Tensor,
+    tol2: Tensor,
+    status: Tensor,
+    steps: Tensor,
+    curvature: Tensor,
+    beta: Tensor,
+    inverse: Tensor | None = None,
+    rz: Tensor | None = None,
+) -> None:
+    """One conjugate-gradient iteration on `(H_i + Λ + damping I) x_i = b_i`, for every row i.
+
+    With `Ap = hp + Λp + damping p` and z = r, or z = M⁻¹r under a preconditioner M:
+    `alpha = r·z / p·Ap`, `x += alpha p`, `r -= alpha Ap`, `beta = r·z / old r·z`, `p = z + beta p`.
+    A row moves only while its status is RUNNING. It becomes CONVERGED when `r·r <= tol2`, with a
+    preconditioner too; NEGATIVE_CURVATURE when `p·Ap <= eps |p| |Ap|`, keeping x, or in its first
+    step `x += r / Λ` where Λ > 0; NONFINITE, with x = 0, when a sum is not finite or `r·z` is not
+    positive.
+
+    Args:
+        x, r, p: iterate, residual and direction, [B, D]; written. p starts as z.
+        hp: `H p`, [B, D].
+        lam: Λ, [1] for a scalar or [D] for a diagonal.
+        damping: added to the diagonal.
+        rr: r·r, [B] float64; written.
+        tol2: squared absolute tolerance, [B] float64.
+        status, steps: [B] int32; written.
+        curvature, beta: p·Ap / r·z and beta of this iteration, 0 for a frozen row, [B] float64;
+            written.
+        inverse: M⁻¹ of a positive diagonal M, [B, D]; with it goes `rz`.
+        rz: r·z, [B] float64; written.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit.
+    """
+    refuse_gradients("cg_step_", x, r, p, hp, lam, inverse)
+    torch.ops.imaml.cg_step_(
+        x, r, p, hp, lam, damping, inverse, rr, rz, tol2, status, steps, curvature, beta
+    )
+    # The dispatcher does not do this for an operator defined in C++, and without it autograd would
+    # not notice that a tensor it saved has been overwritten.
+    written = (x, r, p, rr, status, steps, curvature, beta)
+    torch.autograd.graph.increment_version(written if rz is None else (*written, rz))
+
+
+def prox_gd_(
+    phi: Tensor,
+    grad: Tensor,
+    theta: Tensor,
+    lam: Tensor,
+    *,
+    lr: float,
+    velocity: Tensor | None = None,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    status: Tensor | None = None,
+) -> None:
+    """`phi -= lr g`, `g = grad + Λ (phi - theta)`: a gradient step on the proximal objective.
+
+    With a velocity buffer, momentum as in `torch.optim.SGD`: `velocity = momentum velocity + g`,
+    and the step is along the velocity, or along `g + momentum velocity` with `nesterov`.
+
+    Args:
+        phi: [B, D]; written.
+        grad: gradient of the loss alone, [B, D].
+        theta: [D], shared by all rows.
+        lam: Λ, [1] or [D].
+        lr: step size.
+        velocity: [B, D]; written.
+        momentum, nesterov: as in `torch.optim.SGD`; they need a velocity.
+        status: [B] int32; a row that is not RUNNING is left alone.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit.
+    """
+    refuse_gradients("prox_gd_", phi, grad, theta, lam)
+    torch.ops.imaml.prox_gd_(phi, velocity, grad, theta, lam, lr, momentum, nesterov, status)
+    torch.autograd.graph.increment_version(phi if velocity is None else (phi, velocity))
+
+
+def prox_adam_(
+    phi: Tensor,
+    grad: Tensor,
+    theta: Tensor,
+    lam: Tensor,
+    *,
+    lr: float,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    status: Tensor | None = None,
+) -> None:
+    """A step of `torch.optim.Adam` on the proximal objective, with `g = grad + Λ (phi - theta)`.
+
+    `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g²`, and
+    `phi -= lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)`.
+
+    Args:
+        phi, grad, theta, lam, lr: as in `prox_gd_`.
+        first_moment, second_moment: m and v, [B, D], 0 before the first step; written.
+        beta1, beta2: of the running means, in [0, 1).
+        eps: added to the root.
+        step: the number of this step, from 1.
+        status: [B] int32; a row that is not RUNNING is left alone, and so are its m and v.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit, or a number is out of range.
+    """
+    refuse_gradients("prox_adam_", phi, grad, theta, lam)
+    torch.ops.imaml.prox_adam_(
+        phi, first_moment, second_moment, grad, theta, lam, lr, beta1, beta2, eps, step, status
+    )
+    torch.autograd.graph.increment_version((phi, first_moment, second_moment))
+
+
+def prox_norms(phi: Tensor, grad: Tensor, theta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """`|grad + Λ (phi - theta)|²` and `(phi - theta)' Λ (phi - theta)` per row, [B] float64 each.
+
+    Reads each operand once.
+
+    Args:
+        phi, grad, theta, lam: as in `prox_gd_`.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit.
+    """
+    refuse_gradients("prox_norms", phi, grad, theta, lam)
+    grad_norm2, penalty = torch.ops.imaml.prox_norms(phi, grad, theta, lam).unbind(1)
+    return grad_norm2, penalty
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """`a_i · b_i` for every row, [B] float64.
+
+    Args:
+        a, b: [B, D].
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout does not fit.
+    """
+    refuse_gradients("row_dot", a, b)
+    product: Tensor = torch.ops.imaml.row_dot(a, b)
+    return product

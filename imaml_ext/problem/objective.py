@@ -1,0 +1,266 @@
+"""Losses of a whole batch of tasks, with their gradients and curvature, on [B, D] row buffers.
+
+Only the forward pass is vmapped. The per-task losses are summed, so one call of `autograd.grad` on
+the stacked rows gives every task's gradient: row i of the sum's gradient is task i's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
+from imaml_ext.ops.vmap_layers import task_layers
+from imaml_ext.problem.layout import Layout, Params
+from imaml_ext.problem.module_loss import ModuleLoss
+from imaml_ext.problem.precision import one_precision
+from imaml_ext.problem.unsupported import check_differentiable_twice, explain
+
+Matvec = Callable[[Tensor], Tensor]  # [B, D] -> [B, D], row i times the matrix of task i
+CurvatureKind = Literal["hessian", "ggn"]
+
+
+Loss = Callable[[Params, Any], Tensor]
+
+
+class Linearisation(NamedTuple):
+    """A batch of losses around one point."""
+
+    losses: Tensor  # [B]
+    gradient: Tensor  # [B, D]
+    matvec: Matvec
+
+
+class Objective:
+    """The loss of each of B tasks as a function of its row of parameters.
+
+    Args:
+        loss: `(params, data) -> scalar` for one task.
+        layout: of the rows.
+        data: pytree of [B, N, ...] tensors.
+        label: what messages call the data.
+        shared: parameters that all tasks have in common: the loss gets them beside its row.
+
+    Raises:
+        TypeError: a leaf of the data is not a tensor, or of another floating dtype than the rows.
+        ValueError: there are no leaves, B or N is 0, leading sizes differ, or another device.
+        RuntimeError: a transform of `torch.func`, or forward-mode differentiation, is under way.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        layout: Layout,
+        data: Any,
+        label: str = "data",
+        shared: Params | None = None,
+    ) -> None:
+        check_no_transform()
+        self.loss = loss
+        self.layout = layout
+        self.data = data
+        self.shared = shared or {}
+        self.tasks = _count_tasks(layout, data, label)
+        self._checked = False
+
+    def losses(self, rows: Tensor) -> Tensor:
+        """[B] from [B, D]."""
+        with self.computing(rows):
+            return self._for_each_task(self._one_loss, rows, self.data)
+
+    def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [B] and gradients [B, D]."""
+        leaf, losses = self._record(self.losses, rows)
+        with self.computing(rows):
+            return losses.detach(), _vjp(losses, leaf, torch.ones_like(losses))
+
+    def differentiable_gradient(self, rows: Tensor) -> Tensor:
+        """Gradients [B, D], in the graph of `rows` where gradients are being recorded."""
+        if not torch.is_grad_enabled():
+            return self.gradient(rows)[1]
+        at = rows if rows.requires_grad else rows.detach().requires_grad_()
+        losses = self.losses(at)
+        with self.computing(rows):
+            if not self._checked:  # once, of the graphs that may be chained to thousands
+                check_differentiable_twice(losses, at)
+                self._checked = True
+            return _vjp(losses, at, torch.ones_like(losses), create_graph=True)
+
+    def linearise(self, rows: Tensor, kind: CurvatureKind) -> Linearisation:
+        """Losses, gradients and a curvature product.
+
+        The graph of the gradient is recorded once; each product is then one backward pass through
+        it. It lives as long as `matvec` does.
+        """
+        with self.computing(rows):
+            at = self._hessian(rows) if kind == "hessian" else self._gauss_newton(rows)
+
+        def matvec(vector: Tensor) -> Tensor:
+            with self.computing(rows):
+                return at.matvec(vector)
+
+        return at._replace(matvec=matvec)
+
+    @contextmanager
+    def computing(self, rows: Tensor) -> Iterator[None]:
+        """What functions of rows [B, D] are computed and differentiated in.
+
+        Raises:
+            RuntimeError: names the layer which PyTorch cannot batch or differentiate.
+        """
+        try:
+            with one_precision(self.layout.device):
+                yield
+        except RuntimeError as error:
+            explanation = explain(error, lambda: self._example(rows))
+            if explanation is None:
+                raise
+            raise RuntimeError(explanation) from error
+
+    def _example(self, rows: Tensor) -> Tensor:
+        """The first task's loss, in the graph of a row of its own."""
+        data = pytree.tree_map(lambda leaf: leaf[0], self.data)
+        return self._one_loss(rows[0].detach().requires_grad_(), data)
+
+    def _hessian(self, rows: Tensor) -> Linearisation:
+        leaf, losses = self._record(self.losses, rows)
+        check_differentiable_twice(losses, leaf)
+        gradient = _vjp(losses, leaf, torch.ones_like(losses), create_graph=True)
+        return Linearisation(
+            losses.detach(),
+            gradient.detach(),
+            lambda vector: _vjp(gradient, leaf, vector, retain_graph=True),
+        )
+
+    def _gauss_newton(self, rows: Tensor) -> Linearisation:
+        """`J' H_out J`: J of the outputs by the parameters, H_out of the criterion by the outputs.
+
+        J is applied by differentiating `u -> J' u`, which is linear, by u.
+        Source: Schraudolph 2002.
+        """
+        if not isinstance(self.loss, ModuleLoss):
+            raise TypeError(
+                "curvature='ggn' needs to see the model's outputs: make the loss with module_loss, "
+                "or take the Hessian, ConjugateGradient(curvature='hessian')"
+            )
+        x, y = self.loss.pair(self.data)
+        leaf, outputs = self._record(
+            lambda leaf: self._for_each_task(self._one_output, leaf, x), rows
+        )
+        z, losses = self._record(lambda z: self._for_each_task(self._one_criterion, z, y), outputs)
+        check_differentiable_twice(losses, z)
+        check_differentiable_twice(outputs, leaf)
+        slope = _vjp(losses, z, torch.ones_like(losses), create_graph=True)
+        gradient = _vjp(outputs, leaf, slope.detach(), retain_graph=True)
+        u = torch.zeros_like(outputs, requires_grad=True)
+        transposed = _vjp(outputs, leaf, u, create_graph=True)
+
+        def matvec(vector: Tensor) -> Tensor:
+            tangent = _vjp(transposed, u, vector, retain_graph=True)
+            bent = _vjp(slope, z, tangent, retain_graph=True)
+            return _vjp(outputs, leaf, bent, retain_graph=True)
+
+        return Linearisation(losses.detach(), gradient, matvec)
+
+    @staticmethod
+    def _record(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+        check_recording()
+        leaf = at.detach().requires_grad_()
+        with torch.enable_grad():
+            return leaf, function(leaf)
+
+    def _for_each_task(self, function: Callable[..., Tensor], *operands: Any) -> Tensor:
+        with task_layers(self.layout.device):
+            return vmap(function, randomness="different")(*operands)
+
+    def _params(self, row: Tensor) -> Params:
+        return self.layout.unflatten(row) | self.shared
+
+    def _one_loss(self, row: Tensor, data: Any) -> Tensor:
+        return _scalar(self.loss(self._params(row), data)).to(self.layout.dtype)
+
+    def _one_output(self, row: Tensor, x: Any) -> Tensor:
+        assert isinstance(self.loss, ModuleLoss)
+        return self.loss.outputs(self._params(row), x)
+
+    def _one_criterion(self, z: Tensor, y: Any) -> Tensor:
+        assert isinstance(self.loss, ModuleLoss)
+        return _scalar(self.loss.criterion(z, y)).to(self.layout.dtype)
+
+
+def check_recording() -> None:
+    """Raises RuntimeError in inference mode: nothing is recorded there, even under enable_grad."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("imaml_ext cannot differentiate in inference mode: use no_grad")
+
+
+def check_no_transform() -> None:
+    """Raises RuntimeError inside torch.func's transforms and forward-mode differentiation."""
+    if _functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "imaml_ext cannot run inside vmap, grad, jvp or another transform of torch.func: give "
+            "it all tasks as one batch, and differentiate adapt by backward() or autograd.grad"
+        )
+
+
+def _count_tasks(layout: Layout, data: Any, label: str) -> int:
+    leaves = pytree.tree_leaves(data)
+    if not leaves:
+        raise ValueError(f"{label} has no tensors")
+    for number, leaf in enumerate(leaves):
+        place = f"{label} (tensor {number})"
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{place} must be a tensor, got {type(leaf).__name__}")
+        if leaf.dim() == 0:
+            raise ValueError(f"{place} must be [B, ...], got a 0-d tensor")
+        if leaf.numel() == 0:
+            raise ValueError(f"{place} is empty: shape {list(leaf.shape)}")
+        if leaf.device != layout.device:
+            raise ValueError(f"{place} is on {leaf.device}, the parameters are on {layout.device}")
+        if (leaf.is_floating_point() or leaf.is_complex()) and leaf.dtype != layout.dtype:
+            raise TypeError(f"{place} is {leaf.dtype}, the parameters are {layout.dtype}")
+    sizes: list[int] = [leaf.shape[0] for leaf in leaves]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"{label}: every tensor must have the same leading size B, got {sizes}")
+    return sizes[0]
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss must return a tensor, got {type(loss).__name__}")
+    if loss.is_complex():
+        raise TypeError(f"the loss must be real, got {loss.dtype}")
+    if loss.dim() != 0:
+        raise ValueError(
+            f"the loss of one task must be a scalar, got shape {list(loss.shape)}: "
+            "take its mean or sum"
+        )
+    return loss
+
+
+def _vjp(
+    outputs: Tensor,
+    inputs: Tensor,
+    vector: Tensor,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool = False,
+) -> Tensor:
+    """`vector' d outputs / d inputs`; zero where `outputs` does not depend on `inputs`."""
+    if not outputs.requires_grad:
+        return torch.zeros_like(inputs)
+    with torch.set_grad_enabled(create_graph):
+        (product,) = torch.autograd.grad(
+            outputs,
+            inputs,
+            vector,
+            create_graph=create_graph,
+            retain_graph=create_graph or retain_graph,
+            materialize_grads=True,
+        )
+    return product

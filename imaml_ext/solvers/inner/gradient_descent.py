@@ -1,0 +1,90 @@
+"""Gradient descent on the proximal objective, plain, with momentum, or accelerated."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from imaml_ext.ops.rows import prox_gd_
+from imaml_ext.problem.proximal import Proximal
+from imaml_ext.solvers.inner.base import (
+    InnerSolver,
+    check_settings,
+    new_status,
+    unverified,
+    update_status,
+)
+from imaml_ext.solvers.solution import Solution, Status, all_done
+
+
+@dataclass(frozen=True)
+class GradientDescent(InnerSolver):
+    """`phi <- phi - lr ∇G_i(phi)`, all tasks at once, with momentum as in `torch.optim.SGD`.
+
+    Args:
+        lr: step size.
+        steps: steps at most.
+        momentum, nesterov: of the heavy ball, or of Nesterov.
+        tol: a task stops when `‖∇G_i‖ <= tol`; None: all take `steps` steps.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    lr: float = 0.1
+    steps: int = 16
+    momentum: float = 0.0
+    nesterov: bool = False
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(lr=self.lr, steps=self.steps, tol=self.tol)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a positive momentum")
+
+    @staticmethod
+    def accelerated(
+        *, lr: float, steps: int, strong_convexity: float, tol: float | None = None
+    ) -> "GradientDescent":
+        """Nesterov's accelerated method for a strongly convex G.
+
+        Args:
+            lr: `1 / L`, L the largest curvature of G.
+            steps, tol: as in `GradientDescent`.
+            strong_convexity: mu, the smallest: lam, where the loss itself is convex. The momentum
+                is `(1 - sqrt(lr mu)) / (1 + sqrt(lr mu))`.
+
+        Raises:
+            ValueError: `lr mu` is not in (0, 1), or another setting is out of range.
+
+        Source: Nesterov 2004, "Introductory lectures on convex optimization", scheme 2.2.11.
+        """
+        root = math.sqrt(lr * strong_convexity) if lr * strong_convexity > 0 else math.nan
+        if not 0 < root < 1:
+            raise ValueError(
+                f"lr strong_convexity must be in (0, 1), got {lr} and {strong_convexity}: "
+                "lr is one over the largest curvature"
+            )
+        momentum = (1 - root) / (1 + root)
+        return GradientDescent(lr, steps, momentum=momentum, nesterov=True, tol=tol)
+
+    @torch.no_grad()
+    def solve(self, problem: Proximal) -> Solution:
+        phi = problem.start()
+        velocity = torch.zeros_like(phi) if self.momentum else None
+        status = new_status(problem)
+        steps = torch.zeros_like(status)
+        for step in range(self.steps):
+            _, gradient = problem.objective.gradient(phi)
+            if self.tol is not None:
+                status = update_status(status, problem.residual(phi, gradient), self.tol)
+                if all_done(status, step):
+                    break
+            prox_gd_(
+                phi, problem.unfused(phi, gradient), problem.theta, problem.fused, lr=self.lr,
+                velocity=velocity, momentum=self.momentum, nesterov=self.nesterov, status=status,
+            )  # fmt: skip
+            steps += status == Status.RUNNING
+        return unverified(phi, status, steps)

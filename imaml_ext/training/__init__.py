@@ -1,0 +1,39 @@
+"""The outer loop, and what belongs to it: evaluation, recording, checkpoints, logs, processes."""
+
+from imaml_ext.training.capture import Capture, cuda_graph, no_capture
+from imaml_ext.training.checkpoint import load_checkpoint, save_checkpoint, save_model
+from imaml_ext.training.compiled import compiled
+from imaml_ext.training.distributed import process_group
+from imaml_ext.training.evaluation import (
+    Evaluation,
+    accuracy,
+    evaluate,
+    per_task,
+    support_accuracy,
+)
+from imaml_ext.training.logs import json_lines, tensorboard
+from imaml_ext.training.recorded import RecordedMetaGradient
+from imaml_ext.training.support_statistics import SupportStatistics
+from imaml_ext.training.trainer import NonfiniteError, Trainer
+
+__all__ = [
+    "Capture",
+    "Evaluation",
+    "NonfiniteError",
+    "RecordedMetaGradient",
+    "SupportStatistics",
+    "Trainer",
+    "accuracy",
+    "compiled",
+    "cuda_graph",
+    "evaluate",
+    "json_lines",
+    "load_checkpoint",
+    "no_capture",
+    "per_task",
+    "process_group",
+    "save_checkpoint",
+    "save_model",
+    "support_accuracy",
+    "tensorboard",
+]

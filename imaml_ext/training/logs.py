@@ -1,0 +1,78 @@
+"""Where the records of a training go: a file of JSON lines, TensorBoard. Each gives a `Log`."""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from imaml_ext._io import named_in_errors, write_atomically
+
+Record = dict[str, float]
+Log = Callable[[str, Record], None]  # "train" or "val", and the record of a step or validation
+
+
+@contextmanager
+def json_lines(
+    path: Path, history: Sequence[Record], validation: Sequence[Record]
+) -> Iterator[Log]:
+    """One JSON object a line, as {"split": "train", "step": 1, "loss": ...}; null: not finite.
+
+    The file begins with the records of the run so far, and loses what an interrupted one wrote
+    after its last checkpoint.
+
+    Args:
+        path: of the file.
+        history, validation: records so far, as a `Trainer` has them.
+
+    Raises:
+        OSError: the file cannot be written to.
+    """
+    past = [("train", record) for record in history] + [("val", record) for record in validation]
+    past.sort(key=lambda line: line[1]["step"])  # is stable: a step before its validation
+    text = "".join(_line(split, record) for split, record in past)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    with path.open("ab", buffering=0) as file:  # each line is there at once, or fails at once
+
+        def log(split: str, record: Record) -> None:
+            line = _line(split, record).encode()
+            with named_in_errors(path):
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        yield log
+
+
+@contextmanager
+def tensorboard(folder: Path, steps: int) -> Iterator[Log]:
+    """Scalars such as "train/loss" by meta-step; what was written after step `steps` is hidden.
+
+    Args:
+        folder: of TensorBoard's files.
+        steps: meta-steps made so far.
+
+    Raises:
+        ValueError: the package tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs the package: pip install tensorboard") from error
+    with SummaryWriter(str(folder), purge_step=steps + 1) as writer:
+
+        def log(split: str, record: Record) -> None:
+            for name, value in record.items():
+                if name != "step":
+                    writer.add_scalar(f"{split}/{name}", value, int(record["step"]))
+
+        yield log
+
+
+def _line(split: str, record: Record) -> str:
+    values: dict[str, Any] = {
+        name: value if math.isfinite(value) else None for name, value in record.items()
+    }
+    return json.dumps({"split": split, **values}) + "\n"

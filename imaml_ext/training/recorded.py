@@ -1,0 +1,62 @@
+"""A meta-gradient, recorded once and replayed."""
+
+from collections.abc import Callable
+from threading import Lock
+
+import torch
+from torch.utils import _pytree as pytree
+
+from imaml_ext.data.tasks import TaskBatch
+from imaml_ext.methods.meta_gradient import MetaGradient
+from imaml_ext.training.capture import Capture, cuda_graph
+from imaml_ext.training.compiled import compiled
+
+
+class RecordedMetaGradient:
+    """A meta-gradient, recorded once for batches of one shape; call it with a batch.
+
+    The result is the recording's own memory: the next call overwrites it, so clone what is to be
+    kept. theta and tensors of lam are read anew in each call; they may be updated in place, as
+    optimizers do, but not replaced. Plain numbers, such as a float lam, are as they were when it
+    was recorded, and so is whether the model was in training mode.
+
+    Args:
+        meta_gradient: `method.meta_gradient`, or any function of a batch that calls
+            `implicit_meta_grad`; nothing in it may synchronise.
+        batch: of the shapes that all will have.
+        capture: how to record; default `cuda_graph` on CUDA, `compiled` on the CPU.
+
+    Raises:
+        RuntimeError: it cannot be recorded; the message says why.
+    """
+
+    def __init__(
+        self,
+        meta_gradient: Callable[[TaskBatch], MetaGradient],
+        batch: TaskBatch,
+        *,
+        capture: Capture | None = None,
+    ) -> None:
+        self._batch = batch.clone()
+        self._lock = Lock()
+
+        def function() -> MetaGradient:
+            return meta_gradient(self._batch)
+
+        example = pytree.tree_leaves(self._batch.support)[0]
+        if capture is None:
+            capture = cuda_graph if example.is_cuda else compiled
+        if capture is cuda_graph and not example.is_cuda:
+            raise RuntimeError(f"a CUDA graph needs a batch on CUDA, got one on {example.device}")
+        with torch.cuda.device_of(example):
+            self._replay = capture(function, function)
+
+    def __call__(self, batch: TaskBatch) -> MetaGradient:
+        """The meta-gradient of the batch, in the recording's memory. Nothing synchronises.
+
+        Raises:
+            ValueError: the batch is of other shapes than the one recorded.
+        """
+        with self._lock:
+            self._batch.copy_(batch)
+            return self._replay()

@@ -1,0 +1,392 @@
+"""The benchmarks run, refuse to time what differs, and their page is made from their results."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import imaml_ext
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the sources are not here")
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a module of the folder, as its scripts do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def run(script, *arguments, folder):
+    """What a script says, and the results it has written."""
+    results = folder / "results.json"
+    package = Path(imaml_ext.__file__).parents[1]  # the one under test, installed or not
+    ran = subprocess.run(
+        [sys.executable, BENCHMARKS / script, *arguments, "--rounds", "1", "--json", results],
+        env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran, json.loads(results.read_text())
+
+
+SMALL = {
+    "bench_cg.py": ("--tasks", "2", "--dim", "1000", "--without", "compiled"),
+    "bench_prox.py": (
+        "--tasks",
+        "2",
+        "--dim",
+        "1000",
+        "--step",
+        "adam",
+        "--without",
+        "compiled",
+        "JAX",
+    ),
+    "bench_meta_grad.py": (
+        *("--workload", "sinusoid", "--tasks", "2", "--inner-steps", "2", "--cg-steps", "2"),
+        *("--without", "compiled", "recorded", "linearize"),
+    ),
+}
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_a_benchmark_of_times_runs_and_its_table_names_everything(script, benchmark, tmp_path):
+    _, results = run(script, *SMALL[script], folder=tmp_path)
+    rows = results["implementations"]
+    assert len(rows) >= 3
+    assert next(iter(rows)) == "imaml_ext"
+    for row in rows.values():
+        assert 0 < row["min"] <= row["median"] <= row["max"]
+        assert row.get("share_of_matmul", row.get("share_of_copy_bandwidth")) > 0
+    page = benchmark("tables").make([results])
+    assert all(name in page for name in rows)
+    assert page.count("CUDA: not measured") == 1
+    assert results["command"] in page
+
+
+def test_memory_is_flat_for_implicit_gradients_and_grows_for_maml(benchmark, tmp_path):
+    _, results = run(
+        "bench_memory.py", "--workload", "omniglot-5w1s", "--width", "8", "--tasks", "2",
+        "--inner-steps", "1", "8", "--cg-steps", "1", "4", "--without", "JAX", "TorchOpt",
+        folder=tmp_path,
+    )  # fmt: skip
+    rows = results["implementations"]
+    flat, grows = rows["imaml_ext"], rows["MAML, back-propagation through the steps"]
+    assert flat["over_inner_steps"]["8"] < 1.05 * flat["over_inner_steps"]["1"]
+    assert flat["over_cg_steps"]["4"] < 1.05 * flat["over_cg_steps"]["1"]
+    assert grows["over_inner_steps"]["8"] > 3 * grows["over_inner_steps"]["1"]
+    page = benchmark("tables").make([results])
+    assert all(name in page for name in rows)
+
+
+def test_the_launches_of_a_cg_iteration_do_not_depend_on_anything(benchmark, tmp_path):
+    picture = tmp_path / "curves.png"
+    _, results = run(
+        "bench_scaling.py", "--workload", "sinusoid", "--tasks", "1", "2", "--widths", "32", "40",
+        "--steps", "1", "2", "--dims", "64", "1000", "--png", str(picture), folder=tmp_path,
+    )  # fmt: skip
+    assert results["launches_per_iteration"] == 1
+    assert set(results["fits"]) == set(results["series"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "results/curves.png" in benchmark("tables").make([results])
+
+
+def make_wheel(folder):
+    """The smallest that pip installs: one module of 1000 bytes."""
+    information = "nothing-1.0.dist-info"
+    path = folder / "nothing-1.0-py3-none-any.whl"
+    metadata = "Metadata-Version: 2.1\nName: nothing\nVersion: 1.0"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("nothing.py", "#" * 1000)
+        archive.writestr(f"{information}/METADATA", metadata)
+        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
+        archive.writestr(f"{information}/RECORD", "")
+    return path
+
+
+def test_the_cost_of_the_package_is_measured_and_its_table_has_it(benchmark, tmp_path):
+    wheel = make_wheel(tmp_path)
+    _, results = run(
+        "bench_package.py", "--installs", "1",
+        "--archive", f"a wheel={wheel}", f"a file={__file__}", folder=tmp_path,
+    )  # fmt: skip
+    plain, both = results["imports"].values()
+    assert plain["cpu"]["median"] > 0.1  # torch was imported
+    assert results["added"]["cpu"] == both["cpu"]["median"] / plain["cpu"]["median"] - 1
+    assert 0 < results["added_within"]["median"] < 1
+    measured = results["archives"]["a wheel"]
+    assert measured["bytes"] == wheel.stat().st_size
+    assert measured["files"] == 4
+    assert 1000 < measured["installed_bytes"] < 1200
+    assert measured["install"]["median"] > 0
+    page = benchmark("tables").make([results])
+    assert "| a wheel | 0.00 | 0.00 | 4 |" in page
+    assert results["command"] in page
+
+
+def test_of_each_installed_row_the_last_outcome_is_in_the_table(benchmark):
+    def line(way, outcome, reason, **found):
+        row = {"python": "3.11", "torch": "newest", "way": way, "kernels": "cpu", "built_with": ""}
+        return {
+            "name": way, "row": row, "outcome": outcome, "reason": reason, "seconds": {},
+            "platform": "Linux", "commit": found.pop("commit"), "date": "2026-01-02T03", **found,
+        }  # fmt: skip
+
+    page = benchmark("tables").installs(
+        [
+            line("uv", "failed", "no compiler", commit="aaa"),
+            line("pip", "failed", "no network", commit="bbb"),
+            line("uv", "works", "", commit="ccc", torch="2.15.0", python="3.11.7"),
+        ]
+    )
+    assert "| 3.11.7 | 2.15.0 | uv | CPU | works |  | ccc |" in page
+    assert "| 3.11 | newest | pip | CPU | **failed** |  | bbb |" in page
+    assert "- pip: no network" in page
+    assert "no compiler" not in page
+    assert "Linux, 2026-01-02\n" in page
+
+
+def test_a_process_that_fails_is_not_timed(benchmark):
+    with pytest.raises(SystemExit, match="exit status 3"):
+        benchmark("bench_package").run(sys.executable, "-c", "raise SystemExit(3)")
+
+
+def test_the_processor_time_is_that_of_the_process(benchmark):
+    run = benchmark("bench_package").run
+    idle = run(sys.executable, "-c", "import time; time.sleep(0.5)")
+    busy = run(sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass")
+    assert idle < 0.5 <= busy
+
+
+def test_what_differs_is_not_timed(benchmark):
+    harness = benchmark("harness")
+    right, wrong = torch.ones(3), torch.tensor([1.0, 1.0, 1.001])
+    with pytest.raises(SystemExit, match="wrong differs by"):
+        harness.check_agreement({"right": lambda: right, "wrong": lambda: wrong}, int, 1e-5)
+    with pytest.raises(SystemExit, match="nan"):
+        harness.check_agreement({"right": lambda: right, "nan": lambda: right / 0 * 0}, int, 1e-5)
+
+
+def test_a_result_in_a_buffer_that_others_write_is_compared_as_it_was(benchmark):
+    buffer = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(SystemExit, match="second differs"):
+        benchmark("harness").check_agreement(
+            {"first": lambda: buffer, "second": lambda: buffer.fill_(2.0)}, int, 1e-5
+        )
+
+
+def test_a_peer_that_is_not_installed_is_said_to_be_left_out(benchmark, monkeypatch, capsys):
+    harness = benchmark("harness")
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    assert not harness.has_peer("torchopt")
+    assert "left out, not installed: TorchOpt" in capsys.readouterr().err
+
+
+def test_the_flops_of_a_gradient_are_those_of_its_layers(benchmark):
+    workload = benchmark("workload").make_workload(
+        "sinusoid", torch.device("cpu"), torch.float32, inner_steps=3, cg_steps=0, tasks=2, width=8
+    )
+    layers = [2 * 10 * fan_in * fan_out for fan_in, fan_out in ((1, 8), (8, 8), (8, 1))]
+    # Outputs, gradients of the weights, and of the inputs but the first layer's.
+    gradient = 3 * sum(layers) - layers[0]
+    assert benchmark("bench_meta_grad").count_flops(workload) == 2 * (3 + 2) * gradient
+
+
+def test_the_power_and_the_line_are_found(benchmark):
+    fit = benchmark("bench_scaling").fit
+    assert fit("tasks B", [(n, 3 * n**1.5) for n in (1, 2, 4)])["power"] == pytest.approx(1.5)
+    line = fit("CG steps", [(n, 0.5 + 0.1 * n) for n in (1, 2, 4)])
+    assert line == {"start": pytest.approx(0.5), "each": pytest.approx(0.1)}
+
+
+def test_the_page_is_made_from_the_committed_results(benchmark):
+    tables = benchmark("tables")
+    page = tables.make(tables.committed(), tables.committed_matrix())
+    assert (BENCHMARKS / "README.md").read_text() == page
+
+
+def test_the_readme_says_what_was_measured_on_a_gpu(benchmark):
+    readme = BENCHMARKS.parent / "README.md"
+    written = benchmark("readme_rows").replaced(readme.read_text(), benchmark("tables").committed())
+    assert readme.read_text() == written
+
+
+def made_up(benchmark, settings, **milliseconds):
+    """A result on CUDA."""
+    rows = {
+        name: {"median": 1e-3 * t, "min": 0.0, "max": 1.0, "share_of_copy_bandwidth": 0.08 / t}
+        for name, t in milliseconds.items()
+    }
+    return {
+        "benchmark": benchmark, "device_type": "cuda", "device": "Some Card", "command": "cmd",
+        "commit": "abc", "threads": 1, "torch": "2.11.0", "date": "2026-01-02T03",
+        "settings": settings, "copy_bandwidth": 3e12, "implementations": rows,
+    }  # fmt: skip
+
+
+def test_results_of_a_gpu_are_added_to_both_pages(benchmark, tmp_path):
+    settings = {"tasks": 16, "dim": 113221, "iterations": 5, "dtype": "float32"}
+    result = made_up(
+        "cg", settings,
+        **{"imaml_ext": 0.2, "imaml_ext, CUDA graph": 0.1, "JAX, jit": 0.45, "plain": 0.9},
+    )  # fmt: skip
+    folder = tmp_path / "benchmarks"
+    (folder / "results").mkdir(parents=True)
+    (folder / "results" / "installs.jsonl").write_text("")
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- measured on a GPU: by benchmarks/tables.py -->\nold\n<!-- end -->\nafter\n"
+    )
+    merged = tmp_path / "bench.json"
+    merged.write_text(json.dumps({"cg-cuda-b16.json": result}))
+    benchmark("tables").main(["--add", str(merged)], root=tmp_path)
+    assert json.loads((folder / "results" / "cg-cuda-b16.json").read_text()) == result
+    page = (folder / "README.md").read_text()
+    assert "CPU: not measured.\n\nCUDA:\n" in page
+    assert "| **imaml_ext** | 0.2 | 1.00 | 40% |" in page
+    assert "Some Card" in page
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n")
+    assert readme.endswith("<!-- end -->\nafter\n")
+    assert "On one Some Card, float32" in readme
+    assert (
+        "| 5 CG iterations without the products, 16 tasks, D = 113,221 "
+        "| 0.2 ms (40% of copy bandwidth); CUDA graph 0.1 ms (80% of copy bandwidth) "
+        "| JAX, jit 4.5x, plain 9.0x |"
+    ) in readme
+    assert "old" not in readme
+
+
+# ---- timing on CUDA, with a clock that the calls move -----------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Milliseconds that have passed on a device that is not there."""
+    passed = [0.0]
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = passed[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return passed
+
+
+CUDA = torch.device("cuda")
+
+
+def counted(clock, milliseconds):
+    def call():
+        clock[0] += milliseconds
+        call.made += 1
+
+    call.made = 0
+    return call
+
+
+def test_a_sample_is_the_mean_of_twenty_short_calls_or_one_long_call(benchmark, clock):
+    timing = benchmark("cuda_timing")
+    for short, calls in ((True, 20), (False, 1)):
+        call = counted(clock, 3.0)
+        assert timing.cuda_seconds(call, CUDA, short=short) == pytest.approx(3e-3)
+        assert call.made == calls
+
+
+def test_every_copy_of_the_operands_is_used_once_in_a_sample(benchmark, clock, monkeypatch):
+    timing = benchmark("cuda_timing")
+    calls = [counted(clock, milliseconds) for milliseconds in (1.0, 2.0, 6.0)]
+    rotated = timing.Rotated(calls)
+    assert timing.cuda_seconds(rotated, CUDA, short=True) == pytest.approx(3e-3)
+    assert [call.made for call in calls] == [1, 1, 1]
+    monkeypatch.setattr(timing, "cuda_graph", lambda function, rehearse: function)
+    graph = timing.Captured(rotated)
+    assert timing.cuda_seconds(graph, CUDA, short=True) == pytest.approx(3e-3)
+    assert [call.made for call in calls] == [2, 2, 2]
+
+
+def test_the_copies_exceed_the_cache_and_are_twenty_at_least(benchmark, monkeypatch):
+    copies = benchmark("cuda_timing").copies
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: type("", (), {"L2_cache_size": 50e6})
+    )
+    assert copies(10**9, CUDA) == 20
+    assert copies(10**6, CUDA) == 100
+    assert copies(10**6, torch.device("cpu")) == 1
+
+
+def test_what_jax_submits_is_waited_for_within_the_time(benchmark, clock, monkeypatch):
+    timing = benchmark("cuda_timing")
+    waited = []
+
+    class Array:
+        def block_until_ready(self):
+            clock[0] += 5.0
+            waited.append(self)
+
+    class Call:
+        def submit(self):
+            return Array()
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 1e-3 * clock[0])
+    assert timing.cuda_seconds(Call(), CUDA, short=True) == pytest.approx(5e-3)
+    assert len(waited) == len(set(waited)) == 20
+
+
+def test_what_cannot_be_captured_is_said_to_be_left_out(benchmark, monkeypatch, capsys):
+    timing = benchmark("cuda_timing")
+
+    def refuse(function, rehearse):
+        raise RuntimeError("it synchronises\nat length")
+
+    monkeypatch.setattr(timing, "cuda_graph", refuse)
+    assert timing.captured("some way", int) == {}
+    assert "left out, cannot be captured: some way: it synchronises\n" in capsys.readouterr().err
+
+
+def test_calls_on_cuda_are_prepared_once_a_turn_and_timed_by_events(benchmark, clock):
+    calls = {"fast": counted(clock, 1.0), "slow": counted(clock, 100.0)}
+    prepared = []
+    times = benchmark("harness").time_in_turn(
+        calls, lambda: prepared.append(clock[0]), CUDA, 3, warm_up=1
+    )
+    assert times["fast"] == pytest.approx({"median": 1e-3, "min": 1e-3, "max": 1e-3})
+    assert times["slow"] == pytest.approx({"median": 0.1, "min": 0.1, "max": 0.1})
+    assert calls["fast"].made == 1 + 3 * 20  # found to be short in the first turn
+    assert calls["slow"].made == 4
+    assert len(prepared) == 2 * 4
+
+
+def test_tf32_keeps_eleven_bits_and_rounds_ties_to_even(benchmark):
+    to_tf32, emulated = benchmark("tf32").to_tf32, benchmark("tf32").EmulatedTF32
+    step = 2.0**-10  # of numbers between 1 and 2
+    given = [1 + step, 1 + step / 2, 1 + 1.5 * step, 1 + 0.51 * step, -3.0, 0.0, math.inf, math.nan]
+    expected = [1 + step, 1, 1 + 2 * step, 1 + step, -3.0, 0.0, math.inf, math.nan]
+    got = to_tf32(torch.tensor(given))
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+    a, b = torch.randn(2, 4, 4)
+    with emulated():
+        product, total = a @ b, a + b
+    assert torch.equal(product, to_tf32(a) @ to_tf32(b))
+    assert torch.equal(total, a + b)
+    assert not torch.equal(product, a @ b)

@@ -1,0 +1,143 @@
+"""Trainings that processes of torch.distributed share; run as a script, one of the processes.
+
+torchrun --standalone --nproc-per-node N group_trainings.py FOLDER
+"""
+
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from trainings import make_method, make_trainer, sinusoid, state_of
+
+from imaml_ext import FOMAML, MAML, ProximalStrength, Trainer, module_loss
+from imaml_ext.experiments.models import mlp
+from imaml_ext.training.capture import no_capture
+from imaml_ext.training.distributed import process_group, rank
+from imaml_ext.training.trainer import NonfiniteError
+
+CPU = torch.device("cpu")
+STEPS = 6
+TASKS = 7  # which neither 2 nor 3 processes can share evenly
+
+
+class Fixed:
+    """Sinusoids, some of them poisoned. Not divisible."""
+
+    def __init__(self, steps=(), tasks=()):
+        self.good, self.steps, self.tasks = sinusoid(CPU, TASKS), steps, list(tasks)
+
+    def sample(self, step):
+        batch = self.good.sample(step)
+        if step in self.steps:
+            batch.support[1][self.tasks] = torch.nan
+        return batch
+
+
+def learned_strength(group):
+    method = make_method(CPU)
+    method.lam = ProximalStrength(method.params, 1.0, form="tensor")
+    return make_trainer(CPU, source=Fixed(), method=method, process_group=group)
+
+
+def with_lbfgs(group):
+    method = make_method(CPU)
+    optimizer = torch.optim.LBFGS(method.learned().values(), lr=0.1, max_iter=3)
+    return Trainer(method, Fixed(), optimizer, process_group=group)
+
+
+def from_other_starts(group):
+    """Each process begins elsewhere; rank 0's start is what counts."""
+    method = make_method(CPU)
+    if group is not None:
+        with torch.no_grad():
+            for tensor in method.learned().values():
+                tensor.add_(rank(group))
+    return make_trainer(CPU, source=sinusoid(CPU, TASKS), method=method, process_group=group)
+
+
+def with_a_frozen_body(group):
+    """Each process has a body of its own, which is not learned; rank 0's is what counts."""
+    torch.manual_seed(rank(group))
+    model = mlp(1, 12, 1).to(torch.float64)
+    head = {n: p for n, p in model.named_parameters() if n.startswith("2.")}
+    method = FOMAML(module_loss(model, nn.functional.mse_loss), head)
+    return make_trainer(CPU, source=sinusoid(CPU, TASKS), method=method, process_group=group)
+
+
+def skipping(steps, tasks):
+    def make(group):
+        method = make_method(CPU, nonfinite="omit")
+        return make_trainer(CPU, source=Fixed(steps, tasks), method=method, process_group=group)
+
+    return make
+
+
+TRAININGS = {
+    "a divisible source": lambda group: make_trainer(
+        CPU, source=sinusoid(CPU, TASKS), process_group=group
+    ),
+    "a source that deals whole batches": lambda group: make_trainer(
+        CPU, source=Fixed(), process_group=group
+    ),
+    "some tasks fail": skipping([2, 4], [1, 6]),
+    "all tasks of a process fail": skipping([2], [0, 1, 2, 3]),
+    "all tasks fail": skipping([3], range(TASKS)),
+    "a learned strength": learned_strength,
+    "a learned step size": lambda group: make_trainer(
+        CPU, source=Fixed(), method=make_method(CPU, MAML, learn_lr=True), process_group=group
+    ),
+    "an optimizer that asks again": with_lbfgs,
+    "other starts": from_other_starts,
+    "a frozen body": with_a_frozen_body,
+    "decided on the device": lambda group: make_trainer(
+        CPU, no_capture, source=sinusoid(CPU, TASKS), process_group=group, read_every=4
+    ),
+}
+
+
+def trained(make, group):
+    trainer = make(group)
+    for _ in range(STEPS):
+        trainer.step()
+    records = [{k: v for k, v in r.items() if k != "seconds"} for r in trainer.history]
+    return {"state": state_of(trainer), "records": records}
+
+
+def refused(group):
+    """Where a step is refused, what is said, and whether nothing changed."""
+    trainer = make_trainer(CPU, source=Fixed([3], [5]), process_group=group)
+    for _ in range(3):
+        trainer.step()
+    before = state_of(trainer)
+    try:
+        trainer.step()
+    except NonfiniteError as error:
+        unchanged = all(map(torch.equal, before, state_of(trainer)))
+        return {"steps": trainer.steps, "message": str(error), "unchanged": unchanged}
+    raise AssertionError("the poisoned step was applied")
+
+
+def main():
+    adam = importlib.import_module("torch.optim.adam")
+    adam._get_capturable_supported_devices = lambda *_: ["cpu"]
+    torch.set_num_threads(1)
+    with process_group(CPU) as group:
+        results = {name: trained(make, group) for name, make in TRAININGS.items()}
+        results["refused"] = refused(group)
+    return results
+
+
+def threads():
+    """Names of this process's; one that has ended may be listed for a moment."""
+    time.sleep(0.5)
+    return [thread.read_text().strip() for thread in Path("/proc/self/task").glob("*/comm")]
+
+
+if __name__ == "__main__":
+    results = main()
+    results["threads"] = threads()
+    torch.save(results, Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")

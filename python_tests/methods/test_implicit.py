@@ -1,0 +1,511 @@
+"""Implicit meta-gradients against dense solves, finite differences of the true bilevel objective,
+and the readable reference. Inner problems are solved to 1e-13 where the oracle assumes an optimum.
+"""
+
+import pytest
+import torch
+from problems import classification, regression
+
+from imaml_ext import (
+    ConjugateGradient,
+    GradientDescent,
+    Status,
+    adapt,
+    implicit_meta_grad,
+    reference,
+)
+from imaml_ext.problem.lam import flatten_lam
+
+# Accelerated, since a GPU takes a millisecond a step whatever its size.
+EXACT = {
+    "inner": GradientDescent.accelerated(lr=0.1, steps=5000, strong_convexity=1.0, tol=1e-13),
+    "linear": ConjugateGradient(max_iter=60, rtol=1e-14),
+}
+FORMS = ["float", "0-d", "per tensor", "diagonal", "dense"]
+
+
+def make_lam(form, problem):
+    device = problem.layout.device
+    if form == "float":
+        return 1.5
+    if form == "0-d":
+        return torch.tensor(1.5, dtype=torch.float64, device=device)
+    if form == "per tensor":
+        return {
+            name: torch.tensor(1.0 + 0.3 * k, dtype=torch.float64, device=device)
+            for k, name in enumerate(problem.params)
+        }
+    if form == "diagonal":
+        return {name: 1 + torch.rand_like(tensor) for name, tensor in problem.params.items()}
+    dim = problem.layout.dim
+    root = torch.randn(dim, dim, dtype=torch.float64, device=device)
+    return torch.eye(dim, dtype=torch.float64, device=device) + root @ root.T / dim
+
+
+def matrix(problem, lam):
+    """Λ, [D, D], from any form."""
+    flat = flatten_lam(problem.layout, lam)
+    return flat if flat.dim() == 2 else torch.diag(flat.expand(problem.layout.dim))
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_agrees_with_a_dense_solve(form, device):
+    problem = regression(4, device)
+    lam = make_lam(form, problem)
+    got = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=lam, **EXACT
+    )
+    phi = problem.layout.flatten(got.adapted)
+    theta, strength = problem.layout.flatten(problem.params), matrix(problem, lam)
+    x = torch.linalg.solve(problem.hessians(phi) + strength, problem.query_gradients(phi))
+    assert relative(problem.layout.flatten(got.params), (x @ strength).mean(0)) < 1e-10
+    outer = -torch.einsum("bi,bj->ij", x, phi - theta) / 4
+    per_entry = outer.diagonal()
+    if form == "float":
+        assert got.lam is None
+    elif form == "0-d":
+        assert relative(got.lam, per_entry.sum()) < 1e-9
+    elif form == "dense":
+        assert relative(got.lam, (outer + outer.T) / 2) < 1e-9
+    else:
+        want = problem.layout.unflatten(per_entry)
+        for name, value in got.lam.items():
+            expected = want[name].sum() if form == "per tensor" else want[name]
+            assert relative(value, expected) < 1e-9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_agrees_with_finite_differences_of_the_bilevel_objective(form, device):
+    problem = regression(3, device)
+    lam = make_lam(form, problem)
+
+    def objective(params, lam):  # at the optimum; its gradient is not asked for
+        return implicit_meta_grad(
+            problem.loss, params, problem.support, problem.query, lam=lam, inner=EXACT["inner"],
+            linear=ConjugateGradient(max_iter=1),
+        ).query_loss.mean()  # fmt: skip
+
+    got = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=lam, **EXACT
+    )
+
+    def difference(value, direction, along):
+        # Richardson's extrapolation of the central difference: error of order h^4
+        def central(h):
+            up, down = along(value + h * direction), along(value - h * direction)
+            return (up - down) / (2 * h)
+
+        return (4 * central(1e-3) - central(2e-3)) / 3
+
+    for name, tensor in problem.params.items():
+        direction = torch.randn_like(tensor)
+        want = difference(
+            tensor, direction, lambda t, n=name: objective({**problem.params, n: t}, lam)
+        )
+        assert relative((got.params[name] * direction).sum(), want) < 1e-7
+    if form == "float":
+        want = difference(lam, 1.0, lambda value: objective(problem.params, value))
+        with_tensor = implicit_meta_grad(
+            problem.loss, problem.params, problem.support, problem.query,
+            lam=torch.tensor(lam, dtype=torch.float64, device=device), **EXACT,
+        )  # fmt: skip
+        assert relative(with_tensor.lam, want) < 1e-7
+    elif form == "0-d":
+        want = difference(lam, 1.0, lambda value: objective(problem.params, value))
+        assert relative(got.lam, want) < 1e-7
+    elif form == "dense":
+        direction = torch.randn_like(lam)
+        direction = direction + direction.T
+        want = difference(lam, direction, lambda value: objective(problem.params, value))
+        assert relative((got.lam * direction).sum(), want) < 1e-7
+    else:
+        for name, tensor in lam.items():
+            direction = torch.randn_like(tensor)
+            want = difference(
+                tensor, direction, lambda t, n=name: objective(problem.params, {**lam, n: t})
+            )
+            assert relative((got.lam[name] * direction).sum(), want) < 1e-7
+
+
+@pytest.mark.parametrize("form", FORMS[:-1])  # the reference knows no dense one
+@pytest.mark.parametrize("inner_steps", [0, 1, 16])
+def test_agrees_with_the_reference_task_by_task(form, inner_steps, device):
+    problem = regression(4, device)
+    lam = make_lam(form, problem)
+    # H can be indefinite before convergence, where the reference knows no status: damp by lam
+    lam = {name: 20 * t for name, t in lam.items()} if isinstance(lam, dict) else 20 * lam
+    got = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=lam,
+        inner=GradientDescent(lr=0.01, steps=inner_steps), linear=ConjugateGradient(max_iter=4),
+    )  # fmt: skip
+    assert (got.linear.status == Status.MAX_ITER).all()
+    theta, diagonal = problem.layout.flatten(problem.params), matrix(problem, lam).diagonal()
+    settings = {"lr": 0.01, "inner_steps": inner_steps, "cg_steps": 4}
+    gradients = []
+    for task in range(4):
+        support, query = (tuple(t[task] for t in d) for d in (problem.support, problem.query))
+        gradients.append(
+            reference.implicit_meta_gradient(
+                problem.flat_loss, theta, support, query, diagonal, **settings
+            )
+        )
+    to_theta, to_lam = (torch.stack(parts).mean(0) for parts in zip(*gradients, strict=True))
+    assert relative(problem.layout.flatten(got.params), to_theta) < 1e-10
+    if inner_steps == 0:  # phi = theta: no gradient for lam
+        to_lam = torch.zeros_like(to_lam)
+    if form == "0-d":
+        torch.testing.assert_close(got.lam, to_lam.sum())
+    elif form != "float":
+        for name, part in problem.layout.unflatten(to_lam).items():
+            want = part.sum() if form == "per tensor" else part
+            torch.testing.assert_close(got.lam[name], want)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adapt_puts_the_same_gradients_into_the_graph(form, device):
+    problem = regression(4, device)
+    lam = make_lam(form, problem)
+    want = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=lam, **EXACT
+    )
+    params = {name: t.clone().requires_grad_() for name, t in problem.params.items()}
+    tensors = [lam] if isinstance(lam, torch.Tensor) else []
+    tensors = list(lam.values()) if isinstance(lam, dict) else tensors
+    for tensor in tensors:
+        tensor.requires_grad_()
+    phi = adapt(problem.loss, params, problem.support, lam=lam, **EXACT)
+    torch.func.vmap(problem.loss)(phi, problem.query).mean().backward()
+    for name, tensor in params.items():
+        torch.testing.assert_close(tensor.grad, want.params[name])
+    parts = list(want.lam.values()) if isinstance(lam, dict) else [want.lam] * len(tensors)
+    for tensor, part in zip(tensors, parts, strict=True):
+        torch.testing.assert_close(tensor.grad, part)
+
+
+def test_adapt_works_inside_a_larger_graph(device):
+    # theta is itself a function: the gradient must reach what it is made of.
+    problem = regression(2, device)
+    scale = torch.tensor(0.7, dtype=torch.float64, device=device, requires_grad=True)
+
+    def total(scale):
+        params = {name: scale * t for name, t in problem.params.items()}
+        phi = adapt(problem.loss, params, problem.support, lam=1.5, **EXACT)
+        return torch.func.vmap(problem.loss)(phi, problem.query).sum()
+
+    total(scale).backward()
+    with torch.no_grad():
+        want = (total(scale + 1e-5) - total(scale - 1e-5)) / 2e-5
+    assert relative(scale.grad, want) < 1e-6
+
+
+def test_float32_is_close_to_float64(device):
+    problem = regression(8, device)
+    settings = {
+        "inner": GradientDescent(lr=0.1, steps=100),
+        "linear": ConjugateGradient(max_iter=20),
+    }
+    single = problem.to(torch.float32)
+    got = implicit_meta_grad(
+        single.loss, single.params, single.support, single.query, lam=2.0, **settings
+    )
+    want = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=2.0, **settings
+    )
+    a, b = single.layout.flatten(got.params).double(), problem.layout.flatten(want.params)
+    assert relative(a, b) < 1e-4
+
+
+def test_gauss_newton_solves_with_the_gauss_newton_matrix(device):
+    problem = classification(3, device)
+    got = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=0.5,
+        inner=GradientDescent(lr=0.1, steps=5),
+        linear=ConjugateGradient(max_iter=200, rtol=1e-13, curvature="ggn"),
+    )  # fmt: skip
+    from imaml_ext.problem.objective import Objective
+
+    phi = problem.layout.flatten(got.adapted)
+    matvec = Objective(problem.loss, problem.layout, problem.support).linearise(phi, "ggn").matvec
+    identity = torch.eye(problem.layout.dim, dtype=torch.float64, device=device)
+    columns = [matvec(e.expand(3, -1)) for e in identity]
+    matrix = torch.stack(columns, dim=2) + 0.5 * identity
+    want = 0.5 * torch.linalg.solve(matrix, problem.query_gradients(phi)).mean(0)
+    assert relative(problem.layout.flatten(got.params), want) < 1e-9
+    assert (got.linear.lanczos.smallest >= 0.5 - 1e-9).all()
+
+
+def test_negative_curvature_at_once_makes_the_meta_gradient_first_order(device):
+    layout_params = {"w": torch.randn(6, dtype=torch.float64, device=device)}
+
+    def concave(params, data):
+        return -50 * (params["w"] ** 2).sum() + 0 * data.sum()
+
+    def query(params, data):
+        return (params["w"] * data).sum()
+
+    data = torch.randn(3, 6, dtype=torch.float64, device=device)
+    got = implicit_meta_grad(
+        concave, layout_params, data, data, lam=2.0, query_loss=query,
+        inner=GradientDescent(steps=0), linear=ConjugateGradient(max_iter=5, damping=1.0),
+    )  # fmt: skip
+    assert (got.linear.status == Status.NEGATIVE_CURVATURE).all()
+    torch.testing.assert_close(got.params["w"], data.mean(0))
+
+
+def test_given_adapted_parameters_skip_the_inner_solve(device):
+    problem = regression(4, device)
+    first = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=1.5, **EXACT
+    )
+
+    class Unused(GradientDescent):
+        def solve(self, *arguments):
+            raise AssertionError("the inner solver ran")
+
+    again = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=1.5,
+        inner=Unused(), linear=EXACT["cg"], adapted=first.adapted,
+    )  # fmt: skip
+    for name in problem.params:
+        assert torch.equal(again.params[name], first.params[name])
+    assert (again.inner.steps == 0).all()
+
+
+def test_the_certificate_bounds_the_distance_to_the_optimum(device):
+    problem = regression(4, device)
+    lam = 5.0  # the objective is strongly convex all the way from theta
+    exact = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=lam,
+        inner=GradientDescent(lr=0.05, steps=5000, tol=1e-13), linear=EXACT["cg"],
+    )  # fmt: skip
+    for steps in (5, 20):
+        rough = implicit_meta_grad(
+            problem.loss, problem.params, problem.support, problem.query, lam=lam,
+            inner=GradientDescent(lr=0.05, steps=steps), linear=EXACT["cg"],
+        )  # fmt: skip
+        error = (rough.inner.value - exact.inner.value).norm(dim=1)
+        assert (error <= rough.inner.error_estimate * 1.05).all()
+        assert (rough.inner.error_estimate <= 20 * error).all()
+
+
+def test_the_certificate_of_the_inner_solve_does_not_count_the_damping(device):
+    problem = regression(4, device)
+    settings = {"lam": 5.0, "inner": GradientDescent(lr=0.05, steps=20)}
+    plain, damped = (
+        implicit_meta_grad(
+            problem.loss, problem.params, problem.support, problem.query, **settings,
+            linear=ConjugateGradient(max_iter=25, damping=damping),
+        )
+        for damping in (0.0, 3.0)
+    )  # fmt: skip
+    torch.testing.assert_close(
+        damped.inner.lanczos.smallest, plain.inner.lanczos.smallest, rtol=0.01, atol=0
+    )
+
+
+def test_the_gauss_newton_matrix_certifies_no_optimum(device):
+    problem = classification(3, device)
+    got = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=0.1,
+        linear=ConjugateGradient(curvature="ggn"),
+    )  # fmt: skip
+    assert got.linear.error_estimate.isfinite().all()
+    with pytest.raises(ValueError, match="carries no curvature"):
+        _ = got.inner.error_estimate
+
+
+def test_an_unused_parameter_gets_what_its_proximal_term_says(device):
+    # It stays at theta, whatever theta is, and the query loss does not see it: zero.
+    problem = regression(2, device)
+    params = {**problem.params, "unused": torch.randn(3, dtype=torch.float64, device=device)}
+
+    def loss(p, data):
+        return problem.loss({name: p[name] for name in problem.params}, data)
+
+    got = implicit_meta_grad(loss, params, problem.support, problem.query, lam=1.5, **EXACT)
+    want = implicit_meta_grad(
+        problem.loss, problem.params, problem.support, problem.query, lam=1.5, **EXACT
+    )
+    assert (got.params["unused"] == 0).all()
+    for name in problem.params:
+        torch.testing.assert_close(got.params[name], want.params[name])
+    leaves = {name: t.clone().requires_grad_() for name, t in params.items()}
+    phi = adapt(loss, leaves, problem.support, lam=1.5, **EXACT)
+    torch.func.vmap(loss)(phi, problem.query).mean().backward()
+    assert (leaves["unused"].grad == 0).all()
+
+
+def test_a_task_that_has_arrived_but_whose_loss_is_nan_is_not_finite(device):
+    offset = torch.tensor([0.0, torch.nan, 0.0], dtype=torch.float64, device=device)
+    target = torch.randn(3, 4, dtype=torch.float64, device=device)
+
+    def loss(params, data):
+        target, offset = data
+        return ((params["w"] - target) ** 2).sum() + offset
+
+    got = implicit_meta_grad(
+        loss, {"w": torch.zeros(4, dtype=torch.float64, device=device)},
+        (target, offset), (target, torch.zeros_like(offset)), lam=1.0,
+        inner=GradientDescent(lr=0.1, steps=200, tol=1e-6),
+    )  # fmt: skip
+    assert got.inner.status.tolist() == [Status.CONVERGED, Status.NONFINITE, Status.CONVERGED]
+    assert got.failed.tolist() == [False, True, False]
+
+
+def poisoned(problem, task):
+    x, y = (t.clone() for t in problem.support)
+    y[task] = torch.nan
+    return x, y
+
+
+def test_a_task_that_is_not_finite_is_named_and_the_gradient_refused(device):
+    problem = regression(16, device)
+    got = implicit_meta_grad(
+        problem.loss, problem.params, poisoned(problem, 3), problem.query, lam=2.0
+    )
+    assert got.failed.nonzero().flatten().tolist() == [3]
+    assert got.inner.status[3] == Status.NONFINITE
+    assert all(tensor.isnan().all() for tensor in got.params.values())
+
+
+def test_a_query_loss_that_is_not_finite_fails_its_task_too(device):
+    problem = regression(4, device)
+    x, y = (t.clone() for t in problem.query)
+    y[2] = torch.inf
+    got = implicit_meta_grad(problem.loss, problem.params, problem.support, (x, y), lam=2.0)
+    assert got.failed.tolist() == [False, False, True, False]
+
+
+def test_skipping_every_task_leaves_zero(device):
+    problem = regression(2, device)
+    nothing = tuple(torch.full_like(t, torch.nan) for t in problem.support)
+    got = implicit_meta_grad(
+        problem.loss, problem.params, nothing, problem.query, lam=2.0, nonfinite="omit"
+    )
+    assert got.failed.all()
+    assert all((t == 0).all() for t in got.params.values())
+
+
+def test_skipping_leaves_the_mean_of_the_other_tasks(device):
+    problem = regression(16, device)
+    lam = torch.tensor(2.0, dtype=torch.float64, device=device)
+    got = implicit_meta_grad(
+        problem.loss, problem.params, poisoned(problem, 3), problem.query, lam=lam, nonfinite="omit"
+    )
+    keep = [task for task in range(16) if task != 3]
+    want = implicit_meta_grad(
+        problem.loss, problem.params, tuple(t[keep] for t in problem.support),
+        tuple(t[keep] for t in problem.query), lam=lam,
+    )  # fmt: skip
+    for name in problem.params:
+        torch.testing.assert_close(got.params[name], want.params[name])
+    torch.testing.assert_close(got.lam, want.lam)
+
+
+def test_adapt_with_a_task_that_is_not_finite_gives_nan(device):
+    problem = regression(4, device)
+    params = {name: t.clone().requires_grad_() for name, t in problem.params.items()}
+    phi = adapt(problem.loss, params, poisoned(problem, 1), lam=2.0)
+    sum(t[0].sum() for t in phi.values()).backward()
+    assert all(t.grad.isnan().all() for t in params.values())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (20, 1)])
+def test_one_task_and_one_parameter(shape, device):
+    tasks, dim = shape
+    data = torch.randn(tasks, dim, dtype=torch.float64, device=device)
+    theta = {"w": torch.randn(dim, dtype=torch.float64, device=device)}
+
+    def loss(params, target):
+        return 0.5 * ((params["w"] - target) ** 2).sum()
+
+    got = implicit_meta_grad(loss, theta, data, -data, lam=3.0, **EXACT)
+    phi = (data + 3 * theta["w"]) / 4  # the optimum of a quadratic, and H = I
+    torch.testing.assert_close(got.adapted["w"], phi)
+    torch.testing.assert_close(got.params["w"], (0.75 * (phi + data)).mean(0))
+
+
+BAD = [
+    ({"support": (torch.zeros(4, 3, 2), torch.zeros(3, 3, 1))}, ValueError, "same leading size B"),
+    ({"query": (torch.zeros(3, 5, 2), torch.zeros(3, 5, 1))}, ValueError, "support holds 4 tasks"),
+    ({"support": (torch.zeros(0, 3, 2), torch.zeros(0, 3, 1))}, ValueError, "is empty: shape"),
+    ({"support": (torch.zeros(4, 0, 2), torch.zeros(4, 0, 1))}, ValueError, "is empty: shape"),
+    ({"support": (1.0, 2.0)}, TypeError, "must be a tensor, got float"),
+    ({"support": ()}, ValueError, "support has no tensors"),
+    ({"support": torch.tensor(1.0)}, ValueError, r"must be \[B, ...\], got a 0-d tensor"),
+    ({"support": (torch.zeros(4, 3, 2).double(), torch.zeros(4, 3, 1))}, TypeError, "float64"),
+    ({"params": {}}, ValueError, "params is empty"),
+    ({"params": [torch.zeros(1)]}, TypeError, "params must map names to tensors"),
+    ({"params": {"w": torch.zeros(2, dtype=torch.int64)}}, TypeError, "must be float32 or float64"),
+    (
+        {"params": {"a": torch.zeros(2), "b": torch.zeros(2).double()}},
+        ValueError,
+        "is torch.float64",
+    ),
+    ({"lam": 0.0}, ValueError, "lam must be positive and finite, got 0.0"),
+    ({"lam": -1.0}, ValueError, "lam must be positive"),
+    ({"lam": float("nan")}, ValueError, "lam must be positive"),
+    ({"lam": torch.tensor(-1.0)}, ValueError, "lam must be positive and finite in every entry"),
+    ({"lam": torch.tensor(float("nan"))}, ValueError, "lam must be positive and finite in every"),
+    ({"lam": torch.ones(3)}, ValueError, r"or dense \[3, 3\], got shape \[3\]"),
+    ({"lam": torch.ones(3, 3)}, ValueError, "dense lam must be finite, symmetric and positive"),
+    ({"lam": -torch.eye(3)}, ValueError, "dense lam must be finite, symmetric and positive"),
+    ({"lam": torch.eye(3) / 0}, ValueError, "dense lam must be finite, symmetric and positive"),
+    (
+        {"lam": torch.eye(3) + torch.tensor([[0, 0.1, 0], [0, 0, 0], [0, 0, 0]])},
+        ValueError,
+        "dense lam must be finite, symmetric and positive",
+    ),
+    ({"lam": {"weight": torch.tensor(1.0)}}, ValueError, "lam must name"),
+    (
+        {"lam": {"weight": torch.ones(3), "bias": torch.tensor(1.0)}},
+        ValueError,
+        r"lam\['weight'\] must be 0-d or of shape \[1, 2\]",
+    ),
+    ({"lam": "2"}, TypeError, "lam must be a float"),
+    ({"lam": torch.tensor(2)}, ValueError, "lam is torch.int64"),
+    ({"lam": {"weight": 1.0, "bias": 1.0}}, TypeError, r"lam\['weight'\] must be a tensor"),
+    (
+        {"adapted": {"weight": torch.zeros(4, 1, 2).double(), "bias": torch.zeros(4, 1).double()}},
+        ValueError,
+        r"adapted\['weight'\] is torch.float64",
+    ),
+    (
+        {"params": {n: t.to("meta") for n, t in torch.nn.Linear(2, 1).named_parameters()}},
+        ValueError,
+        "is on cpu, the parameters are on meta",
+    ),
+    ({"loss": lambda p, d: p["weight"] * 2}, ValueError, r"must be a scalar, got shape \[1, 2\]"),
+    ({"loss": lambda p, d: 1.0}, TypeError, "the loss must return a tensor, got float"),
+    ({"nonfinite": "ignore"}, ValueError, "nonfinite must be"),
+    (
+        {"adapted": {"weight": torch.zeros(2, 1, 2), "bias": torch.zeros(2, 1)}},
+        ValueError,
+        "adapted must hold 4 tasks",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_input_is_one_line_that_says_what_is_wrong(change, error, message):
+    model = torch.nn.Linear(2, 1)
+    from imaml_ext import module_loss
+
+    arguments = {
+        "loss": module_loss(model, torch.nn.functional.mse_loss),
+        "params": dict(model.named_parameters()),
+        "support": (torch.zeros(4, 3, 2), torch.zeros(4, 3, 1)),
+        "query": (torch.zeros(4, 5, 2), torch.zeros(4, 5, 1)),
+        "lam": 2.0,
+    } | change
+    with pytest.raises(error, match=message) as caught:
+        implicit_meta_grad(**arguments)
+    assert "\n" not in str(caught.value)
+    if not change.keys() & {"query", "adapted", "nonfinite"}:
+        del arguments["query"]
+        with pytest.raises(error, match=message):
+            adapt(**arguments)

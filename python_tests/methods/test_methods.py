@@ -1,0 +1,496 @@
+"""The methods against finite differences of their own unrolled objectives, written out per task."""
+
+import pytest
+import torch
+from problems import regression
+
+from imaml_ext import (
+    FOMAML,
+    IMAML,
+    MAML,
+    ConjugateGradient,
+    GradientDescent,
+    HessianFree,
+    NeumannSeries,
+    ProximalStrength,
+    Reptile,
+    TaskBatch,
+    TruncatedMAML,
+    module_loss,
+)
+from imaml_ext.problem.lam import flatten_lam
+from imaml_ext.problem.layout import Layout
+from imaml_ext.solvers.solution import Status
+
+INNER = GradientDescent(lr=0.05, steps=5)
+LAMS = {"plain": None, "proximal": 1.5}
+DESCENTS = {
+    "plain": {},
+    "heavy ball": {"momentum": 0.7},
+    "nesterov": {"momentum": 0.7, "nesterov": True},
+}
+
+
+def setting(device, tasks=3):
+    problem = regression(tasks, device)
+    params = {name: t.clone().requires_grad_() for name, t in problem.params.items()}
+    return problem, params, TaskBatch(problem.support, problem.query)
+
+
+def steps_of(problem, task, phi, theta, *, lr, steps, lam, momentum=0.0, nesterov=False, v=None):
+    """phi and velocity after gradient descent on one task's objective, in plain torch."""
+    data = tuple(t[task] for t in problem.support)
+    for _ in range(steps):
+        leaf = phi.detach().clone().requires_grad_()
+        (g,) = torch.autograd.grad(problem.flat_loss(leaf, data), leaf)
+        if lam is not None:
+            g = g + lam * (phi - theta)
+        v = g if v is None else momentum * v + g
+        phi = phi - lr * (g + momentum * v if nesterov else v)
+    return phi, v
+
+
+def query_loss(problem, task, phi):
+    return problem.flat_loss(phi, tuple(t[task] for t in problem.query))
+
+
+def derivative(function, at, direction):
+    """Of `function` along `direction`: a central difference with its h² term extrapolated away."""
+
+    def central(h):
+        return (function(at + h * direction) - function(at - h * direction)) / (2 * h)
+
+    return (4 * central(1e-3) - central(2e-3)) / 3
+
+
+def assert_is_gradient(got, problem, function, times=4):
+    theta = problem.layout.flatten(problem.params)
+    flat = problem.layout.flatten(got.params)
+    for _ in range(times):
+        direction = torch.randn_like(theta)
+        want = derivative(function, theta, direction)
+        assert ((flat @ direction - want).abs() < 1e-7 * flat.norm() * direction.norm()).all()
+
+
+@pytest.mark.parametrize("descent", DESCENTS.values(), ids=list(DESCENTS))
+@pytest.mark.parametrize("lam", LAMS.values(), ids=list(LAMS))
+def test_maml_differentiates_its_unrolled_objective(lam, descent, device):
+    problem, params, batch = setting(device)
+    inner = GradientDescent(lr=0.05, steps=5, **descent)
+    got = MAML(problem.loss, params, inner=inner, lam=lam).meta_gradient(batch)
+
+    def objective(theta):
+        adapted = [
+            steps_of(problem, i, theta, theta, lr=0.05, steps=5, lam=lam, **descent)[0]
+            for i in range(3)
+        ]
+        return sum(query_loss(problem, i, phi) for i, phi in enumerate(adapted)) / 3
+
+    assert_is_gradient(got, problem, objective)
+    theta = problem.layout.flatten(problem.params)
+    torch.testing.assert_close(got.query_loss.mean(), objective(theta))
+    first = FOMAML(problem.loss, params, inner=inner).meta_gradient(batch)
+    a, b = problem.layout.flatten(got.params), problem.layout.flatten(first.params)
+    assert (a - b).norm() > 0.01 * a.norm()  # the second order is there
+
+
+def test_accelerated_maml_unrolls_nesterovs_steps(device):
+    problem, params, batch = setting(device)
+    got = MAML(problem.loss, params, inner=INNER, lam=1.5, accelerated=True).meta_gradient(batch)
+    root = (0.05 * 1.5) ** 0.5
+    descent = {"momentum": (1 - root) / (1 + root), "nesterov": True}
+
+    def objective(theta):
+        return (
+            sum(
+                query_loss(
+                    problem,
+                    i,
+                    steps_of(problem, i, theta, theta, lr=0.05, steps=5, lam=1.5, **descent)[0],
+                )
+                for i in range(3)
+            )
+            / 3
+        )
+
+    assert_is_gradient(got, problem, objective)
+
+
+@pytest.mark.parametrize("last", [0, 1, 3, 5, 9])
+@pytest.mark.parametrize("lam", LAMS.values(), ids=list(LAMS))
+@pytest.mark.parametrize("descent", DESCENTS.values(), ids=list(DESCENTS))
+def test_truncated_maml_differentiates_the_last_steps(descent, lam, last, device):
+    if last == 0 and lam is not None:
+        pytest.skip("refused: nothing would see theta")
+    problem, params, batch = setting(device)
+    inner = GradientDescent(lr=0.05, steps=5, **descent)
+    got = TruncatedMAML(problem.loss, params, last=last, inner=inner, lam=lam).meta_gradient(batch)
+    last = min(last, 5)
+    base = problem.layout.flatten(problem.params)
+    before = [
+        steps_of(problem, i, base, base, lr=0.05, steps=5 - last, lam=lam, **descent)
+        for i in range(3)
+    ]
+
+    def objective(theta):
+        total = 0.0
+        for i, (middle, v) in enumerate(before):
+            # What came before is a constant; without lam, it moves along with theta.
+            start = middle + (theta - base) if lam is None or last == 5 else middle
+            phi, _ = steps_of(
+                problem, i, start, theta, lr=0.05, steps=last, lam=lam, v=v, **descent
+            )
+            total = total + query_loss(problem, i, phi)
+        return total / 3
+
+    assert_is_gradient(got, problem, objective)
+
+
+def test_all_steps_truncated_maml_is_maml_and_none_is_first_order(device):
+    problem, params, batch = setting(device)
+
+    def gradient(method):
+        return problem.layout.flatten(method.meta_gradient(batch).params)
+
+    maml, first = (kind(problem.loss, params, inner=INNER) for kind in (MAML, FOMAML))
+    whole, none = (TruncatedMAML(problem.loss, params, last=k, inner=INNER) for k in (5, 0))
+    assert torch.equal(gradient(whole), gradient(maml))
+    assert torch.equal(gradient(none), gradient(first))
+
+
+def test_first_order_maml_is_the_query_gradient_at_phi(device):
+    problem, params, batch = setting(device)
+    got = FOMAML(problem.loss, params, inner=INNER).meta_gradient(batch)
+    theta = problem.layout.flatten(problem.params)
+    gradients = []
+    for i in range(3):
+        phi, _ = steps_of(problem, i, theta, theta, lr=0.05, steps=5, lam=None)
+        leaf = phi.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(query_loss(problem, i, leaf), leaf)[0])
+    torch.testing.assert_close(problem.layout.flatten(got.params), torch.stack(gradients).mean(0))
+
+
+def test_reptile_points_from_phi_to_theta(device):
+    problem, params, batch = setting(device)
+    got = Reptile(problem.loss, params, inner=INNER).meta_gradient(batch)
+    theta = problem.layout.flatten(problem.params)
+    displacement = []
+    for i in range(3):
+        support, query = (tuple(t[i] for t in data) for data in (problem.support, problem.query))
+        phi = theta.clone().requires_grad_()
+        sgd = torch.optim.SGD([phi], lr=0.05)
+        for data in (support, query, support, query, support):
+            sgd.zero_grad()
+            problem.flat_loss(phi, data).backward()
+            sgd.step()
+        displacement.append(theta - phi.detach())
+    torch.testing.assert_close(
+        problem.layout.flatten(got.params), torch.stack(displacement).mean(0)
+    )
+
+
+def test_a_learned_step_size_gets_its_derivative(device):
+    problem, params, batch = setting(device)
+    method = MAML(problem.loss, params, inner=INNER, learn_lr=True)
+    got = method.meta_gradient(batch)
+    theta = problem.layout.flatten(problem.params)
+
+    def objective(log_lr):
+        return (
+            sum(
+                query_loss(
+                    problem,
+                    i,
+                    steps_of(problem, i, theta, theta, lr=log_lr.exp(), steps=5, lam=None)[0],
+                )
+                for i in range(3)
+            )
+            / 3
+        )
+
+    log_lr = torch.tensor(0.05, dtype=torch.float64, device=device).log()
+    want = derivative(objective, log_lr, torch.ones_like(log_lr))
+    torch.testing.assert_close(got.extra["log_lr"], want, rtol=1e-7, atol=1e-9)
+    assert method.learned().keys() == got.named().keys()
+    plain = MAML(problem.loss, params, inner=INNER).meta_gradient(batch)
+    for name in params:
+        torch.testing.assert_close(got.params[name], plain.params[name])
+
+
+def test_back_propagation_at_the_optimum_is_the_neumann_series(device):
+    # Shaban et al. 2019, proposition 3.1: K steps back at a fixed point make K terms of the series.
+    problem, params, batch = setting(device)
+    inner = GradientDescent(lr=0.1, steps=600)
+    truncated = TruncatedMAML(problem.loss, params, last=7, inner=inner, lam=1.5)
+    implicit = IMAML(
+        problem.loss, params, inner=inner, lam=1.5, linear=NeumannSeries(max_iter=7, lr=0.1)
+    )
+    a, b = (problem.layout.flatten(m.meta_gradient(batch).params) for m in (truncated, implicit))
+    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+def test_maml_run_to_the_optimum_is_implicit_maml(device):
+    problem, params, batch = setting(device)
+    inner = GradientDescent(lr=0.1, steps=600)
+    unrolled = MAML(problem.loss, params, inner=inner, lam=1.5)
+    implicit = IMAML(
+        problem.loss,
+        params,
+        inner=inner,
+        lam=1.5,
+        linear=ConjugateGradient(max_iter=100, rtol=1e-13),
+    )
+    a, b = (problem.layout.flatten(m.meta_gradient(batch).params) for m in (unrolled, implicit))
+    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+ALL = {
+    "imaml": lambda loss, params, **s: IMAML(loss, params, lam=1.5, inner=INNER, **s),
+    "maml": lambda loss, params, **s: MAML(loss, params, inner=INNER, **s),
+    "accelerated": lambda loss, params, **s: MAML(
+        loss, params, inner=INNER, lam=1.5, accelerated=True, **s
+    ),
+    "truncated": lambda loss, params, **s: TruncatedMAML(loss, params, last=2, inner=INNER, **s),
+    "fomaml": lambda loss, params, **s: FOMAML(loss, params, inner=INNER, **s),
+    "reptile": lambda loss, params, **s: Reptile(loss, params, inner=INNER, **s),
+}
+
+
+@pytest.fixture(params=list(ALL))
+def make(request):
+    return ALL[request.param]
+
+
+def test_a_batch_is_the_mean_of_its_tasks(make, device):
+    problem, params, batch = setting(device, 4)
+    method = make(problem.loss, params)
+    whole = method.meta_gradient(batch)
+    alone = []
+    for i in range(4):
+        one = TaskBatch(*(tuple(t[i : i + 1] for t in d) for d in (batch.support, batch.query)))
+        alone.append(problem.layout.flatten(method.meta_gradient(one).params))
+    torch.testing.assert_close(problem.layout.flatten(whole.params), torch.stack(alone).mean(0))
+
+
+def test_one_failing_task_among_sixteen(make, device):
+    problem, params, batch = setting(device, 16)
+    x, y = (t.clone() for t in batch.support)
+    y[7] = torch.nan
+    poisoned = TaskBatch((x, y), batch.query)
+    refused = make(problem.loss, params).meta_gradient(poisoned)
+    assert refused.inner.status[7] == Status.NONFINITE
+    assert refused.failed.nonzero().flatten().tolist() == [7]
+    assert all(t.isnan().all() for t in refused.params.values())
+    keep = [i for i in range(16) if i != 7]
+    rest = TaskBatch(*(tuple(t[keep] for t in d) for d in (batch.support, batch.query)))
+    skipped = make(problem.loss, params, nonfinite="omit").meta_gradient(poisoned)
+    want = make(problem.loss, params).meta_gradient(rest)
+    for name in params:
+        torch.testing.assert_close(skipped.params[name], want.params[name])
+
+
+def test_float32_is_close_to_float64(make, device):
+    problem, params, batch = setting(device)
+    single = problem.to(torch.float32)
+    singles = {name: t.requires_grad_() for name, t in single.params.items()}
+    got = make(single.loss, singles).meta_gradient(TaskBatch(single.support, single.query))
+    want = make(problem.loss, params).meta_gradient(batch)
+    a = single.layout.flatten(got.params).double()
+    b = problem.layout.flatten(want.params)
+    assert (a - b).norm() < 1e-4 * b.norm()
+
+
+def test_one_task_and_one_parameter(make, dtype, device):
+    params = {"w": torch.zeros(1, dtype=dtype, device=device).requires_grad_()}
+    data = torch.full((1, 1), 2.0, dtype=dtype, device=device)
+
+    def loss(params, target):
+        return 0.5 * ((params["w"] - target) ** 2).sum()
+
+    got = make(loss, params).meta_gradient(TaskBatch(data, data))
+    assert got.params["w"].item() < 0  # towards the target
+    assert got.params["w"].dtype == dtype
+
+
+def test_adapt_is_where_the_meta_gradient_was_taken(make, device):
+    problem, params, batch = setting(device)
+    method = make(problem.loss, params)
+    if isinstance(method, Reptile):
+        pytest.skip("trains on the query set too")
+    phi, out = method.adapt(batch.support), method.meta_gradient(batch)
+    for name in params:
+        assert torch.equal(phi[name], out.adapted[name])
+        assert not phi[name].requires_grad
+
+
+def test_the_report_says_how_far_from_an_optimum_phi_is(make, device):
+    problem, params, batch = setting(device)
+    method = make(problem.loss, params)
+    out = method.meta_gradient(batch)
+    phi, theta = problem.layout.flatten(out.adapted), problem.layout.flatten(problem.params)
+    lam = 0.0 if getattr(method, "lam", None) is None else method.lam
+    gradient = torch.func.vmap(torch.func.grad(problem.flat_loss))(phi, batch.support)
+    want = (gradient + lam * (phi - theta)).norm(dim=1)
+    torch.testing.assert_close(out.inner.residual, want)
+    assert out.inner.steps.tolist() == [5, 5, 5]
+
+
+# ---- what is learned beside theta
+
+
+@pytest.mark.parametrize("form", ["scalar", "tensor", "diagonal", "dense"])
+def test_a_proximal_strength_starts_as_told_and_stays_positive(form, device):
+    problem, params, batch = setting(device)
+    strength = ProximalStrength(params, 0.7, form=form)
+    flat = flatten_lam(problem.layout, strength())
+    eye = torch.eye(25, dtype=torch.float64, device=device)
+    matrix = flat if flat.dim() == 2 else torch.diag(flat.expand(25))
+    torch.testing.assert_close(matrix, 0.7 * eye)
+    method = IMAML(problem.loss, params, lam=strength, inner=INNER)
+    optimizer = torch.optim.SGD(method.learned().values(), lr=100.0)
+    for _ in range(3):  # steps that would take a bare lam below 0
+        gradients = method.meta_gradient(batch).named()
+        for name, tensor in method.learned().items():
+            if name.startswith("lam."):
+                tensor.grad = gradients[name] / gradients[name].norm() / 100
+        optimizer.step()
+    flat = flatten_lam(problem.layout, strength())  # which refuses what is not positive
+    assert (flat != flatten_lam(problem.layout, ProximalStrength(params, 0.7, form=form)())).any()
+
+
+@pytest.mark.parametrize("form", ["scalar", "tensor", "diagonal", "dense"])
+def test_a_proximal_strength_gets_its_derivative(form, device):
+    problem, params, batch = setting(device)
+    strength = ProximalStrength(params, 1.2, form=form)
+    with torch.no_grad():
+        for log in strength.parameters():
+            log += 0.1 * torch.randn_like(log).tril() if form == "dense" else 0.1
+    inner = GradientDescent.accelerated(lr=0.1, steps=5000, strong_convexity=1.0, tol=1e-13)
+    method = IMAML(
+        problem.loss, params, lam=strength, inner=inner,
+        linear=ConjugateGradient(max_iter=60, rtol=1e-14),
+    )  # fmt: skip
+    got = method.meta_gradient(batch)
+    method.linear = ConjugateGradient(max_iter=1)  # below, the loss at the optimum is enough
+    logs = dict(strength.named_parameters())
+    for name, log in logs.items():
+        direction = torch.randn_like(log)
+        start = log.detach().clone()
+
+        def objective(value, log=log):
+            with torch.no_grad():
+                log.copy_(value)
+            return method.meta_gradient(batch).query_loss.mean()
+
+        want = derivative(objective, start, direction)
+        with torch.no_grad():
+            log.copy_(start)
+        torch.testing.assert_close(
+            (got.extra[f"lam.{name}"] * direction).sum(), want, rtol=1e-6, atol=1e-9
+        )
+
+
+def test_settings_that_do_not_fit_are_refused():
+    model = torch.nn.Linear(1, 1)
+    loss = module_loss(model, torch.nn.functional.mse_loss)
+    params = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="no tol"):
+        MAML(loss, params, inner=GradientDescent(tol=1e-3))
+    with pytest.raises(ValueError, match="accelerated needs lam as a float"):
+        MAML(loss, params, accelerated=True)
+    with pytest.raises(ValueError, match="lam must be positive and finite, got -1"):
+        MAML(loss, params, lam=-1.0)
+    with pytest.raises(ValueError, match="last must not be negative, got -1"):
+        TruncatedMAML(loss, params, last=-1)
+    for settings in ({"lam": 1.0}, {"learn_lr": True}):
+        with pytest.raises(ValueError, match="with lam or learn_lr, last must be at least 1"):
+            TruncatedMAML(loss, params, last=0, **settings)
+    with pytest.raises(ValueError, match="lam is not learned here"):
+        MAML(loss, params, lam=torch.tensor(1.0, requires_grad=True))
+    with pytest.raises(ValueError, match="accelerated sets the momentum"):
+        MAML(loss, params, lam=1.0, accelerated=True, inner=GradientDescent(momentum=0.5))
+    with pytest.raises(ValueError, match="nonfinite must be"):
+        FOMAML(loss, params, nonfinite="ignore")
+    with pytest.raises(ValueError, match="form must be 'scalar'"):
+        ProximalStrength(params, form="banded")
+    with pytest.raises(ValueError, match="initial must be positive and finite, got 0"):
+        ProximalStrength(params, 0.0)
+    x = torch.zeros(3, 2, 1)
+    for method in (MAML(loss, params), Reptile(loss, params)):
+        with pytest.raises(ValueError, match="support holds 3 tasks, query 2"):
+            method.meta_gradient(TaskBatch((x, x), (x[:2], x[:2])))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference mode"):
+        MAML(loss, params).meta_gradient(TaskBatch((x, x), (x, x)))
+
+
+def test_a_gradient_that_is_not_finite_is_a_failure_though_the_losses_are(device):
+    # d|w| / dw at w = 0, taken through a square root: 0 / 0 for the task whose target is theta.
+    theta = torch.zeros(3, dtype=torch.float64, device=device)
+    target = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], dtype=torch.float64, device=device)
+
+    def support_loss(params, data):
+        return (params["w"] ** 2).sum() + 0 * data.sum()
+
+    def query_loss(params, data):
+        return ((params["w"] - data) ** 2).sum().sqrt()
+
+    batch = TaskBatch(target, target)
+    for kind in (MAML, FOMAML, IMAML):
+        for nonfinite in ("propagate", "omit"):
+            params = {"w": theta.clone().requires_grad_()}
+            method = kind(support_loss, params, query_loss=query_loss, nonfinite=nonfinite)
+            out = method.meta_gradient(batch)
+            assert out.query_loss.isfinite().all()
+            assert out.failed.tolist() == [False, True]
+            assert out.params["w"].isfinite().all() == (nonfinite == "omit")
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e200])
+def test_a_failed_task_does_not_reach_the_learned_step_size(poison, device):
+    problem, params, batch = setting(device, 6)
+    x, y = (t.clone() for t in batch.support)
+    y[2] = poison
+    poisoned = TaskBatch((x, y), batch.query)
+    keep = [0, 1, 3, 4, 5]
+    rest = TaskBatch(*(tuple(t[keep] for t in d) for d in (batch.support, batch.query)))
+    settings = {"inner": INNER, "learn_lr": True, "nonfinite": "omit"}
+    got = MAML(problem.loss, params, **settings).meta_gradient(poisoned)
+    want = MAML(problem.loss, params, **settings).meta_gradient(rest)
+    assert got.failed.nonzero().flatten().tolist() == [2]
+    torch.testing.assert_close(got.extra["log_lr"], want.extra["log_lr"])
+
+
+def test_a_frozen_strength_is_not_learned(device):
+    problem, params, batch = setting(device)
+    strength = ProximalStrength(params, 1.5, form="tensor").requires_grad_(False)
+    method = IMAML(problem.loss, params, lam=strength, inner=INNER)
+    assert method.learned().keys() == params.keys()
+    out = method.meta_gradient(batch)
+    want = IMAML(problem.loss, params, lam=1.5, inner=INNER).meta_gradient(batch)
+    for name in params:
+        torch.testing.assert_close(out.params[name], want.params[name])
+
+
+def test_a_dense_strength_stays_definite_in_float32(device):
+    params = {"w": torch.zeros(50, device=device)}
+    for _ in range(20):
+        strength = ProximalStrength(params, 1.0, form="dense")
+        with torch.no_grad():
+            strength.log.copy_(torch.randn(50, 50))
+        flatten_lam(Layout(params), strength())  # refuses what is not
+
+
+def test_a_dense_strength_keeps_its_precision_under_autocast(device):
+    problem = regression(3, device).to(torch.float32)
+    params = {name: t.requires_grad_() for name, t in problem.params.items()}
+    batch = TaskBatch(problem.support, problem.query)
+    method = IMAML(
+        problem.loss, params, lam=ProximalStrength(params, 1.5, form="dense"),
+        inner=HessianFree(steps=3),
+    )  # fmt: skip
+    want = method.meta_gradient(batch)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        got = method.meta_gradient(batch)
+    for name in params:
+        assert got.params[name].dtype == torch.float32
+        torch.testing.assert_close(got.params[name], want.params[name], rtol=0.1, atol=0.02)

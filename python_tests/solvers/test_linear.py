@@ -1,0 +1,336 @@
+"""Every linear solver against dense solves, and each against an oracle of its own kind.
+
+What is particular to plain conjugate gradient is in test_cg.py.
+"""
+
+import numpy as np
+import pytest
+import torch
+from matrices import product, symmetric
+from scipy.sparse.linalg import minres as scipy_minres
+
+from imaml_ext import MINRES, ConjugateGradient, NeumannSeries, Status, conjugate_gradient
+
+SOLVERS = {
+    "cg": lambda **s: ConjugateGradient(max_iter=300, **s),
+    "jacobi": lambda **s: ConjugateGradient(max_iter=300, preconditioner="jacobi", **s),
+    "adam": lambda **s: ConjugateGradient(max_iter=300, preconditioner="adam", **s),
+    "minres": lambda **s: MINRES(max_iter=300, **s),
+    "neumann": lambda **s: NeumannSeries(max_iter=3000, lr=0.05, **s),
+}
+STRENGTHS = ["float", "0-d", "diagonal", "dense"]
+
+
+@pytest.fixture(params=list(SOLVERS))
+def make(request):
+    return SOLVERS[request.param]
+
+
+def strength(form, dim, dtype, device):
+    """lam, and the same as a matrix."""
+    eye = torch.eye(dim, dtype=dtype, device=device)
+    if form == "float":
+        return 0.7, 0.7 * eye
+    if form == "0-d":
+        return torch.tensor(0.7, dtype=dtype, device=device), 0.7 * eye
+    if form == "diagonal":
+        diagonal = torch.rand(dim, dtype=dtype, device=device) + 0.5
+        return diagonal, torch.diag(diagonal)
+    dense = symmetric(torch.rand(dim, dtype=dtype, device=device) + 0.5)
+    dense = 0.5 * (dense + dense.T)
+    return dense, dense
+
+
+def solve(solver, h, b, lam=0.0):
+    return solver.solve(product(h), b, lam, second_moment=torch.rand_like(b) + 0.1)
+
+
+@pytest.mark.parametrize("form", STRENGTHS)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (16, 30)])
+def test_agrees_with_a_dense_solve(make, form, shape, device):
+    h = symmetric(torch.rand(shape, dtype=torch.float64, device=device) * 10)
+    b = torch.randn(shape, dtype=torch.float64, device=device)
+    lam, matrix = strength(form, shape[1], torch.float64, device)
+    got = solve(make(rtol=1e-11, damping=0.3), h, b, lam)
+    a = h + matrix + 0.3 * torch.eye(shape[1], dtype=torch.float64, device=device)
+    assert (got.status == Status.CONVERGED).all()
+    torch.testing.assert_close(got.value, torch.linalg.solve(a, b), rtol=1e-8, atol=1e-9)
+    residual = (b - product(a)(got.value)).norm(dim=1)
+    torch.testing.assert_close(got.residual, residual, rtol=0.5, atol=1e-12)
+
+
+def test_float32_reaches_its_precision(make, device):
+    h = symmetric(torch.rand(8, 40, device=device) * 10 + 1)
+    b = torch.randn(8, 40, device=device)
+    got = solve(make(rtol=3e-6), h, b)
+    want = torch.linalg.solve(h.double(), b.double())
+    assert (got.status == Status.CONVERGED).all()
+    assert ((got.value - want).norm(dim=1) / want.norm(dim=1)).max() < 2e-5
+
+
+def test_a_zero_right_hand_side_is_solved_in_no_steps(make, dtype, device):
+    b = torch.randn(3, 7, dtype=dtype, device=device)
+    b[1] = 0
+    got = solve(make(rtol=1e-4), 2 * torch.eye(7, dtype=dtype, device=device), b)
+    assert got.status.tolist() == [Status.CONVERGED] * 3
+    assert got.steps[1] == 0
+    assert (got.value[1] == 0).all()
+    torch.testing.assert_close(got.value[0], b[0] / 2, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_one_failing_row_leaves_the_fifteen_others_alone(make, poison, device):
+    good = symmetric(torch.rand(16, 30, dtype=torch.float64, device=device) + 1)
+    b = torch.randn(16, 30, dtype=torch.float64, device=device)
+    solver = make(rtol=1e-6)
+    second_moment = torch.rand_like(b)
+    alone = solver.solve(product(good), b, 0.5, second_moment=second_moment)
+    bad = good.clone()
+    bad[7] = poison
+    got = solver.solve(product(bad), b, 0.5, second_moment=second_moment)
+    others = torch.arange(16, device=device) != 7
+    assert got.status[7] == Status.NONFINITE
+    assert (got.value[7] == 0).all()
+    assert got.residual[7].isnan()
+    assert torch.equal(got.value[others], alone.value[others])
+    assert torch.equal(got.steps[others], alone.steps[others])
+
+
+def test_a_right_hand_side_that_is_not_finite_says_so(make, device):
+    b = torch.randn(3, 7, device=device)
+    b[2, 3] = torch.nan
+    got = solve(make(rtol=1e-4), 2 * torch.eye(7, device=device), b)
+    assert got.status.tolist() == [Status.CONVERGED, Status.CONVERGED, Status.NONFINITE]
+    assert (got.value[2] == 0).all()
+
+
+@pytest.mark.parametrize("solver", ["cg", "jacobi", "adam", "neumann"])
+@pytest.mark.parametrize("form", STRENGTHS)
+def test_negative_curvature_at_once_leaves_out_h(solver, form, device):
+    b = torch.randn(3, 20, dtype=torch.float64, device=device)
+    lam, matrix = strength(form, 20, b.dtype, device)
+    h = -100 * torch.eye(20, dtype=b.dtype, device=device)
+    got = solve(SOLVERS[solver](), h, b, lam)
+    assert (got.status == Status.NEGATIVE_CURVATURE).all()
+    assert (got.steps == 0).all()
+    torch.testing.assert_close(got.value, torch.linalg.solve(matrix, b.T).T)
+
+
+# ---- preconditioned conjugate gradient
+
+
+def test_the_preconditioned_iterates_are_those_of_the_scaled_system(device):
+    # PCG on A x = b is CG on S A S y = S b with S = M^-1/2 and x = S y.
+    h = symmetric(torch.rand(3, 25, dtype=torch.float64, device=device) * 5 + 0.1)
+    b = torch.randn(3, 25, dtype=torch.float64, device=device)
+    m = torch.rand(3, 25, dtype=torch.float64, device=device) + 0.1
+    s = m.rsqrt()
+    for steps in (1, 2, 7):
+        got = conjugate_gradient(product(h), b, lam=0.5, max_iter=steps, preconditioner=m)
+        want = conjugate_gradient(
+            lambda p: s * (product(h)(s * p) + 0.5 * s * p), s * b, max_iter=steps
+        )
+        torch.testing.assert_close(got.value, s * want.value)
+        torch.testing.assert_close(got.lanczos.ritz / got.lanczos.scale[:, None], want.lanczos.ritz)
+        residual = (b - product(h)(got.value) - 0.5 * got.value).norm(dim=1)
+        torch.testing.assert_close(got.residual, residual)  # the true one, not the scaled
+
+
+def test_a_jacobi_preconditioner_undoes_bad_scaling(device):
+    # A diagonal H: the estimate is exact, and one step solves what takes plain CG dozens.
+    h = torch.logspace(-2, 4, 60, dtype=torch.float64, device=device).expand(4, -1)
+    b = torch.randn(4, 60, dtype=torch.float64, device=device)
+    plain = ConjugateGradient(max_iter=500, rtol=1e-8).solve(lambda p: h * p, b, 0.1)
+    jacobi = ConjugateGradient(max_iter=500, rtol=1e-8, preconditioner="jacobi", probes=1)
+    got = jacobi.solve(lambda p: h * p, b, 0.1)
+    assert (got.steps == 1).all()
+    assert (plain.steps > 30).all()
+    torch.testing.assert_close(got.value, b / (h + 0.1))
+
+
+def test_the_jacobi_estimate_is_the_diagonal(device):
+    from imaml_ext.solvers.linear.cg import _jacobi
+
+    h = symmetric(torch.rand(2, 12, dtype=torch.float64, device=device))
+    got = _jacobi(product(h), torch.zeros(2, 12, dtype=torch.float64, device=device), 20000)
+    # The standard error of a sum of 11 signed off-diagonal entries over 20000 probes.
+    error = (h**2).sum(2).sqrt().max().item() / 20000**0.5
+    assert ((got - h.diagonal(dim1=1, dim2=2)).abs() < 5 * error).all()
+
+
+def test_the_error_bound_holds_with_a_preconditioner(device):
+    h = symmetric(torch.logspace(-1, 1, 12, dtype=torch.float64, device=device).expand(4, -1))
+    b = torch.randn(4, 12, dtype=torch.float64, device=device)
+    m = torch.rand(4, 12, dtype=torch.float64, device=device) + 0.5
+    got = conjugate_gradient(product(h), b, max_iter=11, preconditioner=m)
+    error = (got.value - torch.linalg.solve(h, b)).norm(dim=1)
+    assert (error <= got.error_estimate * (1 + 1e-6)).all()
+
+
+def test_adams_preconditioner_needs_adams_moments():
+    solver = ConjugateGradient(preconditioner="adam")
+    with pytest.raises(ValueError, match="needs the second moment that an inner solver kept"):
+        solver.solve(lambda p: p, torch.ones(2, 3))
+
+
+def test_preconditioned_solves_of_float32_survive_their_own_end(device):
+    # After the Krylov space is exhausted, residuals shrink until M^-1 r would underflow.
+    d = torch.rand(16, 8, device=device) + 1
+    b = torch.randn(16, 8, device=device)
+    for preconditioner in (None, "jacobi"):
+        solver = ConjugateGradient(max_iter=80, preconditioner=preconditioner)
+        got = solver.solve(lambda p: d * p, b, 1.0)
+        assert (got.status == Status.CONVERGED).all()
+        torch.testing.assert_close(got.value, b / (d + 1))
+        small = solver.solve(lambda p: 1e-3 * d * p, b, 1e-3)
+        assert (small.status == Status.CONVERGED).all()
+
+
+def test_adams_preconditioner_has_the_shape_of_the_second_moment(device):
+    # H = c sqrt(second moment): the preconditioner is exact, and one step solves.
+    root = torch.logspace(-2, 2, 40, dtype=torch.float64, device=device).expand(3, -1)
+    b = torch.randn(3, 40, dtype=torch.float64, device=device)
+    solver = ConjugateGradient(max_iter=50, rtol=1e-8, preconditioner="adam")
+    got = solver.solve(lambda p: 7 * root * p, b, 0.5, second_moment=root**2)
+    assert (got.steps == 1).all()
+    torch.testing.assert_close(got.value, b / (7 * root + 0.5))
+
+
+def test_a_preconditioner_knows_the_damping(device):
+    h = torch.logspace(-4, 0, 30, dtype=torch.float64, device=device).expand(2, -1)
+    b = torch.randn(2, 30, dtype=torch.float64, device=device)
+    solver = ConjugateGradient(30, rtol=1e-8, damping=0.1, preconditioner="jacobi", probes=1)
+    assert (solver.solve(lambda p: h * p, b).steps == 1).all()
+
+
+def test_a_preconditioned_ritz_value_is_scaled_by_the_smallest_entry_of_m(device):
+    # A = M: the preconditioned matrix is I, so the estimate of the smallest eigenvalue is exact.
+    m = torch.tensor([[0.01, 5.0, 100.0]], dtype=torch.float64, device=device)
+    b = torch.ones(1, 3, dtype=torch.float64, device=device)
+    got = conjugate_gradient(lambda p: m * p, b, max_iter=2, preconditioner=m)
+    torch.testing.assert_close(got.lanczos.smallest, m[:, 0])
+
+
+def test_the_jacobi_estimate_does_not_depend_on_the_batch(device):
+    h = symmetric(torch.rand(4, 12, dtype=torch.float64, device=device) + 0.1)
+    b = torch.randn(4, 12, dtype=torch.float64, device=device)
+    solver = ConjugateGradient(max_iter=3, preconditioner="jacobi", probes=2)
+    whole, alone = solver.solve(product(h), b), solver.solve(product(h[2:3]), b[2:3])
+    torch.testing.assert_close(whole.value[2:3], alone.value, rtol=1e-12, atol=0)
+
+
+# ---- MINRES
+
+
+def indefinite(rows, dim, device):
+    eigenvalues = torch.rand(rows, dim, dtype=torch.float64, device=device) * 3 + 0.5
+    eigenvalues[:, : dim // 3] *= -1
+    return symmetric(eigenvalues)
+
+
+def test_minres_solves_indefinite_systems_where_cg_stops(device):
+    h = indefinite(16, 30, device)
+    b = torch.randn(16, 30, dtype=torch.float64, device=device)
+    got = MINRES(max_iter=200, rtol=1e-10).solve(product(h), b)
+    assert (got.status == Status.CONVERGED).all()
+    torch.testing.assert_close(got.value, torch.linalg.solve(h, b), rtol=1e-7, atol=1e-8)
+    cg = ConjugateGradient(max_iter=200, rtol=1e-10).solve(product(h), b)
+    assert (cg.status == Status.NEGATIVE_CURVATURE).all()
+
+
+def test_every_minres_iterate_is_that_of_scipy():
+    h = indefinite(1, 30, "cpu")
+    b = torch.randn(1, 30, dtype=torch.float64)
+    for steps in (1, 2, 5, 12):
+        want, _ = scipy_minres(h[0].numpy(), b[0].numpy(), rtol=0, maxiter=steps)
+        got = MINRES(max_iter=steps).solve(product(h), b)
+        np.testing.assert_allclose(got.value[0].numpy(), want, rtol=1e-8, atol=1e-10)
+        assert got.steps.item() == steps
+        assert got.status.item() == Status.MAX_ITER
+
+
+def test_minres_sees_the_spectrum(device):
+    distinct = torch.tensor([-3.0, -0.5, 2.0, 7.0], dtype=torch.float64, device=device)
+    h = symmetric(distinct.repeat(3, 5))
+    b = torch.randn(3, 20, dtype=torch.float64, device=device)
+    got = MINRES(max_iter=4).solve(product(h), b)
+    torch.testing.assert_close(got.lanczos.ritz, distinct.expand(3, 4), rtol=1e-8, atol=0)
+    assert (got.error_estimate == torch.inf).all()  # indefinite: nothing is certified
+
+
+def test_a_singular_system_ends_at_the_least_residual(device):
+    h = torch.diag(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64, device=device)).expand(
+        2, 3, 3
+    )
+    b = torch.tensor([[0.0, 1.0, 1.0], [3.0, 1.0, 1.0]], dtype=torch.float64, device=device)
+    got = MINRES(max_iter=10, rtol=1e-10).solve(product(h), b)
+    assert got.status.tolist() == [Status.CONVERGED, Status.MAX_ITER]
+    torch.testing.assert_close(got.residual[1].item(), 3.0)
+    assert got.value.isfinite().all()
+    assert got.error_estimate[1] > 1e12  # nothing is certified
+
+
+def test_minres_stops_at_its_tolerance_and_no_sooner(device):
+    h = indefinite(4, 40, device)
+    b = torch.randn(4, 40, dtype=torch.float64, device=device)
+    got = MINRES(max_iter=200, rtol=1e-3).solve(product(h), b)
+    true = (b - product(h)(got.value)).norm(dim=1)
+    assert (true <= 1.001e-3 * b.norm(dim=1)).all()
+    torch.testing.assert_close(got.residual, true, rtol=1e-6, atol=0)
+    for row in range(4):
+        fewer = MINRES(max_iter=int(got.steps[row]) - 1).solve(product(h), b)
+        assert fewer.residual[row] > 1e-3 * b[row].norm()
+
+
+# ---- Neumann series
+
+
+def test_the_neumann_series_is_its_sum(device):
+    h = symmetric(torch.rand(3, 10, dtype=torch.float64, device=device) * 2)
+    b = torch.randn(3, 10, dtype=torch.float64, device=device)
+    a = h + 0.5 * torch.eye(10, dtype=torch.float64, device=device)
+    contraction = torch.eye(10, dtype=torch.float64, device=device) - 0.2 * a
+    powers = [torch.linalg.matrix_power(contraction, k) for k in range(6)]
+    want = 0.2 * product(sum(powers))(b)
+    got = NeumannSeries(max_iter=6, lr=0.2).solve(product(h), b, 0.5)
+    torch.testing.assert_close(got.value, want)
+    assert (got.status == Status.MAX_ITER).all()
+
+
+def test_a_diverging_series_shows_in_its_residual(device):
+    b = torch.randn(2, 5, device=device)
+    got = NeumannSeries(max_iter=10, lr=1.0).solve(lambda p: 5 * p, b)
+    assert (got.residual > 100 * b.norm(dim=1)).all()
+    assert (got.status == Status.MAX_ITER).all()
+    forever = NeumannSeries(max_iter=500, lr=1.0).solve(lambda p: 5 * p, b)
+    assert (forever.status == Status.NONFINITE).all()
+    assert (forever.value == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MINRES(max_iter=0), "max_iter must be at least 1, got 0"),
+        (lambda: MINRES(curvature="fisher"), "curvature must be 'hessian' or 'ggn'"),
+        (lambda: NeumannSeries(lr=-1.0), "lr must be positive and finite, got -1.0"),
+        (lambda: ConjugateGradient(preconditioner="ilu"), "preconditioner must be 'jacobi'"),
+        (lambda: ConjugateGradient(probes=0), "probes must be at least 1, got 0"),
+        (
+            lambda: conjugate_gradient(
+                lambda p: p, torch.ones(2, 3), max_iter=1, preconditioner=torch.ones(2)
+            ),
+            r"preconditioner must be \[2, 3\] or \[3\]",
+        ),
+        (
+            lambda: conjugate_gradient(
+                lambda p: p, torch.ones(2, 3), max_iter=1, preconditioner=torch.zeros(3)
+            ),
+            "preconditioner must be positive",
+        ),
+        (lambda: MINRES().solve(lambda p: p, torch.ones(4)), r"b must be \[B, D\]"),
+        (lambda: NeumannSeries().solve(lambda p: p, torch.ones(2, 4), torch.ones(3)), r"\[4, 4\]"),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,241 @@
+"""Processes that share the tasks train as one process with all of them does."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from group_trainings import TASKS, TRAININGS, trained
+
+from imaml_ext import TaskBatch
+from imaml_ext.cli import main
+from imaml_ext.data import ImageEpisodes, Sinusoid
+from imaml_ext.training.checkpoint import load_checkpoint
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def group(request, tmp_path_factory):
+    """What each of 2 or 3 processes has trained."""
+    folder = tmp_path_factory.mktemp("group")
+    script = HELPERS / "group_trainings.py"
+    run = subprocess.run(
+        [*TORCHRUN, "--standalone", f"--nproc-per-node={request.param}", str(script), str(folder)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.usefixtures("adam_capturable_on_the_cpu_too")
+@pytest.mark.parametrize("name", list(TRAININGS))
+def test_a_group_trains_as_one_process_does(name, group):
+    expected = trained(TRAININGS[name], None)
+    for results in group:
+        got = results[name]
+        for a, b in zip(got["state"], expected["state"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        for a, b in zip(got["records"], expected["records"], strict=True):
+            assert a == pytest.approx(b, rel=1e-9, nan_ok=True)
+
+
+def test_every_process_ends_with_the_same_bits(group):
+    for name in TRAININGS:
+        for results in group[1:]:
+            assert repr(results[name]["records"]) == repr(group[0][name]["records"])
+            for a, b in zip(results[name]["state"], group[0][name]["state"], strict=True):
+                assert torch.equal(a, b)
+
+
+def test_every_process_refuses_a_step_and_the_one_with_the_task_names_it(group):
+    size = len(group)
+    owner = next(r for r in range(size) if (r + 1) * TASKS // size > 5)
+    local = 5 - owner * TASKS // size
+    for rank, results in enumerate(group):
+        refused = results["refused"]
+        assert refused["steps"] == 3
+        assert refused["unchanged"]
+        assert f"On rank {rank} of {size}: " in refused["message"]
+        named = (
+            f"NONFINITE: 1 of {(rank + 1) * TASKS // size - rank * TASKS // size} tasks: {local}"
+        )
+        assert (named in refused["message"]) == (rank == owner)
+
+
+def test_no_thread_of_the_group_outlives_it(group):
+    """One that drops a tensor when Python ends aborts the process."""
+    for results in group:
+        assert results["threads"]
+        assert not [name for name in results["threads"] if "gloo" in name]
+
+
+def test_processes_that_leave_at_once_end_well():
+    done = subprocess.run(
+        [sys.executable, "leaving.py", "2"], env=ENVIRONMENT, capture_output=True, text=True,
+        timeout=300, cwd=HELPERS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"ended": 6, "not well": 0}, done.stderr
+
+
+def sources():
+    images = torch.randint(256, (9, 5, 6, 6), dtype=torch.uint8)
+    yield Sinusoid(tasks=7, seed=5)
+    yield ImageEpisodes(images, way=3, shot=1, query=2, tasks=7, seed=5, rotate=True)
+
+
+@pytest.mark.parametrize("source", list(sources()), ids=lambda source: type(source).__name__)
+def test_a_part_of_a_source_deals_the_same_tasks(source):
+    whole = source.sample(11)
+    for tasks in (range(0, 3), range(3, 7), range(2, 3)):
+        for got, expected in zip(
+            leaves(source.shard(tasks).sample(11)), leaves(whole.rows(tasks)), strict=True
+        ):
+            assert torch.equal(got, expected)
+    part_of_part = source.shard(range(2, 6)).shard(range(1, 3)).sample(11)
+    for got, expected in zip(leaves(part_of_part), leaves(whole.rows(range(3, 5))), strict=True):
+        assert torch.equal(got, expected)
+    assert source.tasks == 7
+
+
+def leaves(batch: TaskBatch):
+    return [*batch.support, *batch.query]
+
+
+# ---- the command line under torchrun ---------------------------------------------------------
+
+TRAIN = ["train", "--tasks", "5", "--inner-steps", "2", "--device", "cpu", "--eval-tasks", "5"]
+
+
+def torchrun(processes, *arguments, restarts=0, meet=("--standalone",)):
+    return subprocess.Popen(
+        [
+            *TORCHRUN, *meet, f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
+            "--monitor-interval=0.1", "-m", "imaml_ext", *map(str, arguments),
+        ],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=HELPERS,  # where there are no sources to be imported
+    )  # fmt: skip
+
+
+def finished(run, code=0):
+    out, error = run.communicate(timeout=300)
+    assert run.returncode == code, error
+    return out, error
+
+
+def workers(run):
+    """Process ids of the ranks. A process that is about to start one still has torchrun's name."""
+    found = []
+    for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+        with suppress(OSError):  # it has just ended
+            command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            if b"imaml_ext" in command and b"torch.distributed.run" not in command:
+                found.append(int(child))
+    return found
+
+
+def kill_worker(run):
+    """The only one that this torchrun has, as soon as it has it."""
+    end = time.monotonic() + 60
+    while len(found := workers(run)) != 1:
+        assert time.monotonic() < end, found
+        time.sleep(0.02)
+    os.kill(found[0], signal.SIGKILL)
+
+
+def wait_for_step(run, folder, step, *, saved):
+    """Until this step is in the log, and, if `saved`, a checkpoint of some step is there."""
+    log, checkpoint = folder / "metrics.jsonl", folder / "checkpoint.pt"
+    end = time.monotonic() + 300
+    while run.poll() is None and time.monotonic() < end:
+        there = log.exists() and f'"step": {step},' in log.read_text()
+        if there and (checkpoint.exists() or not saved):
+            return
+        time.sleep(0.02)
+    run.kill()
+    raise AssertionError(run.communicate()[1])
+
+
+def learned(folder):
+    return load_checkpoint(folder / "checkpoint.pt")["learned"]
+
+
+def test_torchrun_trains_as_one_process_does_and_reports_once(tmp_path):
+    steps = ["--meta-steps", "5", "--json"]
+    out, _ = finished(torchrun(3, *TRAIN, *steps, "--out", tmp_path / "group"))
+    assert main([*TRAIN, *steps, "--out", str(tmp_path / "one")]) == 0
+    one = learned(tmp_path / "one")
+    for name, tensor in learned(tmp_path / "group").items():
+        # Adam's first steps have the size of its rate, 1e-3, however small an entry's gradient is.
+        torch.testing.assert_close(tensor, one[name], rtol=0, atol=1e-4)
+    reports = [line for line in out.splitlines() if line.startswith("{")]
+    assert [json.loads(line)["meta_steps"] for line in reports] == [5]
+    lines = (tmp_path / "group" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "train" in line] == [1, 2, 3, 4, 5]
+
+
+STEPS = 400  # half of them are left when the last process is killed
+LONG = ["--meta-steps", str(STEPS), "--save-every", "0.05", "--validations", "1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finished(torchrun(2, *TRAIN, *LONG, "--out", folder))
+    return learned(folder)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_ranks_that_are_killed_do_not_change_the_result(undisturbed, tmp_path):
+    """Two torchruns with a process each, as on two machines: one has to notice the other's."""
+    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
+    runs = [
+        torchrun(1, *TRAIN, *LONG, "--out", tmp_path, "--resume", restarts=3, meet=meet)
+        for _ in range(2)
+    ]
+    for victim, step in ((1, 20), (0, 200)):
+        wait_for_step(runs[victim], tmp_path, step, saved=True)
+        kill_worker(runs[victim])
+    errors = "".join(finished(run)[1] for run in runs)
+    assert errors.count("going on from meta-step") >= 2  # torchrun may start once more
+    assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in learned(tmp_path).items())
+
+
+def test_a_run_that_others_began_is_not_gone_on_with_unasked(tmp_path):
+    before = (tmp_path / "checkpoint.pt", b"of another run")
+    before[0].write_bytes(before[1])
+    _, error = torchrun(2, *TRAIN, "--out", tmp_path, restarts=1).communicate(timeout=300)
+    assert "checkpoint.pt exists: add --resume" in error
+    assert before[0].read_bytes() == before[1]
+
+
+def test_a_group_that_is_told_to_stop_saves_its_last_step(undisturbed, tmp_path):
+    run = torchrun(2, *TRAIN, *LONG, "--save-every", "1000", "--out", tmp_path)
+    wait_for_step(run, tmp_path, 3, saved=False)
+    run.send_signal(signal.SIGTERM)
+    _, error = run.communicate(timeout=300)
+    assert "to go on: --resume" in error
+    assert 0 < load_checkpoint(tmp_path / "checkpoint.pt")["steps"] < STEPS
+    finished(torchrun(2, *TRAIN, *LONG, "--out", tmp_path, "--resume"))
+    assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in learned(tmp_path).items())
+
+
+def test_torchrun_needs_to_know_where_a_restarted_run_finds_its_checkpoint():
+    _, error = torchrun(1, *TRAIN).communicate(timeout=300)
+    assert "imaml-ext: error: torchrun needs --out" in error

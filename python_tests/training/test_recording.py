@@ -1,0 +1,350 @@
+"""A recorded meta-gradient is that of the batch it is called with."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tape import Tape
+from trainings import assert_close, make_method, sinusoid
+
+from imaml_ext import (
+    ConjugateGradient,
+    RecordedMetaGradient,
+    TaskBatch,
+    Trainer,
+    _tracing,
+    implicit_meta_grad,
+)
+from imaml_ext.data import Sinusoid
+from imaml_ext.training.capture import cuda_graph, no_capture
+
+# ---- a meta-gradient -------------------------------------------------------------------------
+
+
+def test_a_recorded_meta_gradient_follows_the_batch_and_theta(device, capture):
+    method = make_method(
+        device, lam=torch.tensor(2.0, device=device, dtype=torch.float64, requires_grad=True)
+    )
+    source = sinusoid(device, 5)
+    recorded = RecordedMetaGradient(method.meta_gradient, source.sample(0), capture=capture)
+    for step in range(1, 4):
+        expected = method.meta_gradient(source.sample(step))
+        got = recorded(source.sample(step))
+        assert_close(got.named().values(), expected.named().values(), rtol=1e-5, atol=1e-7)
+        assert torch.equal(got.linear.status, expected.linear.status)
+        assert_close(
+            [got.linear.error_estimate], [expected.linear.error_estimate], rtol=1e-4, atol=1e-9
+        )
+        with torch.no_grad():
+            for tensor in method.learned().values():
+                tensor.mul_(0.9)
+
+
+def test_a_recorded_meta_gradient_is_of_any_function_of_a_batch(device, capture):
+    method = make_method(device)
+
+    def meta_gradient(batch):
+        return implicit_meta_grad(
+            method.loss, method.params, batch.support, batch.query, lam=3.0, linear=method.linear
+        )
+
+    source = sinusoid(device, 5)
+    recorded = RecordedMetaGradient(meta_gradient, source.sample(0), capture=capture)
+    expected = meta_gradient(source.sample(1))
+    got = recorded(source.sample(1))
+    assert_close(got.params.values(), expected.params.values(), rtol=1e-5, atol=1e-7)
+    assert_close([got.query_loss], [expected.query_loss])
+
+
+def test_a_batch_of_another_shape_is_refused_and_nothing_is_written(device, capture):
+    method, source = make_method(device), sinusoid(device, 5)
+    batch = source.sample(0)
+    recorded = RecordedMetaGradient(method.meta_gradient, batch, capture=capture)
+    before = [t.clone() for t in recorded(batch).params.values()]
+    with pytest.raises(ValueError, match=r"the batch must be of .*\[5, 10, 1\].* got .*\[4, 10, 1"):
+        recorded(sinusoid(device, 4).sample(1))
+    other = source.sample(1)
+    with pytest.raises(ValueError, match="the batch must be of"):
+        recorded(TaskBatch(other.support, (other.query[0], other.query[1].float())))
+    assert_close(recorded(batch).params.values(), before, rtol=0, atol=0)
+
+
+def test_a_dense_strength_that_cannot_be_recorded_says_so(device):
+    method = make_method(device)
+    size = method.layout.dim
+    method.lam = 2 * torch.eye(size, dtype=torch.float64, device=device)
+    tape = Tape(refuses=torch.ops.aten.linalg_cholesky_ex.default)
+    with pytest.raises(RuntimeError, match=r"cusolver error.*linalg_cholesky_ex"):
+        RecordedMetaGradient(method.meta_gradient, sinusoid(device, 2).sample(0), capture=tape)
+
+
+def test_a_cuda_graph_needs_cuda():
+    method, batch = make_method("cpu"), Sinusoid(tasks=2).sample(0)
+    with pytest.raises(RuntimeError, match="needs a batch on CUDA, got one on cpu"):
+        RecordedMetaGradient(method.meta_gradient, batch, capture=cuda_graph)
+
+
+# ---- the order of things around a CUDA graph --------------------------------------------------
+
+
+class CudaOnPaper:
+    """torch.cuda's part in recording, written down.
+
+    Args:
+        ends_late: whether a capture that fails leaves the allocator to whoever began it, as up to
+            torch 2.11, or ends that before it raises.
+    """
+
+    def __init__(self, monkeypatch, ends_late=True):
+        self.log, self.current, self.mode, self.ends_late = [], "caller", 0, ends_late
+        self.allocates_to, self.generator_captures, self.random = None, False, 7
+        paper = self
+
+        class Stream:
+            def wait_stream(self, other):
+                paper.log.append(f"{self.name} waits")
+
+            def __init__(self, name="side"):
+                self.name = name
+
+        class Within:
+            def __init__(self, stream):
+                self.stream = stream
+
+            def __enter__(self):
+                self.before, paper.current = paper.current, self.stream.name
+
+            def __exit__(self, *_):
+                paper.current = self.before
+
+        class Graph:
+            def replay(self):
+                paper.log.append("replay")
+
+        class Capture(Within):
+            def __init__(self, graph, pool="its own", stream=None):
+                super().__init__(stream)
+                self.pool = pool
+
+            def __enter__(self):
+                super().__enter__()
+                paper.log.append("begin")
+                paper.allocates_to, paper.generator_captures = self.pool, True
+
+            def __exit__(self, kind, *_):
+                if kind is not None:  # as torch: the stream stays, and this error hides the cause
+                    if not paper.ends_late:
+                        paper.allocates_to = None
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                super().__exit__()
+                paper.log.append("end")
+                paper.allocates_to, paper.generator_captures = None, False
+
+        def end_allocation(device, pool):
+            if paper.allocates_to != pool:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            paper.allocates_to = None
+
+        fakes = {
+            "Stream": Stream,
+            "stream": Within,
+            "CUDAGraph": Graph,
+            "graph": Capture,
+            "graph_pool_handle": lambda: (0, 5),
+            "current_device": lambda: 3,
+            "current_stream": lambda: Stream(self.current),
+            "set_stream": lambda stream: setattr(self, "current", stream.name),
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
+            "get_rng_state": lambda device: self.random,
+            "set_rng_state": lambda state, device: setattr(self, "random", state),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocation, raising=False)
+        monkeypatch.setattr(
+            torch._C, "_cuda_releasePool", lambda *of: self.log.append(f"release {of}"),
+            raising=False,
+        )  # fmt: skip
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **kw: zeros(*size, **kw))
+
+    def is_left_as_it_was(self):
+        at_rest = self.allocates_to is None and not self.generator_captures
+        return at_rest and (self.current, self.mode, self.random) == ("caller", 0, 7)
+
+
+def test_a_cuda_graph_is_warmed_up_on_its_stream_then_captured(monkeypatch):
+    paper = CudaOnPaper(monkeypatch)
+
+    def warmup():
+        paper.random += 1
+        assert _tracing.is_recording()
+        paper.log.append(f"warmup on {paper.current}, {paper.mode}")
+
+    def function():
+        assert paper.random == 7
+        assert _tracing.is_recording()
+        paper.log.append(f"run on {paper.current}, into {paper.allocates_to}")
+        return "result"
+
+    replay = cuda_graph(function, warmup)
+    warmed_up = ["warmup on side, 0"] * 2 + ["warmup on side, error"]
+    around = ["side waits", *warmed_up, "caller waits"]
+    around += ["begin", "run on side, into (0, 5)", "end"]
+    assert paper.log == around
+    assert not _tracing.is_recording()
+    assert replay() == "result"
+    assert paper.log == [*around, "replay"]
+    assert paper.is_left_as_it_was()
+
+
+@pytest.mark.parametrize("ends_late", [True, False], ids=["torch 2.11", "torch 2.13"])
+def test_a_capture_that_fails_says_why_and_leaves_no_trace(ends_late, monkeypatch):
+    paper = CudaOnPaper(monkeypatch, ends_late)
+
+    def fails():
+        raise RuntimeError("the cause")
+
+    with pytest.raises(RuntimeError, match=r"^the cause$"):
+        cuda_graph(fails, lambda: None)
+    assert paper.is_left_as_it_was()
+    # Where torch has ended the allocation itself, releasing its pool is torch's too.
+    released = ["release (3, (0, 5))"] if ends_late else []
+    assert paper.log == ["side waits", "caller waits", "begin", *released, "begin", "end"]
+    assert not _tracing.is_recording()
+
+
+def test_a_rehearsal_that_fails_says_why_and_is_waited_for(monkeypatch):
+    paper = CudaOnPaper(monkeypatch)
+
+    def fails():
+        paper.random += 1
+        raise RuntimeError("the cause")
+
+    with pytest.raises(RuntimeError, match=r"^the cause$"):
+        cuda_graph(lambda: None, fails)
+    assert paper.log == ["side waits", "caller waits"]
+    assert paper.is_left_as_it_was()
+
+
+# ---- compiled, on the CPU ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled_and_eager():
+    lam = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    method, source = make_method("cpu", lam=lam), sinusoid("cpu", 5)
+    return RecordedMetaGradient(method.meta_gradient, source.sample(0)), method, source
+
+
+def test_a_compiled_meta_gradient_is_the_eager_one(compiled_and_eager):
+    compiled, method, source = compiled_and_eager
+    theta = [t.detach().clone() for t in method.learned().values()]
+    for step in range(1, 3):
+        expected = method.meta_gradient(source.sample(step))
+        got = compiled(source.sample(step))
+        assert_close(got.named().values(), expected.named().values(), rtol=1e-9, atol=1e-12)
+        assert_close(
+            [got.query_loss, got.inner.residual], [expected.query_loss, expected.inner.residual]
+        )
+        assert_close(
+            [got.linear.error_estimate], [expected.linear.error_estimate], rtol=1e-6, atol=1e-12
+        )
+        assert torch.equal(got.linear.status, expected.linear.status)
+        assert torch.equal(got.linear.steps, expected.linear.steps)
+        with torch.no_grad():  # theta and lam are read anew
+            for tensor in method.learned().values():
+                tensor.mul_(0.9)
+    with torch.no_grad():
+        for tensor, value in zip(method.learned().values(), theta, strict=True):
+            tensor.copy_(value)
+
+
+def test_compiled_training_is_eager_training(compiled_and_eager):
+    compiled, method, source = compiled_and_eager
+    theta = [t.detach().clone() for t in method.learned().values()]
+    runs = []
+    for meta_gradient in (None, compiled):
+        with torch.no_grad():
+            for tensor, value in zip(method.learned().values(), theta, strict=True):
+                tensor.copy_(value)
+        trainer = Trainer(method, source, meta_gradient=meta_gradient)
+        losses = [trainer.step()["loss"] for _ in range(4)]
+        runs.append(
+            [torch.tensor(losses), *(t.detach().clone() for t in method.learned().values())]
+        )
+    assert_close(*runs, rtol=1e-7, atol=1e-10)
+
+
+def test_a_compiled_meta_gradient_says_per_task_what_failed(compiled_and_eager):
+    compiled, _, source = compiled_and_eager
+    batch = source.sample(1)
+    batch.support[1][2] = torch.inf
+    out = compiled(batch)
+    assert out.failed.tolist() == [False, False, True, False, False]
+    assert all(t.isnan().all() for t in out.params.values())
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda batch, theta: float(theta.sum()),
+        lambda batch, theta: theta.flatten()[0].item(),
+        lambda batch, theta: batch.support[0].tolist(),
+        lambda batch, theta: batch.support[0].numpy(),
+        lambda batch, theta: bool(batch.support[0][0, 0, 0] > 0),
+        lambda batch, theta: torch.equal(batch.support[0], batch.query[0]),
+    ],
+    ids=["float", "item", "tolist", "numpy", "bool", "equal"],
+)
+def test_what_looks_at_a_value_is_not_compiled(look):
+    # Of a tensor that exists already tracing would make a constant without a word.
+    method, source = make_method("cpu"), sinusoid("cpu", 2)
+
+    def meta_gradient(batch):
+        look(batch, next(iter(method.params.values())).detach())
+        return method.meta_gradient(batch)
+
+    with pytest.raises(RuntimeError, match="looks at a value"):
+        RecordedMetaGradient(meta_gradient, source.sample(0))
+
+
+def test_random_probes_are_not_compiled():
+    cg = ConjugateGradient(max_iter=2, preconditioner="jacobi")
+    method, source = make_method("cpu", linear=cg), sinusoid("cpu", 2)
+    with pytest.raises(RuntimeError, match="cannot be compiled"):
+        RecordedMetaGradient(method.meta_gradient, source.sample(0))
+
+
+def test_a_parameter_with_other_memory_is_refused(compiled_and_eager):
+    compiled, method, source = compiled_and_eager
+    parameter = next(iter(method.params.values()))
+    memory = parameter.data
+    parameter.data = memory.clone()
+    try:
+        with pytest.raises(RuntimeError, match="other memory than when it was recorded"):
+            compiled(source.sample(1))
+    finally:
+        parameter.data = memory
+    compiled(source.sample(1))
+
+
+def test_threads_do_not_mix_their_batches(compiled_and_eager):
+    compiled, _, source = compiled_and_eager
+    batches = [source.sample(step) for step in range(8)]
+    expected = [compiled(batch).query_loss.clone() for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda k: compiled(batches[k % 8]).query_loss, range(200)))
+    assert_close(got, [expected[k % 8] for k in range(200)])
+
+
+def test_a_given_meta_gradient_is_for_the_cpu_alone(device):
+    method, source = make_method(device), sinusoid(device, 2)
+    if device.type == "cpu":
+        Trainer(method, source, meta_gradient=method.meta_gradient)
+        with pytest.raises(ValueError, match="meta_gradient is for the CPU"):
+            Trainer(method, source, meta_gradient=method.meta_gradient, capture=no_capture)
+    else:
+        with pytest.raises(ValueError, match="meta_gradient is for the CPU"):
+            Trainer(method, source, meta_gradient=method.meta_gradient)
