@@ -1,20 +1,46 @@
-"""Checks of arguments that every room makes."""
+"""Checks of arguments. Messages have the name, what was expected and what was got."""
 
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Collection, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 
+_WORDS = {"(0, inf)": "positive and finite", "[0, inf)": "finite and non-negative"}
 
-def check_integer(name: str, value: Any) -> None:
-    """Raises TypeError where it is none: a float that counts would fail only when it is used."""
+
+def check_integer(name: str, value: Any, minimum: int | None = None) -> None:
+    """Raises TypeError for anything but an integer, ValueError below the minimum."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_range(name: str, value: Any, interval: str) -> None:
+    """Raises TypeError for anything but a real number, ValueError outside the interval.
+
+    Args:
+        interval: in mathematical notation, such as "[0, 1)" or "(0, inf)".
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    low, high = map(float, interval[1:-1].split(","))
+    number: Any = value
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    if not (above and below):
+        raise ValueError(f"{name} must be {_WORDS.get(interval, f'in {interval}')}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Raises ValueError for anything but one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_like(name: str, t: Tensor, b: Tensor, *shapes: Sequence[int]) -> None:
-    """Raises ValueError where t is not of b's dtype and device, and of one of the shapes or b's."""
+    """Raises ValueError unless t has b's dtype and device, and one of the shapes (default: b's)."""
     shapes = shapes or (b.shape,)
     if t.shape not in shapes or t.dtype != b.dtype or t.device != b.device:
         expected = " or ".join(str(list(shape)) for shape in shapes)

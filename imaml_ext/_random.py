@@ -1,8 +1,8 @@
-"""Random numbers as a function of (seed, step, task): the same on every device, with no state.
+"""Random numbers as a function of (seed, step, task): stateless, and the same on every device.
 
-A counter-based generator: SplitMix64's output function applied to a key and a counter. Resuming,
-sharding the tasks of a step over machines, or recording a step as a CUDA graph cannot change what
-is drawn. A recorded step is a tensor on the device: its value is never looked at.
+A counter-based generator: SplitMix64's output function, applied to a key and a counter. Resuming,
+sharding the tasks of a step over machines, or recording a step as a CUDA graph does not change the
+numbers. In a recording the step is a tensor on the device, whose value is not read.
 
 Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
 """
@@ -28,11 +28,11 @@ def random_bits(
 ) -> Tensor:
     """63 random bits in each entry of an int64 tensor [len(tasks), *shape].
 
-    A task's entries do not depend on which others are drawn. Different `stream`s are independent.
+    A task's entries do not depend on which other tasks are drawn. Streams are independent.
 
     Args:
-        tasks: consecutive numbers of tasks.
-        step: an int, or a 0-d int64 tensor on `device`: the same bits.
+        tasks: consecutive task numbers.
+        step: an int, or a 0-d int64 tensor on `device`, with the same bits.
     """
     key: int | Tensor = 0
     for word in (seed, step, stream):
@@ -62,7 +62,7 @@ def _mix(z: int) -> int: ...
 def _mix(z: Tensor) -> Tensor: ...
 def _mix(z: int | Tensor) -> int | Tensor:
     """SplitMix64's output function, of 64 bits or of each entry of an int64 tensor."""
-    if isinstance(z, Tensor):  # its arithmetic wraps around by itself
+    if isinstance(z, Tensor):  # int64 arithmetic wraps around
         for shift, factor in _MIX:
             z = (z ^ _shift_right(z, shift)) * _wrapped(factor)
         return z
@@ -77,7 +77,7 @@ def _wrapped(word: int) -> int: ...
 @overload
 def _wrapped(word: Tensor) -> Tensor: ...
 def _wrapped(word: int | Tensor) -> int | Tensor:
-    """An int as the int64 of the same 64 bits, which a tensor takes as an operand."""
+    """An int as the int64 with the same 64 bits, a valid operand for a tensor."""
     if isinstance(word, Tensor):
         return word
     word &= _MASK

@@ -1,8 +1,7 @@
-"""Whether the values of tensors may be read on the host, to stop early or to refuse bad input.
+"""Whether tensor values may be read on the host, to stop early or to reject bad input.
 
-On the CPU that is free. On an accelerator it waits for everything that was launched before. While
-work is being recorded there is nothing to read yet, and what is decided would be decided for every
-replay.
+On the CPU that is free. On an accelerator it waits for all work launched before. While work is
+being recorded there are no values yet, and a decision would be made for every replay.
 """
 
 import sys
@@ -19,22 +18,22 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-STRIDE = 64  # iterations between polls: they cost far more than one wait
+STRIDE = 64  # iterations between polls, which take far longer than one synchronisation
 
 _recording: ContextVar[bool] = ContextVar("recording", default=False)
 _tracing: ContextVar[bool] = ContextVar("tracing", default=False)
 
 
 def may_read_values(tensor: Tensor) -> bool:
-    """Whether its values may be read at no cost."""
+    """Whether the tensor's values may be read at no cost."""
     return not (_on_accelerator(tensor) or tensor.is_meta or is_recording())
 
 
 def may_poll(status: Tensor, step: int) -> bool:
     """Whether a solver may read `status` before this step, counted from 0, to stop early.
 
-    On the CPU before every step. On an accelerator, where reading waits for the device, before
-    every 64th, and never during a recording: a solve of up to 64 steps does not synchronise.
+    On the CPU before every step; on an accelerator before every 64th, so that a solve of up to 64
+    steps does not synchronise; never during a recording.
     """
     if not _on_accelerator(status):
         return may_read_values(status)
@@ -43,21 +42,21 @@ def may_poll(status: Tensor, step: int) -> bool:
 
 
 def is_recording() -> bool:
-    """Whether this is a recording or a rehearsal of one."""
+    """Whether work is being recorded, or run as a warm-up of a recording."""
     return _recording.get()
 
 
 def is_tracing() -> bool:
-    """Whether this is a recording by tracing, where tensors have no values."""
+    """Whether work is being recorded by tracing, where tensors have no values."""
     return _tracing.get()
 
 
 @contextmanager
 def recording(*, tracing: bool = False) -> Iterator[None]:
-    """Nothing is read here, so that every run takes the same steps.
+    """Context in which no values are read, so that every run takes the same steps.
 
     Args:
-        tracing: the work is traced to be compiled, not executed.
+        tracing: whether the work is traced for compilation instead of executed.
     """
     tokens = _recording.set(True), _tracing.set(tracing or is_tracing())
     try:
@@ -72,26 +71,26 @@ def _on_accelerator(tensor: Tensor) -> bool:
 
 
 def _is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, ours or that of a caller."""
+    """Whether a CUDA graph is being captured, by this package or by the caller."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def eager(function: Callable[P, T]) -> Callable[P, T]:
-    """`function`, left as it is by a `torch.compile` of what calls it.
+    """`function`, run eagerly when its caller is compiled by `torch.compile`.
 
-    `torch.compile` traces no double backward pass; what is around the call is compiled.
+    `torch.compile` does not trace double backward passes; the code around the call is compiled.
     """
     disabled: Callable[P, T] | None = None
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         nonlocal disabled
-        if "torch._dynamo" not in sys.modules:  # seconds to import, and nothing can be compiling
+        if "torch._dynamo" not in sys.modules:  # takes seconds to import; nothing is compiling
             return function(*args, **kwargs)
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(
-                f"{function.__name__} is not for torch.compile to trace: RecordedMetaGradient "
-                "compiles a meta-gradient"
+                f"torch.compile cannot trace {function.__name__}: use RecordedMetaGradient to "
+                "compile a meta-gradient"
             )
         if disabled is None:
             disabled = torch.compiler.disable(function)

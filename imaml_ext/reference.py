@@ -1,6 +1,6 @@
-"""The paper, one task at a time, in plain PyTorch: what the batched library must agree with.
+"""The paper's algorithms for one task at a time, in plain PyTorch: the reference of the tests.
 
-Nothing here is fast or shared with the library. For tests and benchmarks.
+Slow, and shares no code with the library. For tests and benchmarks only.
 
 Source: Rajeswaran, Finn, Kakade, Levine 2019, Algorithms 1 and 2.
 """
@@ -27,7 +27,7 @@ def inner_gradient_descent(
 
 
 def hessian_vector_product(loss: Loss, phi: Tensor, support: Any, vector: Tensor) -> Tensor:
-    """`∇²loss(phi) vector`; the graph of the gradient is built anew in every product."""
+    """`∇²loss(phi) vector`; every product builds the graph of the gradient again."""
     phi = phi.detach().requires_grad_()
     (grad,) = torch.autograd.grad(loss(phi, support), phi, create_graph=True)
     (product,) = torch.autograd.grad(grad, phi, vector)
@@ -62,7 +62,7 @@ def implicit_meta_gradient(
     inner_steps: int,
     cg_steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 2, and the same for Λ: dL/dtheta [D] and `-x * (phi - theta)` [D], for one task."""
+    """Algorithm 2 for one task: dL/dtheta [D], and dL/dΛ for a diagonal Λ, `-x (phi - theta)`."""
     phi = inner_gradient_descent(loss, theta, support, lam, lr, inner_steps)
     at_phi = phi.detach().requires_grad_()
     (v,) = torch.autograd.grad(loss(at_phi, query), at_phi)
@@ -80,7 +80,7 @@ def meta_step(
     outer_lr: float,
     **settings: Any,
 ) -> Tensor:
-    """Algorithm 1, one step: theta after a step along the mean meta-gradient of the tasks."""
+    """One step of Algorithm 1: theta after a step along the mean meta-gradient of the tasks."""
     gradients = [
         implicit_meta_gradient(loss, theta, support, query, lam, **settings)[0]
         for support, query in tasks

@@ -1,4 +1,4 @@
-"""The reference in docs/api/ and the docstrings it is made of, without the tools that make it."""
+"""The API reference in docs/api/, and the docstrings that it is generated from."""
 
 import enum
 import inspect
@@ -21,7 +21,7 @@ NAMES = [
     for name in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE)
 ]
 BY_LAST_NAME = {name.rpartition(".")[2]: name for name in NAMES}
-pytestmark = pytest.mark.skipif(not API.is_dir(), reason="the sources are not here")
+pytestmark = pytest.mark.skipif(not API.is_dir(), reason="no source tree")
 
 
 def entries(thing):
@@ -38,8 +38,8 @@ def entries(thing):
     return found
 
 
-def says(thing, parameter):
-    """Whether the docstring describes a parameter, or says which other one does."""
+def documents(thing, parameter):
+    """Whether the docstring describes a parameter, or refers to one that does."""
     own = entries(thing) | (entries(thing.__call__) if inspect.isclass(thing) else {})
     if parameter not in own:
         return False
@@ -51,7 +51,7 @@ def says(thing, parameter):
     if described is None or described is thing:
         return False
     if known.startswith("imaml_ext."):
-        return parameter == "settings" or says(described, parameter)
+        return parameter == "settings" or documents(described, parameter)
     return parameter in inspect.signature(described).parameters
 
 
@@ -60,14 +60,14 @@ def parameters(thing):
         if issubclass(thing, enum.Enum):
             return list(thing.__members__)
         if not getattr(thing.__init__, "__module__", "").startswith("imaml_ext"):
-            return []  # a protocol's, an exception's
+            return []  # of a protocol or exception
     return [name for name in inspect.signature(thing).parameters if name != "self"]
 
 
 def test_every_public_name_is_in_the_reference_once():
     assert [name for name, count in Counter(NAMES).items() if count > 1] == []
     documented = [pydoc.locate(name) for name in NAMES]
-    for package in (imaml_ext, imaml_ext.data, imaml_ext.inner):
+    for package in (imaml_ext, imaml_ext.data, imaml_ext.solvers.inner):
         for name in package.__all__:
             thing = getattr(package, name)
             assert sum(one is thing for one in documented) == 1, name
@@ -76,15 +76,15 @@ def test_every_public_name_is_in_the_reference_once():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_in_the_reference_has_a_docstring_that_describes_every_parameter(name):
     thing = pydoc.locate(name)
-    assert thing is not None, "there is no such name"
+    assert thing is not None, "no such name"
     if isinstance(thing, str) or get_origin(thing):
-        return  # the version, a type: the page says what it is
+        return  # a version or type, described on the page
     assert thing.__doc__
-    assert not thing.__doc__.startswith(f"{thing.__name__}(")  # what dataclass writes
-    assert [p for p in parameters(thing) if not says(thing, p)] == []
+    assert not thing.__doc__.startswith(f"{thing.__name__}(")  # a dataclass's default
+    assert [p for p in parameters(thing) if not documents(thing, p)] == []
     accepted = {*parameters(thing), *dir(thing), *getattr(thing, "__annotations__", {})}
     if inspect.isfunction(thing):
-        assert entries(thing).keys() <= accepted, "described, but not there"
+        assert entries(thing).keys() <= accepted, "describes an unknown parameter"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if inspect.isclass(pydoc.locate(name))])

@@ -1,6 +1,6 @@
-"""On an accelerator a long solve ends early, and a short or a recorded one reads nothing.
+"""On an accelerator a long solve ends early, and a short or recorded one does not synchronise.
 
-The CPU stands in for an accelerator.
+The CPU replaces the accelerator.
 """
 
 import pytest
@@ -40,7 +40,7 @@ LINEAR = ("cg", "minres", "neumann")
 
 
 class Values(TorchDispatchMode):
-    """Counts how often a value is read on the host."""
+    """Counts the reads of tensor values on the host."""
 
     read = 0
 
@@ -56,7 +56,7 @@ def on_an_accelerator(monkeypatch):
 
 @pytest.fixture
 def solved():
-    """Solves with up to so many iterations: the solution, the iterations made, the values read."""
+    """A function of solver and iterations: the solution, and the iterations and reads made."""
     torch.manual_seed(0)
     problem = regression(3)
     theta = problem.layout.flatten(problem.params)
@@ -89,7 +89,7 @@ def solved():
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_long_solve_ends_at_the_first_look_after_all_tasks_are_done(
+def test_a_long_solve_ends_at_the_first_poll_after_all_tasks_are_done(
     name, solved, on_an_accelerator
 ):
     got, made, read = solved(name, 200)
@@ -105,7 +105,7 @@ def test_a_long_solve_ends_at_the_first_look_after_all_tasks_are_done(
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_solve_of_64_iterations_reads_nothing(name, solved, on_an_accelerator):
+def test_a_solve_of_64_iterations_reads_no_values(name, solved, on_an_accelerator):
     _, made, read = solved(name, 64)
     assert made >= 64
     assert read == 0
@@ -113,7 +113,7 @@ def test_a_solve_of_64_iterations_reads_nothing(name, solved, on_an_accelerator)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_on_the_cpu_it_is_asked_before_every_iteration_unless_it_is_recorded(name, solved):
+def test_on_the_cpu_a_solve_polls_before_every_iteration_unless_recorded(name, solved):
     got, made, read = solved(name, 200)
     needed = int(got.steps.max())
     assert needed <= made <= needed + 2
@@ -124,20 +124,20 @@ def test_on_the_cpu_it_is_asked_before_every_iteration_unless_it_is_recorded(nam
     assert read == 0
 
 
-def test_what_is_asked_of_a_tensor_on_meta_is_never_answered():
+def test_values_of_meta_tensors_are_never_read():
     status = torch.zeros(3, dtype=torch.int32, device="meta")
     assert not _tracing.may_read_values(status)
     assert not any(all_done(status, step) for step in range(200))
 
 
-def test_a_caller_s_own_capture_is_not_disturbed(on_an_accelerator, monkeypatch):
+def test_no_values_are_read_during_the_callers_capture(on_an_accelerator, monkeypatch):
     status = torch.ones(3, dtype=torch.int32)
     assert all_done(status, 64)
     monkeypatch.setattr(_tracing, "_is_capturing", lambda tensor: True)
     assert not all_done(status, 64)
 
 
-def test_the_backward_pass_of_a_recorded_adapt_reads_nothing_in_whichever_thread(
+def test_the_backward_pass_of_a_recorded_adapt_reads_no_values_in_any_thread(
     on_an_accelerator,
 ):
     problem = regression(3)
@@ -145,7 +145,7 @@ def test_the_backward_pass_of_a_recorded_adapt_reads_nothing_in_whichever_thread
     cg = ConjugateGradient(max_iter=100)
     with _tracing.recording():
         phi = adapt(problem.loss, params, problem.support, lam=1.0, linear=cg)
-    # On CUDA a thread of autograd's runs it, which has a context of its own.
+    # On CUDA a thread of autograd runs it, in a different context.
     total = sum(t.sum() for t in phi.values())
     with Values() as values:
         total.backward()

@@ -26,7 +26,7 @@ class DescentThenProximal(GradientDescent):
         free = Proximal(problem.objective, problem.theta, problem.theta.new_zeros(1))
         solution = super().solve(free)
         displacement = solution.value - problem.theta
-        phi = solution.value - self.lr * problem.strengthen(displacement)
+        phi = solution.value - self.lr * problem.lam.mv(displacement)
         return unverified(phi, solution.status, solution.steps)
 
 

@@ -95,9 +95,9 @@ class Experiment:
         """The same model, adapted as the config with these changes says."""
         config = dataclasses.replace(self.config, **changes)
         method = _method(config, self.loss)
-        learned = self.method.extra()
+        learned = self.method.hyperparameters()
         with torch.no_grad():
-            for name, tensor in method.extra().items():
+            for name, tensor in method.hyperparameters().items():
                 tensor.copy_(learned.get(name, tensor))
         return dataclasses.replace(self, config=config, method=method)
 

@@ -1,4 +1,4 @@
-"""Meta-learning methods with one interface: a batch of tasks in, a meta-gradient out."""
+"""The interface of meta-learning methods: from a batch of tasks to a meta-gradient."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -7,27 +7,26 @@ from typing import Any
 from torch import Tensor
 
 from imaml_ext.data.tasks import TaskBatch
-from imaml_ext.methods.meta_gradient import (
-    MetaGradient,
-    Nonfinite,
-    check_nonfinite,
-)
+from imaml_ext.methods.meta_gradient import MetaGradient, Nonfinite, check_nonfinite
 from imaml_ext.problem.layout import Layout, Params
 from imaml_ext.problem.objective import Loss
 
 
 class Method(ABC):
-    """Owns the meta-parameters, `params`, and whatever else it learns.
+    """Owns the meta-parameters, `params`, and everything else that it learns.
 
     Args:
         loss: `(params, data) -> scalar` for one task; see `module_loss`.
-        params: theta, {name: tensor}; updated in place by the outer optimizer. A parameter of the
-            model that is not in it keeps the model's value: it is neither adapted nor learned.
-        query_loss: judged at phi instead of `loss`.
+        params: theta, {name: tensor}, updated in place by the outer optimizer. A parameter of the
+            model that is missing keeps the model's value: it is neither adapted nor learned.
+        query_loss: evaluated at phi on the query set, instead of `loss`.
         nonfinite: as in `implicit_meta_grad`.
 
+    Attributes:
+        shared: parameters that are learned but not adapted, {name: tensor}.
+
     Raises:
-        ValueError: a tensor of `params` does not require grad, or has a name that the method needs.
+        ValueError: a tensor of `params` does not require grad, or has a reserved name.
     """
 
     def __init__(
@@ -41,6 +40,7 @@ class Method(ABC):
         check_nonfinite(nonfinite)
         self.loss = loss
         self.params: Params = dict(params)
+        self.shared: Params = {}
         check_learned("params", self.params)
         self.query_loss = loss if query_loss is None else query_loss
         self.nonfinite: Nonfinite = nonfinite
@@ -60,31 +60,32 @@ class Method(ABC):
 
     @abstractmethod
     def adapt(self, support: Any) -> Params:
-        """phi for each task, {name: [B, ...]}, without a graph: what evaluation uses.
+        """phi for each task, {name: [B, ...]}, without a graph; used by evaluation.
 
         Args:
             support: a pytree of [B, ...] tensors.
         """
 
     def with_shared(self, phi: Params) -> Params:
-        """phi, {name: [B, ...]}, and beside it what a loss gets that is the same for all tasks."""
-        return phi
+        """phi, {name: [B, ...]}, with the shared parameters expanded to all tasks."""
+        tasks = next(iter(phi.values())).shape[0]
+        return phi | {name: t.detach().expand(tasks, *t.shape) for name, t in self.shared.items()}
 
-    def extra(self) -> Params:
-        """What the method learns beside theta, named as in `MetaGradient.named`."""
+    def hyperparameters(self) -> Params:
+        """What the method learns besides parameters, named as in `MetaGradient.named`."""
         return {}
 
     def learned(self) -> Params:
         """Every tensor that the outer optimizer updates, named as in `MetaGradient.named`."""
-        return self.params | self.extra()
+        return self.params | self.shared | self.hyperparameters()
 
 
 def check_learned(label: str, tensors: Params) -> None:
     for name, tensor in tensors.items():
         if not tensor.requires_grad:
             raise ValueError(
-                f"{label}[{name!r}] does not require grad: leave it out to keep it as it is, "
+                f"{label}[{name!r}] does not require grad: leave it out to keep its value, "
                 "or call requires_grad_() to learn it"
             )
         if name.split(".")[0] in ("lam", "log_lr"):
-            raise ValueError(f"{label}[{name!r}]: this name is taken by what the method learns")
+            raise ValueError(f"{label}[{name!r}]: the names lam and log_lr are reserved")

@@ -25,13 +25,14 @@ class IMAML(Method):
 
     Args:
         loss, params, query_loss, nonfinite: as in `Method`.
-        lam: proximal strength, as in `implicit_meta_grad`; its tensors that require grad are
-            learned too, as they are. Learn a `ProximalStrength` instead: it stays positive.
-        inner, linear, shared: as in `implicit_meta_grad`; what is shared is learned too.
+        lam: proximal strength, as in `implicit_meta_grad`. Its tensors that require grad are
+            learned directly; a `ProximalStrength` is learned too, and stays positive.
+        inner, linear: as in `implicit_meta_grad`.
+        shared: as in `implicit_meta_grad`; learned too.
         adapt_proximal: whether `adapt`, which evaluation uses, keeps the proximal term.
 
     Raises:
-        TypeError, ValueError: `params`, as in `Method`, or `lam` does not fit.
+        TypeError, ValueError: `params`, `shared` or `lam` does not fit.
 
     Source: Rajeswaran, Finn, Kakade, Levine 2019, Algorithms 1 and 2.
     """
@@ -51,19 +52,21 @@ class IMAML(Method):
     ) -> None:
         super().__init__(loss, params, query_loss=query_loss, nonfinite=nonfinite)
         self.lam = lam
-        flatten_lam(self.layout, self._strength())  # says now what is wrong with it
+        flatten_lam(self.layout, self._current_lam())  # checks it
         check_shared(shared, self.layout)
-        self.shared: Params = dict(shared or {})
+        self.shared = dict(shared or {})
         check_learned("shared", self.shared)
         if len({id(tensor) for tensor in self.learned().values()}) < len(self.learned()):
-            raise ValueError("a tensor of lam is there under two names: learn a ProximalStrength")
+            raise ValueError(
+                "lam contains the same tensor under two names: use a ProximalStrength to learn it"
+            )
         self.inner = GradientDescent() if inner is None else inner
         self.linear = linear
         self.adapt_proximal = adapt_proximal
 
     def meta_gradient(self, batch: TaskBatch) -> ImplicitMetaGradient:
         with torch.enable_grad():
-            lam = self._strength()
+            lam = self._current_lam()
         out = implicit_meta_grad(
             self.loss,
             self.params,
@@ -76,16 +79,15 @@ class IMAML(Method):
             shared=self.shared,
             nonfinite=self.nonfinite,
         )
-        strengths = self._strengths()
-        if not isinstance(self.lam, ProximalStrength) or not strengths:
+        learned = self.hyperparameters()
+        if not isinstance(self.lam, ProximalStrength) or not learned:
             return out
-        values, slopes = ([lam], [out.lam]) if isinstance(lam, Tensor) else _pairs(lam, out.lam)
-        gradients = torch.autograd.grad(values, list(strengths.values()), slopes)
-        return replace(out, extra=out.extra | dict(zip(strengths, gradients, strict=True)))
+        gradients = torch.autograd.grad(_tensors(lam), list(learned.values()), _tensors(out.lam))
+        return replace(out, hyperparameters=dict(zip(learned, gradients, strict=True)))
 
     @torch.no_grad()
     def adapt(self, support: Any) -> Params:
-        lam = flatten_lam(self.layout, self._strength())
+        lam = flatten_lam(self.layout, self._current_lam())
         if not self.adapt_proximal:
             lam = lam.new_zeros(1)
         psi = check_shared(self.shared, self.layout)
@@ -93,28 +95,19 @@ class IMAML(Method):
         problem = Proximal(objective, self.layout.flatten(self.params), lam)
         return self.layout.unflatten(self.inner.solve(problem).value)
 
-    def with_shared(self, phi: Params) -> Params:
-        tasks = next(iter(phi.values())).shape[0]
-        return phi | {name: t.detach().expand(tasks, *t.shape) for name, t in self.shared.items()}
-
-    def extra(self) -> Params:
-        return self.shared | self._strengths()
-
-    def _strengths(self) -> Params:
-        strengths: Params
+    def hyperparameters(self) -> Params:
+        tensors: Params = {}
         if isinstance(self.lam, ProximalStrength):
-            strengths = {f"lam.{name}": p for name, p in self.lam.named_parameters()}
+            tensors = {f"lam.{name}": p for name, p in self.lam.named_parameters()}
         elif isinstance(self.lam, Tensor):
-            strengths = {"lam": self.lam}
+            tensors = {"lam": self.lam}
         elif isinstance(self.lam, Mapping):
-            strengths = {f"lam.{name}": tensor for name, tensor in self.lam.items()}
-        else:
-            strengths = {}
-        return {name: tensor for name, tensor in strengths.items() if tensor.requires_grad}
+            tensors = {f"lam.{name}": tensor for name, tensor in self.lam.items()}
+        return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
 
-    def _strength(self) -> Lam:
+    def _current_lam(self) -> Lam:
         return self.lam() if isinstance(self.lam, ProximalStrength) else self.lam
 
 
-def _pairs(lam: Any, gradients: Any) -> tuple[list[Tensor], list[Tensor]]:
-    return list(lam.values()), [gradients[name] for name in lam]
+def _tensors(lam: Any) -> list[Tensor]:
+    return [lam] if isinstance(lam, Tensor) else list(lam.values())

@@ -1,7 +1,7 @@
-"""The methods that the paper compares with: back-propagation through the inner steps, or none.
+"""The methods that the paper compares with: MAML, its first-order variants, and Reptile.
 
-All tasks of a batch at once: the inner steps act on [B, D] rows, and the derivative of each task's
-query loss by its own row of theta is one backward pass for the whole batch.
+The inner steps act on the [B, D] rows of all tasks, and the derivatives of the tasks' query losses,
+each by its own row of theta, are one backward pass.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from torch import Tensor
 from imaml_ext._checks import check_integer
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.base import Method
-from imaml_ext.methods.meta_gradient import MetaGradient, Nonfinite, failed_tasks, task_share
+from imaml_ext.methods.meta_gradient import MetaGradient, Nonfinite, failed_tasks, task_weight
 from imaml_ext.problem.lam import Lam, flatten_lam
 from imaml_ext.problem.layout import Params
-from imaml_ext.problem.objective import Loss, Objective, check_recording
+from imaml_ext.problem.objective import Loss, Objective, check_inference_mode, check_same_tasks
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner import GradientDescent
 from imaml_ext.solvers.inner.base import new_status, update_status
@@ -25,7 +25,7 @@ from imaml_ext.solvers.solution import Solution, Status
 
 
 class _Unrolled(Method):
-    """A few steps of gradient descent, of which the last `last` are differentiated (None: all)."""
+    """Gradient descent whose last `last` steps are differentiated (None: all)."""
 
     last: int | None = None
 
@@ -43,53 +43,52 @@ class _Unrolled(Method):
         super().__init__(loss, params, query_loss=query_loss, nonfinite=nonfinite)
         self.inner = GradientDescent() if inner is None else inner
         if self.inner.tol is not None:
-            raise ValueError(
-                "a solver that is differentiated takes a fixed number of steps: no tol"
-            )
+            raise ValueError("inner must have no tol: a differentiated solver takes all steps")
         self.lam = lam
         if lam is not None and flatten_lam(self.layout, lam).requires_grad:
-            raise ValueError("lam is not learned here: detach it, or use IMAML")
+            raise ValueError("lam requires grad, but only IMAML learns it: detach it")
         self.log_lr = None
         if learn_lr:
             layout = self.layout
             lr = torch.full((), self.inner.lr, dtype=layout.dtype, device=layout.device)
             self.log_lr = lr.log().requires_grad_()
 
-    def extra(self) -> Params:
+    def hyperparameters(self) -> Params:
         return {} if self.log_lr is None else {"log_lr": self.log_lr}
 
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
-        judged = Objective(self.query_loss, self.layout, batch.query, "query")
-        problem = self._problem(batch.support, judged.tasks)
-        check_recording()
+        query_objective = Objective(self.query_loss, self.layout, batch.query, "query")
+        problem = self._problem(batch.support)
+        check_same_tasks(problem.objective, query_objective)
+        check_inference_mode()
         last = self.inner.steps if self.last is None else min(self.last, self.inner.steps)
         with torch.enable_grad():
-            theta = problem.start().requires_grad_()  # a row of its own for each task
+            theta = problem.start().requires_grad_()  # one row per task
             log_lr = None
-            if self.log_lr is not None:  # for each task too, so that a failed one can be left out
+            if self.log_lr is not None:  # one per task, so that a failed task can be omitted
                 log_lr = self.log_lr.detach().expand(problem.tasks, 1).clone().requires_grad_()
             lr = self.inner.lr if log_lr is None else log_lr.exp()
             with torch.no_grad():
                 before, velocity = self._descend(
                     problem, theta, theta, None, lr, self.inner.steps - last
                 )
-            # Steps that are left out pass the derivative on as it is, or are a constant.
+            # Without lam, the derivative of the earlier steps is taken to be the identity, else 0.
             whole = last == self.inner.steps
             carried = theta if whole or self.lam is None else theta.detach()
             start = before.detach() + (carried - theta.detach())
             phi, _ = self._descend(problem, start, theta, velocity, lr, last)
-            losses = judged.losses(phi)
+            losses = query_objective.losses(phi)
             leaves = [theta] if log_lr is None else [theta, log_lr]
-            with problem.objective.computing(phi):
+            with problem.objective.computing():
                 gradients = torch.autograd.grad(
                     losses.sum(), leaves, allow_unused=True, materialize_grads=True
                 )
         finite = torch.cat([rows.isfinite() for rows in gradients], dim=1).all(1)
         support_loss, inner = _report(problem, phi.detach(), self.inner.steps, finite)
         ok = ~failed_tasks(losses.detach(), inner)
-        share = task_share(ok, self.nonfinite, self.layout.dtype)
-        # Shares before the sum, which may overflow where the mean does not.
-        means = [(torch.where(ok[:, None], rows, 0.0) * share).sum(0) for rows in gradients]
+        weight = task_weight(ok, self.nonfinite, self.layout.dtype)
+        # Weights before the sum, which may overflow where the mean does not.
+        means = [(torch.where(ok[:, None], rows, 0.0) * weight).sum(0) for rows in gradients]
         return MetaGradient(
             params=self.layout.unflatten(means[0]),
             lam=None,
@@ -98,7 +97,7 @@ class _Unrolled(Method):
             adapted=self.layout.unflatten(phi.detach()),
             inner=inner,
             linear=None,
-            extra={} if log_lr is None else {"log_lr": means[1][0]},
+            hyperparameters={} if log_lr is None else {"log_lr": means[1][0]},
         )
 
     @torch.no_grad()
@@ -109,16 +108,10 @@ class _Unrolled(Method):
         phi, _ = self._descend(problem, theta, theta, None, lr, self.inner.steps)
         return self.layout.unflatten(phi)
 
-    def _problem(self, support: Any, tasks: int | None = None) -> Proximal:
+    def _problem(self, support: Any) -> Proximal:
         objective = Objective(self.loss, self.layout, support, "support")
-        if tasks is not None and objective.tasks != tasks:
-            raise ValueError(
-                f"support holds {objective.tasks} tasks, query {tasks}: B must be the same"
-            )
         theta = self.layout.flatten(self.params).detach()
-        lam = (
-            theta.new_zeros(1) if self.lam is None else flatten_lam(self.layout, self.lam).detach()
-        )
+        lam = theta.new_zeros(1) if self.lam is None else flatten_lam(self.layout, self.lam)
         return Proximal(objective, theta, lam)
 
     def _descend(
@@ -130,12 +123,12 @@ class _Unrolled(Method):
         lr: float | Tensor,
         steps: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """phi and velocity after `steps` steps, in the graph of phi, theta and lr if it records."""
+        """phi and velocity after `steps` steps; in the graph of phi, theta and lr in grad mode."""
         momentum, nesterov = self.inner.momentum, self.inner.nesterov
         for _ in range(steps):
             gradient = problem.objective.differentiable_gradient(phi)
             if self.lam is not None:
-                gradient = gradient + problem.strengthen(phi - theta)
+                gradient = gradient + problem.lam.mv(phi - theta)
             if momentum:
                 velocity = gradient if velocity is None else momentum * velocity + gradient
                 gradient = gradient + momentum * velocity if nesterov else velocity
@@ -146,15 +139,15 @@ class _Unrolled(Method):
 class MAML(_Unrolled):
     """Model-agnostic meta-learning: back-propagation through every step of the adaptation.
 
-    Memory grows with the number of steps: the graph of each is kept.
+    Memory grows with the number of steps, whose graphs are all kept.
 
     Args:
         loss, params, query_loss, nonfinite: as in `Method`.
         inner: gradient descent, plain or with momentum, without `tol`.
-        accelerated: take Nesterov's steps with the momentum for a G that is lam-strongly convex:
-            `GradientDescent.accelerated`. Needs lam as a float.
-        lam: adds the proximal term to the objective that is descended, as in iMAML; None: without.
-        learn_lr: learn the step size too, as `log_lr`, beginning with that of `inner`.
+        accelerated: Nesterov's method for a lam-strongly convex G, `GradientDescent.accelerated`;
+            needs lam as a float.
+        lam: adds the proximal term to the inner objective, as in iMAML; None: no such term.
+        learn_lr: learn the step size too, as `log_lr`, initially that of `inner`.
 
     Raises:
         ValueError: `inner` has a `tol`, or `lam` requires grad; or as in `Method`.
@@ -177,11 +170,11 @@ class MAML(_Unrolled):
         if accelerated:
             inner = GradientDescent() if inner is None else inner
             if not isinstance(lam, (int, float)):
-                raise ValueError(
-                    "accelerated needs lam as a float: its momentum follows from lr and lam"
-                )
+                raise ValueError("accelerated needs lam as a float, to compute the momentum")
             if inner.momentum:
-                raise ValueError("accelerated sets the momentum: leave that of inner at 0")
+                raise ValueError(
+                    f"accelerated sets the momentum: inner must have 0, got {inner.momentum}"
+                )
             inner = GradientDescent.accelerated(
                 lr=inner.lr, steps=inner.steps, strong_convexity=lam, tol=inner.tol
             )
@@ -192,19 +185,20 @@ class MAML(_Unrolled):
 
 
 class TruncatedMAML(_Unrolled):
-    """MAML that back-propagates through the last `last` steps alone.
+    """MAML that back-propagates through the last `last` steps only.
 
-    With lam, theta is seen by the proximal terms of those steps, and what came before them is a
-    constant (Shaban et al. 2019). Without, there is nothing else that sees theta, so the steps
-    before count as the identity: `last=0` is first-order MAML.
+    With lam, theta enters through the proximal terms of those steps, and the result of the steps
+    before them is a constant (Shaban et al. 2019). Without lam, the derivative of the earlier steps
+    is taken to be the identity: `last=0` is first-order MAML.
 
     Args:
         loss, params: as in `MAML`.
-        last: steps that are differentiated.
+        last: number of steps that are differentiated.
         settings: inner, lam, learn_lr, query_loss and nonfinite, as in `MAML`.
 
     Raises:
-        ValueError: last is negative, or 0 with `lam` or `learn_lr`; or as in `MAML`.
+        TypeError, ValueError: last is not an integer, negative, or 0 with `lam` or `learn_lr`; or
+            as in `MAML`.
 
     Source: Shaban, Cheng, Hatch, Boots 2019, "Truncated back-propagation for bilevel optimization".
     """
@@ -212,20 +206,14 @@ class TruncatedMAML(_Unrolled):
     def __init__(
         self, loss: Loss, params: Mapping[str, Tensor], *, last: int, **settings: Any
     ) -> None:
-        check_integer("last", last)
-        if last < 0:
-            raise ValueError(f"last must not be negative, got {last}")
+        check_integer("last", last, minimum=0)
         super().__init__(loss, params, **settings)
         if last == 0 and (self.lam is not None or self.log_lr is not None):
-            raise ValueError(
-                "with lam or learn_lr, last must be at least 1: its steps alone see theta or lr"
-            )
+            raise ValueError("with lam or learn_lr, last must be at least 1, got 0")
         self.last = last
 
 
 class _FirstOrder(_Unrolled):
-    """No step is differentiated."""
-
     last = 0
 
     def __init__(
@@ -254,12 +242,12 @@ class FOMAML(_FirstOrder):
 
 
 class Reptile(_FirstOrder):
-    """`theta - phi_i` as the gradient, phi descended to on the support and query sets in turn.
+    """`theta - phi_i` as the gradient, after steps on the support and the query set in turn.
 
-    Reptile does not split a task, but it needs steps on different examples: on the same ones all
-    the way its gradient is that of joint training, in which nothing is learned about adapting. The
-    support set is the mini-batch of the first, third, ... step, the query set that of the others.
-    Evaluation adapts to the support set alone, as every method.
+    Reptile needs steps on different examples of a task: with the same ones in every step, its
+    gradient is that of joint training, which does not learn to adapt. So the support set is the
+    mini-batch of the first, third, ... step, and the query set that of the others. Evaluation
+    adapts to the support set only, as with every method.
 
     Args:
         loss, params, inner, query_loss, nonfinite: as in `MAML`.
@@ -272,18 +260,19 @@ class Reptile(_FirstOrder):
 
     @torch.no_grad()
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
-        judged = Objective(self.query_loss, self.layout, batch.query, "query")
-        problem = self._problem(batch.support, judged.tasks)
+        query_objective = Objective(self.query_loss, self.layout, batch.query, "query")
+        problem = self._problem(batch.support)
+        check_same_tasks(problem.objective, query_objective)
         turns = cycle((problem, self._problem(batch.query)))
         theta, phi, velocity = problem.theta, problem.start(), None
         for _ in range(self.inner.steps):
             phi, velocity = self._descend(next(turns), phi, theta, velocity, self.inner.lr, 1)
         finite = phi.isfinite().all(1)
         support_loss, inner = _report(problem, phi, self.inner.steps, finite)
-        losses = judged.losses(phi)
+        losses = query_objective.losses(phi)
         ok = ~failed_tasks(losses, inner)
-        share = task_share(ok, self.nonfinite, self.layout.dtype)
-        displacement = torch.where(ok[:, None], theta - phi, 0.0) * share
+        weight = task_weight(ok, self.nonfinite, self.layout.dtype)
+        displacement = torch.where(ok[:, None], theta - phi, 0.0) * weight
         return MetaGradient(
             params=self.layout.unflatten(displacement.sum(0)),
             lam=None,
@@ -296,7 +285,7 @@ class Reptile(_FirstOrder):
 
 
 def _report(problem: Proximal, phi: Tensor, steps: int, finite: Tensor) -> tuple[Tensor, Solution]:
-    """Support losses at phi, and how far from an optimum of G it is.
+    """Support losses at phi, [B], and phi as a solution of the inner problem.
 
     Args:
         finite: tasks whose meta-gradient is finite, [B] bool.

@@ -1,4 +1,4 @@
-"""What every method returns, and how it averages over tasks."""
+"""The result of every method, and its mean over tasks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from imaml_ext._checks import check_choice
 from imaml_ext.problem.layout import Params
 from imaml_ext.solvers.solution import Solution, Status, counted
 
@@ -16,19 +17,20 @@ Nonfinite = Literal["propagate", "omit"]
 
 @dataclass(frozen=True)
 class MetaGradient:
-    """The meta-gradient of a batch of B tasks, and how it came about.
+    """The meta-gradient of a batch of B tasks, with a report.
 
     Attributes:
         params: mean over tasks of dL_i/dtheta, tensors of theta's shapes.
-        lam: the same for Λ, of lam's form; None where lam is a plain float.
+        lam: the same for Λ, in lam's form; None if lam is a float.
         support_loss, query_loss: at phi, [B].
         adapted: phi, {name: [B, ...]}.
-        inner: the inner solve; `residual` is `‖∇G_i(phi_i)‖` and `error_estimate` estimates
-            `‖phi_i - phi_i*‖`: delta of the paper's Algorithm 2. The bound needs the curvature of
-            G_i itself: there is none with `curvature="ggn"`, whose smallest value is lam or more
-            even at a saddle, nor from a method without a linear solve.
+        inner: the inner solve. `residual` is `‖∇G_i(phi_i)‖` and `error_estimate` estimates
+            `‖phi_i - phi_i*‖`, delta of the paper's Algorithm 2. The estimate needs the curvature
+            of G_i: it is missing with `curvature="ggn"`, whose smallest eigenvalue is at least that
+            of Λ even at a saddle point, and from a method without a linear solve.
         linear: the linear solve; None from a method without one.
-        extra: the gradients of whatever else the method learns, by name.
+        hyperparameters: gradients of what else is learned: "log_lr", or "lam.NAME" of a
+            `ProximalStrength`.
     """
 
     params: Params
@@ -38,15 +40,15 @@ class MetaGradient:
     adapted: Params
     inner: Solution
     linear: Solution | None
-    extra: Params = field(default_factory=dict)
+    hyperparameters: Params = field(default_factory=dict)
 
     def named(self) -> Params:
-        """Every gradient by name: parameters under their own, lam under "lam" or "lam.NAME"."""
+        """Every gradient by name: parameters by their own, lam as "lam" or "lam.NAME"."""
         if isinstance(self.lam, Mapping):
-            strengths = {f"lam.{name}": gradient for name, gradient in self.lam.items()}
+            lam = {f"lam.{name}": gradient for name, gradient in self.lam.items()}
         else:
-            strengths = {} if self.lam is None else {"lam": self.lam}
-        return self.params | strengths | self.extra
+            lam = {} if self.lam is None else {"lam": self.lam}
+        return self.params | lam | self.hyperparameters
 
     @property
     def failed(self) -> Tensor:
@@ -55,31 +57,39 @@ class MetaGradient:
         return failed_tasks(self.query_loss, *solves)
 
     def describe(self) -> str:
-        """Which tasks' solves ended how, and what to do, in one line. Synchronises on CUDA."""
+        """Which solves have which status, and what to do, in one line. Synchronises on CUDA."""
         text = f"Inner solve: {self.inner.describe()}"
         solves = [self.inner]
         if self.linear is not None:
             text += f". Linear solve: {self.linear.describe()}"
             solves.append(self.linear)
-        # A task may fail by its query loss alone, where no gradient of it was taken.
-        silent = self.failed
+        # A query loss that is not finite fails its task even if no gradient of it was computed.
+        by_loss_alone = self.failed
         for solve in solves:
-            silent = silent & (solve.status != Status.NONFINITE)
-        tasks = silent.nonzero()[:, 0].tolist()
-        return text + (f". Query loss: NONFINITE: {counted(tasks, len(silent))}" if tasks else "")
+            by_loss_alone = by_loss_alone & (solve.status != Status.NONFINITE)
+        tasks = by_loss_alone.nonzero()[:, 0].tolist()
+        if tasks:
+            text += f". Query loss: NONFINITE: {counted(tasks, len(by_loss_alone))}"
+        return text
 
 
 @dataclass(frozen=True)
 class ImplicitMetaGradient(MetaGradient):
-    """A meta-gradient by a linear solve, as `implicit_meta_grad` and `IMAML` give it.
+    """A meta-gradient computed by a linear solve, from `implicit_meta_grad` and `IMAML`.
 
     Attributes:
-        params, lam, support_loss, query_loss, adapted, inner, extra: as in `MetaGradient`.
-        linear: the linear solve; `error_estimate` estimates `‖x_i - x_i*‖`,
-            delta' of Algorithm 2, for the system that was solved, damping included.
+        params, lam, support_loss, query_loss, adapted, inner, hyperparameters: as in
+            `MetaGradient`.
+        linear: the linear solve; `error_estimate` estimates `‖x_i - x_i*‖`, delta' of Algorithm 2,
+            for the system that was solved, damping included.
+        shared: gradients by the shared parameters, {name: tensor}.
     """
 
     linear: Solution
+    shared: Params = field(default_factory=dict)
+
+    def named(self) -> Params:
+        return super().named() | self.shared
 
 
 for _result in (MetaGradient, ImplicitMetaGradient):
@@ -87,8 +97,7 @@ for _result in (MetaGradient, ImplicitMetaGradient):
 
 
 def check_nonfinite(nonfinite: Nonfinite) -> None:
-    if nonfinite not in ("propagate", "omit"):
-        raise ValueError(f"nonfinite must be 'refuse' or 'skip', got {nonfinite!r}")
+    check_choice("nonfinite", nonfinite, ("propagate", "omit"))
 
 
 def failed_tasks(values: Tensor, *solves: Solution) -> Tensor:
@@ -99,11 +108,11 @@ def failed_tasks(values: Tensor, *solves: Solution) -> Tensor:
     return failed
 
 
-def task_share(ok: Tensor, nonfinite: Nonfinite, dtype: torch.dtype) -> Tensor:
-    """What a sum over the tasks that are ok, [B] bool, is multiplied by to be their mean, 0-d.
+def task_weight(ok: Tensor, nonfinite: Nonfinite, dtype: torch.dtype) -> Tensor:
+    """Weight of each task in the mean over the tasks that are ok, [B] bool; 0-d.
 
-    With "refuse" NaN if any is not. In theta's dtype: 1 / tasks as a 0-d float32 tensor would round
-    a float64 gradient.
+    With "propagate" it is NaN if any task is not ok. In theta's dtype, since 1 / tasks as a 0-d
+    float32 tensor would round a float64 gradient.
     """
     counted = ok.sum().to(dtype)
     if nonfinite == "omit":

@@ -1,12 +1,12 @@
-"""Parameters that are learned but not adapted: what all tasks have in common.
+"""Parameters that are learned but not adapted: the same for all tasks.
 
 With shared parameters psi, phi_i is the minimum of `L̂_i(phi, psi) + 1/2 (phi - theta)' Λ (phi -
-theta)`, and the implicit function theorem gives, with the x_i that theta's gradient needs,
+theta)`. With the x_i of theta's gradient, the implicit function theorem gives
 
-    dF/dpsi = mean_i  ∂L_i/∂psi - x_i' ∂²L̂_i/∂phi∂psi:
+    dF/dpsi = mean_i  ∂L_i/∂psi - x_i' ∂²L̂_i/∂phi∂psi,
 
-how psi changes the query loss itself, and how it moves phi. Both are one backward pass for all
-tasks. ANIL's body is psi, its head phi (Raghu, Raghu, Bengio, Vinyals 2020).
+the direct effect of psi on the query loss, and the effect through phi. Each term is one backward
+pass for all tasks. In ANIL, psi is the body and phi the head (Raghu, Raghu, Bengio, Vinyals 2020).
 """
 
 from collections.abc import Callable, Mapping
@@ -21,18 +21,18 @@ from imaml_ext.problem.objective import Objective
 
 
 def check_shared(shared: Any, layout: Layout) -> Params:
-    """The shared parameters, without their graph; {} for None.
+    """The shared parameters, detached; {} for None.
 
     Raises:
         TypeError: not a mapping of names to tensors.
-        ValueError: a name that is adapted too, or another dtype or device than theta's.
+        ValueError: a name is in params too, or dtype or device differ from those of params.
     """
     if shared is None or (isinstance(shared, Mapping) and not shared):
         return {}
     own = Layout(shared, "shared")
     for name in shared:
         if name in layout.shapes:
-            raise ValueError(f"shared[{name!r}] is in params too: it is adapted, or it is shared")
+            raise ValueError(f"shared[{name!r}] is also in params: remove it from one of them")
     if own.dtype != layout.dtype or own.device != layout.device:
         raise ValueError(
             f"shared is {own.dtype} on {own.device}, but params are {layout.dtype} on "
@@ -41,21 +41,21 @@ def check_shared(shared: Any, layout: Layout) -> Params:
     return {name: tensor.detach() for name, tensor in shared.items()}
 
 
-def direct_gradient(judged: Objective, phi: Tensor, ok: Tensor) -> Params:
+def direct_gradient(query_objective: Objective, phi: Tensor, ok: Tensor) -> Params:
     """`Σ_i ∂L_i/∂psi` at phi [B, D], over the tasks that are ok, [B] bool."""
 
-    def total(judged: Objective, phi: Tensor) -> Tensor:
-        return torch.where(ok, judged.losses(phi), 0.0).sum()
+    def total(at_psi: Objective, phi: Tensor) -> Tensor:
+        return torch.where(ok, at_psi.losses(phi), 0.0).sum()
 
-    return _gradient(total, judged, phi, ok)
+    return _gradient(total, query_objective, phi, ok)
 
 
 def gradient_through_phi(objective: Objective, phi: Tensor, x: Tensor, ok: Tensor) -> Params:
     """`-Σ_i x_i' ∂²L̂_i/∂phi∂psi` at phi [B, D], over the tasks that are ok, [B] bool."""
     x = torch.where(ok[:, None], x, 0.0)
 
-    def total(objective: Objective, phi: Tensor) -> Tensor:
-        return -(x * objective.differentiable_gradient(phi)).sum()
+    def total(at_psi: Objective, phi: Tensor) -> Tensor:
+        return -(x * at_psi.differentiable_gradient(phi)).sum()
 
     return _gradient(total, objective, phi, ok)
 
@@ -63,19 +63,20 @@ def gradient_through_phi(objective: Objective, phi: Tensor, x: Tensor, ok: Tenso
 def _gradient(
     total: Callable[[Objective, Tensor], Tensor], objective: Objective, phi: Tensor, ok: Tensor
 ) -> Params:
-    # A task that is not ok weighs 0, but 0 times its NaN would be in the sum: another stands in.
-    stand_in = torch.where(ok, torch.arange(len(ok), device=ok.device), ok.int().argmax())
-    data = pytree.tree_map(lambda leaf: leaf[stand_in], objective.data)
-    phi = phi[stand_in]
+    # The weight of a failed task is 0, but 0 times its NaN is NaN: compute another task instead.
+    replacement = torch.where(ok, torch.arange(len(ok), device=ok.device), ok.int().argmax())
+    data = pytree.tree_map(lambda leaf: leaf[replacement], objective.data)
+    phi = phi[replacement]
     psi = {name: t.detach().requires_grad_() for name, t in objective.shared.items()}
-    with torch.enable_grad(), objective.computing(phi):
+    with torch.enable_grad(), objective.computing():
         at_psi = Objective(objective.loss, objective.layout, data, shared=psi)
         value = total(at_psi, phi)
         if not value.requires_grad:
             return {name: torch.zeros_like(t) for name, t in psi.items()}
-        slopes = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             value, list(psi.values()), allow_unused=True, materialize_grads=True
         )
     return {
-        name: torch.where(ok.any(), slope, 0.0) for name, slope in zip(psi, slopes, strict=True)
+        name: torch.where(ok.any(), gradient, 0.0)
+        for name, gradient in zip(psi, gradients, strict=True)
     }

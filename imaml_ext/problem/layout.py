@@ -1,4 +1,4 @@
-"""The parameter layout: named tensors as flat rows. Nothing else knows names and shapes."""
+"""The parameter layout: named tensors as flat rows. No other module knows names and shapes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +15,12 @@ class Layout:
 
     Args:
         params: {name: tensor}.
-        label: what messages call them.
+        label: name of the parameters in error messages.
 
     Raises:
         TypeError: `params` is not a mapping of names to float32 or float64 tensors.
-        ValueError: there are no parameters or all are empty, they differ in dtype or device, one is
-            there under two names, or one has no shape yet.
+        ValueError: there are no parameters or all are empty, they differ in dtype or device, two
+            names have the same tensor, or a parameter of a lazy module has no shape yet.
     """
 
     def __init__(self, params: Mapping[str, Tensor], label: str = "params") -> None:
@@ -39,7 +39,7 @@ class Layout:
                 )
             if names.setdefault(id(tensor), name) != name:
                 raise ValueError(
-                    f"{label}[{name!r}] is {label}[{names[id(tensor)]!r}]: name a tied tensor "
+                    f"{label}[{name!r}] is {label}[{names[id(tensor)]!r}]: pass a tied tensor "
                     "once, as dict(model.named_parameters()) does"
                 )
             if tensor.dtype not in (torch.float32, torch.float64):
@@ -53,7 +53,7 @@ class Layout:
         self.sizes = [tensor.numel() for tensor in params.values()]
         self.dim = sum(self.sizes)
         if self.dim == 0:
-            raise ValueError(f"{label} hold no scalars: there is nothing to learn")
+            raise ValueError(f"{label} has only empty tensors: there is nothing to learn")
         self.dtype = first.dtype
         self.device = first.device
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from imaml_ext.problem.layout import Params
-from imaml_ext.problem.unsupported import title
+from imaml_ext.problem.unsupported import layer_name
 
 
 class ModuleLoss:
@@ -24,8 +24,8 @@ class ModuleLoss:
                 module.training and module.track_running_stats
             ):
                 raise ValueError(
-                    f"{title(name, module)} would update its running statistics, which "
-                    "tasks cannot share: make it with track_running_stats=False, or call eval()"
+                    f"{layer_name(name, module)} would update its running statistics, which tasks "
+                    "cannot share: construct it with track_running_stats=False, or call eval()"
                 )
             for key, buffer in module._buffers.items():
                 if buffer is not None:
@@ -33,10 +33,10 @@ class ModuleLoss:
         outputs: Tensor = functional_call(self.model, params, (x,))
         for name, module, key, buffer, version in buffers:
             if module._buffers[key] is not buffer or _version(buffer) != version:
-                module._buffers[key] = buffer  # not what vmap has put there
+                module._buffers[key] = buffer  # it may hold a tensor of vmap
                 raise ValueError(
-                    f"{title(name, module)} writes its buffer {key!r} in forward, which tasks "
-                    "cannot share: call eval() if that stops it, or return what it keeps"
+                    f"{layer_name(name, module)} writes its buffer {key!r} in forward, which tasks "
+                    "cannot share: call eval() if that prevents it, or return the new value"
                 )
         return outputs
 
@@ -56,10 +56,9 @@ class ModuleLoss:
 def module_loss(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]) -> ModuleLoss:
     """`(params, (x, y)) -> criterion(model(x), y)`: a scalar, for one task.
 
-    `params` maps names of the model's parameters to tensors; a parameter that it leaves out keeps
-    the model's own value and is not adapted. The model runs in the mode it is in. Its buffers are
-    read; one that forward writes is a ValueError: use
-    `nn.BatchNorm2d(..., track_running_stats=False)`.
+    `params` maps names of the model's parameters to tensors; a missing parameter keeps the model's
+    value and is not adapted. The model runs in its current mode. Its buffers may be read but not
+    written in forward: use `nn.BatchNorm2d(..., track_running_stats=False)`.
 
     Args:
         model: called with x, [N, ...] or a pytree of such tensors, as its one argument.
@@ -67,8 +66,8 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor])
             `torch.nn.functional.mse_loss`; `curvature="ggn"` differentiates it twice.
 
     Returns:
-        The loss; its `outputs(params, x)` are the model's. Calling it raises a ValueError where
-        forward would write a buffer, and a TypeError where the data are no pair.
+        The loss; `loss.outputs(params, x)` are the model's outputs. Calling it raises a ValueError
+        if forward writes a buffer, and a TypeError if the data are not a pair (x, y).
     """
     return ModuleLoss(model, criterion)
 

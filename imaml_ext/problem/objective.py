@@ -1,7 +1,7 @@
-"""Losses of a whole batch of tasks, with their gradients and curvature, on [B, D] row buffers.
+"""Losses of a batch of tasks, with their gradients and curvature, on [B, D] row buffers.
 
-Only the forward pass is vmapped. The per-task losses are summed, so one call of `autograd.grad` on
-the stacked rows gives every task's gradient: row i of the sum's gradient is task i's.
+Only the forward pass is vmapped. The losses of the tasks are summed, so one call of `autograd.grad`
+on the stacked rows gives every task's gradient: row i of the sum's gradient is that of task i.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,17 +19,15 @@ from imaml_ext.ops.vmap_layers import task_layers
 from imaml_ext.problem.layout import Layout, Params
 from imaml_ext.problem.module_loss import ModuleLoss
 from imaml_ext.problem.precision import one_precision
-from imaml_ext.problem.unsupported import check_differentiable_twice, explain
+from imaml_ext.problem.unsupported import check_differentiable_twice, unsupported_layer_message
 
 Matvec = Callable[[Tensor], Tensor]  # [B, D] -> [B, D], row i times the matrix of task i
 CurvatureKind = Literal["hessian", "ggn"]
-
-
-Loss = Callable[[Params, Any], Tensor]
+Loss = Callable[[Params, Any], Tensor]  # (params, data) -> 0-d, for one task
 
 
 class Linearisation(NamedTuple):
-    """A batch of losses around one point."""
+    """Losses, gradients and curvature products of a batch of tasks at one point."""
 
     losses: Tensor  # [B]
     gradient: Tensor  # [B, D]
@@ -41,15 +39,15 @@ class Objective:
 
     Args:
         loss: `(params, data) -> scalar` for one task.
-        layout: of the rows.
+        layout: parameter layout of the rows.
         data: pytree of [B, N, ...] tensors.
-        label: what messages call the data.
-        shared: parameters that all tasks have in common: the loss gets them beside its row.
+        label: name of the data in error messages.
+        shared: parameters common to all tasks, {name: tensor}; the loss gets them too.
 
     Raises:
-        TypeError: a leaf of the data is not a tensor, or of another floating dtype than the rows.
-        ValueError: there are no leaves, B or N is 0, leading sizes differ, or another device.
-        RuntimeError: a transform of `torch.func`, or forward-mode differentiation, is under way.
+        TypeError: a leaf of the data is not a tensor, or its floating dtype is not the rows'.
+        ValueError: the data has no leaves, B or N is 0, or leading sizes or devices differ.
+        RuntimeError: called inside a transform of `torch.func` or forward-mode differentiation.
     """
 
     def __init__(
@@ -70,62 +68,57 @@ class Objective:
 
     def losses(self, rows: Tensor) -> Tensor:
         """[B] from [B, D]."""
-        with self.computing(rows):
+        with self.computing():
             return self._for_each_task(self._one_loss, rows, self.data)
 
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [B] and gradients [B, D]."""
         leaf, losses = self._record(self.losses, rows)
-        with self.computing(rows):
+        with self.computing():
             return losses.detach(), _vjp(losses, leaf, torch.ones_like(losses))
 
     def differentiable_gradient(self, rows: Tensor) -> Tensor:
-        """Gradients [B, D], in the graph of `rows` where gradients are being recorded."""
+        """Gradients [B, D], in the graph of `rows` in grad mode."""
         if not torch.is_grad_enabled():
             return self.gradient(rows)[1]
         at = rows if rows.requires_grad else rows.detach().requires_grad_()
         losses = self.losses(at)
-        with self.computing(rows):
-            if not self._checked:  # once, of the graphs that may be chained to thousands
+        with self.computing():
+            if not self._checked:  # once: unrolled steps chain up to thousands of such graphs
                 check_differentiable_twice(losses, at)
                 self._checked = True
             return _vjp(losses, at, torch.ones_like(losses), create_graph=True)
 
     def linearise(self, rows: Tensor, kind: CurvatureKind) -> Linearisation:
-        """Losses, gradients and a curvature product.
+        """Losses, gradients and curvature products at rows [B, D].
 
-        The graph of the gradient is recorded once; each product is then one backward pass through
-        it. It lives as long as `matvec` does.
+        The graph of the gradient is recorded once; each product is one backward pass through it.
+        The graph is freed with `matvec`.
         """
-        with self.computing(rows):
+        with self.computing():
             at = self._hessian(rows) if kind == "hessian" else self._gauss_newton(rows)
 
         def matvec(vector: Tensor) -> Tensor:
-            with self.computing(rows):
+            with self.computing():
                 return at.matvec(vector)
 
         return at._replace(matvec=matvec)
 
     @contextmanager
-    def computing(self, rows: Tensor) -> Iterator[None]:
-        """What functions of rows [B, D] are computed and differentiated in.
+    def computing(self) -> Iterator[None]:
+        """Context in which losses are computed and differentiated: precision, and error messages.
 
         Raises:
-            RuntimeError: names the layer which PyTorch cannot batch or differentiate.
+            RuntimeError: with what to do, if PyTorch cannot batch or differentiate an operator.
         """
         try:
             with one_precision(self.layout.device):
                 yield
         except RuntimeError as error:
-            explanation = explain(error, lambda: self._example(rows))
-            if explanation is None:
+            message = unsupported_layer_message(error)
+            if message is None:
                 raise
-            raise RuntimeError(explanation) from error
-
-    def _example(self, rows: Tensor) -> Tensor:
-        """The first task's loss, in the graph of a row of its own."""
-        data = pytree.tree_map(lambda leaf: leaf[0], self.data)
-        return self._one_loss(rows[0].detach().requires_grad_(), data)
+            raise RuntimeError(message) from error
 
     def _hessian(self, rows: Tensor) -> Linearisation:
         leaf, losses = self._record(self.losses, rows)
@@ -140,13 +133,13 @@ class Objective:
     def _gauss_newton(self, rows: Tensor) -> Linearisation:
         """`J' H_out J`: J of the outputs by the parameters, H_out of the criterion by the outputs.
 
-        J is applied by differentiating `u -> J' u`, which is linear, by u.
+        J is applied by differentiating the linear function `u -> J' u` by u.
         Source: Schraudolph 2002.
         """
         if not isinstance(self.loss, ModuleLoss):
             raise TypeError(
-                "curvature='ggn' needs to see the model's outputs: make the loss with module_loss, "
-                "or take the Hessian, ConjugateGradient(curvature='hessian')"
+                "curvature='ggn' needs the model's outputs: make the loss with module_loss, "
+                "or use curvature='hessian'"
             )
         x, y = self.loss.pair(self.data)
         leaf, outputs = self._record(
@@ -155,21 +148,21 @@ class Objective:
         z, losses = self._record(lambda z: self._for_each_task(self._one_criterion, z, y), outputs)
         check_differentiable_twice(losses, z)
         check_differentiable_twice(outputs, leaf)
-        slope = _vjp(losses, z, torch.ones_like(losses), create_graph=True)
-        gradient = _vjp(outputs, leaf, slope.detach(), retain_graph=True)
+        out_grad = _vjp(losses, z, torch.ones_like(losses), create_graph=True)
+        gradient = _vjp(outputs, leaf, out_grad.detach(), retain_graph=True)
         u = torch.zeros_like(outputs, requires_grad=True)
         transposed = _vjp(outputs, leaf, u, create_graph=True)
 
         def matvec(vector: Tensor) -> Tensor:
             tangent = _vjp(transposed, u, vector, retain_graph=True)
-            bent = _vjp(slope, z, tangent, retain_graph=True)
-            return _vjp(outputs, leaf, bent, retain_graph=True)
+            out_hvp = _vjp(out_grad, z, tangent, retain_graph=True)
+            return _vjp(outputs, leaf, out_hvp, retain_graph=True)
 
         return Linearisation(losses.detach(), gradient, matvec)
 
     @staticmethod
     def _record(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
-        check_recording()
+        check_inference_mode()
         leaf = at.detach().requires_grad_()
         with torch.enable_grad():
             return leaf, function(leaf)
@@ -193,8 +186,8 @@ class Objective:
         return _scalar(self.loss.criterion(z, y)).to(self.layout.dtype)
 
 
-def check_recording() -> None:
-    """Raises RuntimeError in inference mode: nothing is recorded there, even under enable_grad."""
+def check_inference_mode() -> None:
+    """Raises RuntimeError in inference mode, where autograd is off even under enable_grad."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("imaml_ext cannot differentiate in inference mode: use no_grad")
 
@@ -203,8 +196,15 @@ def check_no_transform() -> None:
     """Raises RuntimeError inside torch.func's transforms and forward-mode differentiation."""
     if _functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         raise RuntimeError(
-            "imaml_ext cannot run inside vmap, grad, jvp or another transform of torch.func: give "
-            "it all tasks as one batch, and differentiate adapt by backward() or autograd.grad"
+            "imaml_ext cannot run inside vmap, grad, jvp or another transform of torch.func: pass "
+            "all tasks as one batch, and differentiate adapt by backward() or autograd.grad"
+        )
+
+
+def check_same_tasks(support: Objective, query: Objective) -> None:
+    if support.tasks != query.tasks:
+        raise ValueError(
+            f"support has {support.tasks} tasks and query {query.tasks}: B must be the same"
         )
 
 
@@ -221,7 +221,7 @@ def _count_tasks(layout: Layout, data: Any, label: str) -> int:
         if leaf.numel() == 0:
             raise ValueError(f"{place} is empty: shape {list(leaf.shape)}")
         if leaf.device != layout.device:
-            raise ValueError(f"{place} is on {leaf.device}, the parameters are on {layout.device}")
+            raise ValueError(f"{place} is on {leaf.device}, the parameters on {layout.device}")
         if (leaf.is_floating_point() or leaf.is_complex()) and leaf.dtype != layout.dtype:
             raise TypeError(f"{place} is {leaf.dtype}, the parameters are {layout.dtype}")
     sizes: list[int] = [leaf.shape[0] for leaf in leaves]
@@ -238,7 +238,7 @@ def _scalar(loss: Any) -> Tensor:
     if loss.dim() != 0:
         raise ValueError(
             f"the loss of one task must be a scalar, got shape {list(loss.shape)}: "
-            "take its mean or sum"
+            "return its mean or sum"
         )
     return loss
 

@@ -1,8 +1,8 @@
-"""The precision of float32 on CUDA: that of matrix products, for cuDNN's layers too.
+"""float32 precision on CUDA: cuDNN's layers use the setting of matrix products.
 
-A curvature product in TF32 has two digits. PyTorch's matrix products are IEEE float32 unless
-`torch.set_float32_matmul_precision` says otherwise, but cuDNN's convolutions and recurrent layers
-are TF32 by default. Here that one setting holds for all.
+A curvature product in TF32 has about two correct digits. PyTorch's matrix products are IEEE float32
+unless `torch.set_float32_matmul_precision` changes that, but cuDNN's convolutions and recurrent
+layers are TF32 by default.
 """
 
 import warnings
@@ -18,7 +18,7 @@ _cudnn: Any = torch.backends.cudnn
 
 @contextmanager
 def one_precision(device: torch.device) -> Iterator[None]:
-    """cuDNN's layers on this device compute as matrix products do. Not apart for each thread."""
+    """Context in which cuDNN's layers have the precision of matrix products, in all threads."""
     if device.type != "cuda":
         yield
         return
@@ -46,7 +46,7 @@ def _set_precisions(precisions: list[str]) -> None:
 
 
 def _older_setting() -> bool | None:
-    """`torch.backends.cudnn.allow_tf32`; None where the newer ones contradict it already."""
+    """`torch.backends.cudnn.allow_tf32`; None if the newer settings already contradict it."""
     _silence_deprecation()
     with suppress(RuntimeError):
         return bool(_cudnn.allow_tf32)
@@ -55,7 +55,7 @@ def _older_setting() -> bool | None:
 
 @cache
 def _silence_deprecation() -> None:
-    """Some versions of torch warn of the older setting once in a process."""
+    """Some versions of torch warn about the older setting, once per process."""
     with warnings.catch_warnings(), suppress(RuntimeError):
         warnings.simplefilter("ignore")
         _cudnn.allow_tf32 = _cudnn.allow_tf32

@@ -1,4 +1,4 @@
-"""The inner problems of a batch of tasks: a loss each, and the proximal term."""
+"""The inner problems of a batch of tasks: a loss for each, and the proximal term."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imaml_ext.ops.rows import prox_norms, row_dot
-from imaml_ext.problem.lam import is_positive, matrix_product
+from imaml_ext.problem.lam import LamOperator
 from imaml_ext.problem.layout import Layout
 from imaml_ext.problem.objective import Objective
 
@@ -17,19 +17,18 @@ class Proximal:
 
     Args:
         objective: the losses L_i on the support sets.
-        theta: where the tasks start, and what Λ pulls them to, [D].
-        lam: Λ: [1] for a scalar, [D] for a diagonal, [D, D] dense.
+        theta: initial point of every task and centre of the proximal term, [D].
+        lam: Λ: [1] for a scalar, [D] for a diagonal, [D, D] for a dense matrix.
 
     Attributes:
-        objective, theta, lam: as given.
-        fused: what of Λ the kernels add by themselves, [1] or [D]: all but a dense one.
+        objective, theta: as given.
+        lam: Λ as a `LamOperator`: `lam.mv(rows)` is `Λ rows_i`, and `lam.values` the given tensor.
     """
 
     def __init__(self, objective: Objective, theta: Tensor, lam: Tensor) -> None:
         self.objective = objective
         self.theta = theta
-        self.lam = lam
-        self.fused = lam if lam.dim() == 1 else lam.new_zeros(1)
+        self.lam = LamOperator(lam)
 
     @property
     def tasks(self) -> int:
@@ -42,48 +41,39 @@ class Proximal:
         return self.objective.layout
 
     def start(self) -> Tensor:
-        """theta for every task, [B, D], to be written."""
+        """A copy of theta for every task, [B, D]."""
         return self.theta.expand(self.tasks, -1).clone()
 
     def one_by_one(self) -> Iterator["Proximal"]:
-        """The B inner problems, each as a batch of one: for solvers that know a single vector."""
+        """The B inner problems, each as a batch of one: for solvers of a single vector."""
         for i in range(self.tasks):
             data = pytree.tree_map(lambda leaf, i=i: leaf[i : i + 1], self.objective.data)
             one = Objective(self.objective.loss, self.layout, data, shared=self.objective.shared)
-            yield Proximal(one, self.theta, self.lam)
+            yield Proximal(one, self.theta, self.lam.values)
 
     def values(self, phi: Tensor) -> Tensor:
         """G at phi [B, D]; [B] float64."""
         with torch.no_grad():
             displacement = phi - self.theta
-            return self.objective.losses(phi) + 0.5 * row_dot(
-                displacement, self.strengthen(displacement)
-            )
+            losses = self.objective.losses(phi)
+            return losses + 0.5 * row_dot(displacement, self.lam.mv(displacement))
 
     def value_and_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """G [B] float64 and ∇G [B, D] at phi [B, D]."""
-        return self.complete(phi, *self.objective.gradient(phi))
+        return self.add_proximal(phi, *self.objective.gradient(phi))
 
-    def complete(self, phi: Tensor, losses: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def add_proximal(self, phi: Tensor, losses: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """G [B] float64 and ∇G [B, D] from the losses [B] and their gradients [B, D] at phi."""
         with torch.no_grad():
             displacement = phi - self.theta
-            pull = self.strengthen(displacement)
+            pull = self.lam.mv(displacement)
             return losses + 0.5 * row_dot(displacement, pull), gradient + pull
 
     def unfused(self, phi: Tensor, gradient: Tensor) -> Tensor:
-        """∇L and, for a dense Λ, `Λ (phi - theta)`: what the kernels do not add by themselves."""
-        return gradient if self.lam.dim() == 1 else gradient + self.strengthen(phi - self.theta)
+        """From ∇L at phi, [B, D], the gradient to which the fused kernels add the rest of ∇G."""
+        return self.lam.add_unfused(gradient, phi, self.theta)
 
     def residual(self, phi: Tensor, gradient: Tensor) -> Tensor:
         """`‖∇G‖` [B] float64, from ∇L at phi."""
-        norm2, _ = prox_norms(phi, self.unfused(phi, gradient), self.theta, self.fused)
+        norm2, _ = prox_norms(phi, self.unfused(phi, gradient), self.theta, self.lam.fused)
         return norm2.sqrt()
-
-    def strengthen(self, rows: Tensor) -> Tensor:
-        """`Λ rows_i` of every row, [B, D]."""
-        return rows * self.lam if self.lam.dim() == 1 else matrix_product(rows, self.lam)
-
-    def is_usable(self) -> Tensor:
-        """Whether Λ is finite and positive definite: one bool, still on the device."""
-        return is_positive(self.lam)

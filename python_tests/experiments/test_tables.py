@@ -113,11 +113,11 @@ def test_the_released_code_solves_another_system():
     problem, hessian, _ = quadratic()
     v = torch.randn(3, 4, dtype=torch.float64)
     at = problem.objective.linearise(problem.start(), "hessian")
-    solution = AuthorsCodeCG(max_iter=8).solve(at.matvec, v, problem.lam)
+    solution = AuthorsCodeCG(max_iter=8).solve(at.matvec, v, problem.lam.values)
     lam = 2.0
     system = 2 * torch.eye(4, dtype=torch.float64) + hessian / (lam + 10)
     torch.testing.assert_close(lam * solution.value, torch.linalg.solve(system, v))
-    with pytest.raises(ValueError, match="carries no curvature"):  # no certificate of the true one
+    with pytest.raises(ValueError, match="measured no curvature"):  # no certificate of the true one
         _ = solution.error_estimate
 
 
@@ -135,11 +135,11 @@ def test_without_the_proximal_term_adaptation_is_plain_descent():
 def test_adapting_otherwise_keeps_what_was_learned():
     one = build(dataclasses.replace(PRESETS["sinusoid"], learn_lam="scalar"))
     with torch.no_grad():
-        for tensor in one.method.extra().values():
+        for tensor in one.method.hyperparameters().values():
             tensor += 1
     other = one.adapting(eval_proximal=False, inner_steps=3).method
-    for name, tensor in one.method.extra().items():
-        torch.testing.assert_close(other.extra()[name], tensor)
+    for name, tensor in one.method.hyperparameters().items():
+        torch.testing.assert_close(other.hyperparameters()[name], tensor)
 
 
 # ---- time as the limit ------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def regression(tasks: int = 4, device: str | torch.device = "cpu") -> Problem:
 
 
 def classification(tasks: int = 4, device: str | torch.device = "cpu") -> Problem:
-    """Softmax regression on tanh features, float64: cross-entropy, for the Gauss-Newton matrix."""
+    """A tanh network with cross-entropy loss, float64; for the Gauss-Newton matrix."""
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).to(device, torch.float64)
 
     def data() -> tuple[Tensor, Tensor]:

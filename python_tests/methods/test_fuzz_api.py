@@ -1,6 +1,6 @@
-"""Whatever the library is called with: the exact answer, or an error in one line.
+"""Random arguments give the exact answer, or an error in one line.
 
-The oracle is a loop over the tasks, one at a time, with dense matrices in float64.
+The oracle is a loop over the tasks, with dense matrices in float64.
 """
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from fuzz import sampled, tried
 from fuzz_problems import (
     assert_near,
-    assert_refused,
+    assert_rejected,
     inner_solvers,
     lam_like,
     linear_solvers,
@@ -36,11 +36,11 @@ from imaml_ext import (
     implicit_meta_grad,
 )
 
-# ---- right answers ---------------------------------------------------------------------------
+# ---- valid arguments ------------------------------------------------------------------------
 
 
 @given(st.data())
-def test_the_meta_gradient_is_that_of_a_dense_solve(data):
+def test_the_meta_gradient_agrees_with_a_dense_solve(data):
     problem = data.draw(problems())
     inner, cg = data.draw(inner_solvers()), data.draw(linear_solvers(problem.layout.dim))
     before = [t.clone() for t in problem.tensors()]
@@ -62,64 +62,62 @@ def test_the_meta_gradient_is_that_of_a_dense_solve(data):
 
 
 @given(st.data())
-def test_autograd_through_adapt_is_that_of_a_dense_solve(data):
+def test_autograd_through_adapt_agrees_with_a_dense_solve(data):
     problem = data.draw(problems())
     layout, inner = problem.layout, data.draw(inner_solvers())
     leaves = {n: t.clone().requires_grad_() for n, t in problem.params.items()}
     lam = problem.lam
-    strengths = [t.requires_grad_() for t in pytree.tree_leaves(lam) if isinstance(t, Tensor)]
+    lam_tensors = [t.requires_grad_() for t in pytree.tree_leaves(lam) if isinstance(t, Tensor)]
     phi = adapt(
         problem.loss, leaves, problem.support, lam=lam, inner=inner,
         linear=data.draw(linear_solvers(layout.dim)),
     )  # fmt: skip
     torch.func.vmap(problem.loss)(phi, problem.query).mean().backward()
     tried["adapt"] += 1
-    for t in strengths:
+    for t in lam_tensors:
         t.requires_grad_(False)
     to_theta, to_lam = problem.exact(layout.flatten(phi).detach())
     got = layout.flatten({n: t.grad for n, t in leaves.items()})
     assert_near(got, to_theta.mean(0), layout.dtype)
-    if strengths:
+    if lam_tensors:
         expected = pytree.tree_leaves(lam_like(problem, to_lam.mean(0)))
-        for t, slope in zip(strengths, expected, strict=True):
-            assert_near(t.grad, slope, layout.dtype)
+        for t, gradient in zip(lam_tensors, expected, strict=True):
+            assert_near(t.grad, gradient, layout.dtype)
 
 
 def descended(problem, i, *, steps, lr, momentum, nesterov, lam, data=None):
     """phi of task i after steps of torch.optim.SGD's rule, in the graph of theta: float64."""
     theta = {n: t.detach().double().requires_grad_() for n, t in problem.params.items()}
     phi, velocity = dict(theta), None
-    turns = data or [problem.support]
+    data_sets = data or [problem.support]
     for step in range(steps):
         task = pytree.tree_map(
             lambda t: t.double() if t.is_floating_point() else t,
-            problem.task(turns[step % len(turns)], i),
+            problem.task(data_sets[step % len(data_sets)], i),
         )
         loss = problem.loss(phi, task)
         if lam is not None:
             loss = loss + lam / 2 * sum(((phi[n] - theta[n]) ** 2).sum() for n in phi)
-        # Through the gradient by phi alone: theta in the proximal term is differentiated by the
-        # step that it makes.
-        slopes = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
-        if step == 0 and lam is not None:  # phi is theta itself: the term's own pull is 0
-            slopes = torch.autograd.grad(
+        gradients = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+        if step == 0 and lam is not None:  # phi is the tensor theta: the proximal term is constant
+            gradients = torch.autograd.grad(
                 problem.loss(phi, task), list(phi.values()), create_graph=True
             )
         if velocity is None:
-            velocity = slopes
+            velocity = gradients
         else:
-            velocity = [momentum * v + g for v, g in zip(velocity, slopes, strict=True)]
+            velocity = [momentum * v + g for v, g in zip(velocity, gradients, strict=True)]
         if nesterov:
-            slopes = [g + momentum * v for v, g in zip(velocity, slopes, strict=True)]
+            gradients = [g + momentum * v for v, g in zip(velocity, gradients, strict=True)]
         elif momentum:
-            slopes = velocity
-        phi = {n: t - lr * g for (n, t), g in zip(phi.items(), slopes, strict=True)}
+            gradients = velocity
+        phi = {n: t - lr * g for (n, t), g in zip(phi.items(), gradients, strict=True)}
     return theta, phi
 
 
 @pytest.mark.parametrize("kind", [MAML, FOMAML, Reptile, TruncatedMAML])
 @given(data=st.data())
-def test_methods_without_a_solve_are_a_loop_over_tasks(kind, data):
+def test_methods_without_a_linear_solve_agree_with_a_loop_over_tasks(kind, data):
     problem = data.draw(problems())
     steps, momentum = data.draw(st.integers(0, 4)), data.draw(sampled(0.0, 0.5))
     nesterov = momentum > 0 and data.draw(st.booleans())
@@ -143,14 +141,14 @@ def test_methods_without_a_solve_are_a_loop_over_tasks(kind, data):
         task = pytree.tree_map(
             lambda t: t.double() if t.is_floating_point() else t, problem.task(problem.query, i)
         )
-        slopes = torch.autograd.grad(problem.loss(phi, task), list(by.values()))
-        expected.append(torch.cat([g.reshape(-1) for g in slopes]))
+        gradients = torch.autograd.grad(problem.loss(phi, task), list(by.values()))
+        expected.append(torch.cat([g.reshape(-1) for g in gradients]))
     layout = problem.layout
     assert not out.failed.any()
     assert_near(layout.flatten(out.params), torch.stack(expected).mean(0).detach(), layout.dtype)
 
 
-# ---- what does not fit -----------------------------------------------------------------------
+# ---- invalid arguments --------------------------------------------------------------------
 
 
 def half(t):
@@ -248,9 +246,9 @@ WRONG = {
 @pytest.mark.parametrize(("argument", "key"), [(a, key) for a in WRONG for key in WRONG[a]])
 @settings(max_examples=max(3, settings().max_examples // 10))
 @given(data=st.data())
-def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(argument, key, data):
+def test_invalid_arguments_are_rejected_in_one_line_and_nothing_is_written(argument, key, data):
     problem = data.draw(problems())
-    assume(problem.layout.dim > 1)  # or a matrix is a number
+    assume(problem.layout.dim > 1)  # or some of the wrong lams are valid
     wrong = WRONG[argument][key]
     arguments = {
         "loss": problem.loss, "params": problem.params, "support": problem.support,
@@ -264,18 +262,18 @@ def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(argumen
     elif argument == "adapted":
         wrong = wrong(problem)
     arguments[argument] = wrong
-    if (argument, key) == ("params", "half"):  # throughout, or the data would be refused
+    if (argument, key) == ("params", "half"):  # all, or the error would be about the data
         for name in ("support", "query"):
             arguments[name] = pytree.tree_map(half, arguments[name])
         arguments["lam"] = 1.0
     before = [t.clone() for t in problem.tensors()]
     calls = [lambda: implicit_meta_grad(**arguments)]
-    # Only beside a query set are there too many tasks.
+    # Too many tasks are an error only together with a query set.
     if argument not in ("query", "nonfinite", "adapted") and key not in ("more tasks", "huge"):
         del_query = {n: v for n, v in arguments.items() if n != "query"}
         calls.append(lambda: adapt(**del_query))
     for call in calls:
-        assert_refused(call)
+        assert_rejected(call)
         tried["implicit_meta_grad" if call is calls[0] else "adapt"] += 1
     assert all(torch.equal(a, b) for a, b in zip(before, problem.tensors(), strict=True))
 
@@ -283,14 +281,15 @@ def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(argumen
 COUNTS = sampled(-1, 1.5, torch.nan, "3", None, True)
 POSITIVE = sampled(0.0, -1.0, torch.nan, torch.inf, "1", None)
 NOT_NEGATIVE = sampled(-1.0, torch.nan, "1")
-SHARE = sampled(-0.1, 1.0, torch.nan, torch.inf, "1", None)
+FRACTION = sampled(-0.1, 1.0, torch.nan, torch.inf, "1", None)
 SETTINGS = [
-    (GradientDescent, {"lr": POSITIVE, "steps": COUNTS, "tol": NOT_NEGATIVE, "momentum": SHARE}),
+    (GradientDescent, {"lr": POSITIVE, "steps": COUNTS, "tol": NOT_NEGATIVE, "momentum": FRACTION}),
     (Adam, {"lr": POSITIVE, "steps": COUNTS, "tol": NOT_NEGATIVE, "eps": NOT_NEGATIVE,
             "betas": sampled((0.9,), (0.9, 1.0), (-0.1, 0.9), (0.9, torch.nan), (), (0.5,) * 3)}),
     (LBFGS, {"steps": COUNTS, "tol": NOT_NEGATIVE, "history": st.one_of(COUNTS, st.just(0))}),
     (HessianFree, {"steps": COUNTS, "tol": NOT_NEGATIVE, "damping": NOT_NEGATIVE}),
-    (Backtracking, {"trials": st.one_of(COUNTS, st.just(0)), "shrink": SHARE, "sufficient": SHARE}),
+    (Backtracking, {"trials": st.one_of(COUNTS, st.just(0)), "shrink": FRACTION,
+                    "sufficient": FRACTION}),
     *[(kind, {"max_iter": st.one_of(COUNTS, st.just(0)), "rtol": NOT_NEGATIVE,
               "atol": NOT_NEGATIVE, "damping": sampled(-1.0, torch.nan, torch.inf, "1", None),
               "curvature": sampled("newton", None)} | more)
@@ -301,10 +300,10 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("kind", "settings"), SETTINGS)
 @given(data=st.data())
-def test_a_setting_that_cannot_be_is_refused_where_it_is_made(kind, settings, data):
+def test_invalid_settings_are_rejected_by_the_constructor(kind, settings, data):
     name = data.draw(st.sampled_from(sorted(settings)))
     value = data.draw(settings[name])
-    assert_refused(lambda: kind(**{name: value}))
+    assert_rejected(lambda: kind(**{name: value}))
     tried[kind.__name__] += 1
 
 
@@ -312,7 +311,7 @@ def test_a_setting_that_cannot_be_is_refused_where_it_is_made(kind, settings, da
 
 
 @given(problems(), st.integers(0, 3))
-def test_a_layout_takes_apart_what_it_has_joined(problem, rows):
+def test_unflatten_inverts_flatten(problem, rows):
     layout = problem.layout
     batch = {n: t.expand(rows, *t.shape) for n, t in problem.params.items()}
     for params in (problem.params, batch):
@@ -324,7 +323,7 @@ def test_a_layout_takes_apart_what_it_has_joined(problem, rows):
     tried["Layout"] += 2
 
 
-def test_huge_parameters_without_memory_are_only_shapes():
+def test_a_meta_gradient_on_the_meta_device_allocates_no_memory():
     weight = torch.empty(2**20, 2**20, device="meta")
     support = query = torch.empty(8, 5, 2**20, device="meta")
 

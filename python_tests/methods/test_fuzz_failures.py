@@ -1,4 +1,4 @@
-"""Tasks that are not finite, explode or meet negative curvature are named, and poison nothing."""
+"""Tasks that are not finite, diverge or have negative curvature are reported one by one."""
 
 import pytest
 import torch
@@ -8,11 +8,11 @@ from fuzz_problems import (
     assert_near,
     convex,
     inner_solvers,
-    named_by,
-    poisoned,
     problems,
+    reported_tasks,
     saddle,
     state,
+    with_nonfinite_data,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,16 +29,16 @@ from imaml_ext import (
 from imaml_ext.training.trainer import NonfiniteError
 
 
-def seen(out, problem):
-    """The gradients that there are: not by what is empty, nor by the strength of it."""
+def nonempty_gradients(out, problem):
+    """All gradients but those by empty parameters and their lam."""
     empty = [n for n, t in problem.params.items() if not t.numel()]
     named = out.named().items()
     return [t for name, t in named if t.numel() and not name.endswith(tuple(empty) or ("\0",))]
 
 
 @pytest.mark.parametrize("form", ["0-d", "diagonal", "dense"])
-def test_a_product_that_overflows_is_a_task_that_failed(form):
-    # phi and x are finite, as after an inner loop that exploded; x times phi - theta is not.
+def test_a_task_whose_gradient_overflows_has_failed(form):
+    # phi and x are finite, as after an inner loop that diverged; x times phi - theta is not.
     params = {"w": torch.zeros(2)}
     lam = {"0-d": torch.tensor(1.0), "diagonal": {"w": torch.ones(2)}, "dense": torch.eye(2)}[form]
     phi = {"w": torch.tensor([[1.0, 1.0], [1e25, 1e25]])}
@@ -51,7 +51,7 @@ def test_a_product_that_overflows_is_a_task_that_failed(form):
         for nonfinite in ("omit", "propagate")
     }  # fmt: skip
     assert out["omit"].failed.tolist() == [False, True]
-    assert named_by(out["omit"].describe()) == {1}
+    assert reported_tasks(out["omit"].describe()) == {1}
     assert all(t.isfinite().all() for t in pytree.tree_leaves(out["omit"].named()))
     torch.testing.assert_close(out["omit"].params["w"], torch.ones(2))
     assert all(t.isnan().all() for t in pytree.tree_leaves(out["propagate"].named()))
@@ -59,9 +59,9 @@ def test_a_product_that_overflows_is_a_task_that_failed(form):
 
 @pytest.mark.parametrize("name", METHODS)
 @given(data=st.data())
-def test_a_task_that_is_not_finite_is_named_and_touches_no_other(name, data):
+def test_a_nonfinite_task_is_reported_and_does_not_change_the_others(name, data):
     problem = data.draw(problems())
-    bad, tasks = poisoned(data.draw, problem)
+    bad, tasks = with_nonfinite_data(data.draw, problem)
     settings = {}
     if name.startswith("IMAML"):
         settings = {"inner": data.draw(inner_solvers()), "linear": ConjugateGradient(max_iter=3)}
@@ -70,32 +70,32 @@ def test_a_task_that_is_not_finite_is_named_and_touches_no_other(name, data):
     good = sorted(set(range(problem.tasks)) - tasks)
     clean = METHODS[name](problem, **settings).meta_gradient(problem.batch)
     assert not clean.failed.any()
-    skip = METHODS[name](bad, nonfinite="omit", **settings).meta_gradient(bad.batch)
-    refuse = METHODS[name](bad, **settings).meta_gradient(bad.batch)
-    tried[f"{name.split(',')[0]}, poisoned"] += 2
-    for out in (skip, refuse):
+    omit = METHODS[name](bad, nonfinite="omit", **settings).meta_gradient(bad.batch)
+    propagate = METHODS[name](bad, **settings).meta_gradient(bad.batch)
+    tried[f"{name.split(',')[0]}, nonfinite"] += 2
+    for out in (omit, propagate):
         assert set(out.failed.nonzero().flatten().tolist()) == tasks
-        assert named_by(out.describe()) == tasks
+        assert reported_tasks(out.describe()) == tasks
         for got, expected in zip(state(out), state(clean), strict=True):
             assert torch.equal(got[good], expected[good])
-    for gradient in seen(refuse, problem):
+    for gradient in nonempty_gradients(propagate, problem):
         assert gradient.isnan().all() if tasks else gradient.isfinite().all()
-    lost = ~skip.support_loss.isfinite()
-    assert (skip.inner.status[lost] == Status.NONFINITE).all()
+    lost = ~omit.support_loss.isfinite()
+    assert (omit.inner.status[lost] == Status.NONFINITE).all()
     if not good:
-        assert not any(t.any() for t in skip.named().values())
+        assert not any(t.any() for t in omit.named().values())
         return
     alone = METHODS[name](problem.pick(good), **settings).meta_gradient(problem.pick(good).batch)
-    for got, expected in zip(skip.named().values(), alone.named().values(), strict=True):
+    for got, expected in zip(omit.named().values(), alone.named().values(), strict=True):
         assert got.isfinite().all()
         assert_near(got, expected, problem.layout.dtype, 0.01)
 
 
 @given(st.data())
-def test_the_order_of_tasks_is_that_of_the_report_and_of_nothing_else(data):
+def test_permuting_the_tasks_permutes_the_report_only(data):
     problem = data.draw(problems())
     order = data.draw(st.permutations(range(problem.tasks)))
-    bad, _ = poisoned(data.draw, problem)
+    bad, _ = with_nonfinite_data(data.draw, problem)
     settings = {"lam": problem.lam, "inner": data.draw(inner_solvers()), "nonfinite": "omit"}
     out, other = (
         implicit_meta_grad(p.loss, p.params, p.support, p.query, **settings)
@@ -110,23 +110,23 @@ def test_the_order_of_tasks_is_that_of_the_report_and_of_nothing_else(data):
 
 @pytest.mark.parametrize("name", METHODS)
 @given(data=st.data())
-def test_an_inner_loop_that_explodes_never_gives_a_gradient_that_is_not_finite(name, data):
+def test_a_diverging_inner_loop_never_gives_a_nonfinite_gradient(name, data):
     problem = data.draw(problems(data.draw(sampled(convex, saddle))))
     for t in problem.params.values():
         t.requires_grad_()
     lr = 10.0 ** data.draw(st.integers(0, 30))
     inner = GradientDescent(lr=lr, steps=data.draw(st.integers(1, 12)))
     out = METHODS[name](problem, inner=inner, nonfinite="omit").meta_gradient(problem.batch)
-    tried[f"{name.split(',')[0]}, exploding"] += 1
+    tried[f"{name.split(',')[0]}, diverging"] += 1
     assert all(t.isfinite().all() for t in out.named().values())
-    assert named_by(out.describe()) <= set(out.failed.nonzero().flatten().tolist())
+    assert reported_tasks(out.describe()) <= set(out.failed.nonzero().flatten().tolist())
     strict = METHODS[name](problem, inner=inner).meta_gradient(problem.batch)
-    nan = [bool(t.isnan().all()) for t in seen(strict, problem)]
+    nan = [bool(t.isnan().all()) for t in nonempty_gradients(strict, problem)]
     assert nan == [bool(out.failed.any())] * len(nan)
 
 
 @given(st.data())
-def test_negative_curvature_is_reported_and_leaves_x_finite(data):
+def test_negative_curvature_is_reported_and_x_stays_finite(data):
     problem = data.draw(problems(saddle))
     scale = 10.0 ** data.draw(st.integers(-36, 0))
     lam = problem.lam
@@ -153,14 +153,14 @@ def test_negative_curvature_is_reported_and_leaves_x_finite(data):
 
 @pytest.mark.parametrize("name", METHODS)
 @given(data=st.data())
-def test_no_batch_poisons_what_is_trained(name, data):
+def test_no_batch_makes_learned_tensors_nonfinite(name, data):
     problem = data.draw(problems())
     nonfinite = data.draw(sampled("propagate", "omit"))
-    exploding = data.draw(st.booleans())
-    batches = [(problem, set())] + [poisoned(data.draw, problem) for _ in range(2)]
+    diverging = data.draw(st.booleans())
+    batches = [(problem, set())] + [with_nonfinite_data(data.draw, problem) for _ in range(2)]
     for t in problem.params.values():
         t.requires_grad_()
-    lr = 10.0 ** data.draw(st.integers(1, 30)) if exploding else 0.05
+    lr = 10.0 ** data.draw(st.integers(1, 30)) if diverging else 0.05
     method = METHODS[name](
         problem, inner=GradientDescent(lr=lr, steps=data.draw(st.integers(1, 9))),
         nonfinite=nonfinite,
@@ -181,17 +181,18 @@ def test_no_batch_poisons_what_is_trained(name, data):
     for turn in range(3):
         before, steps = state(), trainer.steps
         tasks = batches[turn][1]
-        refusal = None
+        message = None
         try:
             trainer.step()
         except NonfiniteError as error:
-            refusal = str(error)
+            message = str(error)
         tried["Trainer"] += 1
-        if refusal is None:
+        if message is None:
             assert nonfinite == "omit" or not tasks
         else:
             assert nonfinite == "propagate"
-            assert tasks <= named_by(refusal) if exploding else tasks == named_by(refusal)
+            reported = reported_tasks(message)
+            assert tasks <= reported if diverging else tasks == reported
             assert trainer.steps == steps
             assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
         assert all(t.isfinite().all() for t in method.learned().values())

@@ -1,5 +1,6 @@
-"""What PyTorch users have around a meta-gradient: loops and optimizers of their own, torch.func,
-torch.compile. The oracle of the loops is the bilevel objective in closed form, trained by autograd.
+"""Meta-gradients in user code: training loops, optimizers, torch.func and torch.compile.
+
+The oracle of the loops is the bilevel objective in closed form, differentiated by autograd.
 """
 
 import pytest
@@ -93,7 +94,7 @@ OPTIMIZERS = {
 
 
 def train(fill, make_optimizer):
-    """A loop as anybody writes it: a closure, two batches a step, clipping, a schedule."""
+    """A training loop with a closure, two batches per step, clipping and a schedule."""
     torch.manual_seed(0)
     model = nn.Linear(2, 1).double()
     optimizer = make_optimizer(model)
@@ -114,12 +115,12 @@ def train(fill, make_optimizer):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("fill", OURS)
-def test_a_loop_of_ones_own_goes_where_the_exact_bilevel_objective_leads(fill, name):
+def test_a_training_loop_agrees_with_one_on_the_exact_bilevel_objective(fill, name):
     got, want = train(fill, OPTIMIZERS[name]), train(fill_exactly, OPTIMIZERS[name])
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
     torch.manual_seed(0)
     start = torch.cat([p.detach().flatten() for p in nn.Linear(2, 1).double().parameters()])
-    assert (want - start).norm() > 0.05  # it went somewhere
+    assert (want - start).norm() > 0.05
 
 
 def network():
@@ -127,7 +128,7 @@ def network():
 
 
 def differential_equation(model, second_derivative):
-    """u'' + u = f as a loss on collocation points, and u(0) = 0: what a PINN minimises."""
+    """The loss of a PINN for u'' + u = f on collocation points and u(0) = 0."""
 
     def loss(params, data):
         x, f = data
@@ -135,9 +136,11 @@ def differential_equation(model, second_derivative):
         def u(t):
             return functional_call(model, params, (t[None],))[0]
 
-        bent = vmap(lambda t: second_derivative(u, t))(x[:, 0])
+        curvature = vmap(lambda t: second_derivative(u, t))(x[:, 0])
         values = vmap(u)(x[:, 0])
-        return (bent + values - f[:, 0]).square().mean() + u(torch.zeros_like(x[0, 0])).square()
+        return (curvature + values - f[:, 0]).square().mean() + u(
+            torch.zeros_like(x[0, 0])
+        ).square()
 
     return loss
 
@@ -152,15 +155,15 @@ SECOND = {"grad": lambda u, t: grad(grad(u))(t), "hessian": lambda u, t: hessian
 
 
 @pytest.mark.parametrize("name", SECOND)
-def test_a_loss_may_differentiate_by_itself(name):
+def test_a_loss_may_use_derivatives_of_the_model(name):
     loss = differential_equation(network(), SECOND[name])
     params = {n: p.detach() for n, p in network().named_parameters()}
     support, query = ((data()[0][..., :1], data()[1]) for _ in range(2))
     got = implicit_meta_grad(
         loss, params, support, query, lam=2.0, inner=GradientDescent(lr=0.01, steps=30), linear=CG
     )
-    # The equation is differentiated by hand in the oracle: u = b + sum_k c_k tanh(w_k t + a_k).
-    problem = Problem(by_hand, params, support, query, Layout(params))
+    # In the oracle u = b + sum_k c_k tanh(w_k t + a_k) is differentiated by hand.
+    problem = Problem(differentiated_by_hand, params, support, query, Layout(params))
     phi = problem.layout.flatten(got.adapted)
     x = torch.linalg.solve(
         problem.hessians(phi) + 2.0 * torch.eye(16).double(), problem.query_gradients(phi)
@@ -171,24 +174,24 @@ def test_a_loss_may_differentiate_by_itself(name):
     assert got.linear.residual.max() < 1e-10
 
 
-def by_hand(params, data):
+def differentiated_by_hand(params, data):
     x, f = data
     w, a, c, b = params["0.weight"][:, 0], params["0.bias"], params["2.weight"][0], params["2.bias"]
     h = (x * w + a).tanh()
     values = h @ c + b
-    bent = (-2 * h * (1 - h * h) * w * w) @ c
-    return (bent + values - f[:, 0]).square().mean() + (a.tanh() @ c + b).square().sum()
+    curvature = (-2 * h * (1 - h * h) * w * w) @ c
+    return (curvature + values - f[:, 0]).square().mean() + (a.tanh() @ c + b).square().sum()
 
 
-def test_what_is_done_with_phi_may_use_torch_func_too():
-    # A query loss with the sharpness of the support loss around phi in it.
+def test_the_query_loss_may_use_torch_func():
+    # The query loss includes the gradient norm of the support loss at phi.
     model = nn.Linear(2, 1).double()
     loss, params = module_loss(model, nn.functional.mse_loss), dict(model.named_parameters())
     support, query = data(), data()
 
     def outer(phi, support, query):
-        slope = grad(loss)(phi, support)
-        return loss(phi, query) + slope["weight"].square().sum()
+        gradient = grad(loss)(phi, support)
+        return loss(phi, query) + gradient["weight"].square().sum()
 
     phi = adapt(loss, params, support, lam=LAM, **EXACT)
     vmap(outer)(phi, support, query).mean().backward()
@@ -198,9 +201,9 @@ def test_what_is_done_with_phi_may_use_torch_func_too():
         theta = torch.cat([model.weight[0], model.bias])
         matrix = 2 / 9 * ones.T @ ones + LAM * torch.eye(3).double()
         best = torch.linalg.solve(matrix, 2 / 9 * ones.T @ y[:, 0] + LAM * theta)
-        slope = 2 / 9 * ones.T @ (ones @ best - y[:, 0])
+        gradient = 2 / 9 * ones.T @ (ones @ best - y[:, 0])
         fit = (qx @ best[:2] + best[2] - qy[:, 0]).square().mean()
-        total = total + (fit + slope[:2].square().sum()) / 3
+        total = total + (fit + gradient[:2].square().sum()) / 3
     want = torch.autograd.grad(total, list(model.parameters()))
     for p, exact in zip(model.parameters(), want, strict=True):
         torch.testing.assert_close(p.grad, exact, rtol=1e-8, atol=1e-11)
@@ -242,7 +245,7 @@ AROUND = {
 
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("call", CALLS)
-def test_inside_a_transform_it_says_that_it_cannot_be(call, around):
+def test_a_call_inside_a_transform_is_rejected(call, around):
     params = {name: p.detach() for name, p in LINEAR.named_parameters()}
     CALLS[call](params, data())
     with pytest.raises(RuntimeError, match="cannot run inside vmap, grad, jvp") as caught:
@@ -250,16 +253,16 @@ def test_inside_a_transform_it_says_that_it_cannot_be(call, around):
     assert "\n" not in str(caught.value)
 
 
-def test_adapt_refuses_to_be_differentiated_twice():
+def test_adapt_cannot_be_differentiated_twice():
     phi = adapt(LOSS, learned(), data(), lam=1.0)
-    (slope,) = torch.autograd.grad(phi["bias"].square().sum(), LINEAR.bias, create_graph=True)
+    (gradient,) = torch.autograd.grad(phi["bias"].square().sum(), LINEAR.bias, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
+        gradient.sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
 @pytest.mark.parametrize("fill", OURS)
-def test_torch_compile_goes_around_it(fill):
+def test_torch_compile_compiles_the_code_around_a_meta_gradient(fill):
     torch.manual_seed(0)
     model, support, query = nn.Linear(2, 1).double(), data(), data()
     want = torch.autograd.grad(bilevel(model, support, query), list(model.parameters()))
@@ -271,8 +274,8 @@ def test_torch_compile_goes_around_it(fill):
 
 
 @pytest.mark.parametrize("call", ["implicit_meta_grad", "adapt"])
-def test_one_graph_of_it_all_is_refused_with_what_to_do(call):
+def test_a_full_graph_compilation_is_rejected_with_a_remedy(call):
     compiled = torch.compile(CALLS[call], backend="aot_eager", fullgraph=True)
     params = {name: p.detach() for name, p in LINEAR.named_parameters()}
-    with pytest.raises(RuntimeError, match="RecordedMetaGradient compiles a meta-gradient"):
+    with pytest.raises(RuntimeError, match="use RecordedMetaGradient to compile a meta-gradient"):
         compiled(params, data())

@@ -1,4 +1,4 @@
-"""The methods against finite differences of their own unrolled objectives, written out per task."""
+"""The methods against finite differences of their unrolled objectives, task by task."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def query_loss(problem, task, phi):
 
 
 def derivative(function, at, direction):
-    """Of `function` along `direction`: a central difference with its h² term extrapolated away."""
+    """Of `function` along `direction`, by Richardson extrapolation of central differences."""
 
     def central(h):
         return (function(at + h * direction) - function(at - h * direction)) / (2 * h)
@@ -91,10 +91,10 @@ def test_maml_differentiates_its_unrolled_objective(lam, descent, device):
     torch.testing.assert_close(got.query_loss.mean(), objective(theta))
     first = FOMAML(problem.loss, params, inner=inner).meta_gradient(batch)
     a, b = problem.layout.flatten(got.params), problem.layout.flatten(first.params)
-    assert (a - b).norm() > 0.01 * a.norm()  # the second order is there
+    assert (a - b).norm() > 0.01 * a.norm()  # second-order terms matter
 
 
-def test_accelerated_maml_unrolls_nesterovs_steps(device):
+def test_accelerated_maml_differentiates_nesterovs_method(device):
     problem, params, batch = setting(device)
     got = MAML(problem.loss, params, inner=INNER, lam=1.5, accelerated=True).meta_gradient(batch)
     root = (0.05 * 1.5) ** 0.5
@@ -121,7 +121,7 @@ def test_accelerated_maml_unrolls_nesterovs_steps(device):
 @pytest.mark.parametrize("descent", DESCENTS.values(), ids=list(DESCENTS))
 def test_truncated_maml_differentiates_the_last_steps(descent, lam, last, device):
     if last == 0 and lam is not None:
-        pytest.skip("refused: nothing would see theta")
+        pytest.skip("rejected")
     problem, params, batch = setting(device)
     inner = GradientDescent(lr=0.05, steps=5, **descent)
     got = TruncatedMAML(problem.loss, params, last=last, inner=inner, lam=lam).meta_gradient(batch)
@@ -135,7 +135,7 @@ def test_truncated_maml_differentiates_the_last_steps(descent, lam, last, device
     def objective(theta):
         total = 0.0
         for i, (middle, v) in enumerate(before):
-            # What came before is a constant; without lam, it moves along with theta.
+            # The earlier steps give a constant; without lam, their derivative is the identity.
             start = middle + (theta - base) if lam is None or last == 5 else middle
             phi, _ = steps_of(
                 problem, i, start, theta, lr=0.05, steps=last, lam=lam, v=v, **descent
@@ -146,7 +146,7 @@ def test_truncated_maml_differentiates_the_last_steps(descent, lam, last, device
     assert_is_gradient(got, problem, objective)
 
 
-def test_all_steps_truncated_maml_is_maml_and_none_is_first_order(device):
+def test_truncated_maml_is_maml_with_all_steps_and_first_order_maml_with_none(device):
     problem, params, batch = setting(device)
 
     def gradient(method):
@@ -170,7 +170,7 @@ def test_first_order_maml_is_the_query_gradient_at_phi(device):
     torch.testing.assert_close(problem.layout.flatten(got.params), torch.stack(gradients).mean(0))
 
 
-def test_reptile_points_from_phi_to_theta(device):
+def test_the_gradient_of_reptile_is_theta_minus_phi(device):
     problem, params, batch = setting(device)
     got = Reptile(problem.loss, params, inner=INNER).meta_gradient(batch)
     theta = problem.layout.flatten(problem.params)
@@ -189,7 +189,7 @@ def test_reptile_points_from_phi_to_theta(device):
     )
 
 
-def test_a_learned_step_size_gets_its_derivative(device):
+def test_a_learned_step_size_has_the_right_gradient(device):
     problem, params, batch = setting(device)
     method = MAML(problem.loss, params, inner=INNER, learn_lr=True)
     got = method.meta_gradient(batch)
@@ -210,15 +210,15 @@ def test_a_learned_step_size_gets_its_derivative(device):
 
     log_lr = torch.tensor(0.05, dtype=torch.float64, device=device).log()
     want = derivative(objective, log_lr, torch.ones_like(log_lr))
-    torch.testing.assert_close(got.extra["log_lr"], want, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(got.hyperparameters["log_lr"], want, rtol=1e-7, atol=1e-9)
     assert method.learned().keys() == got.named().keys()
     plain = MAML(problem.loss, params, inner=INNER).meta_gradient(batch)
     for name in params:
         torch.testing.assert_close(got.params[name], plain.params[name])
 
 
-def test_back_propagation_at_the_optimum_is_the_neumann_series(device):
-    # Shaban et al. 2019, proposition 3.1: K steps back at a fixed point make K terms of the series.
+def test_truncated_back_propagation_at_the_optimum_is_the_neumann_series(device):
+    # Shaban et al. 2019, proposition 3.1: K steps at a fixed point give K terms of the series.
     problem, params, batch = setting(device)
     inner = GradientDescent(lr=0.1, steps=600)
     truncated = TruncatedMAML(problem.loss, params, last=7, inner=inner, lam=1.5)
@@ -229,7 +229,7 @@ def test_back_propagation_at_the_optimum_is_the_neumann_series(device):
     torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
-def test_maml_run_to_the_optimum_is_implicit_maml(device):
+def test_maml_converged_to_the_optimum_is_implicit_maml(device):
     problem, params, batch = setting(device)
     inner = GradientDescent(lr=0.1, steps=600)
     unrolled = MAML(problem.loss, params, inner=inner, lam=1.5)
@@ -261,7 +261,7 @@ def make(request):
     return ALL[request.param]
 
 
-def test_a_batch_is_the_mean_of_its_tasks(make, device):
+def test_the_gradient_of_a_batch_is_the_mean_over_its_tasks(make, device):
     problem, params, batch = setting(device, 4)
     method = make(problem.loss, params)
     whole = method.meta_gradient(batch)
@@ -272,21 +272,21 @@ def test_a_batch_is_the_mean_of_its_tasks(make, device):
     torch.testing.assert_close(problem.layout.flatten(whole.params), torch.stack(alone).mean(0))
 
 
-def test_one_failing_task_among_sixteen(make, device):
+def test_a_failing_task_makes_the_gradient_nan_or_is_omitted(make, device):
     problem, params, batch = setting(device, 16)
     x, y = (t.clone() for t in batch.support)
     y[7] = torch.nan
-    poisoned = TaskBatch((x, y), batch.query)
-    refused = make(problem.loss, params).meta_gradient(poisoned)
-    assert refused.inner.status[7] == Status.NONFINITE
-    assert refused.failed.nonzero().flatten().tolist() == [7]
-    assert all(t.isnan().all() for t in refused.params.values())
+    bad = TaskBatch((x, y), batch.query)
+    propagated = make(problem.loss, params).meta_gradient(bad)
+    assert propagated.inner.status[7] == Status.NONFINITE
+    assert propagated.failed.nonzero().flatten().tolist() == [7]
+    assert all(t.isnan().all() for t in propagated.params.values())
     keep = [i for i in range(16) if i != 7]
     rest = TaskBatch(*(tuple(t[keep] for t in d) for d in (batch.support, batch.query)))
-    skipped = make(problem.loss, params, nonfinite="omit").meta_gradient(poisoned)
+    omitted = make(problem.loss, params, nonfinite="omit").meta_gradient(bad)
     want = make(problem.loss, params).meta_gradient(rest)
     for name in params:
-        torch.testing.assert_close(skipped.params[name], want.params[name])
+        torch.testing.assert_close(omitted.params[name], want.params[name])
 
 
 def test_float32_is_close_to_float64(make, device):
@@ -300,7 +300,7 @@ def test_float32_is_close_to_float64(make, device):
     assert (a - b).norm() < 1e-4 * b.norm()
 
 
-def test_one_task_and_one_parameter(make, dtype, device):
+def test_a_single_task_with_a_single_parameter_works(make, dtype, device):
     params = {"w": torch.zeros(1, dtype=dtype, device=device).requires_grad_()}
     data = torch.full((1, 1), 2.0, dtype=dtype, device=device)
 
@@ -312,7 +312,7 @@ def test_one_task_and_one_parameter(make, dtype, device):
     assert got.params["w"].dtype == dtype
 
 
-def test_adapt_is_where_the_meta_gradient_was_taken(make, device):
+def test_adapt_gives_the_phi_of_the_meta_gradient(make, device):
     problem, params, batch = setting(device)
     method = make(problem.loss, params)
     if isinstance(method, Reptile):
@@ -323,7 +323,7 @@ def test_adapt_is_where_the_meta_gradient_was_taken(make, device):
         assert not phi[name].requires_grad
 
 
-def test_the_report_says_how_far_from_an_optimum_phi_is(make, device):
+def test_the_reported_residual_is_the_gradient_norm_at_phi(make, device):
     problem, params, batch = setting(device)
     method = make(problem.loss, params)
     out = method.meta_gradient(batch)
@@ -335,11 +335,11 @@ def test_the_report_says_how_far_from_an_optimum_phi_is(make, device):
     assert out.inner.steps.tolist() == [5, 5, 5]
 
 
-# ---- what is learned beside theta
+# ---- hyperparameters
 
 
 @pytest.mark.parametrize("form", ["scalar", "tensor", "diagonal", "dense"])
-def test_a_proximal_strength_starts_as_told_and_stays_positive(form, device):
+def test_a_proximal_strength_starts_at_its_initial_value_and_stays_positive(form, device):
     problem, params, batch = setting(device)
     strength = ProximalStrength(params, 0.7, form=form)
     flat = flatten_lam(problem.layout, strength())
@@ -354,12 +354,12 @@ def test_a_proximal_strength_starts_as_told_and_stays_positive(form, device):
             if name.startswith("lam."):
                 tensor.grad = gradients[name] / gradients[name].norm() / 100
         optimizer.step()
-    flat = flatten_lam(problem.layout, strength())  # which refuses what is not positive
+    flat = flatten_lam(problem.layout, strength())  # raises if not positive
     assert (flat != flatten_lam(problem.layout, ProximalStrength(params, 0.7, form=form)())).any()
 
 
 @pytest.mark.parametrize("form", ["scalar", "tensor", "diagonal", "dense"])
-def test_a_proximal_strength_gets_its_derivative(form, device):
+def test_a_proximal_strength_has_the_right_gradient(form, device):
     problem, params, batch = setting(device)
     strength = ProximalStrength(params, 1.2, form=form)
     with torch.no_grad():
@@ -371,7 +371,7 @@ def test_a_proximal_strength_gets_its_derivative(form, device):
         linear=ConjugateGradient(max_iter=60, rtol=1e-14),
     )  # fmt: skip
     got = method.meta_gradient(batch)
-    method.linear = ConjugateGradient(max_iter=1)  # below, the loss at the optimum is enough
+    method.linear = ConjugateGradient(max_iter=1)  # from here on only the loss matters
     logs = dict(strength.named_parameters())
     for name, log in logs.items():
         direction = torch.randn_like(log)
@@ -386,11 +386,11 @@ def test_a_proximal_strength_gets_its_derivative(form, device):
         with torch.no_grad():
             log.copy_(start)
         torch.testing.assert_close(
-            (got.extra[f"lam.{name}"] * direction).sum(), want, rtol=1e-6, atol=1e-9
+            (got.hyperparameters[f"lam.{name}"] * direction).sum(), want, rtol=1e-6, atol=1e-9
         )
 
 
-def test_settings_that_do_not_fit_are_refused():
+def test_invalid_settings_are_rejected():
     model = torch.nn.Linear(1, 1)
     loss = module_loss(model, torch.nn.functional.mse_loss)
     params = dict(model.named_parameters())
@@ -400,31 +400,31 @@ def test_settings_that_do_not_fit_are_refused():
         MAML(loss, params, accelerated=True)
     with pytest.raises(ValueError, match="lam must be positive and finite, got -1"):
         MAML(loss, params, lam=-1.0)
-    with pytest.raises(ValueError, match="last must not be negative, got -1"):
+    with pytest.raises(ValueError, match="last must be at least 0, got -1"):
         TruncatedMAML(loss, params, last=-1)
     for settings in ({"lam": 1.0}, {"learn_lr": True}):
         with pytest.raises(ValueError, match="with lam or learn_lr, last must be at least 1"):
             TruncatedMAML(loss, params, last=0, **settings)
-    with pytest.raises(ValueError, match="lam is not learned here"):
+    with pytest.raises(ValueError, match="lam requires grad, but only IMAML learns it"):
         MAML(loss, params, lam=torch.tensor(1.0, requires_grad=True))
     with pytest.raises(ValueError, match="accelerated sets the momentum"):
         MAML(loss, params, lam=1.0, accelerated=True, inner=GradientDescent(momentum=0.5))
     with pytest.raises(ValueError, match="nonfinite must be"):
         FOMAML(loss, params, nonfinite="ignore")
-    with pytest.raises(ValueError, match="form must be 'scalar'"):
+    with pytest.raises(ValueError, match="form must be one of 'scalar'"):
         ProximalStrength(params, form="banded")
     with pytest.raises(ValueError, match="initial must be positive and finite, got 0"):
         ProximalStrength(params, 0.0)
     x = torch.zeros(3, 2, 1)
     for method in (MAML(loss, params), Reptile(loss, params)):
-        with pytest.raises(ValueError, match="support holds 3 tasks, query 2"):
+        with pytest.raises(ValueError, match="support has 3 tasks and query 2"):
             method.meta_gradient(TaskBatch((x, x), (x[:2], x[:2])))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference mode"):
         MAML(loss, params).meta_gradient(TaskBatch((x, x), (x, x)))
 
 
-def test_a_gradient_that_is_not_finite_is_a_failure_though_the_losses_are(device):
-    # d|w| / dw at w = 0, taken through a square root: 0 / 0 for the task whose target is theta.
+def test_a_nonfinite_gradient_fails_its_task_even_if_the_losses_are_finite(device):
+    # The derivative of the norm at 0 is 0 / 0, for the task whose target is theta.
     theta = torch.zeros(3, dtype=torch.float64, device=device)
     target = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], dtype=torch.float64, device=device)
 
@@ -445,22 +445,22 @@ def test_a_gradient_that_is_not_finite_is_a_failure_though_the_losses_are(device
             assert out.params["w"].isfinite().all() == (nonfinite == "omit")
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e200])
-def test_a_failed_task_does_not_reach_the_learned_step_size(poison, device):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e200])
+def test_a_failed_task_is_omitted_from_the_gradient_of_the_step_size(value, device):
     problem, params, batch = setting(device, 6)
     x, y = (t.clone() for t in batch.support)
-    y[2] = poison
-    poisoned = TaskBatch((x, y), batch.query)
+    y[2] = value
+    bad = TaskBatch((x, y), batch.query)
     keep = [0, 1, 3, 4, 5]
     rest = TaskBatch(*(tuple(t[keep] for t in d) for d in (batch.support, batch.query)))
     settings = {"inner": INNER, "learn_lr": True, "nonfinite": "omit"}
-    got = MAML(problem.loss, params, **settings).meta_gradient(poisoned)
+    got = MAML(problem.loss, params, **settings).meta_gradient(bad)
     want = MAML(problem.loss, params, **settings).meta_gradient(rest)
     assert got.failed.nonzero().flatten().tolist() == [2]
-    torch.testing.assert_close(got.extra["log_lr"], want.extra["log_lr"])
+    torch.testing.assert_close(got.hyperparameters["log_lr"], want.hyperparameters["log_lr"])
 
 
-def test_a_frozen_strength_is_not_learned(device):
+def test_a_frozen_proximal_strength_is_not_learned(device):
     problem, params, batch = setting(device)
     strength = ProximalStrength(params, 1.5, form="tensor").requires_grad_(False)
     method = IMAML(problem.loss, params, lam=strength, inner=INNER)
@@ -471,16 +471,16 @@ def test_a_frozen_strength_is_not_learned(device):
         torch.testing.assert_close(out.params[name], want.params[name])
 
 
-def test_a_dense_strength_stays_definite_in_float32(device):
+def test_a_dense_proximal_strength_is_positive_definite_in_float32(device):
     params = {"w": torch.zeros(50, device=device)}
     for _ in range(20):
         strength = ProximalStrength(params, 1.0, form="dense")
         with torch.no_grad():
             strength.log.copy_(torch.randn(50, 50))
-        flatten_lam(Layout(params), strength())  # refuses what is not
+        flatten_lam(Layout(params), strength())  # raises if it is not
 
 
-def test_a_dense_strength_keeps_its_precision_under_autocast(device):
+def test_a_dense_proximal_strength_is_computed_in_float32_under_autocast(device):
     problem = regression(3, device).to(torch.float32)
     params = {name: t.requires_grad_() for name, t in problem.params.items()}
     batch = TaskBatch(problem.support, problem.query)

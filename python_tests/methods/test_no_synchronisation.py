@@ -1,7 +1,7 @@
-"""Nothing from the task batch to the update of theta reads a value back to the host.
+"""No tensor value is read on the host from sampling the tasks to updating theta.
 
-The meta device has shapes but no values: whatever asks a tensor for its value, `.item()`,
-`.tolist()`, `bool(tensor)`, raises there. And like CUDA it is not the CPU, where looking is free.
+On the meta device tensors have shapes but no values: `.item()`, `.tolist()` and `bool(tensor)`
+raise. Like CUDA, it is treated as a device on which reading is not free.
 """
 
 import importlib
@@ -35,7 +35,7 @@ from imaml_ext.training.device_step import DeviceStep
 META = torch.device("meta")
 
 
-def test_the_meta_device_would_notice():
+def test_reading_a_value_on_the_meta_device_raises():
     with pytest.raises(RuntimeError):
         bool(torch.zeros(3, device=META).any())
 
@@ -114,7 +114,7 @@ def test_adapt_and_its_backward_do_not_synchronise():
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "omit"])
 @pytest.mark.parametrize("dataset", ["sinusoid", "images"])
-def test_a_meta_step_does_not_synchronise_from_dealing_to_the_update(
+def test_a_meta_step_does_not_synchronise_from_sampling_to_the_update(
     dataset, nonfinite, monkeypatch
 ):
     adam = importlib.import_module("torch.optim.adam")

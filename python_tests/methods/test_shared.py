@@ -1,6 +1,4 @@
-"""Parameters that are learned but not adapted, against finite differences of the true bilevel
-objective, and against optima in closed form.
-"""
+"""Parameters that are learned but not adapted, against autograd through optima in closed form."""
 
 import pytest
 import torch
@@ -22,11 +20,11 @@ CG = ConjugateGradient(max_iter=60, rtol=1e-14)
 EXACT = {
     "inner": HessianFree(steps=4, linear=CG, damping=0.0),
     "linear": CG,
-}  # quadratic in what adapts
+}  # the loss is quadratic in the head
 
 
 def anil():
-    """A body and a head of which the head is adapted; float64."""
+    """A model of which the head is adapted and the body is shared; float64."""
     model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).double()
     params = dict(model.named_parameters())
     head = {name: p for name, p in params.items() if name.startswith("2.")}
@@ -39,7 +37,7 @@ def anil():
 
 
 def ridge(head, x, y, theta, lam):
-    """The adapted head in closed form: the minimum of the mean square and the proximal term."""
+    """The adapted head in closed form: the minimum of mean squared error and proximal term."""
     ones = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
     matrix = 2 / len(y) * ones.mT @ ones + lam * torch.eye(ones.shape[-1]).double()
     return torch.linalg.solve(matrix, 2 / len(y) * ones.mT @ y[:, 0] + lam * theta)
@@ -49,10 +47,10 @@ def bilevel(head, body, support, query, lam):
     """The mean query loss at the adapted heads, without the library."""
     losses = []
     for x, y, qx, qy in zip(*support, *query, strict=True):
-        features, judged = ((t @ body["0.weight"].T + body["0.bias"]).tanh() for t in (x, qx))
+        features, q_features = ((t @ body["0.weight"].T + body["0.bias"]).tanh() for t in (x, qx))
         theta = torch.cat([head["2.weight"][0], head["2.bias"]])
         phi = ridge(head, features, y, theta, lam)
-        losses.append((judged @ phi[:-1] + phi[-1] - qy[:, 0]).square().mean())
+        losses.append((q_features @ phi[:-1] + phi[-1] - qy[:, 0]).square().mean())
     return torch.stack(losses).mean()
 
 
@@ -63,25 +61,25 @@ def test_a_shared_body_has_the_gradient_of_the_bilevel_objective():
     want = torch.autograd.grad(
         bilevel(head, body, support, query, lam), [*head.values(), *body.values()]
     )
-    got = [*out.params.values(), *out.extra.values()]
+    got = [*out.params.values(), *out.shared.values()]
     for ours, exact in zip(got, want, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-11)
     assert out.adapted.keys() == head.keys()
 
 
-def test_a_shared_body_is_learned_through_adapt_too():
+def test_adapt_gives_the_shared_body_the_same_gradient():
     loss, head, body, support, query = anil()
     want = torch.autograd.grad(
         bilevel(head, body, support, query, 0.7), [*head.values(), *body.values()]
     )
     phi = adapt(loss, head, support, lam=0.7, shared=body, **EXACT)
-    torch.func.vmap(loss)(phi, query).mean().backward()  # the direct part: the model's own body
+    torch.func.vmap(loss)(phi, query).mean().backward()  # the direct part, through the model's body
     for p, exact in zip([*head.values(), *body.values()], want, strict=True):
         torch.testing.assert_close(p.grad, exact, rtol=1e-8, atol=1e-11)
 
 
-def test_without_shared_adapt_gives_the_body_its_direct_gradient_alone():
-    # ANIL of first order in the body: what a loss closes over is a constant of the inner problem.
+def test_without_shared_adapt_gives_the_body_only_its_direct_gradient():
+    # Tensors in the closure of the loss are constants of the inner problem.
     loss, head, body, support, query = anil()
     phi = adapt(loss, head, support, lam=0.7, **EXACT)
     torch.func.vmap(loss)(phi, query).mean().backward()
@@ -96,8 +94,8 @@ def test_without_shared_adapt_gives_the_body_its_direct_gradient_alone():
         torch.testing.assert_close(p.grad, want)
 
 
-def test_a_hyper_parameter_of_the_support_loss_is_learned_as_shared():
-    # The query loss does not see it, so that all of its gradient goes through phi.
+def test_a_hyperparameter_of_the_support_loss_can_be_shared():
+    # The query loss does not depend on it: the whole gradient is through phi.
     x, y = torch.randn(4, 20, 6).double(), torch.randn(4, 20).double()
     support, query = (x[:, :10], y[:, :10]), (x[:, 10:], y[:, 10:])
     w = torch.zeros(6, dtype=torch.float64)
@@ -120,32 +118,32 @@ def test_a_hyper_parameter_of_the_support_loss_is_learned_as_shared():
         phi = torch.linalg.solve(matrix, a.T @ b / 5)
         total = total + plain({"w": phi}, (query[0][task], query[1][task])) / 4
     (want,) = torch.autograd.grad(total, decay)
-    torch.testing.assert_close(out.extra["log decay"], want, rtol=1e-9, atol=0)
+    torch.testing.assert_close(out.shared["log decay"], want, rtol=1e-9, atol=0)
 
 
-def test_a_task_that_is_not_finite_is_left_out_of_the_shared_gradient_too():
+def test_a_nonfinite_task_is_omitted_from_the_shared_gradient():
     loss, head, body, support, query = anil()
     support[1][1] = torch.nan
     settings = {"lam": 0.7, "shared": body, **EXACT}
-    refused = implicit_meta_grad(loss, head, support, query, **settings)
-    assert all(t.isnan().all() for t in refused.extra.values())
+    propagated = implicit_meta_grad(loss, head, support, query, **settings)
+    assert all(t.isnan().all() for t in propagated.shared.values())
     got = implicit_meta_grad(loss, head, support, query, nonfinite="omit", **settings)
     keep = [0, 2]
     want = torch.autograd.grad(
         bilevel(head, body, *(tuple(t[keep] for t in d) for d in (support, query)), 0.7),
         list(body.values()),
     )
-    for ours, exact in zip(got.extra.values(), want, strict=True):
+    for ours, exact in zip(got.shared.values(), want, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-11)
     support[1][:] = torch.nan
     none = implicit_meta_grad(loss, head, support, query, nonfinite="omit", **settings)
-    assert all((t == 0).all() for t in none.extra.values())
+    assert all((t == 0).all() for t in none.shared.values())
     phi = adapt(loss, head, support, **settings)
     sum(t.sum() for t in phi.values()).backward()
     assert all(p.grad.isnan().all() for p in body.values())
 
 
-def test_a_shared_parameter_that_no_loss_uses_has_gradient_zero():
+def test_a_shared_parameter_that_no_loss_uses_has_gradient_0():
     loss, head, body, support, query = anil()
     unused = torch.zeros(3, dtype=torch.float64)
 
@@ -155,11 +153,11 @@ def test_a_shared_parameter_that_no_loss_uses_has_gradient_zero():
     out = implicit_meta_grad(
         ignoring, head, support, query, lam=0.7, shared=body | {"unused": unused}, **EXACT
     )
-    assert (out.extra["unused"] == 0).all()
-    assert (out.extra["0.weight"] != 0).all()
+    assert (out.shared["unused"] == 0).all()
+    assert (out.shared["0.weight"] != 0).all()
 
 
-def test_imaml_trains_body_head_and_strength_together():
+def test_imaml_trains_body_head_and_lam_together():
     loss, head, body, support, query = anil()
     strength = ProximalStrength(head, 0.7, form="tensor")
     method = IMAML(loss, head, lam=strength, shared=body, **EXACT)
@@ -181,8 +179,8 @@ def test_imaml_trains_body_head_and_strength_together():
     trainer = Trainer(method, Source(), optimizer)
     trainer.step()
     rates = {**dict.fromkeys(head, 0.1), **dict.fromkeys(body, 0.3)}
-    for (name, rate), slope in zip(rates.items(), want, strict=True):
-        moved = before[name] - rate * slope
+    for (name, rate), gradient in zip(rates.items(), want, strict=True):
+        moved = before[name] - rate * gradient
         torch.testing.assert_close(method.learned()[name], moved, rtol=1e-8, atol=1e-11)
     assert all(t.grad.abs() > 0 for t in strength.parameters())
     assert torch.equal(strength.log[0], before["lam.log.0"])
@@ -192,7 +190,7 @@ def test_imaml_trains_body_head_and_strength_together():
     assert trainer.history[-1]["loss"] < 0.8 * first
 
 
-def test_imaml_adapts_with_the_body_as_it_is_now():
+def test_imaml_adapts_with_the_current_body():
     loss, head, body, support, _ = anil()
     method = IMAML(loss, head, lam=0.7, shared=body, **EXACT)
     with torch.no_grad():
@@ -205,7 +203,11 @@ def test_imaml_adapts_with_the_body_as_it_is_now():
 
 
 BAD = [
-    ({"2.weight": torch.zeros(1, 5).double()}, ValueError, r"shared\['2.weight'\] is in params"),
+    (
+        {"2.weight": torch.zeros(1, 5).double()},
+        ValueError,
+        r"shared\['2.weight'\] is also in params",
+    ),
     ({"0.bias": torch.zeros(5)}, ValueError, "shared is torch.float32 on cpu, but params are"),
     ({"0.bias": 1.0}, TypeError, "shared must map names to tensors"),
     ([torch.zeros(5)], TypeError, "shared must map names to tensors"),
@@ -213,7 +215,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("shared", "error", "message"), BAD)
-def test_what_cannot_be_shared_is_one_line(shared, error, message):
+def test_invalid_shared_parameters_are_rejected_in_one_line(shared, error, message):
     loss, head, _, support, query = anil()
     for call in (
         lambda: implicit_meta_grad(loss, head, support, query, lam=1.0, shared=shared),
@@ -225,11 +227,11 @@ def test_what_cannot_be_shared_is_one_line(shared, error, message):
         assert "\n" not in str(caught.value)
 
 
-def test_what_is_learned_is_there_once_and_requires_grad():
+def test_learned_tensors_must_be_distinct_and_require_grad():
     loss, head, body, _, _ = anil()
     with pytest.raises(ValueError, match=r"shared\['0.weight'\] does not require grad"):
         IMAML(loss, head, shared={name: t.detach() for name, t in body.items()})
     lam = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ValueError, match="a tensor of lam is there under two names"):
+    with pytest.raises(ValueError, match="lam contains the same tensor under two names"):
         IMAML(loss, head, lam=dict.fromkeys(head, lam))
-    IMAML(loss, head, lam=dict.fromkeys(head, lam.detach()))  # not learned: nothing to confuse
+    IMAML(loss, head, lam=dict.fromkeys(head, lam.detach()))  # not learned

@@ -1,4 +1,4 @@
-"""Meta-gradients under autocast: float32 in, float32 out, and near those of float32 throughout."""
+"""Meta-gradients under autocast are float32, and close to those computed in float32."""
 
 import pytest
 import torch
@@ -21,9 +21,9 @@ from imaml_ext import (
     module_loss,
 )
 
-# A step of this size rounds to nothing in bfloat16: results kept in half precision would show.
-NEAR = {torch.bfloat16: 0.08, torch.float16: 0.015}
-HALVES = pytest.mark.parametrize("half", NEAR, ids=str)
+# Relative; updates stored in half precision would be wrong by more.
+TOLERANCE = {torch.bfloat16: 0.08, torch.float16: 0.015}
+HALVES = pytest.mark.parametrize("half", TOLERANCE, ids=str)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ SOLVERS = {
 
 @HALVES
 @pytest.mark.parametrize("name", SOLVERS)
-def test_the_meta_gradient_is_near_the_one_of_float32(name, half, problem, device):
+def test_the_meta_gradient_is_close_to_that_of_float32(name, half, problem, device):
     loss, model, support, query = problem
     inner, cg = SOLVERS[name]
     params = dict(model.named_parameters())
@@ -61,14 +61,14 @@ def test_the_meta_gradient_is_near_the_one_of_float32(name, half, problem, devic
     want = implicit_meta_grad(loss, params, support, query, **settings)
     with torch.autocast(device.type, dtype=half):
         got = implicit_meta_grad(loss, params, support, query, **settings)
-    assert 0 < distance(got.params.values(), want.params.values()) < NEAR[half]
-    assert distance(got.lam.values(), want.lam.values()) < 2 * NEAR[half]
-    assert distance(got.adapted.values(), want.adapted.values()) < NEAR[half]
+    assert 0 < distance(got.params.values(), want.params.values()) < TOLERANCE[half]
+    assert distance(got.lam.values(), want.lam.values()) < 2 * TOLERANCE[half]
+    assert distance(got.adapted.values(), want.adapted.values()) < TOLERANCE[half]
     assert got.query_loss.dtype == got.support_loss.dtype == torch.float32
 
 
 @HALVES
-def test_a_loss_that_comes_out_in_half_precision_is_float32_in_the_report(half, device):
+def test_a_loss_in_half_precision_is_reported_in_float32(half, device):
     def loss(params, x):
         return (x @ params["w"]).square().mean().to(half)
 
@@ -79,10 +79,10 @@ def test_a_loss_that_comes_out_in_half_precision_is_float32_in_the_report(half, 
     assert out.query_loss.dtype == out.support_loss.dtype == torch.float32
     assert out.params["w"].dtype == torch.float32
     want = implicit_meta_grad(lambda p, x: (x @ p["w"]).square().mean(), w, x, x, lam=1.0)
-    assert distance([out.params["w"]], [want.params["w"]]) < NEAR[half]
+    assert distance([out.params["w"]], [want.params["w"]]) < TOLERANCE[half]
 
 
-def test_the_gradient_of_a_dense_lam_keeps_its_precision(problem, device):
+def test_the_gradient_by_a_dense_lam_is_computed_in_float32(problem, device):
     loss, model, support, query = problem
     params = dict(model.named_parameters())
     lam = torch.eye(sum(p.numel() for p in params.values()), device=device)
@@ -95,7 +95,7 @@ def test_the_gradient_of_a_dense_lam_keeps_its_precision(problem, device):
 
 
 @HALVES
-def test_adapt_is_differentiated_as_it_ran_wherever_backward_is_called(half, problem, device):
+def test_the_backward_pass_of_adapt_has_the_autocast_state_of_adapt(half, problem, device):
     loss, model, support, query = problem
     params, inner = dict(model.named_parameters()), GradientDescent(lr=0.05, steps=30)
 
@@ -104,16 +104,16 @@ def test_adapt_is_differentiated_as_it_ran_wherever_backward_is_called(half, pro
         with torch.autocast(device.type, dtype=half, enabled=forward):
             phi = adapt(loss, params, support, lam=1.0, inner=inner)
             total = vmap(loss)(phi, query).mean()
-        # The query loss ran already: what is done here is the linear solve.
-        slopes = torch.autograd.grad(total, list(phi.values()))
+        # The query loss is already differentiated: only the linear solve is left.
+        query_gradients = torch.autograd.grad(total, list(phi.values()))
         with torch.autocast(device.type, dtype=half, enabled=backward):
-            torch.autograd.backward(list(phi.values()), list(slopes))
+            torch.autograd.backward(list(phi.values()), list(query_gradients))
         return [p.grad.clone() for p in params.values()]
 
     want = gradient(False, False)
     outside, inside = gradient(True, False), gradient(True, True)
     assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
-    assert 0 < distance(outside, want) < NEAR[half]
+    assert 0 < distance(outside, want) < TOLERANCE[half]
     assert all(torch.equal(a, b) for a, b in zip(gradient(False, True), want, strict=True))
 
 
@@ -133,17 +133,17 @@ def test_a_grad_scaler_may_scale_the_loss_after_adapt(problem, device):
         else:
             total.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
-    # A power of two: products with the curvature round alike, but for numbers below 6e-5.
+    # The scale is a power of 2: only numbers below 6e-5 round differently.
     assert distance(gradients[1], gradients[0]) < 2e-3
     before = [p.detach().clone() for p in model.parameters()]
     scaler.step(optimizer)
     scaler.update()
-    for p, old, slope in zip(model.parameters(), before, gradients[1], strict=True):
-        torch.testing.assert_close(p.detach(), old - slope)
+    for p, old, gradient in zip(model.parameters(), before, gradients[1], strict=True):
+        torch.testing.assert_close(p.detach(), old - gradient)
 
 
 @HALVES
-def test_training_under_autocast_follows_training_without(half, device):
+def test_training_under_autocast_is_close_to_training_in_float32(half, device):
     def train(enabled):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).to(device)
@@ -169,4 +169,4 @@ def test_training_under_autocast_follows_training_without(half, device):
             trainer.read()
         return [p.detach() - s for p, s in zip(params.values(), start, strict=True)]
 
-    assert 0 < distance(train(True), train(False)) < NEAR[half]
+    assert 0 < distance(train(True), train(False)) < TOLERANCE[half]

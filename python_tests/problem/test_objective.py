@@ -17,7 +17,7 @@ def rows_of(problem):
 
 
 @pytest.mark.parametrize("make", [regression, classification])
-def test_losses_and_gradients_are_each_tasks_own(make, device):
+def test_losses_and_gradients_agree_with_torch_func_for_each_task(make, device):
     problem = make(5, device)
     rows = rows_of(problem)
     losses, gradient = Objective(problem.loss, problem.layout, problem.support).gradient(rows)
@@ -28,20 +28,20 @@ def test_losses_and_gradients_are_each_tasks_own(make, device):
 
 
 @pytest.mark.parametrize("make", [regression, classification])
-def test_hessian_products(make, device):
+def test_hessian_products_agree_with_a_dense_hessian(make, device):
     problem = make(3, device)
     rows, vector = rows_of(problem), rows_of(problem)
     objective = Objective(problem.loss, problem.layout, problem.support)
     at = objective.linearise(rows, "hessian")
     want = (problem.hessians(rows) @ vector[..., None])[..., 0]
     torch.testing.assert_close(at.matvec(vector), want)
-    torch.testing.assert_close(at.matvec(vector), want)  # the graph serves every product
+    torch.testing.assert_close(at.matvec(vector), want)  # the graph is not freed
     torch.testing.assert_close(at.gradient, objective.gradient(rows)[1])
     assert not at.matvec(vector).requires_grad
 
 
 @pytest.mark.parametrize("make", [regression, classification])
-def test_gauss_newton_products(make, device):
+def test_gauss_newton_products_agree_with_a_dense_matrix(make, device):
     problem = make(3, device)
     rows, vector = rows_of(problem), rows_of(problem)
     objective = Objective(problem.loss, problem.layout, problem.support)
@@ -60,7 +60,7 @@ def test_gauss_newton_products(make, device):
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
-def test_a_parameter_that_the_loss_does_not_use_has_gradient_zero(kind, device):
+def test_a_parameter_that_the_loss_does_not_use_has_gradient_0(kind, device):
     class Partial(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -83,7 +83,7 @@ def test_a_parameter_that_the_loss_does_not_use_has_gradient_zero(kind, device):
     assert (layout.unflatten(product)["used.weight"] != 0).any()
 
 
-def test_a_linear_loss_has_curvature_zero_and_a_constant_one_gradient_zero():
+def test_a_linear_loss_has_curvature_0_and_a_constant_loss_gradient_0():
     layout = Layout({"w": torch.zeros(3)})
     x = torch.randn(2, 3)
     linear = Objective(lambda p, x: p["w"] @ x, layout, x).linearise(torch.zeros(2, 3), "hessian")
@@ -93,7 +93,7 @@ def test_a_linear_loss_has_curvature_zero_and_a_constant_one_gradient_zero():
     assert (constant[1] == 0).all()
 
 
-def test_the_caller_may_be_in_no_grad(device):
+def test_no_grad_of_the_caller_has_no_effect(device):
     problem = regression(2, device)
     rows = rows_of(problem)
     objective = Objective(problem.loss, problem.layout, problem.support)
@@ -102,14 +102,14 @@ def test_the_caller_may_be_in_no_grad(device):
         assert torch.equal(objective.linearise(rows, "hessian").matvec(rows), want)
 
 
-def test_inference_mode_is_refused_since_it_would_make_every_gradient_zero(device):
+def test_inference_mode_is_rejected_since_every_gradient_would_be_0(device):
     problem = regression(2, device)
     objective = Objective(problem.loss, problem.layout, problem.support)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="use no_grad"):
         objective.gradient(rows_of(problem))
 
 
-def test_ggn_works_with_random_layers():
+def test_ggn_products_with_dropout_are_positive_semidefinite():
     model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Dropout(), torch.nn.Linear(8, 1))
     layout = Layout(dict(model.named_parameters()))
     data = (torch.randn(3, 4, 2), torch.randn(3, 4, 1))

@@ -1,6 +1,6 @@
-"""Float32 means IEEE float32 wherever something is differentiated, unless the user chose TF32.
+"""On CUDA, cuDNN's layers use IEEE float32 in every pass, unless the user chose TF32.
 
-The settings exist in every build of torch; what obeys them exists on a GPU.
+The settings exist in every build of torch, and take effect on a GPU.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def _settings():
 
 @pytest.mark.parametrize(("chosen", "expected"), [("highest", "ieee"), ("high", "tf32")])
 @pytest.mark.parametrize("before", [["tf32", "tf32"], ["ieee", "tf32"], ["ieee", "ieee"]])
-def test_cudnns_layers_compute_as_matrix_products_do(chosen, expected, before):
+def test_cudnns_layers_have_the_precision_of_matrix_products(chosen, expected, before):
     choose(*before)
     torch.set_float32_matmul_precision(chosen)
     with one_precision(CUDA):
@@ -45,27 +45,27 @@ def test_cudnns_layers_compute_as_matrix_products_do(chosen, expected, before):
     assert precisions() == before
 
 
-def test_cudnn_can_be_switched_off_inside_a_loss():
-    # flags() asks for the older setting, which refuses to answer where the newer contradict it.
+def test_cudnn_can_be_disabled_inside_a_loss():
+    # flags() reads the older setting, which raises if the newer settings contradict it.
     with one_precision(CUDA), torch.backends.cudnn.flags(enabled=False):
         assert not torch.backends.cudnn.enabled
     assert precisions() == ["tf32", "tf32"]
 
 
-def test_after_an_error_the_settings_are_as_before():
+def test_the_settings_are_restored_after_an_error():
     with pytest.raises(KeyError), one_precision(CUDA):
         raise KeyError
     assert precisions() == ["tf32", "tf32"]
-    assert torch.backends.cudnn.allow_tf32  # the older setting still agrees
+    assert torch.backends.cudnn.allow_tf32  # the older setting
 
 
-def test_on_the_cpu_nothing_is_set():
+def test_on_the_cpu_no_setting_is_changed():
     with one_precision(torch.device("cpu")):
         assert precisions() == ["tf32", "tf32"]
 
 
 class Probe(torch.autograd.Function):
-    """The identity; notes where it and its derivatives are computed."""
+    """The identity; calls `note` when it or one of its derivatives is computed."""
 
     @staticmethod
     def forward(x, note):
@@ -86,7 +86,7 @@ class Probe(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
-def test_every_pass_of_a_meta_gradient_computes_in_it(curvature, monkeypatch):
+def test_every_pass_of_a_meta_gradient_runs_in_the_context(curvature, monkeypatch):
     inside, seen = [], []
 
     @contextlib.contextmanager

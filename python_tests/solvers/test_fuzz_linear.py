@@ -1,15 +1,13 @@
-"""Linear solvers: the solution of a dense solve, or a status that says why not, or an error."""
+"""Linear solvers on random systems: the solution of a dense solve, a status, or an error."""
 
 import pytest
 import torch
 from fuzz import sampled, seeds, tried
-from fuzz_problems import assert_near, assert_refused, named_by
+from fuzz_problems import assert_near, assert_rejected, reported_tasks
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from imaml_ext import MINRES, ConjugateGradient, NeumannSeries, Status, conjugate_gradient
-
-# ---- linear solvers --------------------------------------------------------------------------
 
 
 @st.composite
@@ -27,7 +25,7 @@ def systems(draw):
     h = q @ torch.diag_embed(eigenvalues) @ q.mT
     lam = {
         "none": 0.0,
-        "float": draw(st.floats(0, 3)),  # down to where float32 has 0
+        "float": draw(st.floats(0, 3)),  # includes values that round to 0 in float32
         "0-d": normal().abs().to(dtype),
         "[1]": normal(1).abs().to(dtype),
         "diagonal": normal(dim).abs().to(dtype),
@@ -45,7 +43,7 @@ def dense(h, lam, damping):
 
 
 @given(systems(), sampled(0.0, 0.5), st.data())
-def test_linear_solvers_solve_their_systems(system, damping, data):
+def test_the_solution_agrees_with_a_dense_solve(system, damping, data):
     h, b, lam = system
     dim = b.shape[1]
 
@@ -73,7 +71,7 @@ def test_linear_solvers_solve_their_systems(system, damping, data):
 
 
 @given(systems(), st.data())
-def test_a_row_that_is_not_finite_ends_alone_and_negative_curvature_too(system, data):
+def test_a_nonfinite_or_concave_row_does_not_change_the_others(system, data):
     h, b, lam = system
     assume(b.numel() > 0)
     row = data.draw(st.integers(0, len(b) - 1))
@@ -103,9 +101,9 @@ def test_a_row_that_is_not_finite_ends_alone_and_negative_curvature_too(system, 
         assert got.status[row] == Status.NONFINITE
         assert not got.value[row].any()
         assert got.residual[row].isnan()
-        assert named_by(got.describe()) == {row}
+        assert reported_tasks(got.describe()) == {row}
     elif how == "concave" and not isinstance(solver, MINRES):
-        # Without a step the solution is the one without H, which a tiny lam may make infinite.
+        # In the first iteration the value is Λ^-1 b, which overflows for a tiny lam.
         overflows = isinstance(lam, float) and 0 < lam < 1e-30 and got.steps[row] == 0
         allowed = {Status.NEGATIVE_CURVATURE} | ({Status.NONFINITE} if overflows else set())
         assert got.status[row].item() in allowed
@@ -133,16 +131,16 @@ SYSTEMS = {
 @given(solver=sampled("cg", MINRES, NeumannSeries))
 @example("cg")
 @example(MINRES)
-def test_a_system_that_does_not_fit_is_refused(name, which, solver):
+def test_invalid_arguments_are_rejected(name, which, solver):
     wrong = {name: SYSTEMS[name][which]}
     arguments = {"matvec": lambda p: 2 * p, "b": torch.ones(3, 4), "max_iter": 2, "lam": 1.0}
     arguments |= wrong
     if solver == "cg":
-        assert_refused(lambda: conjugate_gradient(**arguments))
+        assert_rejected(lambda: conjugate_gradient(**arguments))
     else:
         assume(name not in ("x0", "preconditioner"))
         settings = {
             n: arguments.pop(n) for n in ("damping", "max_iter", "rtol", "atol") if n in arguments
         }
-        assert_refused(lambda: solver(**settings).solve(**arguments))
+        assert_rejected(lambda: solver(**settings).solve(**arguments))
     tried[solver if solver == "cg" else solver.__name__] += 1

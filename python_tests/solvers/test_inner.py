@@ -25,10 +25,10 @@ from imaml_ext.problem.layout import Layout
 from imaml_ext.problem.objective import Objective
 from imaml_ext.problem.proximal import Proximal
 
-STRENGTHS = ["scalar", "diagonal", "dense"]
+LAMS = ["scalar", "diagonal", "dense"]
 
 
-def strength(form, theta):
+def make_lam(form, theta):
     if form == "scalar":
         return torch.full((1,), 1.5, dtype=theta.dtype, device=theta.device)
     if form == "diagonal":
@@ -43,16 +43,15 @@ def setting(device, tasks=4, form="scalar", make=regression):
     problem = make(tasks, device)
     theta = problem.layout.flatten(problem.params)
     objective = Objective(problem.loss, problem.layout, problem.support)
-    return problem, Proximal(objective, theta, strength(form, theta))
+    return problem, Proximal(objective, theta, make_lam(form, theta))
 
 
 def proximal_loss(problem, proximal, task, phi):
     """G of one task, from its definition."""
     data = tuple(t[task] for t in problem.support)
-    away = phi - proximal.theta
-    lam = proximal.lam
-    pull = lam @ away if lam.dim() == 2 else lam * away
-    return problem.flat_loss(phi, data) + 0.5 * away @ pull
+    displacement, lam = phi - proximal.theta, proximal.lam.values
+    pull = lam @ displacement if lam.dim() == 2 else lam * displacement
+    return problem.flat_loss(phi, data) + 0.5 * displacement @ pull
 
 
 def gradient_norms(problem, proximal, phi):
@@ -64,7 +63,7 @@ def gradient_norms(problem, proximal, phi):
     return torch.stack(norms)
 
 
-TO_THE_END = {
+CONVERGING = {
     "gradient descent": GradientDescent(lr=0.1, steps=3000, tol=1e-8),
     "momentum": GradientDescent(lr=0.05, steps=3000, momentum=0.8, tol=1e-8),
     "accelerated": GradientDescent.accelerated(lr=0.1, steps=3000, strong_convexity=1.0, tol=1e-8),
@@ -78,9 +77,9 @@ TO_THE_END = {
 }
 
 
-@pytest.mark.parametrize("form", STRENGTHS)
-@pytest.mark.parametrize("solver", TO_THE_END.values(), ids=list(TO_THE_END))
-def test_reaches_the_optimum_that_scipy_finds(solver, form, device):
+@pytest.mark.parametrize("form", LAMS)
+@pytest.mark.parametrize("solver", CONVERGING.values(), ids=list(CONVERGING))
+def test_every_solver_reaches_the_optimum_found_by_scipy(solver, form, device):
     problem, proximal = setting(device, 3, form)
     got = solver.solve(proximal)
     assert (got.status == Status.CONVERGED).all()
@@ -100,13 +99,13 @@ def test_reaches_the_optimum_that_scipy_finds(solver, form, device):
         np.testing.assert_allclose(got.value[task].cpu().numpy(), best.x, atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", TO_THE_END.values(), ids=list(TO_THE_END))
-def test_one_exploding_task_among_sixteen_freezes_and_says_so(solver, device):
+@pytest.mark.parametrize("solver", CONVERGING.values(), ids=list(CONVERGING))
+def test_a_nonfinite_task_does_not_change_the_others(solver, device):
     problem, proximal = setting(device, 16)
     support = tuple(t.clone() for t in problem.support)
     support[1][5] = torch.nan
     objective = Objective(problem.loss, problem.layout, support)
-    got = solver.solve(Proximal(objective, proximal.theta, proximal.lam))
+    got = solver.solve(Proximal(objective, proximal.theta, proximal.lam.values))
     clean = solver.solve(proximal)
     others = torch.arange(16, device=device) != 5
     assert got.status[5] == Status.NONFINITE
@@ -115,8 +114,8 @@ def test_one_exploding_task_among_sixteen_freezes_and_says_so(solver, device):
     torch.testing.assert_close(got.value[others], clean.value[others], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", TO_THE_END.values(), ids=list(TO_THE_END))
-def test_a_single_task_with_a_single_parameter(solver, dtype, device):
+@pytest.mark.parametrize("solver", CONVERGING.values(), ids=list(CONVERGING))
+def test_a_single_task_with_a_single_parameter_is_solved(solver, dtype, device):
     params = {"w": torch.zeros((), dtype=dtype, device=device)}
     layout = Layout(params)
     x = torch.tensor([[1.0, 2.0]], dtype=dtype, device=device)
@@ -126,7 +125,7 @@ def test_a_single_task_with_a_single_parameter(solver, dtype, device):
 
     objective = Objective(loss, layout, x)
     proximal = Proximal(objective, layout.flatten(params), x.new_full((1,), 1.0))
-    if isinstance(solver, HessianFree):  # a plain callable has no outputs to linearise
+    if isinstance(solver, HessianFree):  # ggn needs module_loss
         solver = HessianFree(steps=60, linear=ConjugateGradient(max_iter=5))
     got = replace(solver, tol=1e-5 if dtype == torch.float32 else 1e-8).solve(proximal)
     assert got.status.item() == Status.CONVERGED
@@ -135,8 +134,8 @@ def test_a_single_task_with_a_single_parameter(solver, dtype, device):
     torch.testing.assert_close(got.value[0, 0].item(), 1.0, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("solver", TO_THE_END.values(), ids=list(TO_THE_END))
-def test_no_steps_stay_at_theta(solver, device):
+@pytest.mark.parametrize("solver", CONVERGING.values(), ids=list(CONVERGING))
+def test_zero_steps_return_theta(solver, device):
     _, proximal = setting(device)
     got = replace(solver, steps=0).solve(proximal)
     assert torch.equal(got.value, proximal.theta.expand(4, -1))
@@ -146,44 +145,44 @@ def test_no_steps_stay_at_theta(solver, device):
 # ---- gradient descent
 
 
-@pytest.mark.parametrize("form", STRENGTHS)
+@pytest.mark.parametrize("form", LAMS)
 @pytest.mark.parametrize(
     "momentum", [{}, {"momentum": 0.8}, {"momentum": 0.8, "nesterov": True}], ids=str
 )
-def test_gradient_descent_is_torch_sgd_task_by_task(momentum, form, device):
+def test_gradient_descent_agrees_with_torch_sgd_for_each_task(momentum, form, device):
     problem, proximal = setting(device, form=form)
     got = GradientDescent(lr=0.05, steps=7, **momentum).solve(proximal)
-    assert_follows(torch.optim.SGD, {"lr": 0.05, **momentum}, 7, problem, proximal, got.value)
+    assert_agrees(torch.optim.SGD, {"lr": 0.05, **momentum}, 7, problem, proximal, got.value)
 
 
-def assert_follows(optimizer, settings, steps, problem, proximal, value):
+def assert_agrees(optimizer, settings, steps, problem, proximal, value):
     for task in range(problem.tasks):
         phi = proximal.theta.clone().requires_grad_()
-        stepper = optimizer([phi], **settings)
+        stepping = optimizer([phi], **settings)
         for _ in range(steps):
-            stepper.zero_grad()
+            stepping.zero_grad()
             proximal_loss(problem, proximal, task, phi).backward()
-            stepper.step()
+            stepping.step()
         torch.testing.assert_close(value[task], phi.detach())
 
 
-def test_each_task_stops_at_its_own_tolerance(device):
+def test_each_task_stops_when_it_reaches_the_tolerance(device):
     problem, proximal = setting(device)
     got = GradientDescent(lr=0.1, steps=500, tol=1e-6).solve(proximal)
     assert (got.status == Status.CONVERGED).all()
     assert got.steps.unique().numel() > 1
     assert (gradient_norms(problem, proximal, got.value) <= 1e-6).all()
-    for task in range(4):  # one step earlier it had not arrived, and freezing took nothing away
+    for task in range(4):  # but not one step earlier
         fewer = GradientDescent(lr=0.1, steps=int(got.steps[task]) - 1)
         earlier = fewer.solve(proximal).value
         assert gradient_norms(problem, proximal, earlier)[task] > 1e-6
 
 
-def test_accelerated_descent_is_nesterovs_sequence(device):
+def test_accelerated_descent_agrees_with_nesterovs_scheme(device):
     problem, proximal = setting(device)
     mu, lr = 1.5, 0.05
     got = GradientDescent.accelerated(lr=lr, steps=9, strong_convexity=mu).solve(proximal)
-    # Scheme 2.2.11 of Nesterov 2004: x is the descended point, y the one looked ahead to.
+    # Scheme 2.2.11 of Nesterov 2004: y is the extrapolated point.
     kappa = 1 / (lr * mu)
     factor = (kappa**0.5 - 1) / (kappa**0.5 + 1)
     for task in range(4):
@@ -199,15 +198,15 @@ def test_accelerated_descent_is_nesterovs_sequence(device):
 # ---- Adam
 
 
-@pytest.mark.parametrize("form", STRENGTHS)
-def test_adam_is_torch_adam_task_by_task(form, device):
+@pytest.mark.parametrize("form", LAMS)
+def test_adam_agrees_with_torch_adam_for_each_task(form, device):
     problem, proximal = setting(device, form=form)
     got = Adam(lr=0.05, steps=6, betas=(0.8, 0.99), eps=1e-6).solve(proximal)
     settings = {"lr": 0.05, "betas": (0.8, 0.99), "eps": 1e-6}
-    assert_follows(torch.optim.Adam, settings, 6, problem, proximal, got.value)
+    assert_agrees(torch.optim.Adam, settings, 6, problem, proximal, got.value)
 
 
-def test_adams_second_moment_is_that_of_torch(device):
+def test_the_second_moment_of_adam_agrees_with_torch(device):
     problem, proximal = setting(device, 1)
     got = Adam(lr=0.05, steps=3).solve(proximal)
     phi = proximal.theta.clone().requires_grad_()
@@ -220,7 +219,7 @@ def test_adams_second_moment_is_that_of_torch(device):
     torch.testing.assert_close(got.second_moment[0], want)
 
 
-def test_adams_moments_reach_the_preconditioner(device):
+def test_the_adam_preconditioner_gives_the_same_meta_gradient(device):
     problem = regression(3, device)
     out = implicit_meta_grad(
         problem.loss, problem.params, problem.support, problem.query, lam=1.5,
@@ -244,7 +243,7 @@ def test_adams_moments_reach_the_preconditioner(device):
 @pytest.mark.parametrize(
     "solver", [HessianFree(steps=8), LBFGS(steps=8)], ids=["hessian-free", "lbfgs"]
 )
-def test_every_step_of_a_line_search_lowers_the_objective(solver, make, device):
+def test_every_step_with_a_line_search_decreases_the_objective(solver, make, device):
     _, proximal = setting(device, make=make)
     values = [proximal.values(proximal.start())]
     for steps in range(1, 9):
@@ -254,11 +253,11 @@ def test_every_step_of_a_line_search_lowers_the_objective(solver, make, device):
     assert (values[-1] < values[0]).all()
 
 
-def test_a_task_without_a_descent_direction_stops_alone(device):
+def test_a_task_without_a_descent_direction_does_not_stop_the_others(device):
     params = {"w": torch.full((3,), 0.5, dtype=torch.float64, device=device)}
     layout = Layout(params)
 
-    def loss(params, sign):  # w², whose gradient has the wrong sign where sign is -1
+    def loss(params, sign):  # the gradient has the wrong sign where sign is -1
         square = ((params["w"] - 1) ** 2).sum()
         return sign * square + (1 - sign) * square.detach()
 
@@ -273,7 +272,7 @@ def test_a_task_without_a_descent_direction_stops_alone(device):
 
 
 @pytest.mark.parametrize("stiffness", [1e2, 1e4, 1e6])
-def test_lbfgs_finds_its_scale_on_a_stiff_quadratic(stiffness, device):
+def test_lbfgs_finds_the_step_length_on_a_stiff_quadratic(stiffness, device):
     params = {"w": torch.zeros(5, dtype=torch.float64, device=device)}
     layout = Layout(params)
 
@@ -288,8 +287,8 @@ def test_lbfgs_finds_its_scale_on_a_stiff_quadratic(stiffness, device):
 
 
 @pytest.mark.parametrize("damping", [0.0, 1.0])
-def test_hessian_free_damps_itself_where_newton_overshoots(damping, device):
-    # log cosh: far out its curvature vanishes, and Newton's step is of length e^80.
+def test_hessian_free_adapts_its_damping_where_newton_overshoots(damping, device):
+    # log cosh: its curvature vanishes far from 0, and Newton's step has length e^80.
     params = {"w": torch.full((1,), 40.0, dtype=torch.float64, device=device)}
     layout = Layout(params)
 
@@ -307,11 +306,11 @@ def test_hessian_free_damps_itself_where_newton_overshoots(damping, device):
 @pytest.mark.parametrize(
     "solver", [HessianFree(steps=40), LBFGS(steps=100)], ids=["hessian-free", "lbfgs"]
 )
-def test_a_line_search_in_float32_gets_as_near_as_rounding_lets_it(solver, device):
+def test_a_line_search_in_float32_converges_to_rounding_error(solver, device):
     problem = regression(4, device).to(torch.float32)
     theta = problem.layout.flatten(problem.params)
 
-    def loss(params, data):  # an offset that hides the last decreases of G from float32
+    def loss(params, data):  # the offset makes the last decreases of G round to 0
         return problem.loss(params, data) + 100.0
 
     lam = torch.full((1,), 1.5, device=device)
@@ -328,8 +327,8 @@ def test_a_line_search_in_float32_gets_as_near_as_rounding_lets_it(solver, devic
     ).all()
 
 
-def test_lbfgs_uses_its_history_and_only_curved_pairs(device):
-    # With a full history, D + 1 steps of exact curvature pairs all but solve a D-quadratic.
+def test_a_longer_history_makes_lbfgs_converge_in_fewer_steps(device):
+    # With D pairs of exact curvature, L-BFGS nearly solves a quadratic of D parameters.
     eigenvalues = torch.logspace(0, 3, 6, dtype=torch.float64, device=device)
     params = {"w": torch.ones(6, dtype=torch.float64, device=device)}
     layout = Layout(params)
@@ -346,8 +345,8 @@ def test_lbfgs_uses_its_history_and_only_curved_pairs(device):
     assert long.steps.item() < 0.7 * short.steps.item()
 
 
-def test_one_hessian_free_step_is_newtons_on_a_quadratic(device):
-    # Solved to the end and undamped, the direction is Newton's and the first trial is accepted.
+def test_one_undamped_hessian_free_step_solves_a_quadratic(device):
+    # The direction is Newton's, and the first trial is accepted.
     params = {"w": torch.randn(6, dtype=torch.float64, device=device)}
     layout = Layout(params)
     a = torch.randn(3, 8, 6, dtype=torch.float64, device=device)
@@ -365,8 +364,8 @@ def test_one_hessian_free_step_is_newtons_on_a_quadratic(device):
     torch.testing.assert_close(got.value, want)
 
 
-def test_hessian_free_gets_past_negative_curvature(device):
-    # At theta = 0 the loss bends down: Newton's step would climb to the maximum.
+def test_hessian_free_converges_to_a_minimum_despite_negative_curvature(device):
+    # At theta the loss is concave: Newton's step would go to the maximum.
     params = {"w": torch.full((4,), 0.1, dtype=torch.float64, device=device)}
     layout = Layout(params)
 
@@ -382,7 +381,7 @@ def test_hessian_free_gets_past_negative_curvature(device):
     assert (torch.linalg.eigvalsh(hessian) > 0).all()  # a minimum
 
 
-def test_the_line_search_takes_the_first_length_that_suffices(device):
+def test_the_line_search_takes_the_first_length_with_sufficient_decrease(device):
     params = {"w": torch.zeros(2, dtype=torch.float64, device=device)}
     layout = Layout(params)
 
@@ -400,35 +399,35 @@ def test_the_line_search_takes_the_first_length_that_suffices(device):
     moved, t, at_full = Backtracking().search(
         problem, phi, -gradient, value, -(gradient**2).sum(1), running
     )
-    # Along d = (1, 1): G = curvature t² - 2 t, so t = 1 does for 1, t = 1/4 for 7; the third rests.
+    # Along d = (1, 1), G = curvature t² - 2 t: t = 1 suffices for 1, and t = 1/4 for 7.
     assert t.tolist() == [1.0, 0.25, 0.0]
     torch.testing.assert_close(moved, t[:, None] * -gradient)
     torch.testing.assert_close(at_full, problem.values(phi - gradient))
 
 
-def test_the_line_search_accepts_what_rounding_hides(device):
+def test_the_line_search_accepts_an_increase_within_rounding_error(device):
     params = {"w": torch.zeros(1, device=device)}
     layout = Layout(params)
 
-    def loss(params, data):  # a unit in the last place more at w = 1, though the slope is down
+    def loss(params, data):  # at w = 1 larger by a unit in the last place
         return 100 + (1e-5 * params["w"]).sum() + 0 * data.sum()
 
     data = torch.zeros(1, 1, device=device)
     lam = torch.full((1,), 1e-9, device=device)
     problem = Proximal(Objective(loss, layout, data), layout.flatten(params), lam)
     phi = problem.start()
-    slope = torch.full((1,), -1e-9, dtype=torch.float64, device=device)
+    derivative = torch.full((1,), -1e-9, dtype=torch.float64, device=device)
     _, t, at_full = Backtracking().search(
-        problem, phi, torch.ones_like(phi), problem.values(phi), slope, slope < 0
+        problem, phi, torch.ones_like(phi), problem.values(phi), derivative, derivative < 0
     )
     assert at_full > 100
     assert t.item() == 1
 
 
-# ---- anybody's solver
+# ---- External
 
 
-def test_an_external_solver_may_use_autograd_of_its_own(device):
+def test_an_external_solver_may_use_autograd(device):
     problem = regression(2, device)
     params = {name: t.clone().requires_grad_() for name, t in problem.params.items()}
 
@@ -437,11 +436,11 @@ def test_an_external_solver_may_use_autograd_of_its_own(device):
         optimizer = torch.optim.SGD([phi], lr=0.1)
         for _ in range(20):
             optimizer.zero_grad()
-            away = phi - proximal.theta
-            total = proximal.objective.losses(phi).sum() + 0.5 * 1.5 * (away**2).sum()
+            displacement = phi - proximal.theta
+            total = proximal.objective.losses(phi).sum() + 0.75 * (displacement**2).sum()
             total.backward()
             optimizer.step()
-        proximal.theta.zero_()  # and writing what it was given harms nobody
+        proximal.theta.zero_()  # a copy
         return phi
 
     own, ours = External(sgd), GradientDescent(lr=0.1, steps=20)
@@ -475,7 +474,7 @@ def scipy_task_by_task(problem):
 
 
 def random_search(problem):
-    """Not differentiable in any sense: tries, keeps the better, and narrows."""
+    """Random trials in a shrinking neighbourhood of the best point."""
     generator = torch.Generator().manual_seed(0)
     best = problem.start()
     value, width = problem.values(best), torch.ones(problem.tasks, 1)
@@ -494,7 +493,7 @@ def random_search(problem):
 def test_an_external_solver_gives_the_same_meta_gradient(fn, tolerance, device):
     problem = regression(3, device)
     small = {name: t[:1] if name == "0.bias" else t for name, t in problem.params.items()}
-    del small["0.bias"], small["0.weight"]  # the last layer alone: convex, D = 7
+    del small["0.bias"], small["0.weight"]  # the last layer only: convex, D = 7
     settings = {"lam": 1.5, "linear": ConjugateGradient(max_iter=50, rtol=1e-12)}
     want = implicit_meta_grad(
         problem.loss, small, problem.support, problem.query,
@@ -508,10 +507,10 @@ def test_an_external_solver_gives_the_same_meta_gradient(fn, tolerance, device):
         distance = (got.params[name] - want.params[name]).norm() / want.params[name].norm()
         assert distance < tolerance
     error = (got.inner.value - want.inner.value).norm(dim=1)
-    assert (error <= 1.01 * got.inner.error_estimate + 1e-12).all()  # the certificate holds
+    assert (error <= 1.01 * got.inner.error_estimate + 1e-12).all()  # an upper bound here
 
 
-def test_an_external_solver_is_judged_by_its_tolerance(device):
+def test_the_status_of_an_external_solver_follows_from_its_tolerance(device):
     problem = regression(3, device)
 
     def lazy(proximal):
@@ -535,7 +534,7 @@ def test_an_external_solver_is_judged_by_its_tolerance(device):
         (lambda p: {"w": p.start()}, ValueError, "phi must name"),
     ],
 )
-def test_what_an_external_solver_must_return(fn, error, message):
+def test_an_external_solver_must_return_phi(fn, error, message):
     _, proximal = setting("cpu")
     with pytest.raises(error, match=message):
         External(fn).solve(proximal)
@@ -546,24 +545,24 @@ def test_what_an_external_solver_must_return(fn, error, message):
     [
         (lambda: GradientDescent(lr=0.0), "lr must be positive and finite, got 0.0"),
         (lambda: GradientDescent(lr=float("nan")), "lr must be positive"),
-        (lambda: GradientDescent(steps=-1), "steps must not be negative, got -1"),
+        (lambda: GradientDescent(steps=-1), "steps must be at least 0, got -1"),
         (lambda: GradientDescent(momentum=1.0), r"momentum must be in \[0, 1\), got 1.0"),
         (lambda: GradientDescent(nesterov=True), "nesterov needs a positive momentum"),
-        (lambda: GradientDescent(tol=-1.0), "tol must not be negative, got -1.0"),
+        (lambda: GradientDescent(tol=-1.0), r"tol must be in \[0, inf\], got -1.0"),
         (
             lambda: GradientDescent.accelerated(lr=1.0, steps=3, strong_convexity=2.0),
-            r"lr strong_convexity must be in \(0, 1\)",
+            r"lr \* strong_convexity must be in \(0, 1\)",
         ),
         (lambda: Adam(lr=-1.0), "lr must be positive"),
-        (lambda: Adam(betas=(0.9, 1.0)), r"betas must be in \[0, 1\)"),
-        (lambda: Adam(eps=-1.0), "eps must not be negative"),
-        (lambda: HessianFree(steps=-1), "steps must not be negative"),
-        (lambda: HessianFree(damping=-1.0), "damping must be finite and not negative"),
+        (lambda: Adam(betas=(0.9, 1.0)), r"each of betas must be in \[0, 1\)"),
+        (lambda: Adam(eps=-1.0), r"eps must be in \[0, inf\], got -1.0"),
+        (lambda: HessianFree(steps=-1), "steps must be at least 0"),
+        (lambda: HessianFree(damping=-1.0), "damping must be finite and non-negative"),
         (lambda: LBFGS(history=0), "history must be at least 1, got 0"),
         (lambda: Backtracking(trials=0), "trials must be at least 1, got 0"),
         (lambda: Backtracking(shrink=1.0), r"shrink must be in \(0, 1\), got 1.0"),
     ],
 )
-def test_bad_settings_are_refused(make, message):
+def test_bad_settings_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,6 +1,6 @@
-"""Every linear solver against dense solves, and each against an oracle of its own kind.
+"""Every linear solver against dense solves, and each against a specific oracle.
 
-What is particular to plain conjugate gradient is in test_cg.py.
+Tests of plain conjugate gradient only are in test_cg.py.
 """
 
 import numpy as np
@@ -9,7 +9,17 @@ import torch
 from matrices import product, symmetric
 from scipy.sparse.linalg import minres as scipy_minres
 
-from imaml_ext import MINRES, ConjugateGradient, NeumannSeries, Status, conjugate_gradient
+from imaml_ext import (
+    MINRES,
+    ConjugateGradient,
+    LinearSolver,
+    NeumannSeries,
+    Solution,
+    Status,
+    conjugate_gradient,
+)
+from imaml_ext.solvers.linear.base import LinearSystem
+from imaml_ext.solvers.linear.cg import _jacobi_diagonal
 
 SOLVERS = {
     "cg": lambda **s: ConjugateGradient(max_iter=300, **s),
@@ -18,7 +28,7 @@ SOLVERS = {
     "minres": lambda **s: MINRES(max_iter=300, **s),
     "neumann": lambda **s: NeumannSeries(max_iter=3000, lr=0.05, **s),
 }
-STRENGTHS = ["float", "0-d", "diagonal", "dense"]
+LAMS = ["float", "0-d", "diagonal", "dense"]
 
 
 @pytest.fixture(params=list(SOLVERS))
@@ -26,8 +36,8 @@ def make(request):
     return SOLVERS[request.param]
 
 
-def strength(form, dim, dtype, device):
-    """lam, and the same as a matrix."""
+def make_lam(form, dim, dtype, device):
+    """lam in one of its forms, and as a matrix."""
     eye = torch.eye(dim, dtype=dtype, device=device)
     if form == "float":
         return 0.7, 0.7 * eye
@@ -45,12 +55,12 @@ def solve(solver, h, b, lam=0.0):
     return solver.solve(product(h), b, lam, second_moment=torch.rand_like(b) + 0.1)
 
 
-@pytest.mark.parametrize("form", STRENGTHS)
+@pytest.mark.parametrize("form", LAMS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (16, 30)])
-def test_agrees_with_a_dense_solve(make, form, shape, device):
+def test_the_solution_agrees_with_a_dense_solve(make, form, shape, device):
     h = symmetric(torch.rand(shape, dtype=torch.float64, device=device) * 10)
     b = torch.randn(shape, dtype=torch.float64, device=device)
-    lam, matrix = strength(form, shape[1], torch.float64, device)
+    lam, matrix = make_lam(form, shape[1], torch.float64, device)
     got = solve(make(rtol=1e-11, damping=0.3), h, b, lam)
     a = h + matrix + 0.3 * torch.eye(shape[1], dtype=torch.float64, device=device)
     assert (got.status == Status.CONVERGED).all()
@@ -59,7 +69,7 @@ def test_agrees_with_a_dense_solve(make, form, shape, device):
     torch.testing.assert_close(got.residual, residual, rtol=0.5, atol=1e-12)
 
 
-def test_float32_reaches_its_precision(make, device):
+def test_float32_solutions_have_float32_accuracy(make, device):
     h = symmetric(torch.rand(8, 40, device=device) * 10 + 1)
     b = torch.randn(8, 40, device=device)
     got = solve(make(rtol=3e-6), h, b)
@@ -68,7 +78,7 @@ def test_float32_reaches_its_precision(make, device):
     assert ((got.value - want).norm(dim=1) / want.norm(dim=1)).max() < 2e-5
 
 
-def test_a_zero_right_hand_side_is_solved_in_no_steps(make, dtype, device):
+def test_a_zero_right_hand_side_takes_no_steps(make, dtype, device):
     b = torch.randn(3, 7, dtype=dtype, device=device)
     b[1] = 0
     got = solve(make(rtol=1e-4), 2 * torch.eye(7, dtype=dtype, device=device), b)
@@ -78,15 +88,15 @@ def test_a_zero_right_hand_side_is_solved_in_no_steps(make, dtype, device):
     torch.testing.assert_close(got.value[0], b[0] / 2, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_one_failing_row_leaves_the_fifteen_others_alone(make, poison, device):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_failing_row_does_not_change_the_others(make, value, device):
     good = symmetric(torch.rand(16, 30, dtype=torch.float64, device=device) + 1)
     b = torch.randn(16, 30, dtype=torch.float64, device=device)
     solver = make(rtol=1e-6)
     second_moment = torch.rand_like(b)
     alone = solver.solve(product(good), b, 0.5, second_moment=second_moment)
     bad = good.clone()
-    bad[7] = poison
+    bad[7] = value
     got = solver.solve(product(bad), b, 0.5, second_moment=second_moment)
     others = torch.arange(16, device=device) != 7
     assert got.status[7] == Status.NONFINITE
@@ -96,7 +106,7 @@ def test_one_failing_row_leaves_the_fifteen_others_alone(make, poison, device):
     assert torch.equal(got.steps[others], alone.steps[others])
 
 
-def test_a_right_hand_side_that_is_not_finite_says_so(make, device):
+def test_a_row_with_a_nonfinite_right_hand_side_is_nonfinite(make, device):
     b = torch.randn(3, 7, device=device)
     b[2, 3] = torch.nan
     got = solve(make(rtol=1e-4), 2 * torch.eye(7, device=device), b)
@@ -105,10 +115,10 @@ def test_a_right_hand_side_that_is_not_finite_says_so(make, device):
 
 
 @pytest.mark.parametrize("solver", ["cg", "jacobi", "adam", "neumann"])
-@pytest.mark.parametrize("form", STRENGTHS)
-def test_negative_curvature_at_once_leaves_out_h(solver, form, device):
+@pytest.mark.parametrize("form", LAMS)
+def test_negative_curvature_at_the_start_gives_the_solution_without_h(solver, form, device):
     b = torch.randn(3, 20, dtype=torch.float64, device=device)
-    lam, matrix = strength(form, 20, b.dtype, device)
+    lam, matrix = make_lam(form, 20, b.dtype, device)
     h = -100 * torch.eye(20, dtype=b.dtype, device=device)
     got = solve(SOLVERS[solver](), h, b, lam)
     assert (got.status == Status.NEGATIVE_CURVATURE).all()
@@ -119,7 +129,7 @@ def test_negative_curvature_at_once_leaves_out_h(solver, form, device):
 # ---- preconditioned conjugate gradient
 
 
-def test_the_preconditioned_iterates_are_those_of_the_scaled_system(device):
+def test_preconditioned_iterates_are_those_of_the_scaled_system(device):
     # PCG on A x = b is CG on S A S y = S b with S = M^-1/2 and x = S y.
     h = symmetric(torch.rand(3, 25, dtype=torch.float64, device=device) * 5 + 0.1)
     b = torch.randn(3, 25, dtype=torch.float64, device=device)
@@ -133,11 +143,11 @@ def test_the_preconditioned_iterates_are_those_of_the_scaled_system(device):
         torch.testing.assert_close(got.value, s * want.value)
         torch.testing.assert_close(got.lanczos.ritz / got.lanczos.scale[:, None], want.lanczos.ritz)
         residual = (b - product(h)(got.value) - 0.5 * got.value).norm(dim=1)
-        torch.testing.assert_close(got.residual, residual)  # the true one, not the scaled
+        torch.testing.assert_close(got.residual, residual)  # of the original system
 
 
-def test_a_jacobi_preconditioner_undoes_bad_scaling(device):
-    # A diagonal H: the estimate is exact, and one step solves what takes plain CG dozens.
+def test_a_jacobi_preconditioner_removes_bad_scaling(device):
+    # H is diagonal: the estimate is exact and one step suffices, where plain CG takes dozens.
     h = torch.logspace(-2, 4, 60, dtype=torch.float64, device=device).expand(4, -1)
     b = torch.randn(4, 60, dtype=torch.float64, device=device)
     plain = ConjugateGradient(max_iter=500, rtol=1e-8).solve(lambda p: h * p, b, 0.1)
@@ -149,16 +159,15 @@ def test_a_jacobi_preconditioner_undoes_bad_scaling(device):
 
 
 def test_the_jacobi_estimate_is_the_diagonal(device):
-    from imaml_ext.solvers.linear.cg import _jacobi
-
     h = symmetric(torch.rand(2, 12, dtype=torch.float64, device=device))
-    got = _jacobi(product(h), torch.zeros(2, 12, dtype=torch.float64, device=device), 20000)
+    zeros = torch.zeros(2, 12, dtype=torch.float64, device=device)
+    got = _jacobi_diagonal(LinearSystem(product(h), zeros, 0.0, damping=0.0), 20000)
     # The standard error of a sum of 11 signed off-diagonal entries over 20000 probes.
     error = (h**2).sum(2).sqrt().max().item() / 20000**0.5
     assert ((got - h.diagonal(dim1=1, dim2=2)).abs() < 5 * error).all()
 
 
-def test_the_error_bound_holds_with_a_preconditioner(device):
+def test_the_error_estimate_bounds_the_error_with_a_preconditioner(device):
     h = symmetric(torch.logspace(-1, 1, 12, dtype=torch.float64, device=device).expand(4, -1))
     b = torch.randn(4, 12, dtype=torch.float64, device=device)
     m = torch.rand(4, 12, dtype=torch.float64, device=device) + 0.5
@@ -167,14 +176,14 @@ def test_the_error_bound_holds_with_a_preconditioner(device):
     assert (error <= got.error_estimate * (1 + 1e-6)).all()
 
 
-def test_adams_preconditioner_needs_adams_moments():
+def test_the_adam_preconditioner_needs_the_second_moment():
     solver = ConjugateGradient(preconditioner="adam")
-    with pytest.raises(ValueError, match="needs the second moment that an inner solver kept"):
+    with pytest.raises(ValueError, match="needs the second moment of the inner solver"):
         solver.solve(lambda p: p, torch.ones(2, 3))
 
 
-def test_preconditioned_solves_of_float32_survive_their_own_end(device):
-    # After the Krylov space is exhausted, residuals shrink until M^-1 r would underflow.
+def test_iterations_past_float32_convergence_stay_finite(device):
+    # Once the Krylov space is exhausted, residuals decrease until M^-1 r would underflow.
     d = torch.rand(16, 8, device=device) + 1
     b = torch.randn(16, 8, device=device)
     for preconditioner in (None, "jacobi"):
@@ -186,7 +195,7 @@ def test_preconditioned_solves_of_float32_survive_their_own_end(device):
         assert (small.status == Status.CONVERGED).all()
 
 
-def test_adams_preconditioner_has_the_shape_of_the_second_moment(device):
+def test_the_adam_preconditioner_is_proportional_to_the_root_of_the_second_moment(device):
     # H = c sqrt(second moment): the preconditioner is exact, and one step solves.
     root = torch.logspace(-2, 2, 40, dtype=torch.float64, device=device).expand(3, -1)
     b = torch.randn(3, 40, dtype=torch.float64, device=device)
@@ -196,7 +205,7 @@ def test_adams_preconditioner_has_the_shape_of_the_second_moment(device):
     torch.testing.assert_close(got.value, b / (7 * root + 0.5))
 
 
-def test_a_preconditioner_knows_the_damping(device):
+def test_a_preconditioner_includes_the_damping(device):
     h = torch.logspace(-4, 0, 30, dtype=torch.float64, device=device).expand(2, -1)
     b = torch.randn(2, 30, dtype=torch.float64, device=device)
     solver = ConjugateGradient(30, rtol=1e-8, damping=0.1, preconditioner="jacobi", probes=1)
@@ -238,7 +247,7 @@ def test_minres_solves_indefinite_systems_where_cg_stops(device):
     assert (cg.status == Status.NEGATIVE_CURVATURE).all()
 
 
-def test_every_minres_iterate_is_that_of_scipy():
+def test_every_minres_iterate_agrees_with_scipy():
     h = indefinite(1, 30, "cpu")
     b = torch.randn(1, 30, dtype=torch.float64)
     for steps in (1, 2, 5, 12):
@@ -249,16 +258,16 @@ def test_every_minres_iterate_is_that_of_scipy():
         assert got.status.item() == Status.MAX_ITER
 
 
-def test_minres_sees_the_spectrum(device):
+def test_minres_ritz_values_are_the_spectrum_once_the_krylov_space_is_exhausted(device):
     distinct = torch.tensor([-3.0, -0.5, 2.0, 7.0], dtype=torch.float64, device=device)
     h = symmetric(distinct.repeat(3, 5))
     b = torch.randn(3, 20, dtype=torch.float64, device=device)
     got = MINRES(max_iter=4).solve(product(h), b)
     torch.testing.assert_close(got.lanczos.ritz, distinct.expand(3, 4), rtol=1e-8, atol=0)
-    assert (got.error_estimate == torch.inf).all()  # indefinite: nothing is certified
+    assert (got.error_estimate == torch.inf).all()  # A is indefinite
 
 
-def test_a_singular_system_ends_at_the_least_residual(device):
+def test_a_singular_system_ends_at_the_smallest_residual(device):
     h = torch.diag(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64, device=device)).expand(
         2, 3, 3
     )
@@ -267,10 +276,10 @@ def test_a_singular_system_ends_at_the_least_residual(device):
     assert got.status.tolist() == [Status.CONVERGED, Status.MAX_ITER]
     torch.testing.assert_close(got.residual[1].item(), 3.0)
     assert got.value.isfinite().all()
-    assert got.error_estimate[1] > 1e12  # nothing is certified
+    assert got.error_estimate[1] > 1e12
 
 
-def test_minres_stops_at_its_tolerance_and_no_sooner(device):
+def test_minres_stops_at_its_tolerance_and_not_before(device):
     h = indefinite(4, 40, device)
     b = torch.randn(4, 40, dtype=torch.float64, device=device)
     got = MINRES(max_iter=200, rtol=1e-3).solve(product(h), b)
@@ -285,7 +294,7 @@ def test_minres_stops_at_its_tolerance_and_no_sooner(device):
 # ---- Neumann series
 
 
-def test_the_neumann_series_is_its_sum(device):
+def test_the_neumann_series_is_the_sum_of_its_terms(device):
     h = symmetric(torch.rand(3, 10, dtype=torch.float64, device=device) * 2)
     b = torch.randn(3, 10, dtype=torch.float64, device=device)
     a = h + 0.5 * torch.eye(10, dtype=torch.float64, device=device)
@@ -297,7 +306,7 @@ def test_the_neumann_series_is_its_sum(device):
     assert (got.status == Status.MAX_ITER).all()
 
 
-def test_a_diverging_series_shows_in_its_residual(device):
+def test_the_residual_of_a_diverging_series_grows(device):
     b = torch.randn(2, 5, device=device)
     got = NeumannSeries(max_iter=10, lr=1.0).solve(lambda p: 5 * p, b)
     assert (got.residual > 100 * b.norm(dim=1)).all()
@@ -307,13 +316,65 @@ def test_a_diverging_series_shows_in_its_residual(device):
     assert (forever.value == 0).all()
 
 
+# ---- a solver of the user's
+
+
+class Richardson(LinearSolver):
+    """Leaves rows RUNNING, and lets them diverge."""
+
+    def _solve(self, system):
+        x = torch.zeros_like(system.b)
+        for _ in range(self.max_iter):
+            x = x + 0.1 * (system.b - system.product(x))
+        steps = torch.full(x.shape[:1], self.max_iter, dtype=torch.int32)
+        return Solution(x, torch.zeros_like(steps), steps, torch.zeros(len(x)).double())
+
+
+@pytest.mark.parametrize("form", LAMS)
+def test_a_subclass_implements_only_its_iteration(form):
+    h = symmetric(torch.rand(3, 10, dtype=torch.float64) * 5 + 1)
+    h[2] *= 1e3  # diverges
+    b = torch.randn(3, 10, dtype=torch.float64)
+    lam, matrix = make_lam(form, 10, torch.float64, "cpu")
+    got = Richardson(max_iter=500, damping=0.2).solve(product(h), b, lam)
+    assert got.status.tolist() == [Status.MAX_ITER, Status.MAX_ITER, Status.NONFINITE]
+    a = h + matrix + 0.2 * torch.eye(10, dtype=torch.float64)
+    torch.testing.assert_close(got.value[:2], torch.linalg.solve(a[:2], b[:2]))
+    assert (got.value[2] == 0).all()
+    assert got.residual[2].isnan()
+
+
+def test_a_subclass_gets_the_second_moment_and_checked_arguments():
+    systems = []
+
+    class Recording(Richardson):
+        def _solve(self, system):
+            systems.append(system)
+            return super()._solve(system)
+
+    b = torch.randn(2, 4, requires_grad=True)
+    moment = torch.rand(2, 4)
+    Recording().solve(lambda p: p, b, torch.ones(4), second_moment=moment)
+    (system,) = systems
+    assert system.second_moment is moment
+    assert not system.b.requires_grad
+    assert torch.equal(system.b, b)
+    with pytest.raises(ValueError, match=r"lam must be a scalar, \[4\] or \[4, 4\]"):
+        Recording().solve(lambda p: p, b, torch.ones(3))
+    with pytest.raises(TypeError, match="matvec must return a tensor, got NoneType"):
+        Recording().solve(lambda p: None, b)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: MINRES(max_iter=0), "max_iter must be at least 1, got 0"),
-        (lambda: MINRES(curvature="fisher"), "curvature must be 'hessian' or 'ggn'"),
+        (lambda: MINRES(curvature="fisher"), "curvature must be one of 'hessian', 'ggn'"),
         (lambda: NeumannSeries(lr=-1.0), "lr must be positive and finite, got -1.0"),
-        (lambda: ConjugateGradient(preconditioner="ilu"), "preconditioner must be 'jacobi'"),
+        (
+            lambda: ConjugateGradient(preconditioner="ilu"),
+            "preconditioner must be one of 'jacobi'",
+        ),
         (lambda: ConjugateGradient(probes=0), "probes must be at least 1, got 0"),
         (
             lambda: conjugate_gradient(
@@ -325,12 +386,12 @@ def test_a_diverging_series_shows_in_its_residual(device):
             lambda: conjugate_gradient(
                 lambda p: p, torch.ones(2, 3), max_iter=1, preconditioner=torch.zeros(3)
             ),
-            "preconditioner must be positive",
+            "preconditioner and its inverse must be positive",
         ),
         (lambda: MINRES().solve(lambda p: p, torch.ones(4)), r"b must be \[B, D\]"),
         (lambda: NeumannSeries().solve(lambda p: p, torch.ones(2, 4), torch.ones(3)), r"\[4, 4\]"),
     ],
 )
-def test_bad_settings_are_refused(make, message):
+def test_bad_settings_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
         make()

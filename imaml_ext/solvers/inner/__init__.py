@@ -1,4 +1,4 @@
-"""Inner solvers: `phi_i = argmin G_i`, see `Proximal`."""
+"""Inner solvers: `phi_i = argmin G_i`; see `Proximal`."""
 
 from imaml_ext.solvers.inner.adam import Adam
 from imaml_ext.solvers.inner.base import InnerSolver

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from imaml_ext._checks import check_range
 from imaml_ext.ops.rows import prox_adam_
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner.base import (
@@ -20,17 +21,17 @@ from imaml_ext.solvers.solution import Solution, Status, all_done
 class Adam(InnerSolver):
     """Adam on G_i, each task with its own moments, as `torch.optim.Adam`.
 
-    The solution's `second_moment` is the bias-corrected one of the last step: what
-    `ConjugateGradient(preconditioner="adam")` takes.
+    The solution's `second_moment` is the bias-corrected one of the last step, as needed by
+    `ConjugateGradient(preconditioner="adam")`.
 
     Args:
         lr: step size.
-        steps: steps at most.
+        steps: maximum number of steps.
         betas, eps: as in `torch.optim.Adam`.
         tol: a task stops when `‖∇G_i‖ <= tol`; None: all take `steps` steps.
 
     Raises:
-        ValueError: a setting is out of range.
+        TypeError, ValueError: a setting is not a number or out of range.
 
     Source: Kingma, Ba 2015.
     """
@@ -43,10 +44,11 @@ class Adam(InnerSolver):
 
     def __post_init__(self) -> None:
         check_settings(lr=self.lr, steps=self.steps, tol=self.tol)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), one for each moment, got {self.betas}")
-        if not self.eps >= 0:
-            raise ValueError(f"eps must not be negative, got {self.eps}")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        for beta in self.betas:
+            check_range("each of betas", beta, "[0, 1)")
+        check_range("eps", self.eps, "[0, inf]")
 
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
@@ -61,7 +63,7 @@ class Adam(InnerSolver):
                 if all_done(status, step - 1):
                     break
             prox_adam_(
-                phi, problem.unfused(phi, gradient), problem.theta, problem.fused, lr=self.lr,
+                phi, problem.unfused(phi, gradient), problem.theta, problem.lam.fused, lr=self.lr,
                 first_moment=first, second_moment=second, beta1=self.betas[0],
                 beta2=self.betas[1], eps=self.eps, step=step, status=status,
             )  # fmt: skip

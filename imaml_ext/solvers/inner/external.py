@@ -1,4 +1,4 @@
-"""Anybody's solver."""
+"""An inner solver from any Python function."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,27 +14,27 @@ from imaml_ext.solvers.solution import Solution
 
 @dataclass(frozen=True)
 class External(InnerSolver):
-    """phi from any Python callable: another library, a simulator, a search; none is differentiated.
+    """phi from any Python function, such as another library's solver, which is not differentiated.
 
-    The implicit gradient needs nothing but phi. How good it is shows in the report: `residual` is
-    `‖∇G_i(phi_i)‖`, and with `tol` a task that does not reach it is MAX_ITER, not CONVERGED.
+    The implicit gradient depends on phi alone. The report measures it: `residual` is
+    `‖∇G_i(phi_i)‖`, and a task that does not reach `tol` is MAX_ITER, not CONVERGED.
 
     Args:
         fn: maps the inner problem to phi, [B, D] or {name: [B, ...]}. `problem.value_and_gradient`
-            is G and its gradient; `problem.one_by_one()` gives single tasks; `problem.theta` [D] is
-            where they start.
-        tol: a task has arrived when `‖∇G_i‖ <= tol`; None: none has.
+            computes G and its gradient, `problem.one_by_one()` yields single tasks, and
+            `problem.theta` [D] is their initial point.
+        tol: a task is CONVERGED if `‖∇G_i‖ <= tol`; None: never.
 
     Raises:
-        TypeError, ValueError: fn returned something else.
+        TypeError, ValueError: fn did not return such a phi.
     """
 
     fn: Callable[[Proximal], Tensor | Params]
     tol: float | None = None
 
     def solve(self, problem: Proximal) -> Solution:
-        # A copy of theta, should fn write it; and fn may use autograd of its own.
-        own = Proximal(problem.objective, problem.theta.clone(), problem.lam)
+        # A copy of theta, since fn might write to it; fn may use autograd itself.
+        own = Proximal(problem.objective, problem.theta.clone(), problem.lam.values)
         with torch.enable_grad():
             found = self.fn(own)
         if isinstance(found, Mapping):

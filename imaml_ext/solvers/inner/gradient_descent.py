@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from imaml_ext._checks import check_range
 from imaml_ext.ops.rows import prox_gd_
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner.base import (
@@ -19,16 +20,16 @@ from imaml_ext.solvers.solution import Solution, Status, all_done
 
 @dataclass(frozen=True)
 class GradientDescent(InnerSolver):
-    """`phi <- phi - lr ∇G_i(phi)`, all tasks at once, with momentum as in `torch.optim.SGD`.
+    """`phi <- phi - lr ∇G_i(phi)`, optionally with momentum, for all tasks at once.
 
     Args:
         lr: step size.
-        steps: steps at most.
-        momentum, nesterov: of the heavy ball, or of Nesterov.
+        steps: maximum number of steps.
+        momentum, nesterov: as in `torch.optim.SGD`.
         tol: a task stops when `‖∇G_i‖ <= tol`; None: all take `steps` steps.
 
     Raises:
-        ValueError: a setting is out of range.
+        TypeError, ValueError: a setting is not a number or out of range.
     """
 
     lr: float = 0.1
@@ -39,8 +40,7 @@ class GradientDescent(InnerSolver):
 
     def __post_init__(self) -> None:
         check_settings(lr=self.lr, steps=self.steps, tol=self.tol)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        check_range("momentum", self.momentum, "[0, 1)")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a positive momentum")
 
@@ -51,10 +51,10 @@ class GradientDescent(InnerSolver):
         """Nesterov's accelerated method for a strongly convex G.
 
         Args:
-            lr: `1 / L`, L the largest curvature of G.
+            lr: `1 / L`, where L is the largest curvature of G.
             steps, tol: as in `GradientDescent`.
-            strong_convexity: mu, the smallest: lam, where the loss itself is convex. The momentum
-                is `(1 - sqrt(lr mu)) / (1 + sqrt(lr mu))`.
+            strong_convexity: mu, the smallest curvature of G; lam if the loss is convex. The
+                momentum is `(1 - sqrt(lr mu)) / (1 + sqrt(lr mu))`.
 
         Raises:
             ValueError: `lr mu` is not in (0, 1), or another setting is out of range.
@@ -64,8 +64,8 @@ class GradientDescent(InnerSolver):
         root = math.sqrt(lr * strong_convexity) if lr * strong_convexity > 0 else math.nan
         if not 0 < root < 1:
             raise ValueError(
-                f"lr strong_convexity must be in (0, 1), got {lr} and {strong_convexity}: "
-                "lr is one over the largest curvature"
+                f"lr * strong_convexity must be in (0, 1), got {lr} and {strong_convexity}: "
+                "set lr to 1 / the largest curvature"
             )
         momentum = (1 - root) / (1 + root)
         return GradientDescent(lr, steps, momentum=momentum, nesterov=True, tol=tol)
@@ -83,7 +83,7 @@ class GradientDescent(InnerSolver):
                 if all_done(status, step):
                     break
             prox_gd_(
-                phi, problem.unfused(phi, gradient), problem.theta, problem.fused, lr=self.lr,
+                phi, problem.unfused(phi, gradient), problem.theta, problem.lam.fused, lr=self.lr,
                 velocity=velocity, momentum=self.momentum, nesterov=self.nesterov, status=status,
             )  # fmt: skip
             steps += status == Status.RUNNING

@@ -1,11 +1,11 @@
 """Hessian-free optimisation of the proximal objective: truncated Newton steps, a line search."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from imaml_ext._checks import check_range
 from imaml_ext.ops.rows import row_dot
 from imaml_ext.problem.objective import Matvec
 from imaml_ext.problem.proximal import Proximal
@@ -16,30 +16,30 @@ from imaml_ext.solvers.inner.base import (
     unverified,
     update_status,
 )
-from imaml_ext.solvers.inner.line_search import Backtracking, rounding_of
+from imaml_ext.solvers.inner.line_search import Backtracking, rounding_error
 from imaml_ext.solvers.linear.cg import ConjugateGradient
 from imaml_ext.solvers.solution import Solution, Status, all_done
 
 
 @dataclass(frozen=True)
 class HessianFree(InnerSolver):
-    """Each step: a direction d from `(C_i + Λ + damping_i I) d = -∇G_i` by a few CG products, and a
-    length from a line search on G_i. C is the Gauss-Newton matrix or the Hessian of the loss.
+    """Each step solves `(C_i + Λ + damping_i I) d = -∇G_i` for a direction d by a few iterations of
+    CG, and finds its length by a line search on G_i. C is the Gauss-Newton matrix or the Hessian.
 
-    Damping is Levenberg and Marquardt's, for each task: it is halved where the full step d lowers
-    G by more than 3/4 of what the quadratic model foretold, and grows fourfold where by less than
-    1/4; it stays where G changes by less than its own rounding. Where d meets negative curvature at
-    once, it is the gradient, scaled by Λ^-1.
+    Each task has its own Levenberg-Marquardt damping. It is halved if the full step d reduces G by
+    more than 3/4 of the decrease predicted by the quadratic model, and multiplied by 4 if by less
+    than 1/4; it does not change if the change of G is below its rounding error. If CG meets
+    negative curvature in its first iteration, d is `-Λ^-1 ∇G_i`.
 
     Args:
-        steps: steps at most.
-        linear: for the direction; its `curvature` says what C is.
-        damping: to begin with.
-        line_search: for the length.
+        steps: maximum number of steps.
+        linear: solver for the direction; its `curvature` selects C.
+        damping: initial damping.
+        line_search: for the length of a step.
         tol: a task stops when `‖∇G_i‖ <= tol`; None: all take `steps` steps.
 
     Raises:
-        ValueError: a setting is out of range.
+        TypeError, ValueError: a setting is not a number or out of range.
 
     Source: Martens 2010, "Deep learning via Hessian-free optimization".
     """
@@ -54,8 +54,7 @@ class HessianFree(InnerSolver):
 
     def __post_init__(self) -> None:
         check_settings(steps=self.steps, tol=self.tol)
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(f"damping must be finite and not negative, got {self.damping}")
+        check_range("damping", self.damping, "[0, inf)")
 
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
@@ -65,23 +64,24 @@ class HessianFree(InnerSolver):
         damping = torch.full_like(steps, self.damping, dtype=torch.float64)
         for step in range(self.steps):
             at_phi = problem.objective.linearise(phi, self.linear.curvature)
-            value, gradient = problem.complete(phi, at_phi.losses, at_phi.gradient)
+            value, gradient = problem.add_proximal(phi, at_phi.losses, at_phi.gradient)
             norm = row_dot(gradient, gradient).sqrt()
             status = update_status(status, norm, self.tol)
             if all_done(status, step):
                 break
             damped = _damped(at_phi.matvec, damping[:, None].to(phi.dtype))
-            direction = self.linear.solve(damped, -gradient, problem.lam).value
-            slope = row_dot(gradient, direction)
+            direction = self.linear.solve(damped, -gradient, problem.lam.values).value
+            derivative = row_dot(gradient, direction)
             phi, t, at_full = self.line_search.search(
-                problem, phi, direction, value, slope, status == Status.RUNNING
+                problem, phi, direction, value, derivative, status == Status.RUNNING
             )
-            # CG's residual is orthogonal to d, so d'Ad = -∇G·d, and the model falls by -∇G·d / 2.
-            ratio = (value - at_full) / (-0.5 * slope)
-            grown = torch.maximum(4 * damping, -1e-3 * slope / row_dot(direction, direction))
+            # CG's residual is orthogonal to d, so d'Ad = -∇G·d: the model decreases by -∇G·d / 2.
+            ratio = (value - at_full) / (-0.5 * derivative)
+            grown = torch.maximum(4 * damping, -1e-3 * derivative / row_dot(direction, direction))
             adjusted = torch.where(ratio > 0.75, damping / 2, damping)
-            adjusted = torch.where(ratio > 0.25, adjusted, grown)  # where it is NaN too
-            damping = torch.where(slope.abs() > rounding_of(phi, value), adjusted, damping)
+            adjusted = torch.where(ratio > 0.25, adjusted, grown)  # NaN counts as too small
+            changes = derivative.abs() > rounding_error(phi, value)
+            damping = torch.where(changes, adjusted, damping)
             steps += t > 0
         return unverified(phi, status, steps)
 

@@ -20,25 +20,25 @@ from imaml_ext.solvers.inner.base import (
 from imaml_ext.solvers.inner.line_search import Backtracking
 from imaml_ext.solvers.solution import Solution, Status, all_done
 
-Pair = tuple[Tensor, Tensor, Tensor]  # s, y [B, D], and 1 / s·y [B], 0 where it is not positive
+Pair = tuple[Tensor, Tensor, Tensor]  # s, y [B, D], and rho = 1 / s·y [B], 0 for an unused pair
 
 
 @dataclass(frozen=True)
 class LBFGS(InnerSolver):
     """L-BFGS with a backtracking line search, each task with its own history.
 
-    A step whose curvature `s·y` is not positive leaves no pair in its task's history. A task whose
-    line search finds no step forgets its history, then scales its steps down, and stops as MAX_ITER
+    A step whose curvature `s·y` is not positive is not stored in its task's history. If a line
+    search fails, its task clears its history, then scales its steps down, and stops as MAX_ITER
     when they vanish.
 
     Args:
-        steps: steps at most.
-        history: pairs remembered; each costs 2 B D scalars.
+        steps: maximum number of steps.
+        history: number of stored pairs; each takes 2 B D scalars.
         line_search: for the length of a step.
         tol: a task stops when `‖∇G_i‖ <= tol`; None: all take `steps` steps.
 
     Raises:
-        ValueError: a setting is out of range.
+        TypeError, ValueError: a setting is not a number or out of range.
 
     Source: Nocedal 1980, "Updating quasi-Newton matrices with limited storage".
     """
@@ -50,9 +50,7 @@ class LBFGS(InnerSolver):
 
     def __post_init__(self) -> None:
         check_settings(steps=self.steps, tol=self.tol)
-        check_integer("history", self.history)
-        if self.history < 1:
-            raise ValueError(f"history must be at least 1, got {self.history}")
+        check_integer("history", self.history, minimum=1)
 
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
@@ -69,9 +67,9 @@ class LBFGS(InnerSolver):
             if all_done(status, step):
                 break
             direction = -_two_loops(gradient, pairs, gamma)
-            slope = row_dot(gradient, direction)
+            derivative = row_dot(gradient, direction)
             moved, t, _ = self.line_search.search(
-                problem, phi, direction, value, slope, status == Status.RUNNING
+                problem, phi, direction, value, derivative, status == Status.RUNNING
             )
             steps += t > 0
             stuck = (status == Status.RUNNING) & (t == 0)
@@ -98,12 +96,12 @@ class LBFGS(InnerSolver):
 
 
 def _first_scale(gradient: Tensor) -> Tensor:
-    """Of a step before anything is known about curvature: its length is 1 at most."""
+    """Scale of a step while the history is empty: its length is at most 1."""
     return 1 / row_dot(gradient, gradient).sqrt().clamp_min(1.0)
 
 
 def _two_loops(gradient: Tensor, pairs: Sequence[Pair], gamma: Tensor) -> Tensor:
-    """The inverse Hessian's estimate times the gradient. A pair with rho = 0 changes nothing."""
+    """The estimate of the inverse Hessian times the gradient."""
 
     def column(factor: Tensor) -> Tensor:
         return factor[:, None].to(gradient.dtype)

@@ -1,4 +1,4 @@
-"""Conjugate gradient on a batch of independent linear systems, each with its own stopping."""
+"""Conjugate gradient on a batch of independent linear systems."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,15 +6,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from imaml_ext._checks import check_integer, check_like
+from imaml_ext._checks import check_choice, check_integer, check_like
 from imaml_ext._random import random_bits
 from imaml_ext._tracing import is_tracing, may_read_values
 from imaml_ext.ops.rows import cg_step_, row_dot
 from imaml_ext.problem.objective import Matvec
 from imaml_ext.solvers.linear.base import (
     LinearSolver,
-    System,
-    check_settings,
+    LinearSystem,
+    finished,
     initial_status,
     squared_tolerance,
 )
@@ -23,18 +23,18 @@ from imaml_ext.solvers.solution import Lanczos, Solution, Status, all_done
 
 @dataclass(frozen=True)
 class ConjugateGradient(LinearSolver):
-    """Conjugate gradient, for systems that are positive definite; see `conjugate_gradient`.
+    """Conjugate gradient, for positive definite systems; see `conjugate_gradient`.
 
     Args:
         max_iter, rtol, atol, damping, curvature: as in `LinearSolver`.
-        preconditioner: a diagonal one, `|d| + Λ + damping` with d an estimate of H's diagonal:
-            "jacobi": the mean of `z * Hz` over random signs z (Bekas, Kokiopoulou, Saad 2007);
-            "adam": the root of the second moment that `inner=Adam(...)` kept, scaled to the
-            curvature of H along v, for one more product.
-        probes: random vectors of "jacobi", one product each.
+        preconditioner: diagonal, `|d| + Λ + damping` with an estimate d of H's diagonal.
+            "jacobi": d is the mean of `z * Hz` over random signs z (Bekas, Kokiopoulou, Saad 2007).
+            "adam": d is the root of the second moment of `inner=Adam(...)`, scaled to the curvature
+            of H along v, which takes one more product.
+        probes: number of random vectors for "jacobi", one product each.
 
     Raises:
-        ValueError: a setting is out of range.
+        TypeError, ValueError: a setting is not a number or out of range.
     """
 
     preconditioner: Literal["jacobi", "adam"] | None = None
@@ -42,53 +42,16 @@ class ConjugateGradient(LinearSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preconditioner not in (None, "jacobi", "adam"):
-            raise ValueError(
-                f"preconditioner must be 'jacobi', 'adam' or None, got {self.preconditioner!r}"
-            )
-        check_integer("probes", self.probes)
-        if self.probes < 1:
-            raise ValueError(f"probes must be at least 1, got {self.probes}")
+        check_choice("preconditioner", self.preconditioner, ("jacobi", "adam", None))
+        check_integer("probes", self.probes, minimum=1)
 
-    def solve(
-        self,
-        matvec: Matvec,
-        b: Tensor,
-        lam: float | Tensor = 0.0,
-        *,
-        second_moment: Tensor | None = None,
-    ) -> Solution:
-        diagonal = None
+    def _solve(self, system: LinearSystem) -> Solution:
+        preconditioner = None
         if self.preconditioner == "jacobi":
-            if is_tracing():
-                raise RuntimeError(
-                    "preconditioner='jacobi' cannot be compiled: its random probes overflow there"
-                )
-            diagonal = _jacobi(matvec, b, self.probes)
+            preconditioner = _preconditioner(system, _jacobi_diagonal(system, self.probes))
         elif self.preconditioner == "adam":
-            if second_moment is None:
-                raise ValueError(
-                    "preconditioner='adam' needs the second moment that an inner solver kept: "
-                    "inner=Adam(...), and no adapted="
-                )
-            diagonal = _from_second_moment(matvec, b, second_moment)
-        if diagonal is not None:
-            strength = lam.diagonal() if isinstance(lam, Tensor) and lam.dim() == 2 else lam
-            diagonal = diagonal.abs() + strength + self.damping
-            # Where the estimate says nothing, M is 1: the solve itself tells what is not finite.
-            tiny = torch.finfo(b.dtype).tiny
-            usable = (diagonal > tiny) & (diagonal < 1 / tiny)
-            diagonal = torch.where(usable, diagonal, 1.0)
-        return conjugate_gradient(
-            matvec,
-            b,
-            lam=lam,
-            damping=self.damping,
-            max_iter=self.max_iter,
-            rtol=self.rtol,
-            atol=self.atol,
-            preconditioner=diagonal,
-        )
+            preconditioner = _preconditioner(system, _adam_diagonal(system))
+        return _iterate(system, self.max_iter, self.rtol, self.atol, preconditioner=preconditioner)
 
 
 def conjugate_gradient(
@@ -105,10 +68,9 @@ def conjugate_gradient(
 ) -> Solution:
     """Solve `(H_i + Λ + damping I) x_i = b_i` for every row i, H_i symmetric.
 
-    Nothing is decided for the batch as a whole: a row freezes when it is done, whatever the others
-    do. Besides the products, an iteration is one fused kernel. On CUDA nothing synchronises in up
-    to 64 iterations, nor while they are recorded; a longer solve waits for the device every 64, to
-    see if all rows are done.
+    Each row has its own stopping and is frozen once done. Besides the product with H, an iteration
+    is one fused kernel. On CUDA up to 64 iterations do not synchronise; a longer solve synchronises
+    every 64, to stop when all rows are done, but never while being recorded.
 
     Args:
         matvec: maps [B, D] to [B, D], row i by `H_i`; called at most `max_iter` times, and once
@@ -116,91 +78,114 @@ def conjugate_gradient(
         b: right-hand sides, [B, D], float32 or float64.
         lam: Λ: a float, or a tensor of shape [], [1] (scalar), [D] (diagonal) or [D, D] (dense).
         damping: added to the diagonal.
-        max_iter: iterations at most.
+        max_iter: maximum number of iterations.
         rtol, atol: a row stops when `|r| <= max(atol, rtol |b|)`, or `|r| <= eps |b|`, below which
             the recurrence computes rounding errors.
-        x0: where to start, [B, D]; default 0.
-        preconditioner: the diagonal of M, positive, [D] or [B, D]: what M^-1 (H + Λ) has less
-            spread eigenvalues of, the fewer iterations. Stopping is by `|r|` all the same.
+        x0: initial x, [B, D]; default 0.
+        preconditioner: diagonal of M, positive, [D] or [B, D]. The less the eigenvalues of
+            M^-1 (H + Λ) are spread, the fewer iterations. Stopping is by `|r|` all the same.
 
     Returns:
         `value` is x and `residual` the recurrence's `|r|`. A row with `b = 0` is CONVERGED in 0
         steps. A row whose curvature `p·Ap` is not positive is NEGATIVE_CURVATURE and keeps the
-        iterate before it; if that is its first, `x = x0 + Λ^-1 r`, the solution without H, wherever
+        previous iterate; in the first iteration, it is `x0 + Λ^-1 r`, the solution without H, where
         Λ > 0. A row with a non-finite entry is NONFINITE and its value is 0. Norms are squared in
-        float64 without scaling: float64 entries beyond 1e±150 overflow or vanish.
+        float64 without scaling: float64 entries beyond 1e±150 overflow or underflow.
 
     Raises:
-        TypeError, ValueError: `b`, `lam`, `x0` or a setting does not fit, or `matvec` returned
-            something that is not [B, D] like `b`.
+        TypeError, ValueError: `b`, `lam`, `x0` or a setting does not fit, or `matvec` did not
+            return [B, D] like `b`.
 
     Source: Hestenes, Stiefel 1952, "Methods of conjugate gradients for solving linear systems".
     """
-    check_settings(max_iter, rtol, atol, damping)
-    system = System(matvec, b, lam, damping)
+    ConjugateGradient(max_iter, rtol, atol, damping)  # checks them
+    system = LinearSystem(matvec, b, lam, damping)
+    if x0 is not None:
+        check_like("x0", x0, system.b)
+    with torch.no_grad():
+        return finished(_iterate(system, max_iter, rtol, atol, x0, preconditioner))
+
+
+def _iterate(
+    system: LinearSystem,
+    max_iter: int,
+    rtol: float,
+    atol: float,
+    x0: Tensor | None = None,
+    preconditioner: Tensor | None = None,
+) -> Solution:
     b = system.b
     if x0 is None:
         x, r = torch.zeros_like(b), b.clone()
     else:
-        check_like("x0", x0, b)
         x = x0.detach().clone(memory_format=torch.contiguous_format)
         r = b - system.product(x)
-    with torch.no_grad():
-        inverse = None if preconditioner is None else _inverse(preconditioner, b)
-        rr = row_dot(r, r)
-        tol2 = squared_tolerance(b, rtol, atol)
-        status = initial_status(rr, tol2)
-        x = torch.where(rr.isfinite()[:, None], x, 0.0)
-        p = r.clone() if inverse is None else inverse * r
-        rz = None if inverse is None else row_dot(r, p)
-        steps = torch.zeros_like(status)
-        curvature, beta = rr.new_zeros(2, max_iter, b.shape[0])
+    inverse = None if preconditioner is None else _inverse(preconditioner, b)
+    rr = row_dot(r, r)
+    tol2 = squared_tolerance(b, rtol, atol)
+    status = initial_status(rr, tol2)
+    x = torch.where(rr.isfinite()[:, None], x, 0.0)
+    p = r.clone() if inverse is None else inverse * r
+    rz = None if inverse is None else row_dot(r, p)
+    steps = torch.zeros_like(status)
+    curvature, beta = rr.new_zeros(2, max_iter, b.shape[0])
     for k in range(max_iter):
         if all_done(status, k):
             break
-        hp = system.unfused(p)
-        with torch.no_grad():
-            cg_step_(
-                x, r, p, hp, system.fused, damping=damping, rr=rr, tol2=tol2, status=status,
-                steps=steps, curvature=curvature[k], beta=beta[k], inverse=inverse, rz=rz,
-            )  # fmt: skip
-        del hp  # or it would lie beside the next one
-    with torch.no_grad():
-        negative = status == Status.NEGATIVE_CURVATURE
-        if system.is_dense:  # for a diagonal Λ the kernel has done it
-            at_once = negative & (steps == 0)
-            x = torch.where(at_once[:, None], x + system.without_h(r), x)
-        status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status).to(torch.int32)
-        residual = torch.where(status == Status.NONFINITE, torch.nan, rr).sqrt()
-        # Without parameters there is no largest entry, and nothing that it would scale.
-        scale = None if inverse is None or not inverse.shape[1] else 1 / inverse.amax(1).double()
-        lanczos = Lanczos.of_conjugate_gradient(curvature, beta, steps + negative, scale)
-    return Solution(x, status, steps, residual, lanczos)
+        hp = system.unfused_product(p)
+        cg_step_(
+            x, r, p, hp, system.lam.fused, damping=system.damping, rr=rr, tol2=tol2, status=status,
+            steps=steps, curvature=curvature[k], beta=beta[k], inverse=inverse, rz=rz,
+        )  # fmt: skip
+        del hp  # or it would be in memory together with the next one
+    negative = status == Status.NEGATIVE_CURVATURE
+    if system.lam.is_dense:  # for a diagonal Λ the kernel has done it
+        at_once = negative & (steps == 0)
+        x = torch.where(at_once[:, None], x + system.lam.solve(r), x)
+    # Without parameters there is no largest entry, and nothing to scale.
+    scale = None if inverse is None or not inverse.shape[1] else 1 / inverse.amax(1).double()
+    lanczos = Lanczos.of_conjugate_gradient(curvature, beta, steps + negative, scale)
+    return Solution(x, status, steps, rr.sqrt(), lanczos)
 
 
 def _inverse(preconditioner: Tensor, b: Tensor) -> Tensor:
     check_like("preconditioner", preconditioner, b, b.shape, b.shape[1:])
     inverse = 1 / preconditioner.detach()
     if may_read_values(b) and not bool(((inverse > 0) & inverse.isfinite()).all()):
-        raise ValueError("preconditioner must be positive in every entry, and so its inverse")
+        raise ValueError("preconditioner and its inverse must be positive and finite")
     return inverse.expand_as(b).contiguous()
 
 
-@torch.no_grad()
-def _jacobi(matvec: Matvec, b: Tensor, probes: int) -> Tensor:
-    """The diagonal of each `H_i`, estimated, [B, D]; the same alone as in a batch."""
+def _preconditioner(system: LinearSystem, diagonal: Tensor) -> Tensor:
+    """`|d| + Λ + damping`, 1 where that is no usable divisor, from H's diagonal d, [B, D]."""
+    diagonal = diagonal.abs() + system.lam.diagonal() + system.damping
+    tiny = torch.finfo(diagonal.dtype).tiny
+    return torch.where((diagonal > tiny) & (diagonal < 1 / tiny), diagonal, 1.0)
+
+
+def _jacobi_diagonal(system: LinearSystem, probes: int) -> Tensor:
+    """An estimate of the diagonal of each `H_i`, [B, D]; a row does not depend on the others."""
+    if is_tracing():
+        raise RuntimeError(
+            "preconditioner='jacobi' cannot be compiled: its random probes overflow int64 there"
+        )
+    b = system.b
     total = torch.zeros_like(b)
     for probe in range(probes):
         signs = 2 * (random_bits(0, probe, 0, range(1), b.shape[1:], b.device) % 2) - 1
         z = signs.to(b.dtype).expand_as(b).contiguous()
-        total += z * matvec(z).detach()
+        total += z * system.curvature_product(z)
     return total / probes
 
 
-@torch.no_grad()
-def _from_second_moment(matvec: Matvec, b: Tensor, second_moment: Tensor) -> Tensor:
-    """`c sqrt(second moment)` with c such that it has H's curvature along b, [B, D]."""
-    root = second_moment.sqrt()
-    along_h, along_root = row_dot(b, matvec(b).detach().contiguous()), row_dot(b, root * b)
+def _adam_diagonal(system: LinearSystem) -> Tensor:
+    """`c sqrt(second moment)`, with c so that its curvature along b is that of H, [B, D]."""
+    if system.second_moment is None:
+        raise ValueError(
+            "preconditioner='adam' needs the second moment of the inner solver: "
+            "use inner=Adam(...), without adapted="
+        )
+    b, root = system.b, system.second_moment.sqrt()
+    along_h, along_root = row_dot(b, system.curvature_product(b)), row_dot(b, root * b)
     c = torch.where(along_root > 0, along_h.abs() / along_root, 0.0)
     return c[:, None].to(b.dtype) * root

@@ -1,4 +1,4 @@
-"""MINRES on a batch of independent symmetric systems, which may be indefinite."""
+"""MINRES on a batch of independent symmetric linear systems, which may be indefinite."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from imaml_ext.ops.rows import row_dot
-from imaml_ext.problem.objective import Matvec
 from imaml_ext.solvers.linear.base import (
     LinearSolver,
-    System,
-    finished,
+    LinearSystem,
     initial_status,
     squared_tolerance,
 )
@@ -19,36 +17,26 @@ from imaml_ext.solvers.solution import Lanczos, Solution, Status, all_done
 
 @dataclass(frozen=True)
 class MINRES(LinearSolver):
-    """Minimal residuals: minimises `|b - A x|` over the Krylov space, whatever the signs of A.
+    """Minimal residual method: minimises `|b - A x|` over the Krylov space; A may be indefinite.
 
-    For `H + Λ` with negative eigenvalues, where conjugate gradient stops: the meta-gradient is then
-    the derivative of a stationary point that is no minimum. Costs a product and about twice the
-    vector work of an iteration of conjugate gradient, not fused.
+    For `H + Λ` with negative eigenvalues, where conjugate gradient stops. The meta-gradient is then
+    the derivative of a stationary point that is not a minimum. An iteration costs one product and
+    about twice the vector work of conjugate gradient, not fused.
 
-    `value` is x, `residual` the recurrence's `|r|`: after many iterations on an ill-conditioned
-    system the true one is larger, in float32 from a condition number of 1e4 on. A system that is
-    singular, where nothing lowers the residual any more, ends as MAX_ITER. A row that is not finite
-    is NONFINITE with value 0.
+    `value` is x and `residual` the recurrence's `|r|`. After many iterations on an ill-conditioned
+    system the true residual is larger: in float32 from a condition number of about 1e4. A singular
+    system whose residual can be reduced no further ends as MAX_ITER.
 
     Args:
         max_iter, rtol, atol, damping, curvature: as in `LinearSolver`.
 
     Raises:
-        ValueError: a setting is out of range.
+        TypeError, ValueError: as in `LinearSolver`.
 
     Source: Paige, Saunders 1975, "Solution of sparse indefinite systems of linear equations".
     """
 
-    @torch.no_grad()
-    def solve(
-        self,
-        matvec: Matvec,
-        b: Tensor,
-        lam: float | Tensor = 0.0,
-        *,
-        second_moment: Tensor | None = None,
-    ) -> Solution:
-        system = System(matvec, b, lam, self.damping)
+    def _solve(self, system: LinearSystem) -> Solution:
         b = system.b
         bb = row_dot(b, b)
         norm, tol2 = bb.sqrt(), squared_tolerance(b, self.rtol, self.atol)
@@ -59,8 +47,8 @@ class MINRES(LinearSolver):
         x, w, w_old, v_old = torch.zeros(4, *b.shape, dtype=b.dtype, device=b.device)
         v = _scaled(b, 1 / norm)
         beta = torch.zeros_like(norm)  # of the Lanczos recurrence
-        eta = norm.clone()  # the residual, with its sign
-        size = torch.zeros_like(norm)  # of A, as far as it has been seen
+        eta = norm.clone()  # the residual norm, with a sign
+        size = torch.zeros_like(norm)  # lower estimate of |A|
         cos = cos_old = torch.ones_like(norm)
         sin = sin_old = torch.zeros_like(norm)
         for k in range(self.max_iter):
@@ -81,7 +69,7 @@ class MINRES(LinearSolver):
             moves = running & finite & ~singular
             status = torch.where(running & ~finite, Status.NONFINITE, status)
             status = torch.where(running & finite & singular, Status.MAX_ITER, status)
-            seen = running & finite  # a product that finds A singular has been measured too
+            seen = running & finite  # the product that finds A singular counts too
             diagonal[k], link[k] = torch.where(seen, alpha, 0), torch.where(seen, beta_new, 0)
             count += seen
             cos_new = torch.where(moves, delta / rho, 0)
@@ -96,9 +84,9 @@ class MINRES(LinearSolver):
             v_old, v, beta = v, _scaled(rest, 1 / beta_new), beta_new
             w_old, w = w, w_new
             cos_old, cos, sin_old, sin = cos, cos_new, sin, sin_new
-        return finished(x, status, steps, eta.abs(), Lanczos(diagonal, link[:-1], count))
+        return Solution(x, status, steps, eta.abs(), Lanczos(diagonal, link[:-1], count))
 
 
 def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
-    """Row i times factor i; 0 where the factor is not finite, of a row that has ended."""
+    """Row i times factor i; 0 where the factor is not finite, as in a row that is done."""
     return rows * factor.nan_to_num(0.0, 0.0, 0.0)[:, None].to(rows.dtype)

@@ -1,17 +1,14 @@
-"""The Neumann series: the linear solve that truncated back-propagation makes implicitly."""
+"""The Neumann series: the linear solve implicit in truncated back-propagation."""
 
-import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from imaml_ext._checks import check_range
 from imaml_ext.ops.rows import row_dot
-from imaml_ext.problem.objective import Matvec
 from imaml_ext.solvers.linear.base import (
     LinearSolver,
-    System,
-    finished,
+    LinearSystem,
     initial_status,
     squared_tolerance,
 )
@@ -22,20 +19,20 @@ from imaml_ext.solvers.solution import Solution, Status, all_done
 class NeumannSeries(LinearSolver):
     """`x = lr (b + (I - lr A) b + ... + (I - lr A)^max_iter-1 b)`, with `A = H + Λ + damping I`.
 
-    It converges where every eigenvalue of A lies in (0, 2 / lr), as gradient descent with that step
-    size does, and slower than conjugate gradient: its merit is that K terms at a solution are what
-    back-propagation through the last K inner steps of that size computes.
+    It converges if every eigenvalue of A lies in (0, 2 / lr), like gradient descent with that step
+    size, and more slowly than conjugate gradient. K terms at a solution equal back-propagation
+    through the last K inner steps of that size.
 
-    `value` is x, `residual` is `|b - A x|`: where lr is too large it grows, and says so. A row
-    whose curvature `r·Ar` is not positive keeps the sum before it and is NEGATIVE_CURVATURE, or, in
-    its first term, `x = Λ^-1 b`. A row that is not finite is NONFINITE with value 0.
+    `value` is x and `residual` is `|b - A x|`, which grows if lr is too large. A row whose
+    curvature `r·Ar` is not positive is NEGATIVE_CURVATURE and keeps the previous sum; in the first
+    term, `x = Λ^-1 b`.
 
     Args:
         max_iter, rtol, atol, damping, curvature: as in `LinearSolver`.
         lr: step size.
 
     Raises:
-        ValueError: a setting is out of range.
+        TypeError, ValueError: as in `LinearSolver`.
 
     Source: Lorraine, Vicol, Duvenaud 2020, "Optimizing millions of hyperparameters by implicit
     differentiation".
@@ -45,19 +42,9 @@ class NeumannSeries(LinearSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        check_range("lr", self.lr, "(0, inf)")
 
-    @torch.no_grad()
-    def solve(
-        self,
-        matvec: Matvec,
-        b: Tensor,
-        lam: float | Tensor = 0.0,
-        *,
-        second_moment: Tensor | None = None,
-    ) -> Solution:
-        system = System(matvec, b, lam, self.damping)
+    def _solve(self, system: LinearSystem) -> Solution:
         x, r = torch.zeros_like(system.b), system.b.clone()
         rr = row_dot(r, r)
         tol2 = squared_tolerance(system.b, self.rtol, self.atol)
@@ -79,5 +66,5 @@ class NeumannSeries(LinearSolver):
             status = torch.where(moves & (rr <= tol2), Status.CONVERGED, status)
             status = torch.where(moves & ~rr.isfinite(), Status.NONFINITE, status)
         at_once = (status == Status.NEGATIVE_CURVATURE) & (steps == 0)
-        x = torch.where(at_once[:, None], system.without_h(system.b), x)
-        return finished(x, status, steps, rr.sqrt())
+        x = torch.where(at_once[:, None], system.lam.solve(system.b), x)
+        return Solution(x, status, steps, rr.sqrt())
