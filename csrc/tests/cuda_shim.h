@@ -260,8 +260,6 @@ inline double __shfl_xor_sync(unsigned, double value, int mask) {
 
 namespace imaml::cuda {
 
-using Stream = void*;
-
 inline double* dynamic_shared() {
   return reinterpret_cast<double*>(
       shim::shared_of(shim::cluster->current / shim::cluster->threads));
@@ -284,7 +282,7 @@ inline int cluster_capacity(const void*, int blocks, std::int64_t shared_bytes) 
 // `threads` is kThreads; device.cuh, which includes this, has not defined it yet.
 template <int threads = 256, typename... Params, typename... Args>
 int launch_clusters(void (*kernel)(Params...), std::int64_t clusters, int blocks,
-                    std::int64_t shared_bytes, Stream, Args... args) {
+                    std::int64_t shared_bytes, void*, Args... args) {
   const unsigned size = static_cast<unsigned>(blocks);
   gridDim.x = static_cast<unsigned>(clusters) * size;
   blockDim.x = threads;
@@ -295,7 +293,7 @@ int launch_clusters(void (*kernel)(Params...), std::int64_t clusters, int blocks
 }
 
 template <typename... Params, typename... Args>
-int launch(void (*kernel)(Params...), std::int64_t blocks, Stream stream, Args... args) {
+int launch(void (*kernel)(Params...), std::int64_t blocks, void* stream, Args... args) {
   return launch_clusters(kernel, blocks, 1, 0, stream, args...);
 }
 
