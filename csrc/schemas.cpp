@@ -1,4 +1,5 @@
-// Every operator of the library. Shapes and meaning are documented in imaml_ext/ops.py.
+// The schema of every operator. All take contiguous float32 or float64 tensors. imaml_ext/ops/rows.py
+// documents the operators on rows; shapes of the others are below.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(imaml, m) {
@@ -15,6 +16,10 @@ STABLE_TORCH_LIBRARY(imaml, m) {
       "Tensor? status) -> ()");
   m.def("prox_norms(Tensor phi, Tensor grad, Tensor theta, Tensor lam) -> Tensor");
   m.def("row_dot(Tensor a, Tensor b) -> Tensor");
+
+  // Layers with one set of weights per task: images [B, N, H, W, C], weights [B, O, C, kH, kW], bias
+  // [B, O]; the output is [B, N, H', W', O] with H' = (H + 2 pad_h - kH) / stride_h + 1. Direct
+  // convolutions run on the CPU only. patches are [B, N H' W', C kH kW]; conv_shape.h defines them.
   m.def(
       "conv(Tensor x, Tensor w, Tensor? bias, int stride_h, int stride_w, int pad_h, int pad_w) -> "
       "Tensor");
@@ -30,6 +35,10 @@ STABLE_TORCH_LIBRARY(imaml, m) {
   m.def(
       "patches_transpose(Tensor g, int in_h, int in_w, int kernel_h, int kernel_w, int stride_h, "
       "int stride_w, int pad_h, int pad_w) -> Tensor");
+
+  // x, g, a and the first result [B, R, C], the others [B, C]; norm_formulas.h has the formulas.
+  // batch_norm returns y, max(y, 0) (empty without relu), the mean and 1 / sqrt(variance + eps).
+  // w, gamma, beta, b and c need be contiguous within each task only.
   m.def(
       "batch_norm(Tensor x, Tensor gamma, Tensor beta, float eps, bool relu) -> (Tensor, Tensor, "
       "Tensor, Tensor)");

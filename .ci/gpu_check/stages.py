@@ -104,7 +104,7 @@ def tests(place: Place, step: Step) -> None:
         selection = [
             "-k",
             "cpu and float64",
-            suite / "ops/test_ops.py",
+            suite / "ops/test_cg_step.py",
             suite / "solvers/test_cg.py",
         ]
     command = [PYTHON, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]

@@ -1,7 +1,7 @@
 // States of cg_step to start from, one kind of row for every way an iteration can end, and what an
 // iteration makes of them, in float64.
 #pragma once
-#include "kernels/cg_step.cuh"
+#include "cuda/cg_step.cuh"
 #include "operands.h"
 
 namespace imaml {

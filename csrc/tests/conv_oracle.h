@@ -3,12 +3,10 @@
 #include <algorithm>
 #include <limits>
 
-#include "kernels/conv.h"
+#include "cpu/conv.h"
 #include "operands.h"
 
 namespace imaml {
-
-using cpu::ConvShape;
 
 inline ConvShape shape_of(int64_t tasks, int64_t images, int64_t in_h, int64_t in_w,
                           int64_t channels, int64_t filters, int64_t kernel_h, int64_t kernel_w,
@@ -27,7 +25,7 @@ inline ConvShape shape_of(int64_t tasks, int64_t images, int64_t in_h, int64_t i
           .stride_w = stride_w,
           .pad_h = pad_h,
           .pad_w = pad_w,
-          .task_weights = filters * channels * kernel_h * kernel_w};
+          .task_stride = filters * channels * kernel_h * kernel_w};
 }
 
 inline std::string describe(const ConvShape& s, const char* type) {
@@ -47,15 +45,15 @@ struct ConvProblem {
 
   // The weights lie as in rows of parameters, with `gap` other values between the tasks.
   ConvProblem(const ConvShape& s, int64_t gap, std::uint64_t seed) : shape(s) {
-    shape.task_weights = s.weights() + gap;
+    shape.task_stride = s.weights() + gap;
     x = normal<T>(s.tasks * images(), seed);
     g = normal<T>(s.tasks * slopes(), seed + 1);
     bias = normal<T>(s.tasks * s.filters, seed + 2);
     const std::vector<T> weights = normal<T>(s.tasks * s.weights(), seed + 3);
-    w.assign(at((s.tasks - 1) * shape.task_weights + s.weights()), T(NAN));
+    w.assign(at((s.tasks - 1) * shape.task_stride + s.weights()), T(NAN));
     for (int64_t task = 0; task < s.tasks; ++task)
       std::copy_n(weights.data() + task * s.weights(), s.weights(),
-                  w.data() + task * shape.task_weights);
+                  w.data() + task * shape.task_stride);
   }
 
   // Values of a task in tensors like x and like y.
@@ -147,7 +145,7 @@ void check_conv(const ConvProblem<T>& problem, bool biased, const ConvResults<T>
   Sums dw(task * s.weights(), s.weights());
   for_products(s, task, [&](int64_t to_y, int64_t to_x, int64_t tap) {
     const double x = double(problem.x[at(to_x)]), g = double(problem.g[at(to_y)]);
-    const double w = double(problem.w[at(task * s.task_weights + tap)]);
+    const double w = double(problem.w[at(task * s.task_stride + tap)]);
     y.add(to_y, x * w);
     dx.add(to_x, g * w);
     dw.add(dw.first + tap, x * g);

@@ -29,7 +29,7 @@ ConvProblem<T> only(const ConvProblem<T>& problem, int64_t task) {
   one.x = part(problem.x, task, problem.images());
   one.g = part(problem.g, task, problem.slopes());
   one.bias = part(problem.bias, task, problem.shape.filters);
-  const auto first = problem.w.begin() + task * problem.shape.task_weights;
+  const auto first = problem.w.begin() + task * problem.shape.task_stride;
   one.w.assign(first, first + problem.shape.weights());
   return one;
 }
@@ -52,10 +52,10 @@ NormResults<T> only(const NormProblem<T>& problem, const NormResults<T>& all, in
   NormResults<T> one = all;
   using Tensor = std::vector<T> NormResults<T>::*;
   for (Tensor images : {&NormResults<T>::y, &NormResults<T>::positive, &NormResults<T>::dx,
-                        &NormResults<T>::to_g, &NormResults<T>::to_x})
+                        &NormResults<T>::grad_g, &NormResults<T>::grad_x})
     one.*images = part(all.*images, task, problem.shape.rows * problem.shape.channels);
   for (Tensor channels : {&NormResults<T>::mean, &NormResults<T>::scale, &NormResults<T>::dgamma,
-                          &NormResults<T>::dbeta, &NormResults<T>::to_gamma})
+                          &NormResults<T>::dbeta, &NormResults<T>::grad_gamma})
     one.*channels = part(all.*channels, task, problem.shape.channels);
   return one;
 }
@@ -111,12 +111,12 @@ constexpr shim::Order kOrders[] = {shim::Order::kForwards, shim::Order::kBackwar
 template <typename T>
 void fuzz_patches(Draw& draw) {
   PatchProblem<T> problem(drawn_shape(draw), draw.seed());
-  const PatchShape& s = problem.shape;
-  context = "patches of " + describe(problem.conv, sizeof(T) == 4 ? "float" : "double");
+  const ConvShape& s = problem.shape;
+  context = "patches of " + describe(problem.shape, sizeof(T) == 4 ? "float" : "double");
   const bool spoilt = draw.chance(0.5), emulated = kEmulates && draw.chance(0.3);
-  for (int64_t image = 0; spoilt && image < s.images; ++image) {
+  for (int64_t image = 0; spoilt && image < s.tasks * s.images; ++image) {
     draw.spoil(problem.images.data() + image * s.image_size(), s.image_size());
-    draw.spoil(problem.rows.data() + image * s.rows_size(), s.rows_size());
+    draw.spoil(problem.rows.data() + image * s.patches_size(), s.patches_size());
   }
   ++tried["patches and their transpose"];
   bool tame = true;  // but for what is not finite
@@ -146,7 +146,7 @@ void fuzz_conv(Draw& draw) {
   for (int64_t task = 0; spoilt && task < s.tasks; ++task) {
     draw.spoil(problem.x.data() + task * problem.images(), problem.images());
     draw.spoil(problem.g.data() + task * problem.slopes(), problem.slopes());
-    draw.spoil(problem.w.data() + task * problem.shape.task_weights, s.weights());
+    draw.spoil(problem.w.data() + task * problem.shape.task_stride, s.weights());
     draw.spoil(problem.bias.data() + task * s.filters, s.filters);
   }
   ++tried[biased ? "conv with bias, and both gradients" : "conv, and both gradients"];

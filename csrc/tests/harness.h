@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "kernels/cpu_drivers.h"
+#include "cpu/rows.h"
 
 namespace imaml {
 

@@ -1,7 +1,7 @@
 // Batch norm and its derivatives against their formulas, in long double.
 #pragma once
-#include "kernels/batch_norm.cuh"
-#include "kernels/batch_norm.h"
+#include "cpu/batch_norm.h"
+#include "cuda/batch_norm.cuh"
 #include "operands.h"
 
 namespace imaml {
@@ -46,20 +46,20 @@ struct NormProblem {
 
 template <typename T>
 struct NormResults {
-  std::vector<T> y, positive, mean, scale, dx, dgamma, dbeta, to_g, to_x, to_gamma;
+  std::vector<T> y, positive, mean, scale, dx, dgamma, dbeta, grad_g, grad_x, grad_gamma;
 
   // NaN: every entry has to be written.
   explicit NormResults(const NormProblem<T>& problem) {
-    for (auto* images : {&y, &positive, &dx, &to_g, &to_x})
+    for (auto* images : {&y, &positive, &dx, &grad_g, &grad_x})
       images->assign(problem.x.size(), T(NAN));
-    for (auto* channels : {&mean, &scale, &dgamma, &dbeta, &to_gamma})
+    for (auto* channels : {&mean, &scale, &dgamma, &dbeta, &grad_gamma})
       channels->assign(problem.gamma.size(), T(NAN));
   }
   bool same(const NormResults& o) const {
     return same_bits(y, o.y) && same_bits(positive, o.positive) && same_bits(mean, o.mean) &&
            same_bits(scale, o.scale) && same_bits(dx, o.dx) && same_bits(dgamma, o.dgamma) &&
-           same_bits(dbeta, o.dbeta) && same_bits(to_g, o.to_g) && same_bits(to_x, o.to_x) &&
-           same_bits(to_gamma, o.to_gamma);
+           same_bits(dbeta, o.dbeta) && same_bits(grad_g, o.grad_g) &&
+           same_bits(grad_x, o.grad_x) && same_bits(grad_gamma, o.grad_gamma);
   }
 };
 
@@ -80,32 +80,23 @@ NormResults<T> run_norm_by(const NormProblem<T>& problem, const Run& run, std::s
                          .mean = operands.out(got.mean),
                          .scale = operands.out(got.scale)};
   run(forward);
-  NormBackward<T> backward{.shape = problem.shape,
-                           .relu = problem.relu,
-                           .g = operands.in(problem.g),
-                           .x = forward.x,
-                           .gamma = forward.gamma,
-                           .beta = forward.beta,
-                           .mean = forward.mean,
-                           .scale = forward.scale,
-                           .dx = operands.out(got.dx),
-                           .dgamma = operands.out(got.dgamma),
-                           .dbeta = operands.out(got.dbeta)};
-  run(backward);
-  run(NormDoubleBackward<T>{.shape = problem.shape,
-                            .relu = problem.relu,
-                            .a = operands.in(problem.a),
-                            .b = {operands.in(b), problem.gap},
-                            .c = {operands.in(c), problem.gap},
-                            .g = backward.g,
-                            .x = forward.x,
-                            .gamma = forward.gamma,
-                            .beta = forward.beta,
-                            .mean = forward.mean,
-                            .scale = forward.scale,
-                            .to_g = operands.out(got.to_g),
-                            .to_x = operands.out(got.to_x),
-                            .to_gamma = operands.out(got.to_gamma)});
+  const NormOperands<T> shared{.shape = problem.shape,
+                               .relu = problem.relu,
+                               .g = operands.in(problem.g),
+                               .x = forward.x,
+                               .gamma = forward.gamma,
+                               .beta = forward.beta,
+                               .mean = forward.mean,
+                               .scale = forward.scale};
+  run(NormBackward<T>{shared, operands.out(got.dx), operands.out(got.dgamma),
+                      operands.out(got.dbeta)});
+  run(NormDoubleBackward<T>{shared,
+                            operands.in(problem.a),
+                            {operands.in(b), problem.gap},
+                            {operands.in(c), problem.gap},
+                            operands.out(got.grad_g),
+                            operands.out(got.grad_x),
+                            operands.out(got.grad_gamma)});
   operands.give_back();
   return got;
 }
@@ -183,15 +174,15 @@ void check_norm(const NormProblem<T>& problem, const NormResults<T>& got, int64_
   for (int64_t row = 0; row < s.rows; ++row) {
     const std::size_t i = at(row);
     expect_close<T>(double(got.dx[place(row)]), slope * pg[i], 64, "dx");
-    const long double to_g = slope * pa[i] + b * one.h[i] + c;
-    expect_close<T>(double(got.to_g[place(row)]), passes[i] ? to_g : 0.0L, 64, "dS/dg");
-    const long double to_x = (b - slope * one.mean(one.h, one.a)) * pg[i] -
-                             slope * one.mean(one.h, one.g) * pa[i] - slope * apg * one.h[i];
-    expect_close<T>(double(got.to_x[place(row)]), to_x / one.s, 64, "dS/dx");
+    const long double grad_g = slope * pa[i] + b * one.h[i] + c;
+    expect_close<T>(double(got.grad_g[place(row)]), passes[i] ? grad_g : 0.0L, 64, "dS/dg");
+    const long double grad_x = (b - slope * one.mean(one.h, one.a)) * pg[i] -
+                               slope * one.mean(one.h, one.g) * pa[i] - slope * apg * one.h[i];
+    expect_close<T>(double(got.grad_x[place(row)]), grad_x / one.s, 64, "dS/dx");
   }
   expect_close<T>(double(got.dgamma[own]), rows * one.mean(one.h, one.g), 8 * rows, "dgamma");
   expect_close<T>(double(got.dbeta[own]), rows * one.mean(one.g), 8 * rows, "dbeta");
-  expect_close<T>(double(got.to_gamma[own]), rows / one.s * apg, 8 * rows, "dS/dgamma");
+  expect_close<T>(double(got.grad_gamma[own]), rows / one.s * apg, 8 * rows, "dS/dgamma");
 }
 
 }  // namespace imaml

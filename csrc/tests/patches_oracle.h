@@ -2,35 +2,20 @@
 // filter is a sum of.
 #pragma once
 #include "conv_oracle.h"
-#include "kernels/patches.cuh"
+#include "cpu/patches.h"
+#include "cuda/patches.cuh"
 
 namespace imaml {
 
-inline PatchShape patch_shape(const ConvShape& s) {
-  return {.images = s.tasks * s.images,
-          .in_h = s.in_h,
-          .in_w = s.in_w,
-          .channels = s.channels,
-          .out_h = s.out_h,
-          .out_w = s.out_w,
-          .kernel_h = s.kernel_h,
-          .kernel_w = s.kernel_w,
-          .stride_h = s.stride_h,
-          .stride_w = s.stride_w,
-          .pad_h = s.pad_h,
-          .pad_w = s.pad_w};
-}
-
 template <typename T>
 struct PatchProblem {
-  ConvShape conv;
-  PatchShape shape;
+  ConvShape shape;
   std::vector<T> images, rows;
 
-  PatchProblem(const ConvShape& s, std::uint64_t seed) : conv(s), shape(patch_shape(s)) {
-    conv.filters = 1;
-    images = normal<T>(shape.images * shape.image_size(), seed);
-    rows = normal<T>(shape.images * shape.rows_size(), seed + 1);
+  PatchProblem(const ConvShape& s, std::uint64_t seed) : shape(s) {
+    shape.filters = 1;
+    images = normal<T>(s.tasks * s.images * s.image_size(), seed);
+    rows = normal<T>(s.tasks * s.images * s.patches_size(), seed + 1);
   }
 };
 
@@ -58,7 +43,7 @@ PatchResults<T> run_patches_by(const PatchProblem<T>& problem, std::size_t offse
 template <typename T, typename ParallelFor = cpu::Serial>
 PatchResults<T> run_patches(const PatchProblem<T>& problem, const ParallelFor& parallel_for = {},
                             std::size_t offset = 0) {
-  const PatchShape& s = problem.shape;
+  const ConvShape& s = problem.shape;
   return run_patches_by(
       problem, offset,
       [&](const T* images, T* rows) { cpu::patches(s, images, rows, parallel_for); },
@@ -67,7 +52,7 @@ PatchResults<T> run_patches(const PatchProblem<T>& problem, const ParallelFor& p
 
 template <typename T>
 PatchResults<T> run_patches_on_cuda(const PatchProblem<T>& problem, std::size_t offset = 0) {
-  const PatchShape& s = problem.shape;
+  const ConvShape& s = problem.shape;
   return run_patches_by(
       problem, offset, [&](const T* images, T* rows) { cuda::patches(s, images, rows, nullptr); },
       [&](const T* rows, T* images) { cuda::patches_transpose(s, rows, images, nullptr); });
@@ -77,9 +62,9 @@ template <typename T>
 void check_patches(const PatchProblem<T>& problem, const PatchResults<T>& got) {
   std::vector<T> rows(problem.rows.size());
   Sums images(0, static_cast<int64_t>(problem.images.size()));
-  for (int64_t task = 0; task < problem.conv.tasks; ++task)
-    for_products(problem.conv, task, [&](int64_t pixel, int64_t in_image, int64_t tap) {
-      const std::size_t in_rows = at(pixel * problem.shape.columns() + tap);
+  for (int64_t task = 0; task < problem.shape.tasks; ++task)
+    for_products(problem.shape, task, [&](int64_t pixel, int64_t in_image, int64_t tap) {
+      const std::size_t in_rows = at(pixel * problem.shape.patch_size() + tap);
       rows[in_rows] = problem.images[at(in_image)];
       images.add(in_image, double(problem.rows[in_rows]));
     });

@@ -1,7 +1,7 @@
 // Proximal problems to step on and to sum over, and what the kernels make of them, in float64.
 #pragma once
-#include "kernels/prox_step.cuh"
-#include "kernels/row_sums.cuh"
+#include "cuda/prox_step.cuh"
+#include "cuda/row_sums.cuh"
 #include "operands.h"
 
 namespace imaml {
@@ -165,14 +165,13 @@ template <typename T>
 RowSums cuda_sums(const Problem<T>& problem, std::size_t offset = 0) {
   const int64_t rows = problem.rows, dim = problem.dim;
   RowSums sums(rows);
-  std::vector<double> two(at(cuda::row_sums_workspace(rows, dim, 2)), NAN);
-  std::vector<double> one(at(cuda::row_sums_workspace(rows, dim, 1)), NAN);
+  std::vector<double> two(at(cuda::row_sums_workspace<2>(rows, dim)), NAN);
+  std::vector<double> one(at(cuda::row_sums_workspace<1>(rows, dim)), NAN);
   Operands operands(offset);
   const ProxArgs<T> args = problem.args(operands.in(problem.phi), operands);
-  cuda::row_sums(cuda::ProxNorms<T>{args, rows, dim}, operands.out(sums.norms), operands.out(two),
-                 nullptr);
-  cuda::row_sums(cuda::Dot<T>{args.phi, args.grad, rows, dim}, operands.out(sums.dots),
-                 operands.out(one), nullptr);
+  cuda::prox_norms(args, operands.out(sums.norms), operands.out(two), nullptr);
+  cuda::row_dot<T>(args.phi, args.grad, operands.out(sums.dots), operands.out(one), rows, dim,
+                   nullptr);
   operands.give_back();
   return sums;
 }

@@ -4,8 +4,8 @@
 // Also: the same bits whatever the number of threads, and whatever order the emulated threads run
 // in. Buffers have exactly the size that a kernel may touch, so that AddressSanitizer sees the
 // rest.
+#include "cuda/cluster.cuh"
 #include "harness.h"
-#include "kernels/cluster.cuh"
 
 namespace imaml {
 namespace {
@@ -79,7 +79,7 @@ struct Sums {
 // out[j] = the sums of values and of their squares, as thread j has them. Of `shares` values a
 // cluster's block takes as many as come to it.
 __global__ void sum_kernel(const double* values, Sums* out, int shares, int blocks) {
-  const cuda::Place at(blocks);
+  const cuda::BlockCoord at(blocks);
   double* const shared = cuda::dynamic_shared();
   double* const part = shared + 2 * cuda::kWarps;
   const int own = shares / blocks;

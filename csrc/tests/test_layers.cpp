@@ -92,8 +92,8 @@ void test_relu_at_zero() {
   std::fill(problem.x.begin(), problem.x.end(), T(0.3));
   std::fill(problem.beta.begin(), problem.beta.end(), T(0));
   for_norms(problem, [](const NormResults<T>& got) {
-    for (const auto* zeros : {&got.y, &got.positive, &got.dx, &got.dgamma, &got.dbeta, &got.to_g,
-                              &got.to_x, &got.to_gamma})
+    for (const auto* zeros : {&got.y, &got.positive, &got.dx, &got.dgamma, &got.dbeta, &got.grad_g,
+                              &got.grad_x, &got.grad_gamma})
       for (const T value : *zeros) expect(value == 0, "something passes where y is 0");
   });
 }
@@ -147,19 +147,19 @@ void test_divisor() {
 }
 
 // A Divisor takes 31 bits: what the kernels number must have fewer.
-void test_fits_divisors() {
-  context = "fits_divisors";
+void test_fits_31_bits() {
+  context = "fits_31_bits";
   constexpr int64_t kLimit = int64_t{1} << 31;
-  const PatchShape small = patch_shape(shape_of(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0));
-  const auto fits = [&](int64_t PatchShape::*size, int64_t value) {
-    PatchShape s = small;
+  const ConvShape small = shape_of(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0);
+  const auto fits = [&](int64_t ConvShape::*size, int64_t value) {
+    ConvShape s = small;
     s.*size = value;
-    return cuda::fits_divisors(s);
+    return fits_31_bits(s);
   };
-  for (const auto size : {&PatchShape::in_h, &PatchShape::in_w, &PatchShape::channels,
-                          &PatchShape::out_h, &PatchShape::out_w, &PatchShape::kernel_h})
+  for (const auto size : {&ConvShape::in_h, &ConvShape::in_w, &ConvShape::channels,
+                          &ConvShape::out_h, &ConvShape::out_w, &ConvShape::kernel_h})
     expect(fits(size, kLimit - 1) && !fits(size, kLimit), "a size");
-  for (const auto size : {&PatchShape::pad_h, &PatchShape::pad_w})
+  for (const auto size : {&ConvShape::pad_h, &ConvShape::pad_w})
     expect(fits(size, kLimit - 2) && !fits(size, kLimit - 1), "a padding");
 }
 
@@ -191,7 +191,7 @@ void test_layers() {
     test_patches<double>(s);
   }
   test_divisor();
-  test_fits_divisors();
+  test_fits_31_bits();
   // Images of one block and of several; a window that sees pixels often, or not at all.
   test_patches<float>(shape_of(2, 2, 14, 13, 9, 1, 3, 3, 2, 2, 1, 1));
   test_patches<double>(shape_of(1, 3, 17, 16, 5, 1, 3, 2, 1, 1, 1, 0));

@@ -1,13 +1,5 @@
-"""The operators of the extension, with their derivatives."""
+"""The C++/CUDA operators: those on rows as functions, those of the layers with derivatives."""
 
-from imaml_ext.ops.batch_norm import batch_norm, batch_norm_backward, batch_norm_double_backward
-from imaml_ext.ops.conv import (
-    conv,
-    conv_data_gradient,
-    conv_weight_gradient,
-    patches,
-    patches_transpose,
-)
 from imaml_ext.ops.extension import WITHOUT_CUDA, build_info
 from imaml_ext.ops.rows import (
     cg_step_,
@@ -20,17 +12,9 @@ from imaml_ext.ops.rows import (
 
 __all__ = [
     "WITHOUT_CUDA",
-    "batch_norm",
-    "batch_norm_backward",
-    "batch_norm_double_backward",
     "build_info",
     "cg_step_",
     "cluster_occupancy",
-    "conv",
-    "conv_data_gradient",
-    "conv_weight_gradient",
-    "patches",
-    "patches_transpose",
     "prox_adam_",
     "prox_gd_",
     "prox_norms",

@@ -1,4 +1,8 @@
-"""Batch norm over rows, with its derivatives."""
+"""Batch norm over the rows of each task, with derivatives of any order.
+
+Shapes are those of `csrc/schemas.cpp`: x [B, R, C], gamma, beta, mean and scale [B, C]. `scale` is
+`1 / sqrt(variance + eps)`. `csrc/norm_formulas.h` has the formulas.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,22 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml_ext.ops.batching import tasks_contiguous
+from imaml_ext.ops.batching import contiguous_per_task
 from imaml_ext.ops.extension import fake
 
 
 class BatchNorm(torch.autograd.Function):
-    """Batch norm over the rows of each task: x [B, R, C], gamma and beta [B, C].
+    """`gamma (x - mean) scale + beta`.
 
-    Also gives, outside the graph, its positive part or an empty tensor, and the mean and the
-    inverse root of the variance, [B, C].
+    Also returns, outside the graph, its positive part (empty unless `positive`), mean and scale.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, positive: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, positive_part, mean, scale = batch_norm(x, gamma, beta, eps, positive)
+        y, positive_part, mean, scale = torch.ops.imaml.batch_norm(x, gamma, beta, eps, positive)
         ctx.save_for_backward(x, gamma, beta, mean, scale)
         ctx.mark_non_differentiable(positive_part, mean, scale)
         ctx.set_materialize_grads(False)
@@ -30,12 +33,12 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: None) -> Any:
-        slopes = BatchNormBackward.apply(g.contiguous(), *ctx.saved_tensors, ctx.eps, False)
-        return *slopes, None, None
+        grads = BatchNormBackward.apply(g.contiguous(), *ctx.saved_tensors, ctx.eps, False)
+        return *grads, None, None
 
 
 class BatchNormReLU(torch.autograd.Function):
-    """The positive part of the batch norm of x, in the graph of x: what `relu()` returns."""
+    """The positive part of the batch norm of x, in the graph of x. Its value is `relu()`."""
 
     @staticmethod
     def forward(
@@ -54,12 +57,15 @@ class BatchNormReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        slopes = BatchNormBackward.apply(g.contiguous(), *ctx.saved_tensors, ctx.eps, True)
-        return None, *slopes, None, None, None
+        grads = BatchNormBackward.apply(g.contiguous(), *ctx.saved_tensors, ctx.eps, True)
+        return None, *grads, None, None, None
 
 
 class BatchNormBackward(torch.autograd.Function):
-    """The gradients of `<g, batch_norm(x)>` by x, gamma and beta; mean and scale are x's."""
+    """The gradients of `<g, batch_norm(x)>` with respect to x, gamma and beta.
+
+    With `relu`, of `<g, max(batch_norm(x), 0)>`.
+    """
 
     @staticmethod
     def forward(
@@ -75,22 +81,23 @@ class BatchNormBackward(torch.autograd.Function):
     ) -> Any:
         ctx.save_for_backward(g, x, gamma, beta, mean, scale)
         ctx.settings = eps, relu
-        return batch_norm_backward(g, x, gamma, beta, mean, scale, relu)
+        return torch.ops.imaml.batch_norm_backward(g, x, gamma, beta, mean, scale, relu)
 
     @staticmethod
     def backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor) -> Any:
         g, x, gamma, beta, mean, scale = ctx.saved_tensors
         eps, relu = ctx.settings
         if torch.is_grad_enabled():
-            slopes = _batch_norm_double_backward(a, b, c, g, x, gamma, beta, eps, relu)
+            grads = differentiable_double_backward(a, b, c, g, x, gamma, beta, eps, relu)
         else:
-            cotangents = a.contiguous(), tasks_contiguous(b), tasks_contiguous(c)
-            operands = g, x, gamma, beta, mean, scale
-            slopes = batch_norm_double_backward(*cotangents, *operands, relu)
-        return *slopes, None, None, None, None, None
+            cotangents = a.contiguous(), contiguous_per_task(b), contiguous_per_task(c)
+            grads = torch.ops.imaml.batch_norm_double_backward(
+                *cotangents, g, x, gamma, beta, mean, scale, relu
+            )
+        return *grads, None, None, None, None, None
 
 
-def _batch_norm_double_backward(
+def differentiable_double_backward(
     a: Tensor,
     b: Tensor,
     c: Tensor,
@@ -101,33 +108,37 @@ def _batch_norm_double_backward(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `batch_norm_double_backward` computes, in torch's operators: a graph of any order."""
+    """`torch.ops.imaml.batch_norm_double_backward` in PyTorch's operators, for higher orders."""
 
     def mean(u: Tensor) -> Tensor:
         return u.mean(1, keepdim=True)
 
     b, c, gamma, beta = b[:, None], c[:, None], gamma[:, None], beta[:, None]
-    x_centered = x - mean(x)
-    scale = (mean(x_centered * x_centered) + eps).rsqrt()
-    h = x_centered * scale
-    passes = (gamma * h + beta > 0).to(x.dtype) if relu else 1.0
+    x_centred = x - mean(x)
+    scale = (mean(x_centred * x_centred) + eps).rsqrt()
+    h = x_centred * scale
+    mask = (gamma * h + beta > 0).to(x.dtype) if relu else 1.0
 
-    def centre(u: Tensor) -> Tensor:
+    def project(u: Tensor) -> Tensor:
         return u - mean(u) - mean(h * u) * h
 
-    g = g * passes
-    slope, pa, pg = gamma * scale, centre(a), centre(g)
+    g = g * mask
+    factor, pa, pg = gamma * scale, project(a), project(g)
     apg = mean(a * pg)
-    to_x = (b - slope * mean(h * a)) * pg - slope * (mean(h * g) * pa + apg * h)
-    to_gamma = x.shape[1] * scale * apg
-    return (slope * pa + b * h + c) * passes, to_x * scale, to_gamma[:, 0]
+    grad_x = (b - factor * mean(h * a)) * pg - factor * (mean(h * g) * pa + apg * h)
+    grad_gamma = x.shape[1] * scale * apg
+    return (factor * pa + b * h + c) * mask, grad_x * scale, grad_gamma[:, 0]
 
 
-def vmap_batch_norm(
+# `torch.nn.functional.batch_norm` and `relu`, for x [B, N, C, ...].
+
+
+def batch_norm(
     x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, positive: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    own = tasks_contiguous(gamma), tasks_contiguous(beta)
-    y, *others = BatchNorm.apply(_rows(x), *own, eps, positive)
+    """y like x, then its positive part as rows (empty unless `positive`), mean and scale."""
+    parameters = contiguous_per_task(gamma), contiguous_per_task(beta)
+    y, *others = BatchNorm.apply(_rows(x), *parameters, eps, positive)
     return _images(y, x), *others
 
 
@@ -142,18 +153,18 @@ def batch_norm_relu(
     *,
     eps: float,
 ) -> Tensor:
-    own = tasks_contiguous(gamma), tasks_contiguous(beta)
-    arguments = _rows(x), *own, mean, scale, eps
+    """The ReLU of y; `y, positive, mean, scale` are the results of `batch_norm(x, gamma, beta)`."""
+    parameters = contiguous_per_task(gamma), contiguous_per_task(beta)
     rows = _rows(y.detach())
 
     def relu() -> Tensor:
         return positive.detach() if positive.numel() else rows.relu()
 
-    return _images(BatchNormReLU.apply(relu, *arguments), x)
+    return _images(BatchNormReLU.apply(relu, _rows(x), *parameters, mean, scale, eps), x)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[B, N H W, C] from [B, N, C, H, W], whatever the number of dimensions after C."""
+    """[B, N H W, C] from [B, N, C, H, W], for any number of dimensions after C."""
     return x.movedim(2, -1).reshape(x.shape[0], -1, x.shape[2]).contiguous()
 
 
@@ -177,75 +188,3 @@ def _(g, x, gamma, beta, mean, scale, relu):  # type: ignore[no-untyped-def]
 @fake("batch_norm_double_backward")
 def _(a, b, c, g, x, gamma, beta, mean, scale, relu):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), torch.empty_like(x), x.new_empty((x.shape[0], x.shape[2]))
-
-
-def batch_norm(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`gamma h + beta` with `h = (x - mean) scale` over the rows of each task.
-
-    Args:
-        x: [B, R, C].
-        gamma, beta: [B, C]; contiguous within each task.
-        eps: added to the variance, of which `scale` is the inverse root.
-        relu: also give the positive part.
-
-    Returns:
-        The result, like x, its positive part, like x or empty, and mean and scale, [B, C].
-
-    Raises:
-        RuntimeError: a shape, dtype or layout does not fit; an operand is empty.
-    """
-    y, positive, mean, scale = torch.ops.imaml.batch_norm(x, gamma, beta, eps, relu)
-    return y, positive, mean, scale
-
-
-def batch_norm_backward(
-    g: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, scale: Tensor, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `<g, y>` by x, gamma and beta, y what `batch_norm` gives for them.
-
-    Args:
-        g: like y.
-        x, gamma, beta, mean, scale: what `batch_norm` took and gave.
-        relu: of `<g, max(y, 0)>` instead.
-
-    Returns:
-        [B, R, C], [B, C] and [B, C].
-
-    Raises:
-        RuntimeError: as `batch_norm`.
-    """
-    dx, dgamma, dbeta = torch.ops.imaml.batch_norm_backward(g, x, gamma, beta, mean, scale, relu)
-    return dx, dgamma, dbeta
-
-
-def batch_norm_double_backward(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    g: Tensor,
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `<(a, b, c), batch_norm_backward(g, x, gamma)>` by g, x and gamma.
-
-    Args:
-        a, b, c: like the three that `batch_norm_backward` returns; b and c contiguous within each
-            task.
-        g, x, gamma, beta, mean, scale, relu: as in `batch_norm_backward`.
-
-    Returns:
-        [B, R, C], [B, R, C] and [B, C].
-
-    Raises:
-        RuntimeError: as `batch_norm`.
-    """
-    to_g, to_x, to_gamma = torch.ops.imaml.batch_norm_double_backward(
-        a, b, c, g, x, gamma, beta, mean, scale, relu
-    )
-    return to_g, to_x, to_gamma

@@ -1,4 +1,4 @@
-"""Operands of an operator under vmap: one more dimension, that of the tasks, in front."""
+"""Operands of an operator under vmap, with the dimension of the tasks in front."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,10 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 
-def for_tasks(function: Callable[..., Any], *operands: Tensor | None) -> Any:
-    """`function(*operands)` of a vmapped function's operands, their task dimensions in front.
+def call_with_tasks(function: Callable[..., Any], *operands: Tensor | None) -> Any:
+    """`function(*operands)`, called outside vmap, with the task dimension of each operand in front.
 
-    As `torch.autograd.Function.vmap` would have it, whose dispatch costs more than a small layer.
+    Does what `torch.autograd.Function.vmap` does, whose dispatch costs more than a small layer.
     """
     level: Any = _functorch.maybe_current_level()
     with retrieve_current_functorch_interpreter().lower():
@@ -26,9 +26,15 @@ def tasks_in_front(batched: Tensor) -> Tensor:
 
 
 def channels_last(x: Tensor) -> Tensor:
+    """[B, N, H, W, C], contiguous, from [B, N, C, H, W]."""
     return x.permute(0, 1, 3, 4, 2).contiguous()
 
 
-def tasks_contiguous(t: Tensor) -> Tensor:
-    """As parameters lie in the rows of all parameters, where those of each task are contiguous."""
+def channels_first(x: Tensor) -> Tensor:
+    """The inverse of `channels_last`, as a view."""
+    return x.permute(0, 1, 4, 2, 3)
+
+
+def contiguous_per_task(t: Tensor) -> Tensor:
+    """`t`, or a copy where a task is not contiguous. Slices of rows of parameters need no copy."""
     return t if t[0].is_contiguous() else t.contiguous()

@@ -1,95 +1,99 @@
-"""Convolutions whose every sample has weights of its own, with their derivatives."""
+"""Convolutions with one set of weights per task, with derivatives of any order.
 
-from collections.abc import Callable
+Shapes are those of `csrc/schemas.cpp`: images [B, N, H, W, C], weights [B, O, C, kH, kW]. A
+`Window` holds the strides and paddings, (sH, sW, pH, pW).
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imaml_ext.ops.batching import channels_last, tasks_contiguous
+from imaml_ext.ops.batching import channels_first, channels_last, contiguous_per_task
 from imaml_ext.ops.extension import fake
 
 Pair = tuple[int, int]
 Window = tuple[int, int, int, int]
 
 
-# A Function saves the very tensors that it was given: a contiguous copy made inside it would stand
-# outside the graph, and the next derivative would miss it. So copies are made before.
+# A Function must save the tensors it was given: a contiguous copy made inside `forward` would be
+# outside the graph, and the next derivative would miss it. So callers make the copies.
 
 
 class Conv(torch.autograd.Function):
-    """x * w + bias: [B, N, H, W, C], [B, O, C, kH, kW] and [B, O] to [B, N, H', W', O]."""
+    """x * w + bias, as [B, N, H', W', O]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, window: Window) -> Any:
         ctx.save_for_backward(x, w)
         ctx.window = window
-        return conv(x, w, bias, window)
+        return torch.ops.imaml.conv(x, w, bias, *window)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, w = ctx.saved_tensors
-        to_x, to_w, to_bias, _ = ctx.needs_input_grad
+        need_x, need_w, need_bias, _ = ctx.needs_input_grad
         g = g.contiguous()
         return (
-            ConvDataGradient.apply(g, w, x.shape[2:4], ctx.window) if to_x else None,
-            ConvWeightGradient.apply(x, g, w.shape[3:], ctx.window) if to_w else None,
-            g.sum((1, 2, 3)) if to_bias else None,
+            ConvDataGradient.apply(g, w, x.shape[2:4], ctx.window) if need_x else None,
+            ConvWeightGradient.apply(x, g, w.shape[3:], ctx.window) if need_w else None,
+            g.sum((1, 2, 3)) if need_bias else None,
             None,
         )
 
 
 class ConvDataGradient(torch.autograd.Function):
-    """The gradient of `<g, x * w>` by x: linear in g and in w."""
+    """The gradient of `<g, x * w>` with respect to x: linear in g and in w."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, w: Tensor, size: Pair, window: Window) -> Tensor:
+    def forward(ctx: Any, g: Tensor, w: Tensor, size: Pair, window: Window) -> Any:
         ctx.save_for_backward(g, w)
         ctx.window = window
-        return conv_data_gradient(g, w, size, window)
+        return torch.ops.imaml.conv_data_gradient(g, w, *size, *window)
 
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> Any:
         g, w = ctx.saved_tensors
-        to_g, to_w, _, _ = ctx.needs_input_grad
+        need_g, need_w, _, _ = ctx.needs_input_grad
         x = x.contiguous()
         return (
-            Conv.apply(x, w, None, ctx.window) if to_g else None,
-            ConvWeightGradient.apply(x, g, w.shape[3:], ctx.window) if to_w else None,
+            Conv.apply(x, w, None, ctx.window) if need_g else None,
+            ConvWeightGradient.apply(x, g, w.shape[3:], ctx.window) if need_w else None,
             None,
             None,
         )
 
 
 class ConvWeightGradient(torch.autograd.Function):
-    """The gradient of `<g, x * w>` by w: linear in x and in g."""
+    """The gradient of `<g, x * w>` with respect to w: linear in x and in g."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, g: Tensor, kernel: Pair, window: Window) -> Tensor:
+    def forward(ctx: Any, x: Tensor, g: Tensor, kernel: Pair, window: Window) -> Any:
         ctx.save_for_backward(x, g)
         ctx.window = window
-        return conv_weight_gradient(x, g, kernel, window)
+        return torch.ops.imaml.conv_weight_gradient(x, g, *kernel, *window)
 
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> Any:
         x, g = ctx.saved_tensors
-        to_x, to_g, _, _ = ctx.needs_input_grad
-        w = tasks_contiguous(w)
+        need_x, need_g, _, _ = ctx.needs_input_grad
+        w = contiguous_per_task(w)
         return (
-            ConvDataGradient.apply(g, w, x.shape[2:4], ctx.window) if to_x else None,
-            Conv.apply(x, w, None, ctx.window) if to_g else None,
+            ConvDataGradient.apply(g, w, x.shape[2:4], ctx.window) if need_x else None,
+            Conv.apply(x, w, None, ctx.window) if need_g else None,
             None,
             None,
         )
 
 
 class Patches(torch.autograd.Function):
-    """The patches of x: [B, N, H, W, C] to [B, N H' W', C kH kW], linear."""
+    """The patches of x, [B, N H' W', C kH kW]: linear in x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Pair, window: Window) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernel: Pair, window: Window) -> Any:
         ctx.geometry = x.shape[2:4], kernel, window
-        return patches(x, kernel, window)
+        return torch.ops.imaml.patches(x, *kernel, *window)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -97,22 +101,22 @@ class Patches(torch.autograd.Function):
 
 
 class PatchesTranspose(torch.autograd.Function):
-    """The gradient of `<g, patches(x)>` by x: linear in g."""
+    """The gradient of `<g, patches(x)>` with respect to x: linear in g."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, size: Pair, kernel: Pair, window: Window) -> Tensor:
+    def forward(ctx: Any, g: Tensor, size: Pair, kernel: Pair, window: Window) -> Any:
         ctx.geometry = kernel, window
-        return patches_transpose(g, size, kernel, window)
+        return torch.ops.imaml.patches_transpose(g, *size, *kernel, *window)
 
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> Any:
         return Patches.apply(x.contiguous(), *ctx.geometry), None, None, None
 
 
-class Product(torch.autograd.Function):
-    """`op(a) @ op(b)` of every task, where op transposes if asked.
+class BatchedProduct(torch.autograd.Function):
+    """`op(a) @ op(b)` for every task, where op transposes if requested.
 
-    As `torch.bmm`, but the gradients lie as a and b do, so that none has to be copied.
+    As `torch.bmm`, but the gradients have the memory layout of a and b, so they need no copy.
     """
 
     @staticmethod
@@ -124,151 +128,72 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         a, b = ctx.saved_tensors
-        of_a, of_b = ctx.transposed
-        to_a, to_b, _, _ = ctx.needs_input_grad
-        slope_a = slope_b = None
-        if to_a:
-            slope_a = product(b, g, of_b, True) if of_a else product(g, b, False, not of_b)
-        if to_b:
-            slope_b = product(g, a, True, of_a) if of_b else product(a, g, not of_a, False)
-        return slope_a, slope_b, None, None
+        transpose_a, transpose_b = ctx.transposed
+        need_a, need_b, _, _ = ctx.needs_input_grad
+        grad_a = grad_b = None
+        if need_a and transpose_a:
+            grad_a = batched_product(b, g, transpose_b, True)
+        elif need_a:
+            grad_a = batched_product(g, b, False, not transpose_b)
+        if need_b and transpose_b:
+            grad_b = batched_product(g, a, True, transpose_a)
+        elif need_b:
+            grad_b = batched_product(a, g, not transpose_a, False)
+        return grad_a, grad_b, None, None
 
 
-product: Callable[[Tensor, Tensor, bool, bool], Tensor] = Product.apply
+batched_product: Callable[[Tensor, Tensor, bool, bool], Tensor] = BatchedProduct.apply
 
 
-def conv2d(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window) -> Tensor:
+# The two forms of `torch.nn.functional.conv2d`, for x [B, N, C, H, W] and one bias per task.
+
+
+def direct_conv2d(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window) -> Tensor:
     bias = None if bias is None else bias.contiguous()
-    y: Tensor = Conv.apply(channels_last(x), tasks_contiguous(w), bias, window)
-    return y.permute(0, 1, 4, 2, 3)
+    y: Tensor = Conv.apply(channels_last(x), contiguous_per_task(w), bias, window)
+    return channels_first(y)
 
 
-def conv2d_of_patches(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window) -> Tensor:
-    x = channels_last(x)
-    kernel = w.shape[3:]
-    y = product(Patches.apply(x, kernel, window), w.flatten(2), False, True)
+def patches_conv2d(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window) -> Tensor:
+    x, kernel = channels_last(x), w.shape[3:]
+    y = batched_product(Patches.apply(x, kernel, window), w.flatten(2), False, True)
     if bias is not None:
         y = y + bias[:, None]
-    height, width = (
-        (x.shape[side + 2] + 2 * window[side + 2] - kernel[side]) // window[side] + 1
-        for side in (0, 1)
+    return channels_first(y.unflatten(1, (x.shape[1], *_output_size(x.shape[2:4], kernel, window))))
+
+
+def _output_size(size: Sequence[int], kernel: Sequence[int], window: Window) -> Pair:
+    stride_h, stride_w, pad_h, pad_w = window
+    return (
+        (size[0] + 2 * pad_h - kernel[0]) // stride_h + 1,
+        (size[1] + 2 * pad_w - kernel[1]) // stride_w + 1,
     )
-    images: Tensor = y.unflatten(1, (x.shape[1], height, width))
-    return images.permute(0, 1, 4, 2, 3)
 
 
 @fake("conv")
-def _(x, w, bias, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
-    height = (x.shape[2] + 2 * pad_h - w.shape[3]) // stride_h + 1
-    width = (x.shape[3] + 2 * pad_w - w.shape[4]) // stride_w + 1
-    return x.new_empty((*x.shape[:2], height, width, w.shape[1]))
+def _(x, w, bias, *window):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:2], *_output_size(x.shape[2:4], w.shape[3:], window), w.shape[1]))
 
 
 @fake("conv_data_gradient")
-def _(g, w, in_h, in_w, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
+def _(g, w, in_h, in_w, *window):  # type: ignore[no-untyped-def]
     return g.new_empty((*g.shape[:2], in_h, in_w, w.shape[2]))
 
 
 @fake("conv_weight_gradient")
-def _(x, g, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
+def _(x, g, kernel_h, kernel_w, *window):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], g.shape[4], x.shape[4], kernel_h, kernel_w))
 
 
 @fake("patches")
-def _(x, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
-    height = (x.shape[2] + 2 * pad_h - kernel_h) // stride_h + 1
-    width = (x.shape[3] + 2 * pad_w - kernel_w) // stride_w + 1
+def _(x, kernel_h, kernel_w, *window):  # type: ignore[no-untyped-def]
+    height, width = _output_size(x.shape[2:4], (kernel_h, kernel_w), window)
     rows, columns = x.shape[1] * height * width, x.shape[4] * kernel_h * kernel_w
     return x.new_empty((x.shape[0], rows, columns))
 
 
 @fake("patches_transpose")
-def _(g, in_h, in_w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w):  # type: ignore[no-untyped-def]
-    height = (in_h + 2 * pad_h - kernel_h) // stride_h + 1
-    width = (in_w + 2 * pad_w - kernel_w) // stride_w + 1
+def _(g, in_h, in_w, kernel_h, kernel_w, *window):  # type: ignore[no-untyped-def]
+    height, width = _output_size((in_h, in_w), (kernel_h, kernel_w), window)
     images, channels = g.shape[1] // (height * width), g.shape[2] // (kernel_h * kernel_w)
     return g.new_empty((g.shape[0], images, in_h, in_w, channels))
-
-
-def conv(x: Tensor, w: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-    """Convolutions of B tasks, each with its own weights, on the CPU.
-
-    Args:
-        x: images, [B, N, H, W, C].
-        w: weights, [B, O, C, kH, kW]; contiguous within each task.
-        bias: added to every pixel, [B, O].
-        window: strides and paddings, (sH, sW, pH, pW).
-
-    Returns:
-        [B, N, H', W', O], `H' = (H + 2 pH - kH) // sH + 1`.
-
-    Raises:
-        RuntimeError: a shape, dtype or layout does not fit; an operand is empty.
-    """
-    y: Tensor = torch.ops.imaml.conv(x, w, bias, *window)
-    return y
-
-
-def conv_data_gradient(g: Tensor, w: Tensor, size: Pair, window: Window) -> Tensor:
-    """The gradient of `<g, conv(x, w)>` by x, [B, N, H, W, C].
-
-    Args:
-        g: like what `conv` returns.
-        w, window: as in `conv`.
-        size: (H, W).
-
-    Raises:
-        RuntimeError: as `conv`.
-    """
-    x: Tensor = torch.ops.imaml.conv_data_gradient(g, w, *size, *window)
-    return x
-
-
-def conv_weight_gradient(x: Tensor, g: Tensor, kernel: Pair, window: Window) -> Tensor:
-    """The gradient of `<g, conv(x, w)>` by w, [B, O, C, kH, kW].
-
-    Args:
-        x, window: as in `conv`.
-        g: like what `conv` returns.
-        kernel: (kH, kW).
-
-    Raises:
-        RuntimeError: as `conv`.
-    """
-    w: Tensor = torch.ops.imaml.conv_weight_gradient(x, g, *kernel, *window)
-    return w
-
-
-def patches(x: Tensor, kernel: Pair, window: Window) -> Tensor:
-    """What a convolution's window sees of each image, as the rows of a matrix, one matrix a task.
-
-    With `w` [B, O, C, kH, kW], `patches(x, ...) @ w.flatten(2).mT` is the convolution of x.
-
-    Args:
-        x: images, [B, N, H, W, C].
-        kernel: (kH, kW).
-        window: as in `conv`.
-
-    Returns:
-        [B, N H' W', C kH kW], 0 outside of an image; H', W' as in `conv`.
-
-    Raises:
-        RuntimeError: as `conv`.
-    """
-    rows: Tensor = torch.ops.imaml.patches(x, *kernel, *window)
-    return rows
-
-
-def patches_transpose(g: Tensor, size: Pair, kernel: Pair, window: Window) -> Tensor:
-    """The gradient of `<g, patches(x)>` by x, [B, N, H, W, C].
-
-    Args:
-        g: like what `patches` returns.
-        size: (H, W).
-        kernel, window: as in `patches`.
-
-    Raises:
-        RuntimeError: as `conv`.
-    """
-    x: Tensor = torch.ops.imaml.patches_transpose(g, *size, *kernel, *window)
-    return x

@@ -1,4 +1,4 @@
-"""The compiled extension: loaded, described, and what its operators refuse."""
+"""Loads the compiled extension."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -13,22 +13,21 @@ from imaml_ext._version import __version__
 def _load() -> ModuleType:
     if hasattr(torch.ops.imaml, "row_dot"):
         raise ImportError(
-            "imaml_ext: another copy of the extension is loaded in this process; import one only"
+            "imaml_ext: another copy of the extension is loaded in this process; import only one"
         )
     try:
         import imaml_ext._C as _C
     except ImportError as error:
         raise ImportError(
-            f"imaml_ext: its C++ extension cannot be loaded ({error}). Build it against the torch "
-            f"of this environment ({torch.__version__}; 2.10 or newer is needed) by running "
-            "`pip install .` in the source folder, or `pip install -e .` to import the package "
-            "from the source folder itself."
+            f"imaml_ext: cannot load the C++ extension ({error}). Build it against the torch of "
+            f"this environment ({torch.__version__}; 2.10 or newer is required): run "
+            "`pip install .` in the source folder, or `pip install -e .` to import from there."
         ) from error
     built = _C.build_info()["version"]
     if built != __version__:
         raise ImportError(
-            f"imaml_ext: the C++ extension is of version {built}, the Python files of "
-            f"{__version__}. Reinstall: `pip install --force-reinstall --no-deps .`"
+            f"imaml_ext: the C++ extension has version {built}, the Python files {__version__}. "
+            "Reinstall: `pip install --force-reinstall --no-deps .`"
         )
     return _C
 
@@ -40,24 +39,23 @@ def build_info() -> dict[str, str]:
     """How the extension was built.
 
     Returns:
-        "version", "torch_headers", "torch_minimum", "compiler", "instruction_set", and "cuda" and
-        "cuda_architectures", which are "" without CUDA.
+        A dict with keys "version", "torch_headers", "torch_minimum", "compiler" and
+        "instruction_set", and "cuda" and "cuda_architectures", "" in a build without CUDA.
     """
     return dict(extension.build_info())
 
 
 WITHOUT_CUDA = (
     "imaml_ext was built without CUDA kernels: reinstall it with "
-    "`pip install --force-reinstall --no-deps .` in its source folder, where torch has CUDA "
-    "(IMAML_CUDA=on to insist)"
+    "`pip install --force-reinstall --no-deps .` in its source folder and an environment whose "
+    "torch has CUDA (set IMAML_CUDA=on to require them)"
 )
 
 
 def _refuse_cuda() -> torch.library.Library:
-    """Names the remedy wherever an operator without a CUDA kernel meets a CUDA tensor.
+    """Makes every operator raise `WITHOUT_CUDA` on CUDA tensors, for as long as the result lives.
 
-    The dispatcher's own message lists every backend that there is. The operators are those that
-    are registered, so none can be forgotten. The result has to be kept: its end undoes this.
+    The dispatcher's own message lists all backends and no remedy.
     """
 
     def refusal(operator: str) -> Callable[..., Any]:
@@ -78,9 +76,9 @@ _refusing = None if build_info()["cuda"] else _refuse_cuda()
 
 
 def fake(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what the operator gives without memory: in a compiled graph, and on "meta".
+    """Registers the fake kernel of an operator, for tracing and for meta tensors.
 
-    One operand on "meta" is enough for the dispatcher to choose it, so the others are looked at.
+    It also runs if only some of the operands are meta tensors, which it refuses.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,9 +1,8 @@
-"""The operators of the C++/CUDA extension, `torch.ops.imaml`, as Python functions.
+"""The operators on rows, one row per task, as Python functions.
 
-Importing this module loads the extension. Operators whose name ends in `_` write their arguments;
-none is differentiable. All take float32 or float64 tensors, contiguous unless it is said, never
-synchronise, and give the same bits for the same input on the same device. They run on the CPU and
-on CUDA, but for the direct convolutions.
+Operators whose name ends in `_` write their arguments; none is differentiable. All take contiguous
+float32 or float64 tensors, run on the CPU and on CUDA, never synchronise, and give the same bits
+for the same input on the same device.
 """
 
 import torch
@@ -13,23 +12,22 @@ from imaml_ext.ops.extension import WITHOUT_CUDA, extension, fake, refuse_gradie
 
 
 def cluster_occupancy(dim: int, dtype: torch.dtype, rows: int) -> tuple[int, dict[int, int]]:
-    """How `cg_step_` works on [rows, dim] on the current CUDA device, without a preconditioner.
+    """How `cg_step_` runs on the current CUDA device, without a preconditioner.
 
     Args:
-        dim, dtype, rows: of its operands.
+        dim, dtype, rows: D, dtype and B of its operands [B, D].
 
     Returns:
-        The blocks of the cluster that works on a row, 0 where it takes three launches; and by the
-        number of blocks how many rows the device works on at a time, 0 where that many blocks are
-        no choice.
+        The number of blocks per row, 0 if it takes three launches; and for every number of blocks
+        the number of rows in flight at the same time, 0 if that number of blocks is not available.
 
     Raises:
-        RuntimeError: built without CUDA.
+        RuntimeError: the extension was built without CUDA.
     """
     if not hasattr(extension, "cg_occupancy"):
         raise RuntimeError(f"cluster_occupancy: {WITHOUT_CUDA}")
-    blocks, at_a_time = extension.cg_occupancy(rows, dim, dtype == torch.float64)
-    return blocks, at_a_time
+    blocks, concurrent_rows = extension.cg_occupancy(rows, dim, dtype == torch.float64)
+    return blocks, concurrent_rows
 
 
 @fake("cg_step_")
@@ -76,15 +74,15 @@ def cg_step_(
 ) -> None:
     """One conjugate-gradient iteration on `(H_i + Λ + damping I) x_i = b_i`, for every row i.
 
-    With `Ap = hp + Λp + damping p` and z = r, or z = M⁻¹r under a preconditioner M:
+    With `Ap = hp + Λp + damping p` and z = r, or z = M⁻¹r with a preconditioner M:
     `alpha = r·z / p·Ap`, `x += alpha p`, `r -= alpha Ap`, `beta = r·z / old r·z`, `p = z + beta p`.
-    A row moves only while its status is RUNNING. It becomes CONVERGED when `r·r <= tol2`, with a
-    preconditioner too; NEGATIVE_CURVATURE when `p·Ap <= eps |p| |Ap|`, keeping x, or in its first
-    step `x += r / Λ` where Λ > 0; NONFINITE, with x = 0, when a sum is not finite or `r·z` is not
-    positive.
+    Only rows with status RUNNING are updated. A row becomes CONVERGED when `r·r <= tol2`, also with
+    a preconditioner; NEGATIVE_CURVATURE when `p·Ap <= eps |p| |Ap|`, where x stays as it is, except
+    in the first step: `x += r / Λ` where Λ > 0; NONFINITE, with x = 0, when a sum is not finite or
+    `r·z` is not positive.
 
     Args:
-        x, r, p: iterate, residual and direction, [B, D]; written. p starts as z.
+        x, r, p: iterate, residual and direction, [B, D]; written. Before the first step p = z.
         hp: `H p`, [B, D].
         lam: Λ, [1] for a scalar or [D] for a diagonal.
         damping: added to the diagonal.
@@ -93,18 +91,18 @@ def cg_step_(
         status, steps: [B] int32; written.
         curvature, beta: p·Ap / r·z and beta of this iteration, 0 for a frozen row, [B] float64;
             written.
-        inverse: M⁻¹ of a positive diagonal M, [B, D]; with it goes `rz`.
+        inverse: M⁻¹ of a positive diagonal M, [B, D]; needs `rz`.
         rz: r·z, [B] float64; written.
 
     Raises:
-        RuntimeError: a shape, dtype, device or layout does not fit.
+        RuntimeError: an argument has a wrong shape, dtype, device or layout.
     """
     refuse_gradients("cg_step_", x, r, p, hp, lam, inverse)
     torch.ops.imaml.cg_step_(
         x, r, p, hp, lam, damping, inverse, rr, rz, tol2, status, steps, curvature, beta
     )
-    # The dispatcher does not do this for an operator defined in C++, and without it autograd would
-    # not notice that a tensor it saved has been overwritten.
+    # The dispatcher does not do this for stable-ABI operators. Without it autograd would not detect
+    # that a saved tensor was overwritten.
     written = (x, r, p, rr, status, steps, curvature, beta)
     torch.autograd.graph.increment_version(written if rz is None else (*written, rz))
 
@@ -121,23 +119,23 @@ def prox_gd_(
     nesterov: bool = False,
     status: Tensor | None = None,
 ) -> None:
-    """`phi -= lr g`, `g = grad + Λ (phi - theta)`: a gradient step on the proximal objective.
+    """`phi -= lr g` with `g = grad + Λ (phi - theta)`: a gradient step on the proximal objective.
 
     With a velocity buffer, momentum as in `torch.optim.SGD`: `velocity = momentum velocity + g`,
-    and the step is along the velocity, or along `g + momentum velocity` with `nesterov`.
+    and the velocity, or with `nesterov` `g + momentum velocity`, replaces g in the step.
 
     Args:
         phi: [B, D]; written.
-        grad: gradient of the loss alone, [B, D].
-        theta: [D], shared by all rows.
+        grad: gradient of the loss without the proximal term, [B, D].
+        theta: [D], the same for all rows.
         lam: Λ, [1] or [D].
         lr: step size.
         velocity: [B, D]; written.
-        momentum, nesterov: as in `torch.optim.SGD`; they need a velocity.
-        status: [B] int32; a row that is not RUNNING is left alone.
+        momentum, nesterov: as in `torch.optim.SGD`; need a velocity.
+        status: [B] int32; rows that are not RUNNING are not updated.
 
     Raises:
-        RuntimeError: a shape, dtype, device or layout does not fit.
+        RuntimeError: an argument has a wrong shape, dtype, device or layout.
     """
     refuse_gradients("prox_gd_", phi, grad, theta, lam)
     torch.ops.imaml.prox_gd_(phi, velocity, grad, theta, lam, lr, momentum, nesterov, status)
@@ -167,13 +165,14 @@ def prox_adam_(
     Args:
         phi, grad, theta, lam, lr: as in `prox_gd_`.
         first_moment, second_moment: m and v, [B, D], 0 before the first step; written.
-        beta1, beta2: of the running means, in [0, 1).
-        eps: added to the root.
-        step: the number of this step, from 1.
-        status: [B] int32; a row that is not RUNNING is left alone, and so are its m and v.
+        beta1, beta2: decay rates of m and v, in [0, 1).
+        eps: added to the square root.
+        step: the number of this step, starting at 1.
+        status: [B] int32; rows that are not RUNNING are not updated, nor are their m and v.
 
     Raises:
-        RuntimeError: a shape, dtype, device or layout does not fit, or a number is out of range.
+        RuntimeError: an argument has a wrong shape, dtype, device or layout, or a number is out of
+            range.
     """
     refuse_gradients("prox_adam_", phi, grad, theta, lam)
     torch.ops.imaml.prox_adam_(
@@ -191,7 +190,7 @@ def prox_norms(phi: Tensor, grad: Tensor, theta: Tensor, lam: Tensor) -> tuple[T
         phi, grad, theta, lam: as in `prox_gd_`.
 
     Raises:
-        RuntimeError: a shape, dtype, device or layout does not fit.
+        RuntimeError: an argument has a wrong shape, dtype, device or layout.
     """
     refuse_gradients("prox_norms", phi, grad, theta, lam)
     grad_norm2, penalty = torch.ops.imaml.prox_norms(phi, grad, theta, lam).unbind(1)
@@ -205,7 +204,7 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
         a, b: [B, D].
 
     Raises:
-        RuntimeError: a shape, dtype, device or layout does not fit.
+        RuntimeError: an argument has a wrong shape, dtype, device or layout.
     """
     refuse_gradients("row_dot", a, b)
     product: Tensor = torch.ops.imaml.row_dot(a, b)

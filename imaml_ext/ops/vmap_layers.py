@@ -1,13 +1,12 @@
-"""Layers in which every task has its own weights, for the forward pass that `Objective` vmaps.
+"""Layers with one set of weights per task, for the vmapped forward pass.
 
 Under `vmap` a convolution with batched weights becomes a grouped convolution, and batch norm a
-dozen passes over memory. Both are slow, and slower with each derivative. Inside `task_layers()`,
-`conv2d` and `batch_norm` calls of a vmapped function run this package's operators instead.
+dozen passes over memory. Both are slow, and slower with every derivative. Inside `task_layers()`
+the `conv2d` and `batch_norm` calls of a vmapped function run this package's operators instead.
 
-A convolution is bilinear. On the CPU it and its two gradients are each other's derivatives, so
-three operators can be differentiated to any order. On CUDA it is a matrix product with the patches
-that the window sees: patches and their transpose are each other's derivatives, and of the products
-autograd knows all.
+On the CPU a convolution and its two gradients are three operators that are each other's
+derivatives. On CUDA a convolution is a matrix product with patches: patches and their transpose are
+each other's derivatives. Both forms can be differentiated to any order.
 """
 
 import os
@@ -24,20 +23,16 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from imaml_ext.ops.batch_norm import batch_norm_relu, vmap_batch_norm
-from imaml_ext.ops.batching import for_tasks
-from imaml_ext.ops.conv import (
-    Pair,
-    conv2d,
-    conv2d_of_patches,
-)
+from imaml_ext.ops.batch_norm import batch_norm, batch_norm_relu
+from imaml_ext.ops.batching import call_with_tasks
+from imaml_ext.ops.conv import Pair, direct_conv2d, patches_conv2d
 
 
 def task_layers(device: torch.device) -> AbstractContextManager[Any]:
-    """What to run a vmapped forward pass in, on this device.
+    """The context for a vmapped forward pass on this device.
 
-    IMAML_LAYERS in the environment chooses another form, to compare and to debug: "torch" for
-    PyTorch's own layers, "patches" for CUDA's form on the CPU too, "direct" for the CPU's.
+    The environment variable IMAML_LAYERS overrides the form, for comparison and debugging: "torch"
+    for PyTorch's own layers, "patches" for CUDA's form on the CPU, "direct" for the CPU's form.
     """
     name = os.environ.get("IMAML_LAYERS") or {"cpu": "direct", "cuda": "patches"}.get(device.type)
     if name is None or name == "torch":
@@ -45,44 +40,44 @@ def task_layers(device: torch.device) -> AbstractContextManager[Any]:
     if name not in _FORMS:
         raise ValueError(f"IMAML_LAYERS must be torch, {' or '.join(_FORMS)}, got {name!r}")
     if name == "direct" and device.type != "cpu":
-        raise ValueError(f"IMAML_LAYERS=direct is for the CPU, the parameters are on {device}")
+        raise ValueError(f"IMAML_LAYERS=direct needs CPU tensors, the parameters are on {device}")
     return _TaskLayers(_FORMS[name])
 
 
 class _Form(NamedTuple):
     conv2d: Callable[..., Tensor]
-    positive: bool  # batch norm writes what a ReLU behind it gives, which costs less than a launch
+    positive: bool  # batch norm also writes its positive part: cheaper than launching a ReLU
 
 
-_FORMS = {"direct": _Form(conv2d, False), "patches": _Form(conv2d_of_patches, True)}
+_FORMS = {"direct": _Form(direct_conv2d, False), "patches": _Form(patches_conv2d, True)}
 
-
-_WANT_CONTIGUOUS = (torch.Tensor.view, torch.Tensor.view_as, F.group_norm, torch.group_norm)
+# These need the memory order of the dimensions, which channels-last images do not have.
+_NEED_CONTIGUOUS = (torch.Tensor.view, torch.Tensor.view_as, F.group_norm, torch.group_norm)
 
 
 class _TaskLayers(TorchFunctionMode):
     def __init__(self, form: _Form) -> None:
         super().__init__()
         self._form = form
-        self._normalised: tuple[Any, ...] | None = None  # by the call just before, if it was one
+        self._previous: tuple[Any, ...] | None = None  # set if the last call was a batch norm
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        before, self._normalised = self._normalised, None
-        if function in _WANT_CONTIGUOUS and _have_tasks(args[0]):
-            args = args[0].contiguous(), *args[1:]  # of images whose channels lie together
+        previous, self._previous = self._previous, None
+        if function in _NEED_CONTIGUOUS and _have_tasks(args[0]):
+            args = args[0].contiguous(), *args[1:]
         result = None
         if function is F.conv2d:
             result = self._conv2d(*args, **kwargs)
         elif function is F.batch_norm:
             result = self._batch_norm(*args, **kwargs)
-        elif function is F.relu and before is not None:
-            result = self._relu(before, *args, **kwargs)
+        elif function is F.relu and previous is not None:
+            result = self._relu(previous, *args, **kwargs)
         return function(*args, **kwargs) if result is None else result
 
-    # Each takes what the function takes, and gives None where the function itself is to be called.
+    # These have the signatures of the functions they replace, and return None to call the original.
 
     def _conv2d(
         self,
@@ -99,9 +94,9 @@ class _TaskLayers(TorchFunctionMode):
         if input.dim() != 4 or input.numel() == 0 or not _have_tasks(input, weight, bias):
             return None
         if input.shape[1] != weight.shape[1]:
-            return None  # torch has a message for it
+            return None  # torch raises the error
         window = *_pair(stride), *_pair(padding)
-        return for_tasks(partial(self._form.conv2d, window=window), input, weight, bias)
+        return call_with_tasks(partial(self._form.conv2d, window=window), input, weight, bias)
 
     def _batch_norm(
         self,
@@ -118,22 +113,22 @@ class _TaskLayers(TorchFunctionMode):
             return None
         if weight is None or bias is None or not _have_tasks(input, weight, bias):
             return None
-        # torch has messages for one value a channel, and for what else cannot be.
+        # torch raises the errors: one value per channel, and other invalid arguments.
         if input.dim() < 2 or input.numel() <= input.shape[1] or eps <= 0:
             return None
-        of_tasks = partial(vmap_batch_norm, eps=eps, positive=self._form.positive)
-        y, positive, *statistics = for_tasks(of_tasks, input, weight, bias)
+        function = partial(batch_norm, eps=eps, positive=self._form.positive)
+        y, positive, *statistics = call_with_tasks(function, input, weight, bias)
         version = _functorch.get_unwrapped(y)._version
-        self._normalised = (y, positive, input, weight, bias, *statistics), eps, version
+        self._previous = (y, positive, input, weight, bias, *statistics), eps, version
         return y
 
-    def _relu(self, normalised: tuple[Any, ...], input: Tensor, inplace: bool = False) -> Any:
-        operands, eps, version = normalised
+    def _relu(self, previous: tuple[Any, ...], input: Tensor, inplace: bool = False) -> Any:
+        operands, eps, version = previous
         if input is not operands[0] or inplace or not _have_tasks(input):
             return None
         if _functorch.get_unwrapped(input)._version != version:
             return None
-        return for_tasks(partial(batch_norm_relu, eps=eps), *operands)
+        return call_with_tasks(partial(batch_norm_relu, eps=eps), *operands)
 
 
 def _pair(value: int | Sequence[int]) -> Pair:
@@ -143,7 +138,7 @@ def _pair(value: int | Sequence[int]) -> Pair:
 
 
 def _have_tasks(*tensors: Tensor | None) -> bool:
-    """Whether vmap is the only transform under way, and each tensor has a task dimension."""
+    """Whether vmap is the only active transform, and every tensor has a task dimension."""
     return (
         _functorch.maybe_current_level() == 1
         and forward_ad._current_level < 0

@@ -12,7 +12,7 @@ from imaml_ext._tracing import may_poll
 
 
 class Status(IntEnum):
-    """How a task's solve ended. The same numbers as in csrc/kernels/formulas.h.
+    """How a task's solve ended. The same numbers as in csrc/formulas.h.
 
     Attributes:
         RUNNING: not finished; never in the report of a meta-gradient.
