@@ -164,7 +164,7 @@ def main() -> None:
         raise SystemExit(f"the launches per CG iteration are not constant: {counted}")
     if chosen.png is not None:
         draw(series, fits, chosen.png)
-        print(f"written {chosen.png}")
+        print(f"wrote {chosen.png}")
     settings = {"workload": chosen.workload, "picture": chosen.png and chosen.png.name}
     report(
         {**provenance("scaling", device, settings), "series": series, "fits": fits,

@@ -191,4 +191,4 @@ def report(results: dict[str, Any], path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"written {path}")
+        print(f"wrote {path}")

@@ -30,12 +30,13 @@ installs the libraries that it compares with.
 """
 
 INNER = """
-## Inner solvers: work until every task's gradient norm is 1e-3 of its initial value
+## Inner solvers: {network}, lam {lam}
 
-Omniglot 5-way 1-shot, network {network}, lam {lam}, {tasks} tasks, at most {budget} steps
-of gradient descent. Cost in time, relative to a gradient: a Hessian-vector product
-{worth_hessian:.2f}, a Gauss-Newton-vector product {worth_ggn:.2f}, a forward pass
-{worth_forward:.2f}. Residuals are medians, relative to the initial gradient norm.
+Work until every task's gradient norm is 1e-3 of its initial value. Omniglot 5-way 1-shot, network
+{network}, lam {lam}, {tasks} tasks, at most {budget} steps of gradient descent. Cost in time,
+relative to a gradient: a Hessian-vector product {worth_hessian:.2f}, a Gauss-Newton-vector product
+{worth_ggn:.2f}, a forward pass {worth_forward:.2f}. Residuals are medians, relative to the initial
+gradient norm.
 
 | solver | converged | gradients | products | forward passes | gradient-equivalents | residual | G |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -102,9 +103,10 @@ SHARES = {
 
 def source(result: Result) -> str:
     peers = "".join(f", {name} {version}" for name, version in result.get("peers", {}).items())
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
     return (
         f"`{result['command']}` at {result['commit']}, {result['device']}, "
-        f"{result['threads']} threads, torch {result['torch']}{peers}, {result['date'][:10]}"
+        f"{threads}, torch {result['torch']}{peers}, {result['date'][:10]}"
     )
 
 

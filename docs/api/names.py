@@ -70,7 +70,7 @@ class Names(griffe.Extension):
                 self._rewrite(member)
 
     def _link(self, code: re.Match[str], near: set[str]) -> str:
-        """The code as a link, unless it names the object itself, its class or its class's members."""
+        """The code as a link, unless it names the object itself, its class or a member of it."""
         owner, _, member = code[1].rpartition(".")
         path = self.documented.get(code[1])
         if path is None and owner in self.documented:
