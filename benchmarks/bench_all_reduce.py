@@ -1,8 +1,8 @@
-"""What does the one all-reduce of a meta-step cost, against the number of parameters?
+"""How long does the all-reduce of a meta-step take, for different numbers of parameters?
 
     torchrun --standalone --nproc-per-node 2 bench_all_reduce.py --json results/all_reduce.json
 
-`average` as `Trainer` calls it, of gradients of D numbers, beside the bare all-reduce of as many.
+Compares `average`, as `Trainer` calls it for gradients of D numbers, with the all-reduce alone.
 """
 
 import statistics
@@ -19,7 +19,7 @@ DIMS = [1_761, 113_221, 1_000_000, 10_000_000]
 
 
 def medians(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> list:
-    """Seconds of each call, in turn; all processes begin together."""
+    """Median seconds of each call, timed in turn. All processes start each call together."""
     samples: list[list[float]] = [[] for _ in calls]
     for number in range(rounds + 3):
         for call, taken in zip(calls.values(), samples, strict=True):
@@ -37,7 +37,7 @@ def main() -> None:
     device = own_device(torch.device(chosen.device))
     with process_group(device) as group:
         if group is None:
-            raise SystemExit("start it with torchrun")
+            raise SystemExit("run this script with torchrun")
         rows = []
         for dim in DIMS:
             gradients = {"theta": torch.randn(dim, device=device)}
@@ -53,7 +53,7 @@ def main() -> None:
             rows.append([dim, *medians(calls, chosen.rounds, device)])
         if rank(group) == 0:
             for dim, ours, reduced in rows:
-                print(f"D={dim:9d}: {1e3 * ours:8.3f} ms, bare {1e3 * reduced:8.3f} ms")
+                print(f"D={dim:9d}: {1e3 * ours:8.3f} ms, all-reduce alone {1e3 * reduced:8.3f} ms")
             settings = {"processes": group.size(), "backend": dist.get_backend(group)}
             report({**provenance("all_reduce", device, settings), "rows": rows}, chosen.json)
 

@@ -1,11 +1,11 @@
-"""How fast is the vector work of conjugate gradient, fused, against what one would write otherwise?
+"""How fast is the fused vector work of conjugate gradient, compared with other implementations?
 
-A fixed number of iterations on [B, D] systems `(H + lam I) x = b`. The products with H are recorded
-beforehand and handed to all alike, so only what lies between them is timed. Seven passes over
-memory are counted for an iteration, the floor, against the bandwidth of a copy of the same
-footprint. TorchOpt and linear_operator also ask for the product with their first guess, 0: they get
-a zero. On CUDA a call finds nothing in the cache: the operands rotate. What costs time there may be
-launching alone, so ours and plain PyTorch are timed in a CUDA graph too.
+Times a fixed number of iterations on [B, D] systems `(H + lam I) x = b`. The products with H are
+computed beforehand and are the same for all, so that only the work between them is timed. The
+fraction of copy bandwidth assumes 7 passes over memory per iteration, the minimum, and a copy of
+the same footprint. TorchOpt and linear_operator also ask for the product with the initial guess 0,
+and get zeros. On CUDA, several copies of the operands are used in turn, so that they are not in the
+cache; imaml_ext and plain PyTorch are also timed as CUDA graphs, because launches may dominate.
 """
 
 import warnings
@@ -53,7 +53,7 @@ def batched_step(x: Any, r: Any, p: Any, rr: Any, hp: Any) -> State:
 
 
 def one_task_step(x: Tensor, r: Tensor, p: Tensor, rr: Tensor, hp: Tensor) -> State:
-    """One iteration for one task, as the iMAML authors' code loops over tasks."""
+    """One iteration for one task, as in the loop over tasks of the iMAML authors' code."""
     ap = hp + LAM * p
     alpha = rr / torch.dot(p, ap)
     x = x + alpha * p
@@ -65,15 +65,15 @@ def one_task_step(x: Tensor, r: Tensor, p: Tensor, rr: Tensor, hp: Tensor) -> St
 
 @dataclass(frozen=True)
 class Systems:
-    """Right-hand sides [B, D] of norm 1 and the products `H p` [B, D] of a true solve."""
+    """Right-hand sides [B, D] of norm 1 and the products `H p` [B, D] of a real solve."""
 
     b: Tensor
     products: list[Tensor]
 
     @staticmethod
     def make(tasks: int, dim: int, iterations: int, like: Tensor) -> "Systems":
-        # Drawn in float64, so that both precisions solve the same systems. linear_operator divides
-        # by the norm of b: recorded products fit its iterates where that is 1.
+        # Sampled in float64, so that both precisions solve the same systems. linear_operator
+        # divides by the norm of b: the recorded products match its iterates if the norm is 1.
         generator = torch.Generator().manual_seed(0)
         b = torch.randn(tasks, dim, dtype=torch.float64, generator=generator)
         b /= b.norm(dim=1, keepdim=True)
@@ -90,7 +90,7 @@ class Systems:
 
 
 class Fused:
-    """`cg_step_`, in place; `prepare` restores its operands."""
+    """`cg_step_`, in place; `prepare` resets its operands."""
 
     def __init__(self, systems: Systems) -> None:
         b = systems.b
@@ -147,7 +147,7 @@ def per_task(systems: Systems) -> Implementation:
 
 
 class InJax:
-    """All iterations in one jitted function, so that XLA may fuse across them."""
+    """All iterations in one jitted function, so that XLA can fuse across iterations."""
 
     def __init__(self, systems: Systems, peer: Any) -> None:
         self.solve = jitted_solve(peer)
@@ -163,7 +163,7 @@ class InJax:
 @cache
 def jitted_solve(peer: Any) -> Any:
     def dot(u: Any, v: Any) -> Any:
-        return peer.jnp.einsum("bd,bd->b", u, v)[:, None]  # faster than a sum of products in XLA
+        return peer.jnp.einsum("bd,bd->b", u, v)[:, None]  # in XLA faster than (u * v).sum(1)
 
     @peer.jax.jit
     def solve(b: Any, products: list[Any]) -> Any:
@@ -180,7 +180,7 @@ def jitted_solve(peer: Any) -> Any:
 
 
 class Recorded:
-    """`(H + lam I) p` from recorded products: 0 for the first guess, then one product a call."""
+    """`(H + lam I) p` from recorded products: zeros in the first call, then the next product."""
 
     def __init__(self, products: list[Tensor]) -> None:
         self.products = iter(products)
@@ -194,7 +194,7 @@ class Recorded:
 
 
 def in_torchopt(systems: Systems) -> Implementation:
-    """One system after another: what it solves at once has one step length."""
+    """One system at a time: systems solved at once would share a step length."""
     import torchopt
 
     iterations = len(systems.products)
@@ -210,15 +210,17 @@ def in_torchopt(systems: Systems) -> Implementation:
 
 
 def in_linear_operator(systems: Systems) -> Implementation:
-    """Its batched solver, with a tolerance that it cannot reach."""
+    """Its batched solver, with a tolerance that it cannot reach, so that it does not stop early."""
     from linear_operator.utils.linear_cg import linear_cg
     from linear_operator.utils.warnings import NumericalWarning
 
-    columns = [hp[..., None] for hp in systems.products]  # it solves for the columns of [B, D, 1]
+    columns = [
+        hp[..., None] for hp in systems.products
+    ]  # its right-hand sides are columns, [B, D, 1]
 
     def call() -> Tensor:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NumericalWarning)  # says that it was not reached
+            warnings.simplefilter("ignore", NumericalWarning)  # the tolerance was not reached
             solved: Tensor = linear_cg(
                 Recorded(columns), systems.b[..., None], tolerance=0.0, stop_updating_after=0.0,
                 eps=1e-30, max_iter=len(columns), max_tridiag_iter=0,
@@ -229,7 +231,7 @@ def in_linear_operator(systems: Systems) -> Implementation:
 
 
 def make_implementations(systems: Systems, rotation: int) -> tuple[Implementation, Implementations]:
-    """What prepares ours for a call, and all by name, on as many copies of the systems."""
+    """A function that resets the operands, and {name: implementation}, on `rotation` copies."""
     every = [systems, *(systems.clone() for _ in range(rotation - 1))]
     ours = [Fused(each) for each in every]
     compiled = torch.compile(batched_step, dynamic=False)
@@ -255,7 +257,7 @@ def make_implementations(systems: Systems, rotation: int) -> tuple[Implementatio
 
 
 def with_graphs(made: Implementations, device: torch.device) -> Implementations:
-    """Ours and plain PyTorch as CUDA graphs beside the others."""
+    """Adds imaml_ext and plain PyTorch as CUDA graphs, on CUDA."""
     if device.type == "cpu":
         return made
     graphs: Implementations = {}
@@ -265,12 +267,12 @@ def with_graphs(made: Implementations, device: torch.device) -> Implementations:
 
 
 def check_work(ours: Rotated, prepare: Implementation, iterations: int) -> None:
-    """Exits unless every row made all its iterations."""
+    """Exits unless every row took all iterations: a frozen row does no work."""
     prepare()
     for fused in ours.calls:
         fused()
         if not (fused.steps == iterations).all():
-            raise SystemExit(f"rows froze, so that work was left out: {fused.steps.tolist()}")
+            raise SystemExit(f"some rows stopped early: {fused.steps.tolist()} steps")
 
 
 def main() -> None:
@@ -288,7 +290,7 @@ def main() -> None:
         like = torch.empty((), dtype=dtype, device=device)
         return Systems.make(tasks, dim, iterations, like)
 
-    # The buffers in play are x, r, p and a product per iteration.
+    # Buffers: x, r, p and one product per iteration.
     element = torch.finfo(dtype).bits // 8
     footprint = (3 + iterations) * tasks * dim * element
     with torch.no_grad():
@@ -317,7 +319,7 @@ def main() -> None:
             rows[name]["compile"] = first_call[name] - timing["median"]
         print(
             f"{name:30s} {1e3 * timing['median']:8.2f} ms "
-            f"[{1e3 * timing['min']:.2f}, {1e3 * timing['max']:.2f}], {ratio:5.2f} of imaml_ext's, "
+            f"[{1e3 * timing['min']:.2f}, {1e3 * timing['max']:.2f}], {ratio:5.2f}x imaml_ext, "
             f"{100 * rows[name]['share_of_copy_bandwidth']:.0f}% of copy bandwidth"
         )
     settings = {"tasks": tasks, "dim": dim, "iterations": iterations, "dtype": chosen.dtype}

@@ -1,12 +1,13 @@
-"""Which inner solver brings `‖∇G‖` to 1e-3 of its start with the fewest gradient-equivalents?
+"""Which inner solver reduces `‖∇G‖` to 1e-3 of its initial value with the least work?
 
-On Omniglot tasks. Gradients, products with the curvature and forward passes of the batch are
-counted, until its last task has arrived; a product and a forward pass are worth as many gradients
-as they take time, measured in turn in the same run. Step sizes are the best of a grid.
+On Omniglot tasks. Counts gradients, products with the curvature matrix and forward passes of the
+batch until its last task has converged. Work is measured in gradient-equivalents: products and
+forward passes are weighted by their time relative to a gradient, measured in the same run. Step
+sizes are the best of a grid.
 
-With `--network mlp` (784-64-64-way, tanh) the objective is smooth. With `--network conv4`, the
-paper's, ReLU and batch norm over a few images make kinks and narrow valleys, where no gradient norm
-falls that far: what is reached within the budget is printed for all.
+With `--network mlp` (784-64-64-way, tanh) the objective is smooth. `--network conv4` is the paper's
+network: with ReLU and batch norm over a few images, no gradient norm falls that far, so what is
+reached within the budget is printed for all solvers.
 """
 
 import math
@@ -37,7 +38,7 @@ Work = dict[str, int]
 
 
 class Counting(Objective):
-    """Counts what it is asked for, for the whole batch at once."""
+    """Counts gradients, products and forward passes of the whole batch."""
 
     work: Work
 
@@ -47,7 +48,7 @@ class Counting(Objective):
 
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         self.work["gradient"] += 1
-        self.work["forward"] -= 1  # its own
+        self.work["forward"] -= 1  # part of the gradient
         return super().gradient(rows)
 
     def linearise(self, rows: Tensor, kind: str) -> Linearisation:
@@ -82,7 +83,7 @@ def main() -> None:
     options.add_argument("--network", choices=["mlp", "conv4"], default="mlp")
     options.add_argument("--lam", type=float, default=0.3)
     options.add_argument("--tasks", type=int, default=8)
-    options.add_argument("--budget", type=int, default=800, help="gradient steps at most")
+    options.add_argument("--budget", type=int, default=800, help="maximum number of gradient steps")
     chosen = options.parse_args()
     device = torch.device(chosen.device)
     images = load_omniglot(chosen.data).to(device).split()["train"]
@@ -116,7 +117,7 @@ def main() -> None:
         lambda: None, device, chosen.rounds,
     )  # fmt: skip
     worth = {name: t["median"] / seconds["gradient"]["median"] for name, t in seconds.items()}
-    print("worth in gradients: " + ", ".join(f"{k} {v:.2f}" for k, v in worth.items()))
+    print("cost relative to a gradient: " + ", ".join(f"{k} {v:.2f}" for k, v in worth.items()))
 
     rows = []
     for name, solvers in candidates(chosen.budget, 1e-3 * start.min().item()).items():
@@ -138,7 +139,7 @@ def main() -> None:
                 "residual": (gradient.norm(dim=1) / start).median().item(),
                 "objective": value.mean().item(),
             }
-            # All arrived: the least work. Otherwise: the smallest residual.
+            # If all tasks converged, the least work; otherwise, the smallest residual.
             rank = (0, row["gradient_equivalents"])
             if row["arrived"] < chosen.tasks:
                 rank = (1, row["residual"] if math.isfinite(row["residual"]) else math.inf)
@@ -147,10 +148,10 @@ def main() -> None:
         row = best[1]
         rows.append(row)
         print(
-            f"{name:34} lr {row['lr'] or '-':>5}: {row['arrived']} of {chosen.tasks} arrived, "
+            f"{name:34} lr {row['lr'] or '-':>5}: {row['arrived']} of {chosen.tasks} converged, "
             f"{row['gradient']} gradients + {row['product']} products + {row['forward']} forward = "
             f"{row['gradient_equivalents']:.0f} gradient-equivalents; median residual "
-            f"{row['residual']:.1e} of the start, mean G {row['objective']:.5f}",
+            f"{row['residual']:.1e} of the initial one, mean G {row['objective']:.5f}",
             flush=True,
         )
     settings = {key: getattr(chosen, key) for key in ("network", "lam", "tasks", "budget")}

@@ -1,9 +1,9 @@
-"""How much memory does a meta-gradient take, against the number of inner and of CG steps?
+"""How does the memory of a meta-gradient depend on the numbers of inner and CG steps?
 
-Peak bytes that one meta-gradient of the batch allocates: by torch's own accounting, for JAX what
-the compiler reserves for temporaries. Implicit gradients should need the same for any number of
-steps; MAML keeps the graph of every inner step. The loops hold one task at a time, the others the
-batch.
+Measures the peak number of bytes that one meta-gradient of the batch allocates: by torch's
+accounting, or for JAX the compiler's reservation for temporaries. Implicit gradients should need
+the same memory for any number of steps; MAML keeps the graph of every inner step. The loops hold
+one task at a time, the other implementations the whole batch.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ MAML_NAME = "MAML, back-propagation through the steps"
 
 
 def maml(workload: Workload) -> Implementation:
-    """Has no CG steps."""
+    """MAML, which has no CG steps."""
     w = workload
     inner = GradientDescent(lr=w.lr, steps=w.inner_steps)
     method = MAML(w.loss, w.params, inner=inner, lam=w.lam)
@@ -39,7 +39,7 @@ def maml(workload: Workload) -> Implementation:
 
 
 def measures(workload: Workload, device: torch.device) -> dict[str, Callable[[], int]]:
-    """Peak bytes of the workload, by each implementation."""
+    """{name: function that measures the peak bytes of the workload}."""
 
     def by_torch(call: Implementation) -> Callable[[], int]:
         return lambda: peak_bytes(call, device)
@@ -59,7 +59,7 @@ def measures(workload: Workload, device: torch.device) -> dict[str, Callable[[],
     peer = jax_peer(device)
     if peer is not None:
         for name, formulation in peer.formulations(workload).items():
-            if "lax.conv" not in name:  # the slow ones
+            if "lax.conv" not in name:  # these are slow
                 made[name] = formulation.temporary_bytes
     return made
 
@@ -70,8 +70,8 @@ def main() -> None:
     options.add_argument("--workload", choices=WORKLOADS, default="omniglot-5w1s")
     options.add_argument("--inner-steps", type=int, nargs="+", default=[1, 4, 16, 64])
     options.add_argument("--cg-steps", type=int, nargs="+", default=[1, 4, 8])
-    options.add_argument("--tasks", type=int, help="default: the workload's own")
-    options.add_argument("--width", type=int, help="of the network; default: the workload's own")
+    options.add_argument("--tasks", type=int, help="default: the workload's")
+    options.add_argument("--width", type=int, help="of the network; default: the workload's")
     chosen = options.parse_args()
     device = torch.device(chosen.device)
 
@@ -112,7 +112,7 @@ def main() -> None:
 
 def _series(peaks: dict[int, int]) -> str:
     text = ", ".join(f"{steps}: {peak / 2**20:.1f}" for steps, peak in peaks.items())
-    return f"{text}, from fewest to most {peaks[max(peaks)] / peaks[min(peaks)]:.2f}x"
+    return f"{text}, last over first {peaks[max(peaks)] / peaks[min(peaks)]:.2f}x"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""How fast is a complete meta-gradient of a batch of tasks, and against what else?
+"""How fast is the meta-gradient of a batch of tasks, compared with other implementations?
 
-Against loops over tasks, TorchOpt's among them, against batched PyTorch without our kernels and
-without the retained graph of the gradient, and against JAX. JAX's formulations are first timed
-among themselves, and its fastest takes part. Compiling is not in the times: it is the excess of an
-implementation's first call over its median, and reported for those that compile.
+Compares with loops over tasks (one of them in TorchOpt), with batched PyTorch without this
+package's kernels and without retaining the gradient's graph, and with JAX. JAX's formulations are
+first compared with each other, and the fastest takes part. Compile time is not included in the
+times; it is reported separately, as the difference between the first call and the median.
 
-The flops are those of the loop with the gradient's graph recorded once: `inner_steps + 2` gradients
-and `cg_steps` products per task. Their share of the measured rate of a matrix product is what the
-device could still give.
+The flop count is that of a loop that builds the gradient's graph once: `inner_steps + 2` gradients
+and `cg_steps` products per task. The table lists the fraction of the measured rate of a matrix
+product.
 """
 
 import os
@@ -39,7 +39,7 @@ from imaml_ext.problem.objective import Objective
 
 
 def torch_implementations(workload: Workload) -> Implementations:
-    """By name. On CUDA, where ours is recorded as a graph, plain batched PyTorch is too."""
+    """{name: implementation}. On CUDA, plain batched PyTorch is also captured as a CUDA graph."""
     made = {name: make(workload) for name, make in IMPLEMENTATIONS.items()}
     if workload.theta.is_cuda:
         made |= captured("batched PyTorch", batched_eager(workload))
@@ -58,9 +58,9 @@ def jax_formulations(workload: Workload) -> Implementations:
 def screen(
     formulations: Implementations, device: torch.device
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of each one's first call, and of its fastest of three later ones.
+    """Seconds of the first call of each formulation, and of the fastest of three later calls.
 
-    One that takes over three times as long as the fastest so far is not called again.
+    A formulation that is over three times slower than the fastest so far is not called again.
     """
     first = {name: seconds(call, device) for name, call in formulations.items()}
     fastest = {name: seconds(call, device) for name, call in formulations.items()}
@@ -72,7 +72,7 @@ def screen(
 
 
 def count_flops(workload: Workload) -> int:
-    """Multiplications and additions of the convolutions and matrix products, for all tasks."""
+    """Flops of the convolutions and matrix products, for all tasks."""
     support, _ = workload.task(0)
     phi = {name: t.detach().clone().requires_grad_() for name, t in workload.params.items()}
     leaves = list(phi.values())
@@ -86,7 +86,7 @@ def count_flops(workload: Workload) -> int:
 
 
 def set_precision(device: torch.device, tf32: bool) -> None:
-    """The same products for all on CUDA, where torch and JAX round differently if left alone."""
+    """The same precision for all on CUDA, where the defaults of torch and JAX differ."""
     if device.type == "cuda":
         # The settings since torch 2.9; reading `allow_tf32` once these are set raises.
         torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
@@ -98,7 +98,7 @@ def set_precision(device: torch.device, tf32: bool) -> None:
 
 
 def hessian_product(workload: Workload) -> Implementation:
-    """Of every task at theta, with a vector that is the same for either dtype."""
+    """Hessian-vector products of all tasks at theta, with the same vector for both dtypes."""
     w = workload
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(w.tasks, w.layout.dim, dtype=torch.float64, generator=generator).to(w.theta)
@@ -108,7 +108,7 @@ def hessian_product(workload: Workload) -> Implementation:
 
 
 def rounding_errors(workload: Workload, exact: Workload) -> dict[str, dict[str, float]]:
-    """Relative errors of what the library computes, by what its products are rounded to."""
+    """{precision of products: {quantity: relative error}}, for the library."""
     device = workload.theta.device
     makers = {"meta-gradient": library, "Hessian product": hessian_product}
     wanted = {name: make(exact)() for name, make in makers.items()}
@@ -124,7 +124,7 @@ def rounding_errors(workload: Workload, exact: Workload) -> dict[str, dict[str, 
         set_precision(device, True)
         errors["TF32"] = now()
         set_precision(device, False)
-    else:  # with convolutions made of matrix products, as on CUDA
+    else:  # convolutions are computed by matrix products, as on CUDA
         with mock.patch.dict(os.environ, IMAML_LAYERS="patches"), EmulatedTF32():
             errors["TF32, emulated"] = now()
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -138,15 +138,15 @@ def main() -> None:
     options.add_argument("--workload", choices=WORKLOADS, default="omniglot-5w1s")
     options.add_argument("--inner-steps", type=int, default=16)
     options.add_argument("--cg-steps", type=int, default=5)
-    options.add_argument("--tasks", type=int, help="default: the workload's own")
-    options.add_argument("--width", type=int, help="of the network; default: the workload's own")
-    options.add_argument("--tf32", action="store_true", help="round the factors of products, CUDA")
-    options.add_argument("--errors", action="store_true", help="what rounding products costs")
+    options.add_argument("--tasks", type=int, help="default: the workload's")
+    options.add_argument("--width", type=int, help="of the network; default: the workload's")
+    options.add_argument("--tf32", action="store_true", help="use TF32 products, on CUDA")
+    options.add_argument("--errors", action="store_true", help="measure rounding errors as well")
     chosen = options.parse_args()
     device = torch.device(chosen.device)
     sizes = {"inner_steps": chosen.inner_steps, "cg_steps": chosen.cg_steps, "width": chosen.width}
 
-    # In float64, where they can only differ by a mistake; two tasks are enough to mix them up.
+    # Compare in float64, where only a mistake makes a difference; two tasks reveal a mix-up.
     few = make_workload(
         chosen.workload, device, torch.float64, tasks=min(chosen.tasks or 2, 2), **sizes
     )
@@ -175,7 +175,7 @@ def main() -> None:
 
     settings = workload.settings() | {"tf32": chosen.tf32}
     print(", ".join(f"{key} {value}" for key, value in settings.items()) + f", {device}")
-    print(f"{flops / 1e9:.2f} Gflop; a matrix product makes {rate / 1e9:.0f} Gflop/s")
+    print(f"{flops / 1e9:.2f} Gflop; rate of a matrix product: {rate / 1e9:.0f} Gflop/s")
     for name, took in tried.items():
         print(f"tried: {name:45s} {1e3 * took:9.1f} ms")
     rows = {}
@@ -186,17 +186,17 @@ def main() -> None:
             rows[name]["compile"] = first_call[name] - timing["median"]
         print(
             f"{name:42s} {1e3 * timing['median']:9.1f} ms "
-            f"[{1e3 * timing['min']:.1f}, {1e3 * timing['max']:.1f}], {ratio:6.2f} of imaml_ext's, "
+            f"[{1e3 * timing['min']:.1f}, {1e3 * timing['max']:.1f}], {ratio:6.2f}x imaml_ext, "
             f"{100 * rows[name]['share_of_matmul']:3.0f}% of a matrix product's rate"
-            + (f", compiled in {rows[name]['compile']:.1f} s" if "compile" in rows[name] else "")
+            + (f", compile time {rows[name]['compile']:.1f} s" if "compile" in rows[name] else "")
         )
     errors: dict[str, dict[str, float]] = {}
     if chosen.errors:
         exact = make_workload(chosen.workload, device, torch.float64, tasks=chosen.tasks, **sizes)
         errors = rounding_errors(workload, exact)
         for precision, of in errors.items():
-            said = ", ".join(f"{name} {error:.1e}" for name, error in of.items())
-            print(f"relative errors, products in {precision}: {said}")
+            listed = ", ".join(f"{name} {error:.1e}" for name, error in of.items())
+            print(f"relative errors, products in {precision}: {listed}")
     report(
         {**provenance("meta_grad", device, settings), "flops": flops, "matmul_rate": rate,
          "tried": tried, "implementations": rows, "errors": errors},

@@ -1,10 +1,8 @@
-"""What does the package cost to have: how much does importing it add to importing torch, how large
-is it, how long does a built wheel take to install?
+"""How long does importing and installing the package take, and how large is it?
 
-Imports are timed in turn, each in a fresh process: wall time, and user and system time of the CPU.
-On a busy machine two processes differ by more than the package costs: the share that it adds is
-also taken within a process, from the CPU time before and after. Archives are measured as they
-are: name those to measure,
+Imports are timed in turn, each in a new process: wall time, and CPU time (user and system). On a
+busy machine, the times of two processes differ by more than the package adds, so the added fraction
+of CPU time is also measured within one process. To measure archives, build them first:
 
     IMAML_CUDA=off pip wheel --no-deps -w dist/cpu .
     python benchmarks/bench_package.py --archive "wheel=$(echo dist/cpu/*.whl)"
@@ -26,7 +24,7 @@ from harness import Timing, parser, provenance, report, time_in_turn
 
 CPU = torch.device("cpu")
 STATEMENTS = ("import torch", "import torch, imaml_ext")
-HERE = Path(__file__).parent  # where there are no sources to be imported
+HERE = Path(__file__).parent  # a folder from which the sources cannot be imported
 
 
 def run(*command: str) -> float:
@@ -65,7 +63,7 @@ print((process_time() - middle) / (middle - start))
 
 
 def added_within(rounds: int) -> Timing:
-    """The CPU time of importing imaml_ext over that of importing torch just before it."""
+    """CPU time of importing imaml_ext, relative to importing torch just before."""
     return summary(
         [
             float(subprocess.check_output([sys.executable, "-c", WITHIN], text=True, cwd=HERE))
@@ -85,7 +83,7 @@ def time_imports(rounds: int) -> dict[str, Any]:
 
 
 def time_install(wheel: Path, rounds: int) -> Timing:
-    """Into a new folder; dependencies are not installed."""
+    """Wall time of installing a wheel into a new folder, without dependencies."""
 
     def install() -> float:
         with tempfile.TemporaryDirectory() as target:
@@ -96,7 +94,7 @@ def time_install(wheel: Path, rounds: int) -> Timing:
 
 
 def measure_archive(path: Path, rounds: int) -> dict[str, Any]:
-    """Bytes of an archive and, of a wheel, of what it installs, and the seconds that takes."""
+    """The size of an archive; for a wheel also the installed size and the installation time."""
     measured: dict[str, Any] = {"bytes": path.stat().st_size}
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as archive:
@@ -113,7 +111,7 @@ def archive(text: str) -> tuple[str, Path]:
     label, _, path = text.partition("=")
     if not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"expected LABEL=FILE, got {text!r}")
-    return label, Path(path).resolve()  # what runs it is started elsewhere
+    return label, Path(path).resolve()  # it is used from another working directory
 
 
 def main() -> None:
@@ -122,7 +120,7 @@ def main() -> None:
         "--archive", type=archive, nargs="*", default=[], metavar="LABEL=FILE",
         help="wheels and sdists to measure",
     )  # fmt: skip
-    options.add_argument("--installs", type=int, default=5, help="rounds of installing a wheel")
+    options.add_argument("--installs", type=int, default=5, help="installations of each wheel")
     chosen = options.parse_args()
     imports = time_imports(chosen.rounds)
     plain, both = (imports[code] for code in STATEMENTS)
@@ -131,7 +129,7 @@ def main() -> None:
     added = {clock: both[clock]["median"] / plain[clock]["median"] - 1 for clock in both}
     within = added_within(chosen.rounds)
     print(
-        f"added: {100 * added['wall']:.1f}%, of CPU time {100 * added['cpu']:.1f}%, "
+        f"added: {100 * added['wall']:.1f}% of wall time, {100 * added['cpu']:.1f}% of CPU time, "
         f"within a process {100 * within['median']:.1f}%"
     )
     archives = {}

@@ -1,10 +1,10 @@
-"""How fast is a proximal step of gradient descent or of Adam, fused, against what else there is?
+"""How fast is a fused proximal step of gradient descent or Adam, compared with alternatives?
 
-A step on [B, D] rows, the gradients given. torch.optim takes no proximal term, but its weight decay
-is one in the variable `phi - theta`: it is timed there, on one tensor, which also spares it reading
-theta. Counted are the passes that cannot be saved: gradient descent reads phi and the gradient and
-writes phi, Adam reads and writes its two moments too; against the bandwidth of a copy. On CUDA the
-operands rotate and there are rows for CUDA graphs, as in bench_cg.py.
+Times a step on [B, D] rows with given gradients. torch.optim has no proximal term, but its weight
+decay is one in the variable `phi - theta`: it is timed on this variable, on one tensor, which also
+saves it from reading theta. The fraction of copy bandwidth counts the unavoidable passes: gradient
+descent reads phi and the gradient and writes phi; Adam also reads and writes its two moments. On
+CUDA, operands are used in turn and CUDA graphs are timed too, as in bench_cg.py.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def gd_step(phi: Any, grad: Any, theta: Any) -> tuple[Any]:
 
 
 def adam_step(phi: Any, grad: Any, theta: Any, first: Any, second: Any) -> tuple[Any, Any, Any]:
-    """The first step, `step = 1`: the bias corrections are `1 - beta`."""
+    """The first step, so that the bias corrections are `1 - beta`."""
     g = grad + LAM * (phi - theta)
     first = BETA1 * first + (1 - BETA1) * g
     second = BETA2 * second + (1 - BETA2) * g * g
@@ -53,7 +53,7 @@ STEPS: dict[str, Callable[..., Any]] = {"gd": gd_step, "adam": adam_step}
 
 @dataclass(frozen=True)
 class Problem:
-    """Where a step starts from: phi and the gradients, [B, D], and theta, [D]."""
+    """The operands of a step: phi and the gradients, [B, D], and theta, [D]."""
 
     kind: str
     theta: Tensor
@@ -112,7 +112,7 @@ class Fused:
 
 
 class Plain:
-    """The formula in PyTorch, as it is or compiled; it returns what it computes."""
+    """The formula in PyTorch, eager or compiled; out of place."""
 
     def __init__(self, problem: Problem, step: Callable[..., Any]) -> None:
         zeros = torch.zeros_like(problem.start)
@@ -124,7 +124,7 @@ class Plain:
 
     def prepare(self) -> None:
         if self.stepped is not None and self.stepped[0].is_cuda:
-            self.stepped[0].fill_(torch.nan)  # a graph's replay writes there again
+            self.stepped[0].fill_(torch.nan)  # a graph's replay writes to this memory again
         else:
             self.stepped = None
 
@@ -166,7 +166,7 @@ class TorchOptim:
 
 
 class Jitted:
-    """The formula in JAX, jitted; phi and the moments are donated, so it may work in place."""
+    """The formula in JAX, jitted; phi and the moments are donated, so XLA can update in place."""
 
     def __init__(self, problem: Problem, peer: Any) -> None:
         self.copy = peer.jnp.copy
@@ -203,7 +203,7 @@ def jitted_step(kind: str, peer: Any) -> Any:
 
 
 class Candidates:
-    """A way to make the step, on each copy of the problem."""
+    """One implementation, on each copy of the problem."""
 
     def __init__(self, make: Callable[[Problem], Candidate], problems: list[Problem]) -> None:
         self.each = [make(problem) for problem in problems]
@@ -285,7 +285,7 @@ def main() -> None:
         rows[name] = timing | {"share_of_copy_bandwidth": moved / timing["median"] / copy}
         print(
             f"{name:22s} {1e3 * timing['median']:8.3f} ms "
-            f"[{1e3 * timing['min']:.3f}, {1e3 * timing['max']:.3f}], {ratio:5.2f} of imaml_ext's, "
+            f"[{1e3 * timing['min']:.3f}, {1e3 * timing['max']:.3f}], {ratio:5.2f}x imaml_ext, "
             f"{100 * rows[name]['share_of_copy_bandwidth']:.0f}% of copy bandwidth"
         )
     settings = {"step": chosen.step, "tasks": tasks, "dim": dim, "dtype": "float32"}

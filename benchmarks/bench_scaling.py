@@ -1,10 +1,11 @@
-"""How do time and kernel launches grow with the tasks, the parameters and the steps?
+"""How do time and kernel launches scale with tasks, parameters and steps?
 
-The time of a meta-gradient against the tasks B, the width of the network (and so D), the inner and
-the CG steps; of the vector work of conjugate gradient against B and D. A power is fitted to the
-sizes, a line to the steps. The launches of a CG iteration, ours alone, must not depend on anything:
-what more of them a solve with one more iteration makes, on the CPU calls of `imaml::` operators, on
-CUDA the kernels that run, with those of the product.
+Measures the time of a meta-gradient as a function of the number of tasks B, the width of the
+network (and so D), the inner steps and the CG steps, and the time of the vector work of conjugate
+gradient as a function of B and D. Fits a power law to sizes and a line to steps. The launches per
+CG iteration must be constant. They are the difference between two solves whose numbers of
+iterations differ by one: on the CPU the calls of `imaml::` operators, on CUDA the kernels that run,
+including those of the product.
 """
 
 import math
@@ -28,7 +29,7 @@ STEPS = ("inner steps", "CG steps")
 
 
 def meta_gradient_series(chosen: Any, device: torch.device) -> dict[str, Series]:
-    """Seconds of a meta-gradient; each size is varied, the others stay at their base."""
+    """Seconds of a meta-gradient; one size is varied at a time."""
     base = {"tasks": 4, "width": chosen.widths[0], "inner_steps": 4, "cg_steps": 2}
     varied = {
         "tasks B": ("tasks", chosen.tasks),
@@ -75,7 +76,7 @@ def vector_series(chosen: Any, device: torch.device) -> dict[str, Series]:
 
 
 def fit(label: str, series: Series) -> dict[str, float]:
-    """Least squares: seconds ~ c size^power, or ~ start + each * steps."""
+    """Least-squares fit: seconds = c size^power, or start + each * steps."""
     sizes, times = zip(*series, strict=True)
     if label in STEPS:
         each, start = statistics.linear_regression(sizes, times)
@@ -137,7 +138,7 @@ def draw(series: dict[str, Series], fits: dict[str, dict[str, float]], path: Pat
 def describe(fitted: dict[str, float]) -> str:
     if "power" in fitted:
         return f"time ~ size^{fitted['power']:.2f}"
-    return f"{1e3 * fitted['start']:.1f} ms + {1e3 * fitted['each']:.2f} ms a step"
+    return f"{1e3 * fitted['start']:.1f} ms + {1e3 * fitted['each']:.2f} ms per step"
 
 
 def main() -> None:
@@ -147,7 +148,7 @@ def main() -> None:
     options.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128])
     options.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 6, 8])
     options.add_argument("--dims", type=int, nargs="+", default=[2**k for k in range(12, 20)])
-    options.add_argument("--png", type=Path, help="draw the curves here")
+    options.add_argument("--png", type=Path, help="write a plot of the curves")
     chosen = options.parse_args()
     device = torch.device(chosen.device)
 
@@ -158,12 +159,12 @@ def main() -> None:
         points = ", ".join(f"{size:g}: {1e3 * time:.2f}" for size, time in series[label])
         print(f"{label:26s} {describe(fitted):28s} ms: {points}")
     numbers = sorted({row["launches"] for row in counted})
-    print(f"launches of a CG iteration: {numbers}")
+    print(f"launches per CG iteration: {numbers}")
     if len(numbers) > 1:
-        raise SystemExit(f"the launches of a CG iteration are not constant: {counted}")
+        raise SystemExit(f"the launches per CG iteration are not constant: {counted}")
     if chosen.png is not None:
         draw(series, fits, chosen.png)
-        print(f"written {chosen.png}")
+        print(f"wrote {chosen.png}")
     settings = {"workload": chosen.workload, "picture": chosen.png and chosen.png.name}
     report(
         {**provenance("scaling", device, settings), "series": series, "fits": fits,

@@ -1,8 +1,8 @@
-"""Does a long training leak memory, or grow slower?
+"""Does a long training leak memory or slow down?
 
-Meta-steps of the sinusoid as `imaml-ext train` makes them. After every `--block` of them: the
-process's resident memory, and the median time of a step in the block. A graph that is kept by
-accident costs kilobytes a step; a record costs some hundred bytes, which the history keeps.
+Runs meta-steps of the sinusoid as `imaml-ext train` does. After every `--block` steps it measures
+the process's resident memory and the median time of a step. An autograd graph that is kept by
+accident would add kilobytes per step; the history of records adds a few hundred bytes.
 """
 
 import statistics
@@ -24,9 +24,11 @@ def resident() -> int:
 def main() -> None:
     options = parser(__doc__)
     options.set_defaults(rounds=2000)
-    options.add_argument("--block", type=int, default=200, help="meta-steps of a block")
-    options.add_argument("--warm-up", type=int, default=100, help="meta-steps before the first")
-    options.add_argument("--compile", action="store_true", help="the recorded meta-gradient")
+    options.add_argument("--block", type=int, default=200, help="meta-steps per block")
+    options.add_argument(
+        "--warm-up", type=int, default=100, help="meta-steps before the first block"
+    )
+    options.add_argument("--compile", action="store_true", help="compile the meta-gradient")
     chosen = options.parse_args()
     device = torch.device(chosen.device)
     trainer = build(PRESETS["sinusoid"], device=device).trainer(compile=chosen.compile)
@@ -49,7 +51,7 @@ def main() -> None:
         )
         print(
             f"{trainer.steps:6d} steps: {blocks[-1]['resident'] / 2**20:.1f} MiB, "
-            f"{1e3 * blocks[-1]['seconds']:.2f} ms a step"
+            f"{1e3 * blocks[-1]['seconds']:.2f} ms per step"
         )
     growth = (blocks[-1]["resident"] - start) / chosen.rounds
     half = len(blocks) // 2
@@ -58,7 +60,7 @@ def main() -> None:
         for part in (blocks[:half], blocks[half:])
     )
     print(
-        f"{growth:.0f} bytes a step; the second half takes {late / early:.3f} of the first's time"
+        f"{growth:.0f} bytes per step; time of the second half over the first: {late / early:.3f}"
     )
     settings = {
         "dataset": "sinusoid", "steps": chosen.rounds, "warm_up": chosen.warm_up,

@@ -1,8 +1,8 @@
-"""Timing on CUDA: events around many calls, operands that are not in the cache, graphs.
+"""Timing on CUDA: events around many calls, operands that are not in the cache, CUDA graphs.
 
-A call of microseconds is not timed alone: events have a resolution of half a microsecond, and what
-the host does before a launch would be timed too. So a sample is the mean of at least 20 calls, each
-on its own copy of the operands where the operands would stay in the L2 cache otherwise.
+Calls of microseconds are not timed one by one: events have a resolution of half a microsecond, and
+the time would include the host's work before a launch. A sample is the mean of at least 20 calls,
+each on its own copy of the operands if they would otherwise stay in the L2 cache.
 """
 
 import math
@@ -16,13 +16,13 @@ import torch
 from imaml_ext.training.capture import cuda_graph
 
 Implementation = Callable[[], Any]
-CALLS = 20  # of a sample, at least
+CALLS = 20  # minimum number of calls in a sample
 
 
 def copies(operand_bytes: int, device: torch.device) -> int:
-    """How many copies of the operands to take in turn: twice the L2 cache, and at least `CALLS`.
+    """Copies of the operands to use in turn: twice the L2 cache, and at least `CALLS`.
 
-    On the CPU 1: there operands that fit into a cache are timed in it, as they are used.
+    1 on the CPU: operands that fit into its cache are used, and so timed, in the cache.
     """
     if device.type == "cpu":
         return 1
@@ -31,10 +31,10 @@ def copies(operand_bytes: int, device: torch.device) -> int:
 
 
 class Rotated:
-    """An implementation on several copies of its operands; calling it uses the first.
+    """An implementation on several copies of its operands; a call uses the first copy.
 
     Args:
-        calls: one for each copy.
+        calls: one per copy.
     """
 
     def __init__(self, calls: Sequence[Implementation]) -> None:
@@ -45,10 +45,10 @@ class Rotated:
 
 
 class Captured:
-    """An implementation as a CUDA graph: of the calls on all copies, if it is `Rotated`.
+    """An implementation as a CUDA graph; if it is `Rotated`, of the calls on all copies.
 
     Attributes:
-        count: calls that a replay makes.
+        count: number of calls in a replay.
 
     Raises:
         RuntimeError: it cannot be captured; the message says why.
@@ -64,12 +64,12 @@ class Captured:
         self.replay = cuda_graph(all_calls, all_calls)
 
     def __call__(self) -> Any:
-        """What the call on the first copy returns."""
+        """Replay; returns the result of the first copy."""
         return self.replay()[0]
 
 
 def captured(name: str, call: Implementation) -> dict[str, Implementation]:
-    """`call` as a CUDA graph by its name; none, said on stderr, where it cannot be captured."""
+    """{name: `call` as a CUDA graph}; empty, with a message, if it cannot be captured."""
     try:
         return {f"{name}, CUDA graph": Captured(call)}
     except RuntimeError as error:
@@ -79,13 +79,13 @@ def captured(name: str, call: Implementation) -> dict[str, Implementation]:
 
 
 def cuda_seconds(call: Implementation, device: torch.device, *, short: bool) -> float:
-    """Seconds per call, by events around them.
+    """Seconds per call, measured by events.
 
     Args:
-        call: of a `Rotated` one each copy is used once, since it has to be restored before it is
-            used again. One with `submit`, which launches on streams that torch does not know and
-            returns an array of JAX, is timed by the host's clock.
-        short: whether other calls are repeated, `CALLS` times.
+        call: if `Rotated`, each copy is used once, because it must be reset before it is used
+            again. If it has `submit`, which launches on streams unknown to torch and returns a JAX
+            array, it is timed by the host's clock.
+        short: whether to repeat other calls `CALLS` times.
     """
     count = getattr(call, "count", 1)
     calls = [call] * (CALLS if short and count == 1 else 1)

@@ -1,9 +1,8 @@
-"""What the benchmarks share: timing in turn, agreement, rooflines, results that say where they are
-from.
+"""Shared by the benchmarks: timing in turn, checks of agreement, rooflines, provenance of results.
 
-Implementations are timed one after the other, round by round (A B C A B C ...), so that a noisy
-machine disturbs all alike; `prepare` runs untimed before each call. CUDA needs more care than the
-CPU, and has it in cuda_timing.py.
+Implementations are timed in turn, round by round (A B C A B C ...), so that noise of the machine
+affects all alike; `prepare` runs untimed before each call. cuda_timing.py has what is specific to
+CUDA.
 """
 
 import argparse
@@ -46,7 +45,7 @@ def add_without(options: argparse.ArgumentParser) -> None:
 
 
 def leave_out(implementations: Implementations, without: list[str]) -> Implementations:
-    """Those that remain; says on stderr which do not. The first one is ours and stays."""
+    """The remaining implementations, always with the first; lists the others on stderr."""
     ours = next(iter(implementations))
     kept = {}
     for name, call in implementations.items():
@@ -58,7 +57,7 @@ def leave_out(implementations: Implementations, without: list[str]) -> Implement
 
 
 def has_peer(module: str) -> bool:
-    """Whether a peer can take part; says so on stderr if it is not installed."""
+    """Whether a library to compare with is installed; if not, prints so on stderr."""
     if importlib.util.find_spec(module) is not None:
         return True
     print(
@@ -69,7 +68,7 @@ def has_peer(module: str) -> bool:
 
 
 def jax_peer(device: torch.device) -> Any:
-    """The module with the formulations in JAX, or None, said on stderr, where they cannot run."""
+    """The module with the formulations in JAX; None, with a message, if they cannot run."""
     if not has_peer("jax"):
         return None
     import jax_meta_gradient
@@ -86,7 +85,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(call: Implementation, device: torch.device) -> float:
-    """Of one call, with what it leaves running on the device."""
+    """Seconds of one call, including what it leaves running on the device."""
     synchronize(device)
     start = time.perf_counter()
     call()
@@ -95,7 +94,7 @@ def seconds(call: Implementation, device: torch.device) -> float:
 
 
 _SHORT = 0.05  # seconds
-_CALLS_IN_A_TURN = 5  # of short ones
+_CALLS_IN_A_TURN = 5  # of a short call
 _CUDA_COPY_BYTES = 512 * 10**6
 
 
@@ -109,9 +108,9 @@ def time_in_turn(
 ) -> dict[str, Timing]:
     """Seconds per call of each implementation: median, min and max over the rounds.
 
-    Short calls are made several times in a turn, the first of them untimed: the threads of the
-    implementation before still spin then, and its own sleep. On CUDA a turn is one sample, the mean
-    of as many calls as `cuda_seconds` makes.
+    Short calls are repeated in a turn, and the first is not timed: the threads of the previous
+    implementation may still spin, and its own may sleep. On CUDA a turn is one sample of
+    `cuda_seconds`.
     """
     samples: dict[str, list[float]] = {name: [] for name in implementations}
     latest = dict.fromkeys(implementations, math.inf)
@@ -139,12 +138,12 @@ def time_in_turn(
 def check_agreement(
     implementations: Implementations, prepare: Implementation, tolerance: float
 ) -> None:
-    """Every result against the first one's, relative in norm; exits where they differ."""
+    """Compare every result with the first one, relative in norm; exit if one differs."""
     want: Tensor | None = None
     for name, call in implementations.items():
         prepare()
         got = call().double()
-        want = got.clone() if want is None else want  # in case it is a buffer that others write
+        want = got.clone() if want is None else want  # the buffer may be overwritten by others
         difference = ((got - want).norm() / want.norm()).item()
         if not difference <= tolerance:
             sys.exit(f"{name} differs by {difference:.1e} (tolerance {tolerance:.0e}): not timed")
@@ -153,9 +152,9 @@ def check_agreement(
 def copy_bandwidth(total_bytes: int, device: torch.device, rounds: int) -> float:
     """Bytes per second that `copy_` moves between two halves of `total_bytes`.
 
-    A CPU reads a cache line before it overwrites it, so a copy moves three bytes for each byte
-    copied, where an update in place moves two; a GPU moves two in both. On CUDA the halves are at
-    least 256 MB, several times the cache, since what is timed there finds nothing in the cache.
+    A CPU reads a cache line before it overwrites it, so a copy moves three bytes per byte copied,
+    and an update in place two; a GPU moves two in both cases. On CUDA the halves have at least 256
+    MB, several times the cache, because the timed operands are not in the cache either.
     """
     if device.type == "cuda":
         total_bytes = max(total_bytes, _CUDA_COPY_BYTES)
@@ -169,7 +168,7 @@ def copy_bandwidth(total_bytes: int, device: torch.device, rounds: int) -> float
 
 
 def matmul_rate(device: torch.device, rounds: int, *, size: int | None = None) -> float:
-    """Flops per second of a product of two square float32 matrices, the fastest of the rounds."""
+    """Flop/s of a product of two square float32 matrices, the maximum over the rounds."""
     size = size or (4096 if device.type == "cuda" else 1024)
     a, b = torch.rand(2, size, size, device=device)
     timing = time_in_turn({"matmul": lambda: a @ b}, lambda: None, device, max(rounds, 10))
@@ -177,7 +176,7 @@ def matmul_rate(device: torch.device, rounds: int, *, size: int | None = None) -
 
 
 def provenance(benchmark: str, device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
-    """The head of every result: where it was measured, of what, and against which versions."""
+    """Common to all results: device, commit, date, and versions of the compared libraries."""
     installed = [module for module in PEERS if importlib.util.find_spec(module) is not None]
     return {
         "benchmark": benchmark,
@@ -192,4 +191,4 @@ def report(results: dict[str, Any], path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"written {path}")
+        print(f"wrote {path}")

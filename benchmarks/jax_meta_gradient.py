@@ -1,13 +1,13 @@
-"""The meta-gradient of a batch in JAX, in the formulations that could be its fastest.
+"""The meta-gradient of a batch in JAX, in several formulations.
 
-The whole meta-gradient is one jitted function; the inner steps and the CG iterations are loops
-inside it. The parameters are a pytree of JAX's own layouts, never a flat vector, until the result.
+The whole meta-gradient is one jitted function; inner steps and CG iterations are loops inside it.
+Parameters are a pytree in JAX's layouts; only the result is a flat vector.
 
-- convolutions: `lax.conv`, which `vmap` over the tasks' weights turns into a grouped convolution;
-  im2col, nine strided slices and a (then batched) matrix product; or `lax.conv` of one task after
-  another, `lax.map`, where no convolution is grouped.
-- products with the Hessian: forward over reverse anew in each CG iteration, or `linearize` of the
-  gradient once, whose residuals all iterations use.
+- Convolutions: `lax.conv`, which becomes a grouped convolution under `vmap` over the tasks'
+  weights; im2col, nine strided slices and a (batched) matrix product; or `lax.map` over the tasks,
+  where no convolution is grouped.
+- Hessian-vector products: forward over reverse in each CG iteration, or `linearize` of the gradient
+  once, whose residuals are used by all iterations.
 """
 
 import os
@@ -25,7 +25,7 @@ from jax import Array, lax
 from torch import Tensor, nn
 from workload import Workload
 
-jax.config.update("jax_enable_x64", True)  # allows float64; what is float32 stays float32
+jax.config.update("jax_enable_x64", True)  # allow float64; float32 stays float32
 
 Tree = Any
 Convolution = Callable[[Array, Array], Array]  # ([N, H, W, I], [3, 3, I, O]) -> [N, H', W', O]
@@ -55,7 +55,7 @@ def im2col_convolution(x: Array, weight: Array) -> Array:
 
 
 def to_jax(tensor: Tensor) -> Array:
-    """Its values in JAX's memory, kernels [O, I, 3, 3] as [3, 3, I, O]."""
+    """A copy as a JAX array; kernels [O, I, 3, 3] become [3, 3, I, O]."""
     tensor = tensor.detach().permute(2, 3, 1, 0) if tensor.dim() == 4 else tensor.detach()
     return jnp.from_dlpack(tensor.contiguous().clone())
 
@@ -103,7 +103,7 @@ def conjugate_gradient(matvec: Callable[[Tree], Tree], b: Tree, steps: int) -> T
 
 
 class MetaGradient:
-    """A formulation on a workload: a call gives the mean meta-gradient [D]; the first compiles."""
+    """A formulation: a call returns the mean meta-gradient, [D]; the first call compiles."""
 
     def __init__(self, batch: Callable[..., Array], operands: tuple[Tree, Tree, Tree]) -> None:
         self.compiled = jax.jit(batch)
@@ -116,14 +116,14 @@ class MetaGradient:
         return torch.from_dlpack(self.submit().block_until_ready())
 
     def temporary_bytes(self) -> int:
-        """What the compiled function reserves beside its operands and its result."""
+        """Memory that the compiled function reserves, without operands and result."""
         analysis = self.compiled.lower(*self.operands).compile().memory_analysis()
         reserved: int = analysis.temp_size_in_bytes
         return reserved
 
 
 def formulations(workload: Workload) -> dict[str, MetaGradient]:
-    """The meta-gradient by each formulation, by its name."""
+    """{name: meta-gradient} of all formulations."""
     convolutions = [("vmap", lax_convolution)]
     if workload.name != "sinusoid":
         convolutions = [

@@ -1,4 +1,4 @@
-"""The rows of the README's speed table that were measured on a GPU, from results on CUDA."""
+"""The GPU rows of the README's table of times."""
 
 from typing import Any
 
@@ -9,17 +9,16 @@ NOTHING = "Not yet measured on a GPU.\n"
 
 WORK = {
     "cg": lambda s: (
-        f"{s['iterations']} CG iterations without the products, {s['tasks']} tasks, "
-        f"D = {s['dim']:,}"
+        f"{s['iterations']} CG iterations without the HVPs, {s['tasks']} tasks, D = {s['dim']:,}"
     ),
     "prox": lambda s: f"a proximal step of {s['step']}, {s['tasks']} tasks, D = {s['dim']:,}",
     "meta_grad": lambda s: f"a meta-gradient, {s['workload']}, {s['tasks']} tasks",
 }
-OTHERS = 4  # that a row names
+OTHERS = 4  # implementations listed in a row
 
 
 def section(results: list[Result]) -> str:
-    """What stands between the README's marks: a table for each card, or that there is none."""
+    """The text between the README's marks: one table per GPU."""
     cards: dict[str, list[Result]] = {}
     for result in results:
         timed = result["benchmark"] in WORK and not result["settings"].get("tf32")
@@ -33,7 +32,7 @@ def _table(card: str, results: list[Result]) -> str:
     lines = [
         f"On one {card}, float32:",
         "",
-        "| | ours | against the fastest of ours |",
+        "| | imaml_ext | others, relative to the fastest of imaml_ext |",
         "| --- | --- | --- |",
         *(_row(result) for result in sorted(results, key=lambda r: order.index(r["benchmark"]))),
     ]
@@ -41,7 +40,7 @@ def _table(card: str, results: list[Result]) -> str:
 
 
 def _row(result: Result) -> str:
-    """Ours in each way, then how many times the fastest of them the fastest others take."""
+    """Times of imaml_ext's variants; ratios of the others to the fastest of them."""
     rows = sorted(result["implementations"].items(), key=lambda item: item[1]["median"])
     ours = [(name, row) for name, row in rows if name.startswith("imaml_ext")]
     others = [(name, row) for name, row in rows if not name.startswith("imaml_ext")]
@@ -59,13 +58,13 @@ def _named(name: str, row: dict[str, float]) -> str:
 
 
 def replaced(page: str, results: list[Result]) -> str:
-    """The page with the section written anew.
+    """The page with a new section.
 
     Raises:
-        ValueError: the page lacks the marks.
+        ValueError: the page has no marks.
     """
     before, mark, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (mark and end):
-        raise ValueError(f"the page lacks {BEGIN.strip()!r} and {END.strip()!r}")
+        raise ValueError(f"the page must contain {BEGIN.strip()!r} and {END.strip()!r}")
     return before + mark + section(results) + end + after

@@ -1,8 +1,8 @@
-"""Matrix products as a GPU makes them in TF32, on the CPU: what that rounding does to a result.
+"""Emulates TF32 matrix products on the CPU, to measure the effect of their rounding.
 
-TF32 keeps float32's range and 10 of its 23 bits of fraction. A GPU rounds the factors of a product
-and adds the terms up in float32; here the factors are rounded, to nearest and ties to even, and the
-product is the CPU's own.
+TF32 has float32's range and 10 of its 23 fraction bits. A GPU rounds the factors of a product to
+TF32 and accumulates in float32. The emulation rounds the factors, to nearest with ties to even, and
+computes the product in float32.
 """
 
 from typing import Any
@@ -12,11 +12,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _DROPPED = 13  # bits
-_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}  # of the last two arguments
+_PRODUCTS = {
+    "aten::mm",
+    "aten::bmm",
+    "aten::addmm",
+    "aten::baddbmm",
+}  # their last two arguments are the factors
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """x [...], float32, to 11 significant bits."""
+    """Round x, [...] float32, to 11 significant bits."""
     bits = x.contiguous().view(torch.int32)
     odd = (bits >> _DROPPED) & 1
     rounded = (bits + (1 << (_DROPPED - 1)) - 1 + odd) >> _DROPPED << _DROPPED

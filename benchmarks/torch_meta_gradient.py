@@ -1,6 +1,6 @@
-"""The meta-gradient of a batch in PyTorch: the library's, and what one would write without it.
+"""The meta-gradient of a batch in PyTorch, with the library and without it.
 
-Each function takes a `Workload` and returns a call that computes the mean meta-gradient, [D].
+Each function takes a `Workload` and returns a function that computes the mean meta-gradient, [D].
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def library(workload: Workload) -> Implementation:
 
 
 def recorded(workload: Workload) -> Implementation:
-    """The same, recorded in its first call: compiled on the CPU, a CUDA graph on CUDA."""
+    """The same, recorded in the first call: compiled on the CPU, a CUDA graph on CUDA."""
     w = workload
     record: RecordedMetaGradient | None = None
 
@@ -50,10 +50,10 @@ def recorded(workload: Workload) -> Implementation:
 
 
 def check_work(workload: Workload) -> None:
-    """Exits unless every task of the library's solve made all its CG iterations."""
+    """Exits unless every task of the library's solve took all CG iterations."""
     status = _solve(workload).linear.status
     if not (status == Status.MAX_ITER).all():
-        raise SystemExit(f"a solve ended early, so that work was left out: {status.tolist()}")
+        raise SystemExit(f"some tasks stopped early: status {status.tolist()}")
 
 
 def _solve(workload: Workload, batch: TaskBatch | None = None) -> Any:
@@ -67,7 +67,7 @@ def _solve(workload: Workload, batch: TaskBatch | None = None) -> Any:
 
 
 def lean_loop(workload: Workload) -> Implementation:
-    """imaml_ext/reference.py, one task after the other, on a flat vector."""
+    """imaml_ext/reference.py, one task at a time, on a flat vector."""
     w = workload
     lam = w.theta.new_full((1,), w.lam)
 
@@ -87,9 +87,11 @@ def lean_loop(workload: Workload) -> Implementation:
 
 
 def authors_loop(workload: Workload) -> Implementation:
-    """As the paper's code is organised: a module per task, a list of parameters, and a vector that
-    every product is flattened to; each product runs the network, its gradient and the derivative of
-    `gradient · vector`; CG asks the host whether to stop. The equations are the paper's.
+    """Organised like the authors' code, with the equations of the paper.
+
+    A module per task and a list of parameters; every product is flattened to a vector, and computes
+    the outputs, the gradient and the derivative of `gradient · vector`; CG checks on the host
+    whether to stop.
     """
     w = workload
 
@@ -128,7 +130,7 @@ def authors_loop(workload: Workload) -> Implementation:
 
 
 def batched_eager(workload: Workload) -> Implementation:
-    """All tasks at once by `torch.func`: products with the Hessian by forward over reverse."""
+    """All tasks at once, with `torch.func`; Hessian-vector products by forward over reverse."""
 
     def product(gradient: Any, phi: Params, p: Params) -> Params:
         hp: Params = jvp(gradient, (phi,), (p,))[1]
@@ -138,9 +140,9 @@ def batched_eager(workload: Workload) -> Implementation:
 
 
 def batched_compiled(workload: Workload) -> Implementation:
-    """As `batched_eager`; an inner step, the start of CG and a CG iteration are each compiled.
+    """As `batched_eager`, with the inner step, the start of CG and the CG iteration compiled.
 
-    Products by reverse over reverse: what torch 2.13 compiles of the other crashes on the CPU.
+    Products by reverse over reverse: compiled forward over reverse crashes on the CPU (torch 2.13).
     """
 
     def product(gradient: Any, phi: Params, p: Params) -> Params:
@@ -157,7 +159,7 @@ def _batched(
 ) -> Implementation:
     w = workload
 
-    # Not vmap(grad(loss)): in torch 2.13 its derivative through batch norm is wrong, silently.
+    # Not vmap(grad(loss)): in torch 2.13 its derivative through batch norm is silently wrong.
     gradient = grad(lambda phi, data: vmap(w.loss)(phi, data).sum())
     theta = {name: tensor.detach()[None] for name, tensor in w.params.items()}
 

@@ -1,7 +1,7 @@
-"""The meta-gradient as users of TorchOpt write it: `custom_root` around the inner solver.
+"""The meta-gradient in TorchOpt: `custom_root` around the inner solver.
 
-One task at a time, since its conjugate gradient solves one system. Its root's derivative records
-the gradient's graph once per task and uses it in all iterations.
+One task at a time, because its conjugate gradient solves one system. The derivative of the root
+builds the gradient's graph once per task and uses it in all iterations.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from workload import Workload
 
 from imaml_ext.problem.layout import Params
 
-# It still calls torch.func by the name of functorch.
+# TorchOpt still imports torch.func as functorch.
 warnings.filterwarnings("ignore", "We've integrated functorch", FutureWarning)
 
 

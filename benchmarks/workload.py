@@ -1,4 +1,4 @@
-"""The batches of tasks that meta-gradients are measured on, with the paper's networks."""
+"""The batches of tasks that meta-gradients are timed on, with the paper's networks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,20 +19,20 @@ IMAGES = {
     "omniglot-20w5s": (20, 5, 4),
 }
 WORKLOADS = ("sinusoid", *IMAGES)
-# Strong enough that every task has positive curvature, and not so strong that a solve is exact
-# before its last iteration: no solve ends early.
+# Large enough that every task has positive curvature, and small enough that no solve converges
+# before its last iteration.
 LAM_SINUSOID, LAM_IMAGES = 20.0, 50.0
 
 
 @dataclass(frozen=True)
 class Workload:
-    """B tasks and how their meta-gradient is to be computed: everything but the computing.
+    """B tasks, a network, and the settings of their meta-gradient.
 
     Attributes:
         model, loss, params, layout: the network, its loss for one task, its D parameters.
         theta: the parameters as a row, [D].
         support, query: pairs (x [B, N, ...], y [B, N, ...]).
-        inner_steps, cg_steps: of gradient descent and of conjugate gradient.
+        inner_steps, cg_steps: steps of gradient descent, iterations of conjugate gradient.
         lam: the proximal strength.
     """
 
@@ -83,11 +83,11 @@ def make_workload(
     tasks: int | None = None,
     width: int | None = None,
 ) -> Workload:
-    """The same parameters and data for the same arguments, but for the rounding to `dtype`.
+    """A workload; parameters and data depend on the arguments only, up to rounding to `dtype`.
 
     Args:
         name: one of `WORKLOADS`.
-        tasks: B; default the workload's own.
+        tasks: B; default: the workload's.
         width: filters of a convolution (64), or neurons of a hidden layer of the sinusoid (40).
     """
     torch.manual_seed(0)

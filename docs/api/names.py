@@ -1,7 +1,7 @@
-"""For mkdocstrings: what our docstrings write shorter than Google's style has it.
+"""A griffe extension for mkdocstrings: expands two abbreviations of the docstrings.
 
-An entry `a, b: text` of a section stands for one of each name, and a public name in backticks for
-a link to it.
+An entry `a, b: text` in a section becomes one entry per name, and a public name in backticks
+becomes a link to its documentation.
 """
 
 import re
@@ -17,7 +17,7 @@ _CODE = re.compile(r"(?<!\[)`(\w+(?:\.\w+)*)`")
 
 def one_name_an_entry(docstring: str) -> str:
     lines: list[str] = []
-    entry: list[list[str]] = []  # the same text under each of its names
+    entry: list[list[str]] = []  # one copy of the entry for each name
     inside = False
 
     def flush() -> None:
@@ -43,7 +43,7 @@ def one_name_an_entry(docstring: str) -> str:
 
 
 def documented() -> dict[str, str]:
-    """The names that the pages have a `:::` for, as they are written in docstrings."""
+    """{name: path} of every `::: path` on the pages; a name is a full path or its last part."""
     found: dict[str, str] = {}
     for page in sorted(Path(__file__).parent.glob("*.md")):
         for path in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE):
@@ -70,7 +70,7 @@ class Names(griffe.Extension):
                 self._rewrite(member)
 
     def _link(self, code: re.Match[str], near: set[str]) -> str:
-        """A link, but from a class to itself and to its own methods."""
+        """The code as a link, unless it names the object itself, its class or a member of it."""
         owner, _, member = code[1].rpartition(".")
         path = self.documented.get(code[1])
         if path is None and owner in self.documented:

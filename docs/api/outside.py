@@ -1,4 +1,4 @@
-"""For MkDocs: the pages link to files of the repository that the site does not hold."""
+"""A MkDocs hook: links to repository files that are not part of the site become plain names."""
 
 import re
 from typing import Any
@@ -7,8 +7,6 @@ _OUTSIDE = re.compile(r"\[([^\]]*)\]\((?:\.\./)+([^)]*)\)")
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Name such a file in place of linking to it."""
-
     def named(link: re.Match[str]) -> str:
         label, path = link.groups()
         return f"`{path}`" if path.startswith(label) else f"{label} (`{path}`)"

@@ -260,7 +260,7 @@ def test_results_of_a_gpu_are_added_to_both_pages(benchmark, tmp_path):
     assert readme.endswith("<!-- end -->\nafter\n")
     assert "On one Some Card, float32" in readme
     assert (
-        "| 5 CG iterations without the products, 16 tasks, D = 113,221 "
+        "| 5 CG iterations without the HVPs, 16 tasks, D = 113,221 "
         "| 0.2 ms (40% of copy bandwidth); CUDA graph 0.1 ms (80% of copy bandwidth) "
         "| JAX, jit 4.5x, plain 9.0x |"
     ) in readme
