@@ -22,7 +22,7 @@ from imaml_ext.solvers.inner import (
     HessianFree,
     InnerSolver,
 )
-from imaml_ext.solvers.linear.base import LinearSolver
+from imaml_ext.solvers.linear.base import LinearSolver, LinearSystem
 from imaml_ext.solvers.linear.cg import ConjugateGradient, conjugate_gradient
 from imaml_ext.solvers.linear.minres import MINRES
 from imaml_ext.solvers.linear.neumann import NeumannSeries
@@ -50,6 +50,7 @@ __all__ = [
     "Lam",
     "Lanczos",
     "LinearSolver",
+    "LinearSystem",
     "Loss",
     "Matvec",
     "MetaGradient",

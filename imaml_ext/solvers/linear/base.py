@@ -14,16 +14,17 @@ from imaml_ext.solvers.solution import Solution, Status
 
 
 class LinearSystem:
-    """`(H_i + Λ + damping I) x_i = b_i` for every row i.
+    """`(H_i + Λ + damping I) x_i = b_i` for every row i; what a `LinearSolver` gets to solve.
 
-    Attributes:
-        b: [B, D], contiguous, without a graph.
-        lam: Λ, a `LamOperator`.
-        damping: a float.
+    Args:
+        matvec: maps [B, D] to [B, D], row i by `H_i`.
+        b: right-hand sides, [B, D]; as an attribute contiguous and without a graph.
+        lam: Λ, as in `conjugate_gradient`; as an attribute a `LamOperator`.
+        damping: added to the diagonal.
         second_moment: of the inner solver's gradients, [B, D]; None if it kept none.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; from a product, what matvec returned.
+        TypeError, ValueError: an argument does not fit, or what matvec returns does not.
     """
 
     def __init__(
@@ -69,8 +70,8 @@ class LinearSystem:
 class LinearSolver(ABC):
     """Settings of the linear solve `(H + Λ + damping I) x = v` of a meta-gradient.
 
-    A subclass implements `_solve(system)`: it gets a `LinearSystem` whose arguments are checked and
-    returns a `Solution`. It runs without a graph.
+    A subclass implements `_solve(system)`: it gets a checked `LinearSystem` and returns a
+    `Solution`, in no_grad mode.
 
     Args:
         max_iter: maximum number of products with H.
