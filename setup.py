@@ -1,9 +1,9 @@
-"""Runs CMakeLists.txt, the one build definition, for pip. Settings are environment variables:
+"""Runs CMakeLists.txt, the only build definition, for pip. Settings are environment variables:
 
-IMAML_CUDA            auto (default), on or off; imaml_cuda.py says where nvcc comes from
-TORCH_CUDA_ARCH_LIST  such as "9.0" or "8.0;9.0+PTX"; default: what nvcc knows
+IMAML_CUDA            auto (default), on or off; imaml_cuda.py selects nvcc
+TORCH_CUDA_ARCH_LIST  as in "9.0" or "8.0;9.0+PTX"; default: all that nvcc supports
 IMAML_TORCH_DIR       the torch package to build against
-CMAKE_ARGS            more arguments for CMake
+CMAKE_ARGS            additional arguments for CMake
 """
 
 import os
@@ -18,7 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).resolve().parent
-MINIMUM_SETUPTOOLS = 77  # it reads pyproject.toml as it is written
+MINIMUM_SETUPTOOLS = 77  # for the licence expression in pyproject.toml
 
 if int(setuptools.__version__.partition(".")[0]) < MINIMUM_SETUPTOOLS:
     raise SystemExit(
@@ -37,14 +37,14 @@ def cmake_architectures(arch_list: str) -> str:
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", item)
         if match is None:
             raise SystemExit(
-                f"TORCH_CUDA_ARCH_LIST: cannot read {item!r}; expected such as 9.0+PTX"
+                f"TORCH_CUDA_ARCH_LIST: cannot read {item!r}; expected a value like 9.0+PTX"
             )
         names.append(match[1] + match[2] + ("" if match[3] else "-real"))
     return ";".join(names)
 
 
 def pybind11_directory() -> str:
-    """Where CMake finds pybind11. Exits where that, cmake or ninja is missing."""
+    """The CMake folder of pybind11. Exits if pybind11, cmake or ninja is missing."""
     missing = missing_tools()
     try:
         import pybind11
@@ -81,7 +81,7 @@ class CMakeBuild(build_ext):
         ):
             print("+", shlex.join(command), flush=True)
             if subprocess.run(command).returncode != 0:
-                raise SystemExit("imaml_ext: CMake failed, and says why above")
+                raise SystemExit("imaml_ext: CMake failed; its output is above")
         if "IMAML_LACKS_NVCC:INTERNAL=ON" in (build / "CMakeCache.txt").read_text():
             tell(shortfall(torch))
 

@@ -1,17 +1,17 @@
 """In-tree PEP 517 backend: setuptools, plus the search for a torch to build against.
 
-The library is built on torch's stable ABI: compiled against the headers of any torch from 2.10 on,
-it loads into every torch from 2.10 on. So `pip install .` should use the torch that is installed
-already, and download one only where there is none. The search goes
+The extension uses torch's stable ABI: compiled against the headers of any torch >= 2.10, it loads
+in every torch >= 2.10. So `pip install .` uses the installed torch and downloads one only if there
+is none. The search order:
 
 1. $IMAML_TORCH_DIR;
-2. what this Python imports (no build isolation);
-3. the environment that pip installs into: pip's isolation takes it off sys.path but leaves
-   sys.prefix, and with it sysconfig, as they were;
-4. the environments on PATH and ./.venv, since uv builds in an environment of its own;
-5. else torch becomes a build requirement.
+2. the torch that this Python imports (no build isolation);
+3. the environment that pip installs into: pip's isolation removes it from sys.path but does not
+   change sys.prefix and sysconfig;
+4. the environments on PATH, and ./.venv, because uv builds in a separate environment;
+5. otherwise torch becomes a build requirement.
 
-imaml_cuda.py does the like for nvcc.
+imaml_cuda.py does the same for nvcc.
 """
 
 import contextlib
@@ -37,14 +37,14 @@ EGG_INFO = "imaml_ext.egg-info"
 
 
 def _fault(torch: Path) -> str:
-    """Why the directory cannot be built against; "" if it can."""
+    """The reason why the package cannot be built against; "" if it can."""
     try:
         text = (torch / "version.py").read_text(encoding="utf-8")
     except OSError:
         return "no torch package"
     found = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", text)
     if found is None:
-        return "a torch package that does not say its version"
+        return "a torch package without a version"
     if (int(found[2]), int(found[3])) < MINIMUM_TORCH:
         return f"torch {found[1]}, which is too old"
     if not (torch / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
@@ -71,7 +71,7 @@ def _site_packages() -> Iterator[Path]:
 
 
 def find_torch() -> Path | None:
-    """The directory of a torch package that can be built against, by the search above."""
+    """The directory of the first usable torch package, in the search order above."""
     chosen = os.environ.get("IMAML_TORCH_DIR")
     if chosen:
         fault = _fault(Path(chosen))
@@ -85,13 +85,13 @@ def require_torch() -> Path:
     torch = find_torch()
     if torch is None:
         found = {str(d / "torch"): _fault(d / "torch") for d in _site_packages()}
-        seen = "".join(f"; {d} is {why}" for d, why in found.items() if Path(d).is_dir())
-        raise SystemExit(f"imaml_ext: building needs {TORCH}: pip install '{TORCH}'{seen}")
+        rejected = "".join(f"; {d} is {why}" for d, why in found.items() if Path(d).is_dir())
+        raise SystemExit(f"imaml_ext: building needs {TORCH}: pip install '{TORCH}'{rejected}")
     return torch
 
 
 def missing_tools() -> list[str]:
-    """What has to be installed before CMakeLists.txt can run."""
+    """The build tools that must be installed before CMake can run."""
     missing = []
     if _version("cmake") < MINIMUM_CMAKE:
         missing.append("cmake>={}.{}".format(*MINIMUM_CMAKE))
@@ -102,7 +102,7 @@ def missing_tools() -> list[str]:
 
 @contextlib.contextmanager
 def _temporary_build_folders() -> Iterator[None]:
-    """Keep build/ and *.egg-info, which go stale, out of the source tree."""
+    """Keep build/ and *.egg-info, which would become stale, out of the source tree."""
     with tempfile.TemporaryDirectory(prefix="imaml-build-") as folder:
         configuration = Path(folder) / "extra.cfg"
         configuration.write_text(
@@ -118,20 +118,20 @@ def _temporary_build_folders() -> Iterator[None]:
 
 
 def _version(tool: str) -> tuple[int, ...]:
-    """What the tool says; (0, 0) if it does not run, as PyPI's cmake whose package is hidden."""
+    """(major, minor); (0, 0) if the tool does not run, like PyPI's cmake without its package."""
     try:
-        said = subprocess.run(
+        output = subprocess.run(
             [tool, "--version"], capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return (0, 0)
-    found = re.search(r"(\d+)\.(\d+)", said)
+    found = re.search(r"(\d+)\.(\d+)", output)
     return tuple(map(int, found.groups())) if found else (0, 0)
 
 
 def get_requires_for_build_wheel(config_settings=None):
     torch = find_torch()
-    # Of a torch that is still to come nobody knows whether, and for which CUDA, it will be built.
+    # The CUDA version of a torch that is yet to be installed is unknown.
     return [*missing_tools(), *([TORCH] if torch is None else compiler_packages(torch))]
 
 
@@ -150,7 +150,7 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
 
 
 def build_sdist(sdist_directory, config_settings=None):
-    """By MANIFEST.in alone: setuptools would add again all that an earlier build has listed."""
+    """Package what MANIFEST.in lists; setuptools would add what an older egg-info lists."""
     shutil.rmtree(EGG_INFO, ignore_errors=True)
     try:
         return build_meta.build_sdist(sdist_directory, config_settings)

@@ -1,19 +1,18 @@
-"""Which nvcc the build uses, and what is done where there is none. Decided here alone: the backend
-imports this, and CMake runs it:
+"""Selects the nvcc for the build. The backend imports this module; CMake runs it:
 
-    python imaml_cuda.py TORCH      # prints nvcc and the folder to link from: a CMake list, or ""
+    python imaml_cuda.py TORCH      # prints nvcc and its library folder, as a CMake list, or ""
 
-The first nvcc that can build a program is taken, of
+Uses the first nvcc that can build a program, of
 
 1. $CUDACXX, $CUDA_HOME, $CUDA_PATH;
 2. PATH;
-3. /usr/local/cuda and /usr/local/cuda-*, the newest first;
-4. NVIDIA's compiler packages from PyPI: in the build environment, or beside torch.
+3. /usr/local/cuda, then /usr/local/cuda-*, newest first;
+4. NVIDIA's compiler packages from PyPI, in the build environment or next to torch.
 
-Where there is none, and torch is a build for CUDA 13 or newer, these packages become a build
-requirement, in the version of torch's CUDA: older ones hold no complete nvcc. Not with
-IMAML_CUDA=off, and not offline, where a requirement that cannot be had would end the build; with
-IMAML_CUDA=on they are asked for offline too, since a folder of wheels may have them.
+If there is none and torch was built for CUDA 13 or newer, these packages become a build
+requirement, in the version of torch's CUDA; older packages contain no complete nvcc. They do not
+with IMAML_CUDA=off, nor offline, where an unavailable requirement would fail the build, except
+with IMAML_CUDA=on, since a local folder of wheels may contain them.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Every part is named: an nvvm that is newer than ptxas emits PTX that ptxas cannot read.
+# Names every part, for equal versions: ptxas cannot read the PTX of a newer nvvm.
 PACKAGES = "cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]=={}.{}.*"
 FIRST_WITH_PACKAGES = (13, 0)
 TOOLKITS = Path("/usr/local")
@@ -36,14 +35,14 @@ TRUE = ("1", "true", "yes", "on", "t", "y")  # as pip and uv read variables
 
 
 def torch_cuda(torch: Path) -> tuple[int, int] | None:
-    """The CUDA that torch was built for."""
+    """The CUDA version that torch was built for."""
     text = (torch / "version.py").read_text(encoding="utf-8")
     found = re.search(r"^cuda\b[^=]*= ['\"](\d+)\.(\d+)", text, re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def find_nvcc(torch: Path) -> Path | None:
-    """The first nvcc that works, by the search above. One that does not is named on stderr."""
+    """The first nvcc that works, in the order above. Reports those that do not work on stderr."""
     for nvcc in dict.fromkeys(_candidates(torch)):
         fault = _fault(nvcc)
         if not fault:
@@ -66,7 +65,7 @@ def _candidates(torch: Path) -> Iterator[Path]:
 
 
 def _fault(nvcc: Path) -> str:
-    """Why a program cannot be built, in the way that CMake tries it; "" if it can."""
+    """The reason why nvcc cannot build a program the way CMake does; "" if it can."""
     flags = shlex.split(os.environ.get("CUDAFLAGS", ""))
     if host := os.environ.get("CUDAHOSTCXX"):
         flags += ["-ccbin", host]
@@ -83,19 +82,19 @@ def _fault(nvcc: Path) -> str:
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             return str(error)
-    said = ran.stdout.strip().splitlines() or [f"exit status {ran.returncode}"]
-    return said[0] if ran.returncode else ""
+    output = ran.stdout.strip().splitlines() or [f"exit status {ran.returncode}"]
+    return output[0] if ran.returncode else ""
 
 
 def library_folder(nvcc: Path) -> Path | None:
-    """Where nvcc's libraries are, if it does not look there: PyPI's are in lib, and it in lib64."""
+    """The library folder that nvcc must be given: PyPI's is lib, while nvcc searches lib64."""
     root = nvcc.parent.parent
     has_libraries = (root / "lib" / "libcudart_static.a").is_file()
     return root / "lib" if has_libraries and not (root / "lib64").exists() else None
 
 
 def compiler_packages(torch: Path) -> list[str]:
-    """The build requirements that bring an nvcc, where there is none."""
+    """The build requirements that provide an nvcc, if there is none."""
     wanted, version = os.environ.get("IMAML_CUDA", "auto").lower(), torch_cuda(torch)
     if wanted == "off" or version is None or version < FIRST_WITH_PACKAGES or find_nvcc(torch):
         return []
@@ -105,20 +104,20 @@ def compiler_packages(torch: Path) -> list[str]:
 
 
 def offline() -> str:
-    """What tells the build to do without an index of packages; "" if nothing does.
+    """The setting that makes the build offline; "" if it is online.
 
-    The frontend's variables and its command line, which is that of this process's parent; for pip
-    its configuration files too. Those of uv are not read, nor pip's requirements files.
+    Reads the frontend's environment variables, its command line (that of the parent process), and
+    pip's configuration files, but not uv's, nor pip's requirements files.
     """
     for name in ("PIP_NO_INDEX", "UV_OFFLINE", "UV_NO_INDEX"):
         if os.environ.get(name, "").lower() in TRUE:
             return f"{name}={os.environ[name]}"
     command = _command_line(os.getppid())
     for word in command:
-        if word == "--offline" or word.startswith("--no-ind"):  # pip takes abbreviations
+        if word == "--offline" or word.startswith("--no-ind"):  # pip accepts abbreviations
             return word
-    of_uv = command and Path(command[0]).name.startswith("uv")
-    return "" if of_uv or "PIP_NO_INDEX" in os.environ else _pip_configuration()
+    is_uv = command and Path(command[0]).name.startswith("uv")
+    return "" if is_uv or "PIP_NO_INDEX" in os.environ else _pip_configuration()
 
 
 def _command_line(process: int) -> list[str]:
@@ -129,7 +128,7 @@ def _command_line(process: int) -> list[str]:
 
 
 def _pip_configuration() -> str:
-    # Without PYTHONPATH, by which pip's isolation hides the environment's own pip.
+    # -E ignores PYTHONPATH, through which pip's isolation hides the environment's pip.
     command = [sys.executable, "-E", "-m", "pip", "config", "list"]
     listed = subprocess.run(command, capture_output=True, text=True, errors="replace")
     found = re.search(r"^\w+\.no-index='(\w+)'", listed.stdout, re.MULTILINE)
@@ -137,24 +136,24 @@ def _pip_configuration() -> str:
 
 
 def shortfall(torch: Path) -> str:
-    """What a build says that has no nvcc for a torch with CUDA: why, and the remedy, in a line."""
+    """The warning of a build without CUDA kernels: the reason and the remedy, in one line."""
     version = torch_cuda(torch)
-    line = "imaml_ext: built with CPU kernels alone: "
+    line = "imaml_ext: built with CPU kernels only: "
     if version is None:
         return line + "there is no working nvcc"
     line += "torch has CUDA {}.{}, but there is no working nvcc".format(*version)
     remedy = "install the CUDA toolkit"
     if version >= FIRST_WITH_PACKAGES:
         if why := offline():
-            line += f", and the build is offline ({why}), so that none was asked for"
+            line += f", and the build is offline ({why}), so none was installed"
         remedy = f"pip install '{PACKAGES.format(*version)}'"
     return f"{line}. For CUDA kernels: {remedy}, then pip install --force-reinstall --no-deps ."
 
 
 def tell(line: str) -> None:
-    """Say it on stderr and, as ssh asks for a password, on the terminal, if there is one.
+    """Print the line to stderr and to the controlling terminal, if there is one.
 
-    pip and uv show the stderr of a build only with -v, or when it fails.
+    pip and uv show the stderr of a build only with -v or if it fails.
     """
     print(line, file=sys.stderr, flush=True)
     if sys.stderr.isatty():
@@ -162,7 +161,7 @@ def tell(line: str) -> None:
     with contextlib.suppress(OSError):
         terminal = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
         try:
-            # pip's spinner has begun a line, and uv redraws the last three.
+            # pip's spinner has started a line, and uv redraws the last three.
             os.write(terminal, f"\n{line}\n\n\n".encode())
         finally:
             os.close(terminal)

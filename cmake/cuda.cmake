@@ -1,8 +1,8 @@
-# Decides about the CUDA kernels, with the nvcc that build_backend/imaml_cuda.py finds. Sets
-# IMAML_HAS_CUDA and, with it, enables the CUDA language for CMAKE_CUDA_ARCHITECTURES. Whether this
-# machine has a GPU plays no part.
+# Decides whether to build the CUDA kernels, with the nvcc that build_backend/imaml_cuda.py finds. Sets
+# IMAML_HAS_CUDA, and enables the CUDA language for CMAKE_CUDA_ARCHITECTURES. Does not depend on the
+# machine's GPU.
 set(IMAML_HAS_CUDA OFF)
-set(IMAML_LACKS_NVCC OFF CACHE INTERNAL "Kernels were wanted, but there is no nvcc: for setup.py")
+set(IMAML_LACKS_NVCC OFF CACHE INTERNAL "CUDA kernels were requested, but there is no nvcc; read by setup.py")
 string(TOLOWER "${IMAML_CUDA}" _wanted)
 if(NOT _wanted MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "imaml_ext: IMAML_CUDA must be auto, on or off, got '${IMAML_CUDA}'")
@@ -17,13 +17,13 @@ if(_wanted STREQUAL "on" OR (_wanted STREQUAL "auto" AND TORCH_cuda))
     list(GET _found 0 _nvcc)
     list(GET _found 1 _libraries)
     set(ENV{CUDACXX} "${_nvcc}")
-    if(_libraries)  # CMake learns here where to link from, and its checks need it too
+    if(_libraries)  # also for the checks of enable_language
       set(ENV{NVCC_APPEND_FLAGS} "$ENV{NVCC_APPEND_FLAGS} -L\"${_libraries}\"")
     endif()
     if(IMAML_CUDA_ARCHITECTURES)
       set(CMAKE_CUDA_ARCHITECTURES "${IMAML_CUDA_ARCHITECTURES}")
     elseif(NOT CMAKE_CUDA_ARCHITECTURES)
-      # One machine code per generation that this nvcc knows, and PTX of the last for what follows.
+      # Machine code for every generation that nvcc supports, and PTX of the last one for newer GPUs.
       execute_process(COMMAND "${_nvcc}" --list-gpu-arch OUTPUT_VARIABLE _known)
       foreach(_architecture IN ITEMS 75 80 86 89 90 100 101 110 120)
         if(_known MATCHES "compute_${_architecture}[\n\r]")
@@ -43,8 +43,8 @@ if(_wanted STREQUAL "on" OR (_wanted STREQUAL "auto" AND TORCH_cuda))
     set(IMAML_HAS_CUDA ON)
     string(REGEX MATCH "^[0-9]+" _torch_major "${TORCH_cuda}")
     if(_torch_major AND NOT CMAKE_CUDA_COMPILER_VERSION MATCHES "^${_torch_major}\\.")
-      message(WARNING "imaml_ext: nvcc ${CMAKE_CUDA_COMPILER_VERSION} builds for a torch with CUDA "
-        "${TORCH_cuda}: the driver must know both")
+      message(WARNING "imaml_ext: building with nvcc ${CMAKE_CUDA_COMPILER_VERSION} for a torch with "
+        "CUDA ${TORCH_cuda}: the driver must support both")
     endif()
   elseif(_wanted STREQUAL "on")
     message(FATAL_ERROR "imaml_ext: IMAML_CUDA=on, but there is no working nvcc: install the CUDA toolkit, "
@@ -52,7 +52,7 @@ if(_wanted STREQUAL "on" OR (_wanted STREQUAL "auto" AND TORCH_cuda))
   else()
     set(IMAML_LACKS_NVCC ON CACHE INTERNAL "")
     message(WARNING "imaml_ext: torch has CUDA ${TORCH_cuda}, but there is no working nvcc: "
-      "building for the CPU alone")
+      "building for the CPU only")
   endif()
 endif()
 message(STATUS "imaml_ext: CUDA kernels: ${IMAML_HAS_CUDA} ${CMAKE_CUDA_ARCHITECTURES}")

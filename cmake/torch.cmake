@@ -1,5 +1,5 @@
-# Finds torch without find_package(Torch), whose Caffe2Config wants a whole CUDA toolkit: the stable
-# ABI needs the headers, and libtorch.so to name as a dependency. torch is not imported.
+# Finds torch's headers and libraries without importing torch. Not with find_package(Torch), whose
+# Caffe2Config requires a complete CUDA toolkit: the stable ABI needs only the headers and libtorch.so.
 find_package(Python 3.10 COMPONENTS Interpreter Development.Module REQUIRED)
 execute_process(
   COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/torch_info.py" "${IMAML_TORCH_DIR}"
@@ -16,7 +16,7 @@ endforeach()
 if(TORCH_version VERSION_LESS IMAML_TORCH_TARGET)
   message(FATAL_ERROR "imaml_ext: torch>=${IMAML_TORCH_TARGET} is needed, found ${TORCH_version}")
 endif()
-# The version as torch encodes it: one byte each for major, minor and patch, from the top.
+# TORCH_TARGET_VERSION: major, minor and patch in one byte each, from the most significant one.
 string(REPLACE "." ";" _target "${IMAML_TORCH_TARGET}")
 list(GET _target 0 _major)
 list(GET _target 1 _minor)

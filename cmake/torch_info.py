@@ -1,6 +1,6 @@
-"""Prints where torch keeps its headers and which torch it is, one key=value a line, for CMake.
+"""Prints torch's folders and versions for CMake, one key=value per line.
 
-torch is not imported: that takes seconds, and fails where its CUDA libraries cannot be loaded.
+Does not import torch, which takes seconds and fails where its CUDA libraries cannot be loaded.
 """
 
 import importlib.util

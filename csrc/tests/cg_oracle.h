@@ -1,22 +1,22 @@
-// States of cg_step to start from, one kind of row for every way an iteration can end, and what an
-// iteration makes of them, in float64.
+// Initial states for cg_step, with one kind of row for every outcome of an iteration, and the
+// expected result of an iteration, in float64.
 #pragma once
 #include "cuda/cg_step.cuh"
 #include "operands.h"
 
 namespace imaml {
 
-// What happens to a row in this iteration.
+// The outcome of the iteration for a row.
 enum Kind {
   kHealthy,
   kFrozen,
-  kNegativeAtOnce,
+  kNegativeFirst,
   kNegativeLater,
   kNanProduct,
-  kArrives,
+  kConverges,
   kInfiniteNorm,
-  kOverflows,   // alpha is finite in float64; x or r.r is not finite in T
-  kIndefinite,  // its M^-1 is negative, so that the new r.z is; healthy without a preconditioner
+  kOverflows,   // alpha is finite in float64, x or r.r is not finite in T
+  kIndefinite,  // M^-1 is negative, and so is the new r.z; healthy without a preconditioner
   kKinds
 };
 
@@ -29,7 +29,7 @@ inline std::vector<Kind> kinds_in_turn(int64_t rows) {
 template <typename T>
 struct CgState {
   int64_t rows, dim;
-  std::vector<Kind> kinds;  // of the rows
+  std::vector<Kind> kinds;  // [rows]
   std::vector<T> x, r, p, hp, lam;
   T damping = T(0.25);
   std::vector<double> rr, tol2, curvature, beta;
@@ -52,7 +52,7 @@ struct CgState {
     hp = normal<T>(rows * dim, seed + 4);
     lam = normal<T>(diagonal ? dim : 1, seed + 5);
     for (T& value : lam) value = std::abs(value) + T(0.5);
-    for (int64_t i = 0; i < rows * dim; ++i)  // H = 2 I plus a little, so that p.Ap > 0
+    for (int64_t i = 0; i < rows * dim; ++i)  // H is close to 2 I, so that p.Ap > 0
       hp[at(i)] = (T(2) + T(0.01) * hp[at(i)]) * p[at(i)];
     rr.assign(at(rows), 0);
     tol2.assign(at(rows), 0);
@@ -66,11 +66,11 @@ struct CgState {
       const Kind kind = kinds[at(row)];
       T* h = hp.data() + row * dim;
       if (kind == kFrozen) status[at(row)] = kConverged;
-      if (kind == kNegativeAtOnce) steps[at(row)] = 0;
-      if (kind == kNegativeAtOnce || kind == kNegativeLater)
+      if (kind == kNegativeFirst) steps[at(row)] = 0;
+      if (kind == kNegativeFirst || kind == kNegativeLater)
         for (int64_t i = 0; i < dim; ++i) h[i] = T(-50) * p[at(row * dim + i)];
       if (kind == kNanProduct && dim > 0) h[dim / 2] = static_cast<T>(NAN);
-      if (kind == kArrives) tol2[at(row)] = 1e30;
+      if (kind == kConverges) tol2[at(row)] = 1e30;
       if (kind == kInfiniteNorm) rr[at(row)] = INFINITY;
       if (kind == kOverflows) rr[at(row)] = sizeof(T) == 4 ? 1e76 : 1e300;
     }
@@ -79,7 +79,7 @@ struct CgState {
 
   void precondition(std::vector<T> values) {
     inverse = std::move(values);
-    rz = rr;  // where a row's is not finite, or too large
+    rz = rr;  // kept for rows where it is not finite or too large
     for (int64_t row = 0; row < rows; ++row) {
       const Kind kind = kinds[at(row)];
       if (kind != kInfiniteNorm && kind != kOverflows) rz[at(row)] = 0;
@@ -127,12 +127,12 @@ CgState<T> cpu_step(CgState<T> state, int threads = 1, const ParallelFor& parall
                     std::size_t offset = 0) {
   Operands operands(offset);
   cpu::cg_step(state.args(operands), threads, parallel_for);
-  operands.give_back();
+  operands.copy_back();
   return state;
 }
 
-// The devices that a launch can meet: compute capability 9.0, idle and with room for few clusters;
-// the same where 16 blocks are refused; 8.0; one on which nothing fits.
+// Devices: compute capability 9.0, idle and with room for few clusters; the same without clusters
+// of 16 blocks; 8.0; one on which no row fits.
 constexpr int64_t kHopper = 227 * 1024;
 constexpr shim::Device kDevices[] = {
     {{264, 132, 66, 32, 16}, {kHopper, kHopper, kHopper, kHopper, kHopper}},
@@ -156,11 +156,11 @@ CgState<T> cuda_step(CgState<T> state, std::size_t offset = 0) {
   const CgArgs<T> args = state.args(operands);
   std::vector<double> workspace(at(cuda::cg_workspace(args)), NAN);
   cuda::cg_step(args, operands.out(workspace), nullptr);
-  operands.give_back();
+  operands.copy_back();
   return state;
 }
 
-// Compares `got` with what one CG iteration makes of `before`, computed here, in float64.
+// Compares `got` with one CG iteration on `before`, computed here in float64.
 template <typename T>
 void check_cg(const CgState<T>& before, const CgState<T>& got) {
   for (int64_t row = 0; row < before.rows; ++row) {
@@ -179,30 +179,30 @@ void check_cg(const CgState<T>& before, const CgState<T>& got) {
     const Kind kind = before.kinds[at(row)];
     const bool preconditioned = before.preconditioned();
     const double rr = before.rr[at(row)], rz = preconditioned ? before.rz[at(row)] : rr;
-    const bool moves = kind == kHealthy || kind == kArrives || kind == kIndefinite;
-    const bool clears = kind == kNanProduct || kind == kInfiniteNorm || kind == kOverflows ||
-                        (kind == kIndefinite && preconditioned);
-    const bool goes_on = moves && !clears && kind != kArrives;
-    const double alpha = moves ? static_cast<double>(rz / pap) : 0;
+    const bool steps = kind == kHealthy || kind == kConverges || kind == kIndefinite;
+    const bool is_cleared = kind == kNanProduct || kind == kInfiniteNorm || kind == kOverflows ||
+                            (kind == kIndefinite && preconditioned);
+    const bool continues = steps && !is_cleared && kind != kConverges;
+    const double alpha = steps ? static_cast<double>(rz / pap) : 0;
     const auto inverse = [&](std::size_t j) {
       return preconditioned ? double(before.inverse[j]) : 1.0;
     };
     long double rr_new = 0, rz_new = 0;
     for (int64_t i = 0; i < before.dim; ++i) {
       const std::size_t j = at(row * before.dim + i);
-      const double r = double(before.r[j]) - (moves ? alpha * ap[at(i)] : 0);
+      const double r = double(before.r[j]) - (steps ? alpha * ap[at(i)] : 0);
       rr_new += r * r;
       rz_new += r * inverse(j) * r;
     }
-    const double beta = moves && !clears ? static_cast<double>(rz_new / rz) : 0;
+    const double beta = steps && !is_cleared ? static_cast<double>(rz_new / rz) : 0;
     for (int64_t i = 0; i < before.dim; ++i) {
       const std::size_t j = at(row * before.dim + i);
       double x = double(before.x[j]) + alpha * double(p[i]);
-      if (kind == kNegativeAtOnce) x += double(before.r[j]) / lam[at(i)];
-      if (clears) x = 0;
-      const double change = moves ? alpha * ap[at(i)] : 0;
+      if (kind == kNegativeFirst) x += double(before.r[j]) / lam[at(i)];
+      if (is_cleared) x = 0;
+      const double change = steps ? alpha * ap[at(i)] : 0;
       const double r = double(before.r[j]) - change, z = inverse(j) * r;
-      const double direction = goes_on ? z + beta * double(p[i]) : double(p[i]);
+      const double direction = continues ? z + beta * double(p[i]) : double(p[i]);
       expect_close<T>(double(got.x[j]), x, std::abs(x) + std::abs(double(before.x[j])) + 1, "x");
       if (kind != kOverflows)
         expect_close<T>(double(got.r[j]), r, std::abs(double(before.r[j])) + std::abs(change) + 1,
@@ -210,26 +210,26 @@ void check_cg(const CgState<T>& before, const CgState<T>& got) {
       expect_close<T>(double(got.p[j]), direction, 4 * (std::abs(z) + std::abs(double(p[i])) + 1),
                       "p");
     }
-    const std::int32_t ends[kKinds] = {
+    const std::int32_t expected[kKinds] = {
         kRunning,           kConverged, kNegativeCurvature,
         kNegativeCurvature, kNonfinite, kConverged,
         kNonfinite,         kNonfinite, preconditioned ? kNonfinite : kRunning};
-    expect(got.status[at(row)] == ends[kind], "status");
-    expect(got.steps[at(row)] == before.steps[at(row)] + (moves && !clears ? 1 : 0), "steps");
+    expect(got.status[at(row)] == expected[kind], "status");
+    expect(got.steps[at(row)] == before.steps[at(row)] + (steps && !is_cleared ? 1 : 0), "steps");
     expect_close<T>(got.beta[at(row)], beta, 8 * std::abs(beta) + 1, "beta");
     if (kind != kNanProduct && kind != kInfiniteNorm)
       expect_close<T>(got.curvature[at(row)], kind == kFrozen ? 0 : pap / rz, size / rz,
                       "curvature");
     expect_close<T>(got.rr[at(row)],
-                    clears  ? NAN
-                    : moves ? rr_new
-                            : rr,
+                    is_cleared ? NAN
+                    : steps    ? rr_new
+                               : rr,
                     4 * (rr + rr_new) + 1, "rr");
     if (preconditioned)
       expect_close<T>(got.rz[at(row)],
-                      clears  ? NAN
-                      : moves ? rz_new
-                              : rz,
+                      is_cleared ? NAN
+                      : steps    ? rz_new
+                                 : rz,
                       4 * (rz + rz_new) + 1, "rz");
     context = outer;
   }

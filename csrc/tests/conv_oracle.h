@@ -1,4 +1,4 @@
-// Convolutions with weights for each task against their formulas, summed one by one in float64.
+// Convolutions with one set of weights per task, compared with sums of products in float64.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -43,11 +43,12 @@ struct ConvProblem {
   ConvShape shape;
   std::vector<T> x, w, bias, g;
 
-  // The weights lie as in rows of parameters, with `gap` other values between the tasks.
+  // The weights of a task are contiguous, with `gap` other values between tasks, as in rows of
+  // parameters.
   ConvProblem(const ConvShape& s, int64_t gap, std::uint64_t seed) : shape(s) {
     shape.task_stride = s.weights() + gap;
     x = normal<T>(s.tasks * images(), seed);
-    g = normal<T>(s.tasks * slopes(), seed + 1);
+    g = normal<T>(s.tasks * outputs(), seed + 1);
     bias = normal<T>(s.tasks * s.filters, seed + 2);
     const std::vector<T> weights = normal<T>(s.tasks * s.weights(), seed + 3);
     w.assign(at((s.tasks - 1) * shape.task_stride + s.weights()), T(NAN));
@@ -56,9 +57,9 @@ struct ConvProblem {
                   w.data() + task * shape.task_stride);
   }
 
-  // Values of a task in tensors like x and like y.
+  // Elements of a task in tensors like x and like y.
   int64_t images() const { return shape.images * shape.in_pixels() * shape.channels; }
-  int64_t slopes() const { return shape.images * shape.out_pixels() * shape.filters; }
+  int64_t outputs() const { return shape.images * shape.out_pixels() * shape.filters; }
 };
 
 template <typename T>
@@ -73,7 +74,7 @@ template <typename T, typename ParallelFor = cpu::Serial>
 ConvResults<T> run_conv(const ConvProblem<T>& problem, bool biased, int threads = 1,
                         const ParallelFor& parallel_for = {}, std::size_t offset = 0) {
   const ConvShape& s = problem.shape;
-  // NaN: every entry has to be written.
+  // NaN, to detect entries that are not written.
   ConvResults<T> got{std::vector<T>(problem.g.size(), T(NAN)),
                      std::vector<T>(problem.x.size(), T(NAN)),
                      std::vector<T>(at(s.tasks * s.weights()), T(NAN))};
@@ -83,12 +84,12 @@ ConvResults<T> run_conv(const ConvProblem<T>& problem, bool biased, int threads 
                parallel_for);
   cpu::conv_data_gradient<T>(s, g, w, operands.out(got.dx), threads, parallel_for);
   cpu::conv_weight_gradient<T>(s, x, g, operands.out(got.dw), threads, parallel_for);
-  operands.give_back();
+  operands.copy_back();
   return got;
 }
 
-// Calls body(y, x, tap) with the places of each product x w that y of `task` is a sum of; tap is
-// w's place among the task's weights.
+// Calls body(y, x, tap) for each product x w in the convolution of `task`, with the indices of y
+// and x, and the index of w among the task's weights.
 template <typename Body>
 void for_products(const ConvShape& s, int64_t task, const Body& body) {
   for (int64_t image = task * s.images; image < (task + 1) * s.images; ++image)
@@ -107,7 +108,7 @@ void for_products(const ConvShape& s, int64_t task, const Body& body) {
               }
 }
 
-// The entries from `first` on; of what was added up to each the sum of the sizes and the number.
+// Sums with indices from `first` on: value, sum of magnitudes, and number of terms.
 struct Sums {
   int64_t first;
   std::vector<double> value, size, terms;
@@ -120,8 +121,8 @@ struct Sums {
   }
 };
 
-// A sum with a term that is not finite is not finite. Where the task's operands are `finite`, every
-// sum is close; where they are not, one may meet them multiplied by the zeros around an image.
+// A sum with a term that is not finite is not finite. If the task's operands are all `finite`,
+// every sum is close; otherwise a padding zero may multiply one that is not finite.
 template <typename T>
 void expect_sums(const std::vector<T>& got, const Sums& want, bool finite, const char* what) {
   for (std::size_t i = 0; i < want.value.size(); ++i) {
@@ -129,7 +130,7 @@ void expect_sums(const std::vector<T>& got, const Sums& want, bool finite, const
     if (!std::isfinite(want.value[i]))
       expect(!std::isfinite(value), what);
     else if (finite || std::isfinite(value)) {
-      // Roundings of n terms that are all equal do not cancel: n / 2 eps in all.
+      // The rounding errors of n equal terms do not cancel: n / 2 eps in total.
       const double roundings = want.terms[i] * double(std::numeric_limits<T>::epsilon()) / 2;
       expect_close<T>(value, want.value[i], want.size[i] * std::max(1.0, roundings / kTolerance<T>),
                       what);
@@ -141,7 +142,8 @@ template <typename T>
 void check_conv(const ConvProblem<T>& problem, bool biased, const ConvResults<T>& got, int64_t task,
                 bool finite = true) {
   const ConvShape& s = problem.shape;
-  Sums y(task * problem.slopes(), problem.slopes()), dx(task * problem.images(), problem.images());
+  Sums y(task * problem.outputs(), problem.outputs()),
+      dx(task * problem.images(), problem.images());
   Sums dw(task * s.weights(), s.weights());
   for_products(s, task, [&](int64_t to_y, int64_t to_x, int64_t tap) {
     const double x = double(problem.x[at(to_x)]), g = double(problem.g[at(to_y)]);
@@ -151,7 +153,7 @@ void check_conv(const ConvProblem<T>& problem, bool biased, const ConvResults<T>
     dw.add(dw.first + tap, x * g);
   });
   if (biased)
-    for (int64_t i = 0; i < problem.slopes(); ++i)
+    for (int64_t i = 0; i < problem.outputs(); ++i)
       y.add(y.first + i, double(problem.bias[at(task * s.filters + i % s.filters)]));
   expect_sums(got.y, y, finite, "y");
   expect_sums(got.dx, dx, finite, "dx");

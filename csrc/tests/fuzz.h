@@ -1,4 +1,4 @@
-// What the fuzzing driver draws an input from, and the kernels that it draws.
+// Random inputs for the kernels.
 #pragma once
 #include <limits>
 #include <map>
@@ -8,50 +8,50 @@
 namespace imaml {
 
 #if defined(__SANITIZE_THREAD__)
-constexpr bool kEmulates = false;  // an emulated kernel is one thread
+constexpr bool kEmulates = false;  // an emulated kernel runs on one thread
 #else
 constexpr bool kEmulates = true;
 #endif
 
-// How many inputs each kernel was tried on.
+// The number of inputs per kernel.
 inline std::map<std::string, int64_t> tried;
 
-// The values of one task's operand.
+// The distribution of an operand's values.
 enum Values {
   kNormal,
-  kPoisoned,  // a few entries are infinite or NaN
-  kZeros,     // of either sign
+  kSomeNonfinite,  // a few entries are infinite or NaN
+  kZeros,          // of either sign
   kConstant,
   kSubnormal,
-  kHuge,   // close to the largest
-  kMixed,  // of any magnitude
-  kBits,   // any at all
+  kHuge,   // close to the largest finite value
+  kMixed,  // any magnitude
+  kBits,   // any bits
   kValues
 };
 
-// The most that a number may be for a formula's terms to stay within T.
+// Up to this magnitude, the terms of all formulas stay finite in T.
 template <typename T>
-constexpr double kTame = sizeof(T) == 4 ? 1e9 : 1e60;
+constexpr double kModerate = sizeof(T) == 4 ? 1e9 : 1e60;
 
-struct Nature {
-  bool finite = true, tame = true;
+struct Range {
+  bool finite = true, moderate = true;
 
   template <typename T>
-  Nature& operator&=(T value) {
+  Range& operator&=(T value) {
     finite = finite && std::isfinite(value);
-    tame = tame && std::abs(double(value)) <= kTame<T>;
+    moderate = moderate && std::abs(double(value)) <= kModerate<T>;
     return *this;
   }
 };
 
 template <typename T>
-Nature nature_of(const T* values, int64_t count) {
-  Nature nature;
-  for (int64_t i = 0; i < count; ++i) nature &= values[i];
-  return nature;
+Range range_of(const T* values, int64_t count) {
+  Range range;
+  for (int64_t i = 0; i < count; ++i) range &= values[i];
+  return range;
 }
 
-// Everything about an input, from its seed.
+// Draws an input from its seed.
 class Draw {
  public:
   explicit Draw(std::uint64_t seed) : generator_(seed) {}
@@ -67,10 +67,10 @@ class Draw {
     return values[from(0, N - 1)];
   }
 
-  // Elements before each operand of a kernel: every alignment to a cache line.
+  // Elements before each operand, for every alignment within a cache line.
   std::size_t offset() { return at(from(0, 15)); }
 
-  // A row's length: short, around a boundary, or in several chunks.
+  // The length of a row: short, near a boundary, or several chunks long.
   int64_t dim() {
     if (chance(0.3)) return one_of(kDims);
     return chance(0.9) ? from(0, 80) : from(81, 13000);
@@ -81,7 +81,7 @@ class Draw {
     using limits = std::numeric_limits<T>;
     const T sign = chance(0.5) ? T(1) : T(-1), share = T(double(generator_() >> 11) * 0x1p-53);
     switch (values) {
-      case kPoisoned:
+      case kSomeNonfinite:
         return chance(0.5) ? limits::quiet_NaN() : sign * limits::infinity();
       case kZeros:
         return sign * T(0);
@@ -96,19 +96,19 @@ class Draw {
         T value;
         const std::uint64_t bits = generator_();
         std::memcpy(&value, &bits, sizeof value);
-        return value == value ? value : limits::quiet_NaN();  // none that signals
+        return value == value ? value : limits::quiet_NaN();  // not a signalling NaN
       }
       default:
         return sign * share * T(4);
     }
   }
 
-  // Makes values of `count` entries that were normal, and leaves them so half of the time.
+  // Replaces `count` entries by values of a random distribution, with probability 1/2.
   template <typename T>
-  void spoil(T* entries, int64_t count) {
+  void corrupt(T* entries, int64_t count) {
     if (count == 0 || chance(0.5)) return;
     const Values values = static_cast<Values>(from(0, kValues - 1));
-    if (values == kPoisoned) {
+    if (values == kSomeNonfinite) {
       for (int64_t left = from(1, 3); left > 0; --left)
         entries[from(0, count - 1)] = value<T>(values);
     } else if (values != kNormal) {
@@ -122,18 +122,19 @@ class Draw {
   std::mt19937_64 generator_;
 };
 
-// Part `index` of `count` values a part.
+// Slice `index` of slices of `count` values.
 template <typename T>
 std::vector<T> part(const std::vector<T>& values, int64_t index, int64_t count) {
   const auto first = values.begin() + index * count;
   return std::vector<T>(first, first + count);
 }
 
-// Calls same(threads, pool) for some numbers of threads, of which it says so itself.
+// Calls same(threads, pool) for several numbers of threads, whose pool may have another size.
 template <typename Same>
 void on_threads(Draw& draw, const Same& same) {
   for (const int threads : {2, 3, int(draw.from(1, 9))})
-    expect(same(threads, Threads{int(draw.from(2, 4))}), "threads or alignment change the bits");
+    expect(same(threads, Threads{int(draw.from(2, 4))}),
+           "the number of threads or the alignment changes the bits");
 }
 
 template <typename T>

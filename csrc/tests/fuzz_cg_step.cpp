@@ -1,4 +1,4 @@
-// cg_step on rows that end in any way, and on rows of any numbers at all.
+// cg_step on rows with every outcome, and on rows with arbitrary values.
 #include "cg_oracle.h"
 #include "fuzz.h"
 
@@ -25,26 +25,28 @@ CgState<T> only(const CgState<T>& state, int64_t row) {
 }
 
 template <typename T>
-void spoil(Draw& draw, CgState<T>& state) {
+void corrupt(Draw& draw, CgState<T>& state) {
   for (int64_t row = 0; row < state.rows; ++row) {
     for (auto vector :
          {&CgState<T>::x, &CgState<T>::r, &CgState<T>::p, &CgState<T>::hp, &CgState<T>::inverse})
-      if (!(state.*vector).empty()) draw.spoil((state.*vector).data() + row * state.dim, state.dim);
+      if (!(state.*vector).empty())
+        draw.corrupt((state.*vector).data() + row * state.dim, state.dim);
     for (auto vector : {&CgState<T>::rr, &CgState<T>::rz, &CgState<T>::tol2})
-      if (!(state.*vector).empty() && draw.chance(0.3)) draw.spoil((state.*vector).data() + row, 1);
+      if (!(state.*vector).empty() && draw.chance(0.3))
+        draw.corrupt((state.*vector).data() + row, 1);
     state.status[at(row)] = draw.chance(0.8) ? kRunning : int(draw.from(0, 4));
     state.steps[at(row)] = int(draw.from(0, 2));
   }
-  if (draw.chance(0.3)) draw.spoil(state.lam.data(), static_cast<int64_t>(state.lam.size()));
-  if (draw.chance(0.3)) draw.spoil(&state.damping, 1);
+  if (draw.chance(0.3)) draw.corrupt(state.lam.data(), static_cast<int64_t>(state.lam.size()));
+  if (draw.chance(0.3)) draw.corrupt(&state.damping, 1);
 }
 
-// What decides how a row moves, in long double.
+// The sums that decide the step of a row, in long double.
 template <typename T>
 struct Totals {
   long double pap = 0, size = 0, apap = 0;
-  bool finite = true;    // the operands
-  long double most = 0;  // of what is rounded to T
+  bool finite = true;    // all operands
+  long double most = 0;  // the largest magnitude that is rounded to T
 
   Totals(const CgState<T>& state, int64_t row) {
     for (int64_t i = 0; i < state.dim; ++i) {
@@ -62,7 +64,7 @@ struct Totals {
     }
   }
 
-  // For certain: in between, rounding decides.
+  // These are certain; in between, rounding decides.
   bool overflow() const { return !finite || apap > 2 * kMost<double>; }
   bool within_range() const {
     return finite && most < kMost<T> / 2 && size < kMost<double> / 2 && apap < kMost<double> / 2;
@@ -77,43 +79,44 @@ struct Totals {
 
 template <typename T>
 bool finite(const std::vector<T>& values) {
-  return nature_of(values.data(), static_cast<int64_t>(values.size())).finite;
+  return range_of(values.data(), static_cast<int64_t>(values.size())).finite;
 }
 
-// Of a state of one row, whatever its numbers.
+// Checks a state of one row with arbitrary values.
 template <typename T>
-void check_end(const CgState<T>& before, const CgState<T>& got) {
-  const std::int32_t end = got.status[0];
-  const bool moved = got.steps[0] == before.steps[0] + 1, preconditioned = before.preconditioned();
-  expect(moved || got.steps[0] == before.steps[0], "steps");
+void check_outcome(const CgState<T>& before, const CgState<T>& got) {
+  const std::int32_t status = got.status[0];
+  const bool stepped = got.steps[0] == before.steps[0] + 1,
+             preconditioned = before.preconditioned();
+  expect(stepped || got.steps[0] == before.steps[0], "steps");
   if (before.status[0] != kRunning) {
     CgState<T> still = before;
     still.curvature[0] = still.beta[0] = 0;
-    return expect(got.same(still), "a frozen row is not left alone");
+    return expect(got.same(still), "a frozen row has changed");
   }
   const Totals<T> totals(before, 0);
-  if (totals.overflow())
-    expect(end == kNonfinite, "totals that are not finite, and the row goes on");
+  if (totals.overflow()) expect(status == kNonfinite, "sums are not finite, and the row continues");
   if (totals.negative())
-    expect(end == kNegativeCurvature || (end == kNonfinite && before.steps[0] == 0),
-           "negative curvature is not seen");
-  expect(moved == (end == kRunning || end == kConverged), "steps");
-  if (end != kRunning) expect(same_bits(got.p, before.p), "p of a row that has ended");
-  if (end == kNonfinite) {
+    expect(status == kNegativeCurvature || (status == kNonfinite && before.steps[0] == 0),
+           "negative curvature is not detected");
+  expect(stepped == (status == kRunning || status == kConverged), "steps");
+  if (status != kRunning)
+    expect(same_bits(got.p, before.p), "p of a row that has ended has changed");
+  if (status == kNonfinite) {
     expect(same_bits(got.x, std::vector<T>(before.x.size())), "x of a row that is not finite");
     expect(std::isnan(got.rr[0]) && got.beta[0] == 0, "rr and beta of a row that is not finite");
     if (preconditioned) expect(std::isnan(got.rz[0]), "rz of a row that is not finite");
     return;
   }
-  if (finite(before.x)) expect(finite(got.x), "x is not finite, and the row does not say so");
-  if (end == kNegativeCurvature) {
-    expect(same_bits(got.r, before.r) && same_bits(got.rr, before.rr), "r is not left alone");
-    if (before.steps[0] > 0) expect(same_bits(got.x, before.x), "x is not left alone");
+  if (finite(before.x)) expect(finite(got.x), "x is not finite, and the status is not NONFINITE");
+  if (status == kNegativeCurvature) {
+    expect(same_bits(got.r, before.r) && same_bits(got.rr, before.rr), "r has changed");
+    if (before.steps[0] > 0) expect(same_bits(got.x, before.x), "x has changed");
     return expect(same_bits(got.rz, before.rz) && got.beta[0] == 0, "rz and beta");
   }
-  if (end != kRunning && end != kConverged) return expect(false, "a status that no row ends in");
+  if (status != kRunning && status != kConverged) return expect(false, "an impossible status");
   const double tol2 = before.tol2[0];
-  expect((got.rr[0] <= tol2) == (end == kConverged), "arrives by its tolerance");
+  expect((got.rr[0] <= tol2) == (status == kConverged), "convergence differs from r.r <= tol2");
   long double rr = 0, rz = 0, rz_size = 0;
   for (std::size_t i = 0; i < got.r.size(); ++i) {
     const long double r = got.r[i], z = preconditioned ? got.inverse[i] * got.r[i] : got.r[i];
@@ -122,15 +125,15 @@ void check_end(const CgState<T>& before, const CgState<T>& got) {
     rz_size += std::abs(r * z);
   }
   expect_close<float>(got.rr[0], rr, rr, "rr");
-  // Of a row that has arrived r.z may have overflowed.
+  // r.z of a converged row may have overflowed.
   if (preconditioned && rz_size < Totals<T>::template kMost<double> / 2)
     expect_close<float>(got.rz[0], rz, rz_size, "rz");
 }
 
 template <typename T>
-void check(const CgState<T>& before, const CgState<T>& got, bool spoilt) {
-  if (!spoilt) return check_cg(before, got);
-  for (int64_t row = 0; row < before.rows; ++row) check_end(only(before, row), only(got, row));
+void check(const CgState<T>& before, const CgState<T>& got, bool corrupted) {
+  if (!corrupted) return check_cg(before, got);
+  for (int64_t row = 0; row < before.rows; ++row) check_outcome(only(before, row), only(got, row));
 }
 
 }  // namespace
@@ -138,22 +141,23 @@ void check(const CgState<T>& before, const CgState<T>& got, bool spoilt) {
 template <typename T>
 void fuzz_cg_step(Draw& draw) {
   const bool emulated = kEmulates && draw.chance(0.15);
-  const bool spoilt = draw.chance(0.6), preconditioned = draw.chance(0.4);
-  const int64_t dim = std::max<int64_t>(spoilt ? 0 : 1, draw.dim());
+  const bool corrupted = draw.chance(0.6), preconditioned = draw.chance(0.4);
+  const int64_t dim = std::max<int64_t>(corrupted ? 0 : 1, draw.dim());
   const int64_t rows = draw.from(0, dim > 300 ? 3 : emulated ? 4 : 12);
   const bool diagonal = dim != 1 && draw.chance(0.5);
   std::vector<Kind> kinds(at(rows));
   for (Kind& kind : kinds) kind = static_cast<Kind>(draw.from(0, kKinds - 1));
   CgState<T> before(kinds, dim, diagonal, preconditioned && dim > 0, draw.seed());
-  if (spoilt) spoil(draw, before);
+  if (corrupted) corrupt(draw, before);
   const int64_t row = rows > 0 ? draw.from(0, rows - 1) : 0;
   const std::string name = name_of<T>("cg_step", rows, dim) + (diagonal ? " diagonal" : "") +
-                           (preconditioned ? " preconditioned" : "") + (spoilt ? " spoilt" : "");
+                           (preconditioned ? " preconditioned" : "") +
+                           (corrupted ? " corrupted" : "");
   ++tried[preconditioned ? "cg_step, preconditioned" : "cg_step"];
 
   context = name + " cpu";
   const CgState<T> serial = cpu_step(before, 1, cpu::Serial{}, draw.offset());
-  check(before, serial, spoilt);
+  check(before, serial, corrupted);
   on_threads(draw, [&](int threads, const Threads& pool) {
     return cpu_step(before, threads, pool, draw.offset()).same(serial);
   });
@@ -170,7 +174,7 @@ void fuzz_cg_step(Draw& draw) {
   context = name + " cuda, order " + std::to_string(static_cast<int>(shim::order)) + ", blocks " +
             std::to_string(form_on<T>(shim::device, rows, dim).blocks);
   const CgState<T> device = cuda_step(before, draw.offset());
-  check(before, device, spoilt);
+  check(before, device, corrupted);
   shim::order = draw.one_of(kOrders);
   expect(cuda_step(before).same(device), "the order of threads changes the bits: a race");
   if (rows > 0)

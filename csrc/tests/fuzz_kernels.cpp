@@ -1,13 +1,14 @@
-// Runs the kernels on inputs drawn at random, and checks what must hold of any of them:
-//   where the numbers are moderate, the formulas in float64, as the tests have them;
-//   the same bits for any number of threads, at any alignment, and for a row or task alone;
-//   so a row or task that is not finite leaves the others alone, and a frozen row is left alone;
-//   a row of cg_step that is not finite says so, and its x is 0;
-//   nothing is written but the outputs, and all of them are.
-// Sanitizers check the rest: -DIMAML_SANITIZE=address,undefined and =thread. The threads are
-// std::threads: torch's pool runs on libgomp, whose barriers ThreadSanitizer takes for races.
+// Runs the kernels on random inputs and checks, for every input:
+//   with moderate values, the formulas in float64, as in the tests;
+//   the same bits for any number of threads, any alignment, and for a row or task on its own, so
+//   that
+//     a row or task that is not finite does not affect the others;
+//   a frozen row does not change; a row of cg_step that is not finite is NONFINITE with x = 0;
+//   all outputs are written, and nothing else.
+// Run it also under sanitizers: -DIMAML_SANITIZE=address,undefined and =thread. The threads are
+// std::threads because ThreadSanitizer reports the barriers of libgomp, torch's pool, as races.
 //
-// Input k of a run comes from seed S + k alone, so that a failure is run again by what it prints.
+// Input k depends only on seed S + k, so the printed command reproduces a failure.
 #include <unistd.h>
 
 #include <chrono>
@@ -29,24 +30,24 @@ constexpr void (*kKernels[])(Draw&) = {
     fuzz_row_sums<float>, fuzz_row_sums<double>, fuzz_conv<float>,       fuzz_conv<double>,
     fuzz_patches<float>,  fuzz_patches<double>,  fuzz_batch_norm<float>, fuzz_batch_norm<double>};
 
-std::uint64_t running = 0;  // the input's seed
+std::uint64_t running = 0;  // the seed of the current input
 
-// Also from a signal's handler.
-void tell_seed() {
+// Also called by signal handlers.
+void print_seed() {
   char text[100];
   const int length =
-      std::snprintf(text, sizeof text, "\nagain: fuzz_kernels --seed %llu --count 1\n",
+      std::snprintf(text, sizeof text, "\nreproduce: fuzz_kernels --seed %llu --count 1\n",
                     static_cast<unsigned long long>(running));
   if (write(STDERR_FILENO, text, static_cast<std::size_t>(length)) < 0) return;
 }
 
-void tell_seed_at_death() {
+void print_seed_at_death() {
 #if defined(IMAML_SANITIZED)
-  __sanitizer_set_death_callback(tell_seed);
+  __sanitizer_set_death_callback(print_seed);
 #endif
   for (const int signal : {SIGABRT, SIGFPE, SIGILL, SIGSEGV, SIGBUS})
     std::signal(signal, [](int number) {
-      tell_seed();
+      print_seed();
       std::signal(number, SIG_DFL);
       std::raise(number);
     });
@@ -86,7 +87,7 @@ int fuzz(const Settings& settings) {
     Draw draw(running);
     draw.one_of(kKernels)(draw);
   }
-  if (failures > 0) tell_seed();
+  if (failures > 0) print_seed();
   for (const auto& [kernel, inputs] : tried)
     std::printf("%10lld  %s\n", static_cast<long long>(inputs), kernel.c_str());
   std::printf("%10llu  inputs from seed %llu on, %.0f s, %lld checks, %d failed\n",
@@ -99,7 +100,7 @@ int fuzz(const Settings& settings) {
 }  // namespace imaml
 
 #if defined(__SANITIZE_THREAD__)
-// Or a race would be told, and the next input tried. Hidden, it would not be found by the runtime.
+// Stop at the first race. The runtime finds this function only if it is visible.
 extern "C" __attribute__((visibility("default"))) const char* __tsan_default_options() {
   return "halt_on_error=1:exitcode=1";
 }
@@ -111,7 +112,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: fuzz_kernels --seed SEED [--count INPUTS] [--seconds SECONDS]\n");
     return 2;
   }
-  imaml::tell_seed_at_death();
+  imaml::print_seed_at_death();
   std::printf("instruction set: %s\n", imaml::cpu::instruction_set());
   return imaml::fuzz(settings);
 }

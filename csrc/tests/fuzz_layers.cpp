@@ -1,4 +1,4 @@
-// Convolutions and batch norms of any shape, on any numbers.
+// Convolutions, patches and batch norms of random shapes on arbitrary values.
 #include "conv_oracle.h"
 #include "fuzz.h"
 #include "norm_oracle.h"
@@ -27,7 +27,7 @@ ConvProblem<T> only(const ConvProblem<T>& problem, int64_t task) {
   ConvProblem<T> one = problem;
   one.shape.tasks = 1;
   one.x = part(problem.x, task, problem.images());
-  one.g = part(problem.g, task, problem.slopes());
+  one.g = part(problem.g, task, problem.outputs());
   one.bias = part(problem.bias, task, problem.shape.filters);
   const auto first = problem.w.begin() + task * problem.shape.task_stride;
   one.w.assign(first, first + problem.shape.weights());
@@ -60,17 +60,17 @@ NormResults<T> only(const NormProblem<T>& problem, const NormResults<T>& all, in
   return one;
 }
 
-// A channel among whose numbers the formulas are told to rounding: as if they had been normal.
+// Whether all values of a channel are as small as normal random numbers.
 template <typename T>
 bool is_moderate(const NormProblem<T>& problem, int64_t task, int64_t channel) {
-  const std::size_t own = problem.place(task, channel);
+  const std::size_t at_channel = problem.index(task, channel);
   bool moderate = true;
   const auto add = [&](T value) { moderate = moderate && std::abs(value) < T(6); };
   for (int64_t row = 0; row < problem.shape.rows; ++row)
     for (const auto* images : {&problem.x, &problem.g, &problem.a})
-      add((*images)[problem.place(task, row, channel)]);
+      add((*images)[problem.index(task, row, channel)]);
   for (const auto* channels : {&problem.gamma, &problem.beta, &problem.b, &problem.c})
-    add((*channels)[own]);
+    add((*channels)[at_channel]);
   return moderate;
 }
 
@@ -79,24 +79,24 @@ void check(const NormProblem<T>& problem, const NormResults<T>& got) {
   for (int64_t task = 0; task < problem.shape.tasks; ++task)
     for (int64_t channel = 0; channel < problem.shape.channels; ++channel) {
       if (is_moderate(problem, task, channel)) check_norm(problem, got, task, channel);
-      Nature x, g;
+      Range x, g;
       for (int64_t row = 0; row < problem.shape.rows; ++row) {
-        x &= problem.x[problem.place(task, row, channel)];
-        g &= problem.g[problem.place(task, row, channel)];
+        x &= problem.x[problem.index(task, row, channel)];
+        g &= problem.g[problem.index(task, row, channel)];
       }
       if (!x.finite)
         for (const auto* statistics : {&got.mean, &got.scale})
-          expect(!std::isfinite((*statistics)[problem.place(task, channel)]),
+          expect(!std::isfinite((*statistics)[problem.index(task, channel)]),
                  "x is not finite, its mean or scale is");
       for (int64_t row = 0; row < problem.shape.rows; ++row) {
-        const T y = got.y[problem.place(task, row, channel)];
-        const T positive = got.positive[problem.place(task, row, channel)];
+        const T y = got.y[problem.index(task, row, channel)];
+        const T positive = got.positive[problem.index(task, row, channel)];
         if (problem.relu)
           expect(std::isnan(y) ? std::isnan(positive) : positive == std::max(y, T(0)), "max(y, 0)");
         if (!x.finite)
-          expect(!std::isfinite(got.y[problem.place(task, row, channel)]), "x is not finite, y is");
+          expect(!std::isfinite(got.y[problem.index(task, row, channel)]), "x is not finite, y is");
         else if (!g.finite && !problem.relu)
-          expect(!std::isfinite(got.dx[problem.place(task, row, channel)]),
+          expect(!std::isfinite(got.dx[problem.index(task, row, channel)]),
                  "g is not finite, dx is");
       }
     }
@@ -113,18 +113,18 @@ void fuzz_patches(Draw& draw) {
   PatchProblem<T> problem(drawn_shape(draw), draw.seed());
   const ConvShape& s = problem.shape;
   context = "patches of " + describe(problem.shape, sizeof(T) == 4 ? "float" : "double");
-  const bool spoilt = draw.chance(0.5), emulated = kEmulates && draw.chance(0.3);
-  for (int64_t image = 0; spoilt && image < s.tasks * s.images; ++image) {
-    draw.spoil(problem.images.data() + image * s.image_size(), s.image_size());
-    draw.spoil(problem.rows.data() + image * s.patches_size(), s.patches_size());
+  const bool corrupted = draw.chance(0.5), emulated = kEmulates && draw.chance(0.3);
+  for (int64_t image = 0; corrupted && image < s.tasks * s.images; ++image) {
+    draw.corrupt(problem.images.data() + image * s.image_size(), s.image_size());
+    draw.corrupt(problem.rows.data() + image * s.patches_size(), s.patches_size());
   }
   ++tried["patches and their transpose"];
-  bool tame = true;  // but for what is not finite
+  bool moderate = true;  // apart from values that are not finite
   for (const T value : problem.rows)
-    tame = tame && (!std::isfinite(value) || std::abs(double(value)) <= kTame<T>);
+    moderate = moderate && (!std::isfinite(value) || std::abs(double(value)) <= kModerate<T>);
 
   const PatchResults<T> serial = run_patches(problem, cpu::Serial{}, draw.offset());
-  if (tame) check_patches(problem, serial);
+  if (moderate) check_patches(problem, serial);
   on_threads(draw, [&](int, const Threads& pool) {
     return run_patches(problem, pool, draw.offset()).same(serial);
   });
@@ -132,8 +132,8 @@ void fuzz_patches(Draw& draw) {
   ++tried["patches and their transpose, emulated CUDA"];
   shim::order = draw.one_of(kOrders);
   const PatchResults<T> device = run_patches_on_cuda(problem, draw.offset());
-  expect(same_bits(device.rows, serial.rows), "emulated CUDA has other patches");
-  if (tame) check_patches(problem, device);
+  expect(same_bits(device.rows, serial.rows), "patches differ on emulated CUDA");
+  if (moderate) check_patches(problem, device);
 }
 
 template <typename T>
@@ -142,32 +142,32 @@ void fuzz_conv(Draw& draw) {
   const bool biased = draw.chance(0.5);
   ConvProblem<T> problem(s, /*gap=*/draw.chance(0.5) ? draw.from(0, 40) : 0, draw.seed());
   context = describe(s, sizeof(T) == 4 ? "float" : "double");
-  const bool spoilt = draw.chance(0.5);
-  for (int64_t task = 0; spoilt && task < s.tasks; ++task) {
-    draw.spoil(problem.x.data() + task * problem.images(), problem.images());
-    draw.spoil(problem.g.data() + task * problem.slopes(), problem.slopes());
-    draw.spoil(problem.w.data() + task * problem.shape.task_stride, s.weights());
-    draw.spoil(problem.bias.data() + task * s.filters, s.filters);
+  const bool corrupted = draw.chance(0.5);
+  for (int64_t task = 0; corrupted && task < s.tasks; ++task) {
+    draw.corrupt(problem.x.data() + task * problem.images(), problem.images());
+    draw.corrupt(problem.g.data() + task * problem.outputs(), problem.outputs());
+    draw.corrupt(problem.w.data() + task * problem.shape.task_stride, s.weights());
+    draw.corrupt(problem.bias.data() + task * s.filters, s.filters);
   }
   ++tried[biased ? "conv with bias, and both gradients" : "conv, and both gradients"];
 
   const ConvResults<T> serial = run_conv(problem, biased, 1, cpu::Serial{}, draw.offset());
   for (int64_t task = 0; task < s.tasks; ++task) {
     const ConvProblem<T> own = only(problem, task);
-    Nature nature;
-    bool moderate = true;  // but for what is not finite
+    Range range;
+    bool moderate = true;  // apart from values that are not finite
     for (const auto* values : {&own.x, &own.w, &own.bias, &own.g})
       for (const T value : *values) {
-        nature &= value;
-        moderate = moderate && (!std::isfinite(value) || std::abs(double(value)) <= kTame<T>);
+        range &= value;
+        moderate = moderate && (!std::isfinite(value) || std::abs(double(value)) <= kModerate<T>);
       }
-    if (moderate) check_conv(problem, biased, serial, task, nature.finite);
+    if (moderate) check_conv(problem, biased, serial, task, range.finite);
   }
   on_threads(draw, [&](int threads, const Threads& pool) {
     return run_conv(problem, biased, threads, pool, draw.offset()).same(serial);
   });
   const int64_t task = draw.from(0, s.tasks - 1);
-  const ConvResults<T> want{part(serial.y, task, problem.slopes()),
+  const ConvResults<T> want{part(serial.y, task, problem.outputs()),
                             part(serial.dx, task, problem.images()),
                             part(serial.dw, task, s.weights())};
   expect(run_conv(only(problem, task), biased).same(want), "a task changes another's bits");
@@ -180,12 +180,12 @@ void fuzz_batch_norm(Draw& draw) {
                     .channels = draw.from(1, 40)};
   NormProblem<T> problem(s, /*relu=*/draw.chance(0.5), draw.seed());
   problem.gap = draw.chance(0.5) ? draw.from(0, 40) : 0;
-  const bool spoilt = draw.chance(0.5);
-  for (int64_t task = 0; spoilt && task < s.tasks; ++task) {
+  const bool corrupted = draw.chance(0.5);
+  for (int64_t task = 0; corrupted && task < s.tasks; ++task) {
     for (auto* images : {&problem.x, &problem.g, &problem.a})
-      draw.spoil(images->data() + problem.place(task, 0, 0), s.rows * s.channels);
+      draw.corrupt(images->data() + problem.index(task, 0, 0), s.rows * s.channels);
     for (auto* channels : {&problem.gamma, &problem.beta, &problem.b, &problem.c})
-      draw.spoil(channels->data() + problem.place(task, 0), s.channels);
+      draw.corrupt(channels->data() + problem.index(task, 0), s.channels);
   }
   context = std::string(sizeof(T) == 4 ? "norm<float> " : "norm<double> ") +
             std::to_string(s.tasks) + " " + std::to_string(s.rows) + " " +

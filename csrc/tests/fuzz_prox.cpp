@@ -1,4 +1,4 @@
-// The proximal steps and the row sums on any numbers.
+// The proximal steps and the row sums on arbitrary values.
 #include "fuzz.h"
 #include "prox_oracle.h"
 
@@ -32,38 +32,39 @@ Problem<T> drawn_problem(Draw& draw, bool emulated) {
   if (draw.chance(0.2)) problem.status.clear();
   if (draw.chance(0.5)) return problem;
   for (int64_t row = 0; row < rows; ++row)
-    for (auto* values : {&problem.phi, &problem.grad}) draw.spoil(values->data() + row * dim, dim);
+    for (auto* values : {&problem.phi, &problem.grad})
+      draw.corrupt(values->data() + row * dim, dim);
   for (auto* values : {&problem.theta, &problem.lam})
-    if (draw.chance(0.2)) draw.spoil(values->data(), static_cast<int64_t>(values->size()));
+    if (draw.chance(0.2)) draw.corrupt(values->data(), static_cast<int64_t>(values->size()));
   return problem;
 }
 
-// Of the operands that element j's gradient is made of.
+// The range of the operands of element j's gradient.
 template <typename T>
-Nature nature_at(const Problem<T>& problem, int64_t j) {
-  Nature nature;
-  nature &= problem.phi[at(j)];
-  nature &= problem.grad[at(j)];
-  nature &= problem.theta[at(j % problem.dim)];
-  return nature &= problem.lam[problem.lam.size() == 1 ? 0 : at(j % problem.dim)];
+Range range_at(const Problem<T>& problem, int64_t j) {
+  Range range;
+  range &= problem.phi[at(j)];
+  range &= problem.grad[at(j)];
+  range &= problem.theta[at(j % problem.dim)];
+  return range &= problem.lam[problem.lam.size() == 1 ? 0 : at(j % problem.dim)];
 }
 
 template <typename T>
-void check_moves(const Problem<T>& problem, Rule rule, const State<T>& before,
+void check_updates(const Problem<T>& problem, Rule rule, const State<T>& before,
                  const State<T>& got) {
   for (int64_t row = 0; row < problem.rows; ++row)
-    if (problem.dim > 0 && !problem.moves(row * problem.dim))
-      expect(only(problem, got, row).same(only(problem, before, row)), "a frozen row has moved");
+    if (problem.dim > 0 && !problem.is_updated(row * problem.dim))
+      expect(only(problem, got, row).same(only(problem, before, row)), "a frozen row has changed");
   for (int64_t j = 0; j < problem.rows * problem.dim; ++j) {
-    if (!problem.moves(j)) continue;
-    const Nature gradient = nature_at(problem, j);
-    Nature buffers;
+    if (!problem.is_updated(j)) continue;
+    const Range gradient = range_at(problem, j);
+    Range buffers;
     if (rule != kPlain) buffers &= before.first[at(j)];
     if (rule == kAdam) buffers &= before.second[at(j)];
-    if (gradient.tame && buffers.tame)
-      check_move(problem, rule, before, got, j, "moves");
+    if (gradient.moderate && buffers.moderate)
+      check_move(problem, rule, before, got, j, "step");
     else if (!gradient.finite)
-      expect(!std::isfinite(got.phi[at(j)]), "a gradient that is not finite has gone");
+      expect(!std::isfinite(got.phi[at(j)]), "a gradient is not finite, its result is");
   }
 }
 
@@ -80,8 +81,8 @@ void fuzz_prox_step(Draw& draw) {
   const int64_t rows = problem.rows, dim = problem.dim;
   State<T> before(problem, draw.seed());
   for (int64_t row = 0; row < rows && draw.chance(0.7); ++row) {
-    draw.spoil(before.first.data() + row * dim, dim);
-    draw.spoil(before.second.data() + row * dim, dim);
+    draw.corrupt(before.first.data() + row * dim, dim);
+    draw.corrupt(before.second.data() + row * dim, dim);
   }
   for (T& value : before.second) value = std::abs(value);
   const int64_t row = rows > 0 ? draw.from(0, rows - 1) : 0;
@@ -91,7 +92,7 @@ void fuzz_prox_step(Draw& draw) {
 
   context = name_of<T>(kNames[rule], rows, dim) + " cpu";
   const State<T> serial = cpu_prox_step(problem, rule, before, 1, cpu::Serial{}, draw.offset());
-  check_moves(problem, rule, before, serial);
+  check_updates(problem, rule, before, serial);
   on_threads(draw, [&](int threads, const Threads& pool) {
     return cpu_prox_step(problem, rule, before, threads, pool, draw.offset()).same(serial);
   });
@@ -104,7 +105,7 @@ void fuzz_prox_step(Draw& draw) {
   ++tried[std::string(kNames[rule]) + ", emulated CUDA"];
   context = name_of<T>(kNames[rule], rows, dim) + " cuda";
   shim::order = draw.chance(0.5) ? shim::Order::kForwards : shim::Order::kShuffled;
-  check_moves(problem, rule, before, cuda_prox_step(problem, rule, before, draw.offset()));
+  check_updates(problem, rule, before, cuda_prox_step(problem, rule, before, draw.offset()));
 }
 
 template <typename T>
@@ -114,15 +115,15 @@ void fuzz_row_sums(Draw& draw) {
   const int64_t rows = problem.rows, dim = problem.dim;
   const auto check = [&](const RowSums& got) {
     for (int64_t row = 0; row < rows; ++row) {
-      Nature all;
+      Range all;
       for (int64_t j = row * dim; j < (row + 1) * dim; ++j) {
-        const Nature one = nature_at(problem, j);
+        const Range one = range_at(problem, j);
         all.finite = all.finite && one.finite;
-        all.tame = all.tame && one.tame;
+        all.moderate = all.moderate && one.moderate;
       }
-      if (all.tame) check_sums(problem, row, got);
+      if (all.moderate) check_sums(problem, row, got);
       if (!all.finite)
-        expect(!std::isfinite(got.norms[at(2 * row)]), "a gradient that is not finite has gone");
+        expect(!std::isfinite(got.norms[at(2 * row)]), "a gradient is not finite, its result is");
     }
   };
   const int64_t row = rows > 0 ? draw.from(0, rows - 1) : 0;

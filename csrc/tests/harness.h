@@ -1,4 +1,4 @@
-// What the tests of the kernels share: checks, their sizes, random numbers, threads.
+// Shared by the tests of the kernels: checks, sizes, random numbers, threads.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -30,7 +30,7 @@ inline void expect(bool ok, const char* what) {
 template <typename T>
 constexpr double kTolerance = sizeof(T) == 4 ? 2e-6 : 1e-14;
 
-// |got - want| against the size of what was added up to `want`
+// Checks |got - want| relative to `scale`, the sum of the magnitudes of the terms of `want`.
 template <typename T>
 void expect_close(long double got, long double want, long double scale, const char* what) {
   if (std::isnan(want)) return expect(std::isnan(got), what);
@@ -59,7 +59,7 @@ std::vector<T> normal(int64_t count, std::uint64_t seed) {
   return values;
 }
 
-// A NaN has any bits: which of two operands hands on its own is up to the compiler.
+// All NaNs are equal: the compiler chooses which operand's NaN propagates.
 template <typename T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const T& one, const T& other) {
@@ -69,19 +69,19 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 
 inline std::size_t at(int64_t i) { return static_cast<std::size_t>(i); }
 
-// As in "cg_step<float>[8, 17] diagonal"
+// As in "cg_step<float>[8, 17]".
 template <typename T>
 std::string name_of(const char* kernel, int64_t rows, int64_t dim) {
   return std::string(kernel) + (sizeof(T) == 4 ? "<float>[" : "<double>[") + std::to_string(rows) +
          ", " + std::to_string(dim) + "]";
 }
 
-// Around every boundary: lanes (16), threads (256), a block's share (2048), a row in registers
-// (4096), a CPU chunk (4096).
+// Around every boundary: lanes (16), threads (256), a block's elements (2048), a share of a row and
+// a CPU chunk (4096).
 constexpr int64_t kDims[] = {0,   1,   2,    15,   16,   17,   31,   33,  255,
                              256, 257, 2047, 2049, 4095, 4096, 4097, 8193};
 
-// More than kMaxBlocksPerRow blocks' worth of elements in a row: the stride loop wraps.
+// More elements than kMaxBlocksPerRow blocks take at once, so that the stride loop iterates.
 constexpr int64_t kManyBlocks = 2048 * 512 + 3;
 
 void test_cg_step();

@@ -1,5 +1,5 @@
-// patches and their transpose against what they are for: the products that a convolution of one
-// filter is a sum of.
+// patches and their transpose, compared with the products that a convolution with one filter sums
+// up.
 #pragma once
 #include "conv_oracle.h"
 #include "cpu/patches.h"
@@ -27,7 +27,7 @@ struct PatchResults {
   }
 };
 
-// Calls run(images, rows out) and transpose(rows, images out), whose results begin as NaN.
+// Calls run(images, rows out) and transpose(rows, images out), on results initialised to NaN.
 template <typename T, typename Run, typename Transpose>
 PatchResults<T> run_patches_by(const PatchProblem<T>& problem, std::size_t offset, const Run& run,
                                const Transpose& transpose) {
@@ -36,7 +36,7 @@ PatchResults<T> run_patches_by(const PatchProblem<T>& problem, std::size_t offse
   Operands operands(offset);
   run(operands.in(problem.images), operands.out(got.rows));
   transpose(operands.in(problem.rows), operands.out(got.images));
-  operands.give_back();
+  operands.copy_back();
   return got;
 }
 
@@ -68,7 +68,7 @@ void check_patches(const PatchProblem<T>& problem, const PatchResults<T>& got) {
       rows[in_rows] = problem.images[at(in_image)];
       images.add(in_image, double(problem.rows[in_rows]));
     });
-  expect(same_bits(got.rows, rows), "patches are not what the window sees");
+  expect(same_bits(got.rows, rows), "patches are not the windows of the image");
   expect_sums(got.images, images, /*finite=*/true, "the transpose of patches");
 }
 

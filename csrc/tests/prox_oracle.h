@@ -1,4 +1,4 @@
-// Proximal problems to step on and to sum over, and what the kernels make of them, in float64.
+// Proximal problems, and the results of the steps and row sums on them, in float64.
 #pragma once
 #include "cuda/prox_step.cuh"
 #include "cuda/row_sums.cuh"
@@ -12,7 +12,7 @@ template <typename T>
 struct Problem {
   int64_t rows, dim;
   std::vector<T> phi, grad, theta, lam;
-  std::vector<std::int32_t> status;  // empty: every row moves
+  std::vector<std::int32_t> status;  // empty: every row is updated
   T lr = T(0.1), momentum = T(0.9);
   AdamSettings adam{/*lr=*/0.05, /*beta1=*/0.9, /*beta2=*/0.99, /*eps=*/0.1, /*step=*/3};
 
@@ -25,13 +25,13 @@ struct Problem {
     for (int64_t row = 1; row < rows; row += 3) status[at(row)] = kConverged;
   }
 
-  // The gradient at element j, the weight of its penalty, and whether its row moves.
+  // For element j: its lam, phi - theta, its gradient, and whether its row is updated.
   double lam_at(int64_t j) const { return double(lam[lam.size() == 1 ? 0 : at(j % dim)]); }
-  double away(int64_t j) const { return double(phi[at(j)]) - double(theta[at(j % dim)]); }
-  double gradient(int64_t j) const { return double(grad[at(j)]) + lam_at(j) * away(j); }
-  bool moves(int64_t j) const { return status.empty() || status[at(j / dim)] == kRunning; }
+  double displacement(int64_t j) const { return double(phi[at(j)]) - double(theta[at(j % dim)]); }
+  double gradient(int64_t j) const { return double(grad[at(j)]) + lam_at(j) * displacement(j); }
+  bool is_updated(int64_t j) const { return status.empty() || status[at(j / dim)] == kRunning; }
 
-  // What was added up to the gradient.
+  // The sum of the magnitudes of the gradient's terms.
   double size(int64_t j) const {
     return std::abs(double(grad[at(j)])) +
            std::abs(lam_at(j)) *
@@ -52,7 +52,7 @@ struct Problem {
   }
 };
 
-// What a step writes: phi, and the buffers of its rule, of which Adam has two.
+// What a step writes: phi, and the buffers of its rule (Adam has two).
 template <typename T>
 struct State {
   std::vector<T> phi, first, second;
@@ -68,10 +68,10 @@ struct State {
   }
 };
 
-// step(args, rule) on copies of the operands. Returns what the step made of `state`.
+// Runs step(args, rule) on copies of the operands and returns the new state.
 template <typename T, typename Step>
-State<T> stepped(const Problem<T>& problem, Rule rule, State<T> state, std::size_t offset,
-                 const Step& step) {
+State<T> run_step(const Problem<T>& problem, Rule rule, State<T> state, std::size_t offset,
+                  const Step& step) {
   Operands operands(offset);
   const ProxArgs<T> args = problem.args(operands.out(state.phi), operands);
   if (rule == kAdam)
@@ -79,14 +79,14 @@ State<T> stepped(const Problem<T>& problem, Rule rule, State<T> state, std::size
   else
     step(args, Descent<T>{rule == kPlain ? nullptr : operands.out(state.first), problem.lr,
                           problem.momentum, rule == kNesterov});
-  operands.give_back();
+  operands.copy_back();
   return state;
 }
 
 template <typename T, typename ParallelFor = cpu::Serial>
 State<T> cpu_prox_step(const Problem<T>& problem, Rule rule, const State<T>& state, int threads = 1,
                        const ParallelFor& parallel_for = {}, std::size_t offset = 0) {
-  return stepped(problem, rule, state, offset, [&](const ProxArgs<T>& args, const auto& how) {
+  return run_step(problem, rule, state, offset, [&](const ProxArgs<T>& args, const auto& how) {
     cpu::prox_step(args, how, threads, parallel_for);
   });
 }
@@ -94,18 +94,18 @@ State<T> cpu_prox_step(const Problem<T>& problem, Rule rule, const State<T>& sta
 template <typename T>
 State<T> cuda_prox_step(const Problem<T>& problem, Rule rule, const State<T>& state,
                         std::size_t offset = 0) {
-  return stepped(problem, rule, state, offset, [&](const ProxArgs<T>& args, const auto& how) {
+  return run_step(problem, rule, state, offset, [&](const ProxArgs<T>& args, const auto& how) {
     cuda::prox_step(args, how, nullptr);
   });
 }
 
-// How far phi moves against its gradient, and the new entries of the buffers.
+// The decrease of phi, and the new entries of the buffers.
 struct Move {
   double length, first, second;
 };
 
 template <typename T>
-Move wanted_move(const Problem<T>& problem, Rule rule, double g, double first, double second) {
+Move expected_move(const Problem<T>& problem, Rule rule, double g, double first, double second) {
   const double lr = double(problem.lr), mu = double(problem.momentum);
   if (rule == kPlain) return {lr * g, first, second};
   if (rule != kAdam) {
@@ -120,15 +120,15 @@ Move wanted_move(const Problem<T>& problem, Rule rule, double g, double first, d
   return {s.lr * mean / (std::sqrt(square) + s.eps), first, second};
 }
 
-// Element j of a step from `before` to `got`.
+// Checks element j of a step from `before` to `got`.
 template <typename T>
 void check_move(const Problem<T>& problem, Rule rule, const State<T>& before, const State<T>& got,
                 int64_t j, const char* what) {
   const double phi = double(before.phi[at(j)]), size = problem.size(j);
   Move move{0, double(before.first[at(j)]), double(before.second[at(j)])};
   const double others = 16 + size + (rule == kPlain ? 0 : std::abs(move.first));
-  if (problem.moves(j))
-    move = wanted_move(problem, rule, problem.gradient(j), move.first, move.second);
+  if (problem.is_updated(j))
+    move = expected_move(problem, rule, problem.gradient(j), move.first, move.second);
   expect_close<T>(double(got.phi[at(j)]), phi - move.length, std::abs(phi) + others, what);
   expect_close<T>(double(got.first[at(j)]), move.first, others, what);
   expect_close<T>(double(got.second[at(j)]), move.second, 16 + move.second + size * size, what);
@@ -141,7 +141,7 @@ void check_step(const Problem<T>& problem, Rule rule, const State<T>& before, co
     check_move(problem, rule, before, got, j, what);
 }
 
-// The gradients' squared norms and the penalties, and phi . grad.
+// The results of prox_norms and row_dot(phi, grad).
 struct RowSums {
   std::vector<double> norms, dots;  // [rows, 2], [rows]
   explicit RowSums(int64_t rows) : norms(at(2 * rows), -1), dots(at(rows), -1) {}
@@ -157,7 +157,7 @@ RowSums cpu_sums(const Problem<T>& problem, int threads = 1, const ParallelFor& 
   cpu::prox_norms(args, operands.out(sums.norms), threads, parallel_for);
   cpu::row_dot<T>(args.phi, args.grad, operands.out(sums.dots), problem.rows, problem.dim, threads,
                   parallel_for);
-  operands.give_back();
+  operands.copy_back();
   return sums;
 }
 
@@ -172,7 +172,7 @@ RowSums cuda_sums(const Problem<T>& problem, std::size_t offset = 0) {
   cuda::prox_norms(args, operands.out(sums.norms), operands.out(two), nullptr);
   cuda::row_dot<T>(args.phi, args.grad, operands.out(sums.dots), operands.out(one), rows, dim,
                    nullptr);
-  operands.give_back();
+  operands.copy_back();
   return sums;
 }
 
@@ -180,12 +180,12 @@ template <typename T>
 void check_sums(const Problem<T>& problem, int64_t row, const RowSums& got) {
   long double norm2 = 0, norm2_size = 0, penalty = 0, penalty_size = 0, dot = 0, dot_size = 0;
   for (int64_t j = row * problem.dim; j < (row + 1) * problem.dim; ++j) {
-    const long double g = problem.gradient(j), away = problem.away(j), size = problem.size(j);
+    const long double g = problem.gradient(j), d = problem.displacement(j), size = problem.size(j);
     const long double product = static_cast<long double>(problem.phi[at(j)]) * problem.grad[at(j)];
     norm2 += g * g;
     norm2_size += size * size;
-    penalty += problem.lam_at(j) * away * away;
-    penalty_size += std::abs(problem.lam_at(j) * away * away);
+    penalty += problem.lam_at(j) * d * d;
+    penalty_size += std::abs(problem.lam_at(j) * d * d);
     dot += product;
     dot_size += std::abs(product);
   }

@@ -1,4 +1,4 @@
-// cg_step: every way an iteration can end, and whole solves.
+// cg_step: every outcome of an iteration, and complete solves.
 #include <map>
 
 #include "cg_oracle.h"
@@ -6,7 +6,7 @@
 namespace imaml {
 namespace {
 
-// On the device that shim::device describes. In every order that threads can run in, or in three.
+// On the device that shim::device describes, in all orders of the threads or in three.
 template <typename T>
 CgState<T> test_on_device(const CgState<T>& before, bool in_every_order) {
   const std::string outer = context;
@@ -47,15 +47,15 @@ void test_cg(int64_t rows, int64_t dim, bool diagonal, bool preconditioned) {
     identity.inverse.assign(before.x.size(), T(1));
     identity.rz = identity.rr;
     serial.rz = serial.rr;
-    expect(cpu_step(identity).same(serial), "M = I has other bits than none, cpu");
+    expect(cpu_step(identity).same(serial), "M = I differs from no preconditioner, cpu");
   }
-  std::map<int, CgState<T>> tested;  // by the number of blocks
+  std::map<int, CgState<T>> tested;  // by number of blocks
   for (const shim::Device& device : kDevices) {
-    // A short row is a matter of one block, but on the device that has none.
+    // Short rows take one block, except on the device on which no row fits.
     const int blocks = form_on<T>(device, rows, dim).blocks;
     if (tested.count(blocks) > 0 || (blocks == 0 && dim < 4095)) continue;
     context = name + " cuda, blocks " + std::to_string(blocks);
-    // Few rows are enough to try all orders on where they are long.
+    // All orders for long rows would take too long, except for a single row.
     CgState<T> state = test_on_device(before, /*in_every_order=*/dim <= 4096 || rows == 1);
     tested.emplace(blocks, state);
     for (const auto& [others, other] : tested)
@@ -63,12 +63,12 @@ void test_cg(int64_t rows, int64_t dim, bool diagonal, bool preconditioned) {
         expect(state.same(other), "the number of blocks changes the bits");
     if (preconditioned) continue;
     state.rz = state.rr;
-    expect(cuda_step(identity).same(state), "M = I has other bits than none, cuda");
+    expect(cuda_step(identity).same(state), "M = I differs from no preconditioner, cuda");
   }
 }
 
-// How a row is worked on: in as many blocks as its length is worth, fewer where that many do not
-// run at a time, and in three launches where the device cannot hold it.
+// A row is divided among as many blocks as its length justifies, among fewer if those cannot run at
+// the same time, and takes three launches if the device cannot hold it.
 void test_forms() {
   const auto expect_blocks = [](int64_t rows, int64_t dim, std::array<int, 5> floats,
                                 std::array<int, 5> doubles) {
@@ -85,7 +85,7 @@ void test_forms() {
   expect_blocks(1, 8193, {4, 4, 4, 1, 0}, {4, 4, 4, 1, 0});
   expect_blocks(1, 16385, {8, 8, 8, 0, 0}, {8, 8, 8, 0, 0});
   expect_blocks(1, 32769, {16, 16, 8, 0, 0}, {16, 16, 8, 0, 0});
-  // Blocks of one share run in one wave, in two, ...; those of two or four shares in fewer.
+  // Blocks of one share need one wave, two, ...; blocks of two or four shares need fewer.
   expect_blocks(16, 113221, {16, 4, 8, 0, 0}, {16, 8, 8, 0, 0});
   expect_blocks(17, 113221, {8, 4, 8, 0, 0}, {8, 8, 8, 0, 0});
   expect_blocks(33, 113221, {16, 4, 4, 0, 0}, {16, 8, 8, 0, 0});
@@ -96,7 +96,7 @@ void test_forms() {
   expect(cuda::fits_grid(2147483647) && !cuda::fits_grid(2147483648), "of 2^31 blocks");
 }
 
-// Enough rows that a sum in another order is rounded to another number in some of them.
+// With enough rows that a different order of summation would change the rounding of some.
 template <typename T>
 void test_the_number_of_blocks_changes_no_bit() {
   for (const bool preconditioned : {false, true}) {
@@ -108,7 +108,7 @@ void test_the_number_of_blocks_changes_no_bit() {
       device.shared_bytes[k] = kHopper;
       const int blocks = form_on<T>(device, before.rows, before.dim).blocks;
       context = "cg_step in blocks " + std::to_string(blocks);
-      expect(blocks == 1 << k, "a form");
+      expect(blocks == 1 << k, "blocks");
       shim::order = shim::Order::kForwards;
       states.push_back(cuda_step(before));
       expect(states.back().same(states.front()), "the number of blocks changes the bits");
@@ -116,7 +116,7 @@ void test_the_number_of_blocks_changes_no_bit() {
   }
 }
 
-// A row arrives by r.r, whatever r.z is; it goes on only while r.z is positive and finite.
+// A row converges by r.r, for any r.z; otherwise it continues only if r.z is positive and finite.
 void test_direction() {
   context = "cg_direction";
   const auto status = [](double rr, double rz) {
@@ -125,12 +125,12 @@ void test_direction() {
   expect(status(1, 100) == kConverged, "r.r is within the tolerance, r.z is not");
   expect(status(3, 0.01) == kRunning, "r.z is within the tolerance, r.r is not");
   for (const double rz : {0.0, -1.0, double{INFINITY}, double{NAN}}) {
-    expect(status(3, rz) == kNonfinite, "an r.z that allows no step");
-    expect(status(1, rz) == kConverged, "an r.z that is not needed");
+    expect(status(3, rz) == kNonfinite, "r.z allows no further step");
+    expect(status(1, rz) == kConverged, "r.z is not needed");
   }
 }
 
-// Whole solves, plain and with the system's diagonal for a preconditioner.
+// Complete solves, without and with the Jacobi preconditioner.
 template <typename T>
 void test_solve(int64_t dim, bool jacobi) {
   context = "cg solve, dim " + std::to_string(dim) + (jacobi ? " jacobi" : "");
@@ -164,7 +164,7 @@ void test_solve(int64_t dim, bool jacobi) {
   }
   for (int64_t row = 0; row < rows; ++row) {
     expect(s.status[at(row)] == kConverged, "five distinct eigenvalues, not converged");
-    if (jacobi) expect(s.steps[at(row)] == 1, "M = A, and more than one step");
+    if (jacobi) expect(s.steps[at(row)] == 1, "M = A needs more than one step");
   }
   for (int64_t i = 0; i < rows * dim; ++i) {
     const double want = double(b[at(i)]) / (1 + eigenvalues[at(i % dim)]);
@@ -172,7 +172,7 @@ void test_solve(int64_t dim, bool jacobi) {
   }
 }
 
-// In 16 blocks, or in 8 whose shares are more than a thread loads together.
+// 16 blocks, or 8 with shares larger than a thread loads at once.
 constexpr int64_t kLargestCluster = 8 * 4096 + 1;
 
 template <typename T>
@@ -185,7 +185,7 @@ void test_type() {
     }
   for (bool preconditioned : {false, true})
     test_cg<T>(1, kLargestCluster, !preconditioned, preconditioned);
-  test_cg<T>(1, kManyBlocks, true, /*preconditioned=*/sizeof(T) == 8);  // the dearest by far
+  test_cg<T>(1, kManyBlocks, true, /*preconditioned=*/sizeof(T) == 8);  // the slowest case
   test_the_number_of_blocks_changes_no_bit<T>();
   shim::device = kDevices[0];
   for (int64_t dim : {5, 100, 5000})

@@ -1,23 +1,20 @@
-// The CPU kernels and the emulated CUDA kernels against a float64 oracle, at sizes that straddle
-// every boundary.
-//
-// Also: the same bits whatever the number of threads, and whatever order the emulated threads run
-// in. Buffers have exactly the size that a kernel may touch, so that AddressSanitizer sees the
-// rest.
+// The CPU kernels and the emulated CUDA kernels, compared with a float64 oracle at sizes around
+// every boundary; the bits must not depend on the number of threads nor on the order of the
+// emulated threads.
 #include "cuda/cluster.cuh"
 #include "harness.h"
 
 namespace imaml {
 namespace {
 
-// The emulation can tell a race: this kernel lacks the barrier between write and read.
+// A race that the emulation must detect: no barrier between write and read.
 __global__ void racy_kernel(double* out) {
   __shared__ double cell[256];
   cell[threadIdx.x] = threadIdx.x;
   out[threadIdx.x] = cell[(threadIdx.x + 1) % 256];
 }
 
-// The same for a write after read: a warp may be a round ahead of one that has yet to read.
+// A write after read: a warp may be one round ahead of another that has not read yet.
 __global__ void reusing_kernel(double* out) {
   __shared__ double cell[8];
   double total = 0;
@@ -30,44 +27,44 @@ __global__ void reusing_kernel(double* out) {
   out[threadIdx.x] = total;
 }
 
-// And between the blocks of a cluster: each writes to the next and does not wait for its own.
+// Between the blocks of a cluster: each writes to the next and does not wait for its own value.
 __global__ void racy_cluster_kernel(double* out) {
   cuda::cluster_arrive();
-  cuda::cluster_wait();  // every block has begun
+  cuda::cluster_wait();  // every block has started
   const unsigned rank = blockIdx.x % 4;
   if (threadIdx.x == 0) cuda::in_block(cuda::dynamic_shared(), (rank + 1) % 4)[0] = rank;
   __syncthreads();
   out[blockIdx.x * 256 + threadIdx.x] = cuda::dynamic_shared()[0];
   cuda::cluster_arrive();
-  cuda::cluster_wait();  // none ends before all have written
+  cuda::cluster_wait();  // no block exits before all have written
 }
 
-void test_the_emulation_sees_a_missing_barrier() {
+void test_the_emulation_detects_a_missing_barrier() {
   context = "cuda_shim";
   std::vector<double> forwards(256), backwards(256);
   shim::order = shim::Order::kForwards;
   cuda::launch(racy_kernel, 1, nullptr, forwards.data());
   shim::order = shim::Order::kBackwards;
   cuda::launch(racy_kernel, 1, nullptr, backwards.data());
-  expect(!same_bits(forwards, backwards), "a kernel without its barrier gives one result");
+  expect(!same_bits(forwards, backwards), "a missing barrier is not detected");
   shim::order = shim::Order::kForwards;
   cuda::launch(reusing_kernel, 1, nullptr, forwards.data());
   shim::order = shim::Order::kWarpByWarp;
   cuda::launch(reusing_kernel, 1, nullptr, backwards.data());
-  expect(!same_bits(forwards, backwards), "a write after read without a barrier gives one result");
-  // The first warp, which alone is looked at, is right where it goes first.
+  expect(!same_bits(forwards, backwards), "a write after read is not detected");
+  // The first warp is correct if it runs first.
   shim::order = shim::Order::kWarpByWarp;
   cuda::launch(reusing_kernel, 1, nullptr, forwards.data());
   shim::order = shim::Order::kLastWarpFirst;
   cuda::launch(reusing_kernel, 1, nullptr, backwards.data());
-  expect(forwards[0] != backwards[0], "the first warp is ahead of the last in every order");
+  expect(forwards[0] != backwards[0], "the last warp never runs first");
   forwards.resize(2 * 4 * 256);
   backwards.resize(2 * 4 * 256);
   shim::order = shim::Order::kForwards;
   cuda::launch_clusters(racy_cluster_kernel, 2, 4, sizeof(double), nullptr, forwards.data());
   shim::order = shim::Order::kBackwards;
   cuda::launch_clusters(racy_cluster_kernel, 2, 4, sizeof(double), nullptr, backwards.data());
-  expect(!same_bits(forwards, backwards), "a cluster without its barrier gives one result");
+  expect(!same_bits(forwards, backwards), "a missing cluster barrier is not detected");
 }
 
 constexpr int kShares = 8;
@@ -76,8 +73,8 @@ struct Sums {
   double of[2];
 };
 
-// out[j] = the sums of values and of their squares, as thread j has them. Of `shares` values a
-// cluster's block takes as many as come to it.
+// out[j] = the sums of `shares` values and of their squares, as computed by thread j. The values
+// are divided among the blocks of a cluster.
 __global__ void sum_kernel(const double* values, Sums* out, int shares, int blocks) {
   const cuda::BlockCoord at(blocks);
   double* const shared = cuda::dynamic_shared();
@@ -99,7 +96,7 @@ __global__ void sum_kernel(const double* values, Sums* out, int shares, int bloc
   for (int k = 0; k < 2; ++k) out[blockIdx.x * cuda::kThreads + threadIdx.x].of[k] = sum[k];
 }
 
-// In any other order 1e16 would swallow something else.
+// In any other order 1e16 would absorb other terms.
 void test_every_block_of_a_cluster_adds_in_the_same_order() {
   const std::vector<double> values = {1,    1e16, 3, -1e16, 5, 1e16, -7,   -1e16,  // one cluster
                                       1e16, 1,    1, -1e16, 9, 1e-3, 1e16, 2};
@@ -120,7 +117,7 @@ void test_every_block_of_a_cluster_adds_in_the_same_order() {
         const std::size_t threads = at(blocks * cuda::kThreads);
         for (std::size_t j = 0; j < threads; ++j) {
           const Sums& one = got[cluster * threads + j];
-          expect(one.of[0] == sum && one.of[1] == squares, "a sum in another order");
+          expect(one.of[0] == sum && one.of[1] == squares, "a different order of summation");
         }
       }
     }
@@ -131,7 +128,7 @@ void test_every_block_of_a_cluster_adds_in_the_same_order() {
 
 int main() {
   std::printf("instruction set: %s\n", imaml::cpu::instruction_set());
-  imaml::test_the_emulation_sees_a_missing_barrier();
+  imaml::test_the_emulation_detects_a_missing_barrier();
   imaml::test_every_block_of_a_cluster_adds_in_the_same_order();
   imaml::test_cg_step();
   imaml::test_prox();

@@ -1,4 +1,4 @@
-// The layers with weights for each task, against their formulas summed one by one in float64.
+// The layers with one set of weights per task.
 #include "conv_oracle.h"
 #include "norm_oracle.h"
 #include "patches_oracle.h"
@@ -13,7 +13,8 @@ void test_conv(const ConvShape& s) {
     const ConvProblem<T> problem(s, /*gap=*/biased ? 5 : 0, 1);
     const ConvResults<T> serial = run_conv(problem, biased);
     for (int64_t task = 0; task < s.tasks; ++task) check_conv(problem, biased, serial, task);
-    expect(run_conv(problem, biased, 5, Threads{3}).same(serial), "threads change the bits");
+    expect(run_conv(problem, biased, 5, Threads{3}).same(serial),
+           "the number of threads changes the bits");
   }
 }
 
@@ -29,7 +30,8 @@ void test_conv_of_equal_values(const ConvShape& s) {
 constexpr shim::Device kWithClusters{{132, 66, 33, 16, 0}, {48000, 48000, 48000, 48000, 0}};
 constexpr shim::Device kWithoutClusters{{108}, {48000}};
 
-// What call() gives, in whatever order the emulated threads run: in every one, or in two.
+// The result of call(), which must not depend on the order of the emulated threads. Tries all
+// orders or three.
 template <typename Call>
 auto on_cuda(const Call& call, bool in_every_order = true) {
   shim::order = shim::Order::kForwards;
@@ -55,7 +57,7 @@ void test_norm(const NormShape& s, bool relu) {
   for (int64_t task = 0; task < s.tasks; ++task)
     for (int64_t channel = 0; channel < s.channels; ++channel)
       check_norm(problem, serial, task, channel);
-  expect(run_norm(problem, 5, Threads{3}).same(serial), "threads change the bits");
+  expect(run_norm(problem, 5, Threads{3}).same(serial), "the number of threads changes the bits");
   for (const bool clusters : {false, true}) {
     if (clusters && cuda::norm_blocks(s.rows, true) == 1) continue;
     shim::device = clusters ? kWithClusters : kWithoutClusters;
@@ -68,7 +70,7 @@ void test_norm(const NormShape& s, bool relu) {
   }
 }
 
-// Of a problem of clusters of two blocks: on the CPU, and on CUDA without clusters and with.
+// Calls check(results) for the CPU, and for CUDA without and with clusters (of two blocks).
 template <typename T, typename Check>
 void for_norms(const NormProblem<T>& problem, const Check& check) {
   const std::string outer = context;
@@ -84,7 +86,7 @@ void for_norms(const NormProblem<T>& problem, const Check& check) {
 
 constexpr NormShape kTwoBlocks{.tasks = 2, .rows = 130, .channels = 3};
 
-// Of equal values without a shift y is 0, where relu passes nothing back, as torch has it.
+// Equal values with beta = 0 give y = 0, where the derivative of relu is 0, as in torch.
 template <typename T>
 void test_relu_at_zero() {
   context = sizeof(T) == 4 ? "relu at 0, float" : "relu at 0, double";
@@ -94,11 +96,12 @@ void test_relu_at_zero() {
   for_norms(problem, [](const NormResults<T>& got) {
     for (const auto* zeros : {&got.y, &got.positive, &got.dx, &got.dgamma, &got.dbeta, &got.grad_g,
                               &got.grad_x, &got.grad_gamma})
-      for (const T value : *zeros) expect(value == 0, "something passes where y is 0");
+      for (const T value : *zeros) expect(value == 0, "a result is not 0 where y is 0");
   });
 }
 
-// The variance is taken about a value of the channel: about 0, the mean would drown it.
+// The variance is computed relative to a value of the channel; relative to 0, the mean would cancel
+// it.
 template <typename T>
 void test_large_mean() {
   context = sizeof(T) == 4 ? "a large mean, float" : "a large mean, double";
@@ -106,7 +109,7 @@ void test_large_mean() {
   const T mean = sizeof(T) == 4 ? T(1 << 12) : T(1 << 26);
   for (std::size_t i = 0; i < far.x.size(); ++i) {
     far.x[i] += mean;
-    problem.x[i] = far.x[i] - mean;  // exact: the same values, but for the mean
+    problem.x[i] = far.x[i] - mean;  // exact: the same values up to the mean
   }
   far.eps = problem.eps = 1e-9;
   const NormResults<T> want = run_norm(problem);
@@ -122,7 +125,7 @@ void test_patches(const ConvShape& s) {
   const PatchProblem<T> problem(s, 1);
   const PatchResults<T> serial = run_patches(problem);
   check_patches(problem, serial);
-  expect(run_patches(problem, Threads{3}).same(serial), "threads change the bits");
+  expect(run_patches(problem, Threads{3}).same(serial), "the number of threads changes the bits");
   check_patches(problem, on_cuda([&] { return run_patches_on_cuda(problem); }));
 }
 
@@ -146,7 +149,7 @@ void test_divisor() {
   }
 }
 
-// A Divisor takes 31 bits: what the kernels number must have fewer.
+// The kernels index with 31 bits.
 void test_fits_31_bits() {
   context = "fits_31_bits";
   constexpr int64_t kLimit = int64_t{1} << 31;
@@ -172,14 +175,14 @@ void test_layers() {
       test_conv<float>(shape_of(2, 3, 5, 4, channels, filters, 3, 3, 2, 2, 1, 1));
       test_conv<double>(shape_of(2, 3, 5, 4, channels, filters, 3, 3, 2, 2, 1, 1));
     }
-  // Every remainder of the pixels by a tile's rows.
+  // Every remainder of the pixels modulo a tile's rows.
   for (int64_t images = 1; images <= 7; ++images)
     test_conv<float>(shape_of(1, images, 3, 3, 4, 4, 3, 3, 1, 1, 1, 1));
-  // More pixels than the weight gradient takes at a time, in one image and in many.
+  // More pixels than the weight gradient processes at once, in one image and in many.
   test_conv<float>(shape_of(1, 2, 12, 11, 6, 5, 3, 3, 1, 1, 1, 1));
   test_conv<float>(shape_of(1, 60, 4, 4, 2, 5, 3, 3, 2, 2, 1, 1));
-  // Even and uneven kernels, pointwise ones, strides beyond the kernel and beyond the image,
-  // padding beyond the kernel, a kernel that is as large as the image.
+  // Even, odd and pointwise kernels, strides larger than the kernel and than the image, padding
+  // larger than the kernel, a kernel as large as the image.
   for (const auto& s :
        {shape_of(3, 2, 6, 5, 3, 4, 2, 3, 1, 2, 0, 1), shape_of(2, 2, 7, 7, 3, 4, 1, 1, 1, 1, 0, 0),
         shape_of(2, 2, 7, 5, 3, 4, 1, 2, 3, 3, 0, 0), shape_of(1, 2, 3, 3, 7, 4, 2, 2, 5, 4, 1, 0),
@@ -192,7 +195,7 @@ void test_layers() {
   }
   test_divisor();
   test_fits_31_bits();
-  // Images of one block and of several; a window that sees pixels often, or not at all.
+  // Images of one block and of several; windows that read a pixel many times or never.
   test_patches<float>(shape_of(2, 2, 14, 13, 9, 1, 3, 3, 2, 2, 1, 1));
   test_patches<double>(shape_of(1, 3, 17, 16, 5, 1, 3, 2, 1, 1, 1, 0));
   test_patches<float>(shape_of(2, 1, 9, 9, 2, 1, 2, 2, 3, 4, 0, 0));
@@ -204,7 +207,7 @@ void test_layers() {
         test_norm<float>({.tasks = 3, .rows = rows, .channels = channels}, relu);
         test_norm<double>({.tasks = 3, .rows = rows, .channels = channels}, relu);
       }
-  // Every number of blocks in a cluster; more rows than a thread reads at a time.
+  // Every number of blocks in a cluster; more rows than a thread reads at once.
   for (const int64_t rows : {128, 129, 257, 513, 1200})
     test_norm<float>({.tasks = 1, .rows = rows, .channels = 9}, /*relu=*/rows % 2 == 1);
   test_norm<double>({.tasks = 1, .rows = 600, .channels = 3}, true);

@@ -1,4 +1,4 @@
-// The proximal steps, and the row sums.
+// The proximal steps and the row sums.
 #include "prox_oracle.h"
 
 namespace imaml {
