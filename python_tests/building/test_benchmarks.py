@@ -60,6 +60,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SMALL)
 def test_a_benchmark_of_times_runs_and_its_table_names_everything(script, benchmark, tmp_path):
     _, results = run(script, *SMALL[script], folder=tmp_path)
@@ -75,6 +76,7 @@ def test_a_benchmark_of_times_runs_and_its_table_names_everything(script, benchm
     assert results["command"] in page
 
 
+@pytest.mark.slow
 def test_memory_is_flat_for_implicit_gradients_and_grows_for_maml(benchmark, tmp_path):
     _, results = run(
         "bench_memory.py", "--workload", "omniglot-5w1s", "--width", "8", "--tasks", "2",
@@ -90,6 +92,7 @@ def test_memory_is_flat_for_implicit_gradients_and_grows_for_maml(benchmark, tmp
     assert all(name in page for name in rows)
 
 
+@pytest.mark.slow
 def test_the_launches_of_a_cg_iteration_do_not_depend_on_anything(benchmark, tmp_path):
     picture = tmp_path / "curves.png"
     _, results = run(
@@ -115,6 +118,7 @@ def make_wheel(folder):
     return path
 
 
+@pytest.mark.slow
 def test_the_cost_of_the_package_is_measured_and_its_table_has_it(benchmark, tmp_path):
     wheel = make_wheel(tmp_path)
     _, results = run(
