@@ -28,6 +28,8 @@ from imaml_ext import (
 )
 from imaml_ext.training.trainer import NonfiniteError
 
+pytestmark = pytest.mark.fuzz
+
 
 def seen(out, problem):
     """The gradients that there are: not by what is empty, nor by the strength of it."""
