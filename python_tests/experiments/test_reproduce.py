@@ -21,6 +21,7 @@ def figure_2a():
         return list(fig2a.measure(settings()))
 
 
+@pytest.mark.slow
 def test_figure_2a_reaches_the_exact_gradient_and_its_certificate_tracks(figure_2a):
     maml, two, five, ten = (record["error"] for record in figure_2a)
     assert maml[-1] < 1e-6
@@ -33,6 +34,7 @@ def test_figure_2a_reaches_the_exact_gradient_and_its_certificate_tracks(figure_
         assert all(0.5 * error < bound < 100 * error for bound, error in pairs)
 
 
+@pytest.mark.slow
 def test_the_closed_form_of_figure_2a_is_the_derivative(figure_2a):
     # F(theta) = mean_i of the query loss at the exact optimum, differentiated by autograd.
     theta, batch = fig2a.make_tasks(0, torch.device("cpu"))

@@ -257,6 +257,7 @@ def test_adapt_refuses_to_be_differentiated_twice():
         slope.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
 @pytest.mark.parametrize("fill", OURS)
 def test_torch_compile_goes_around_it(fill):

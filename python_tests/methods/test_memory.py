@@ -44,6 +44,7 @@ def test_peak_memory_is_flat_in_inner_and_cg_steps(curvature, device):
     assert peak_of(device, curvature, 1, 12) <= 1.02 * base
 
 
+@pytest.mark.slow
 def test_a_long_training_keeps_nothing_but_its_records():
     trainer = build(replace(PRESETS["sinusoid"], inner_steps=2, cg_steps=2)).trainer()
     for _ in range(50):

@@ -24,7 +24,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 3])
 def group(request, tmp_path_factory):
     """What each of 2 or 3 processes has trained."""
     folder = tmp_path_factory.mktemp("group")
@@ -37,6 +37,7 @@ def group(request, tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("adam_capturable_on_the_cpu_too")
 @pytest.mark.parametrize("name", list(TRAININGS))
 def test_a_group_trains_as_one_process_does(name, group):
@@ -49,6 +50,7 @@ def test_a_group_trains_as_one_process_does(name, group):
             assert a == pytest.approx(b, rel=1e-9, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_every_process_ends_with_the_same_bits(group):
     for name in TRAININGS:
         for results in group[1:]:
@@ -57,6 +59,7 @@ def test_every_process_ends_with_the_same_bits(group):
                 assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_every_process_refuses_a_step_and_the_one_with_the_task_names_it(group):
     size = len(group)
     owner = next(r for r in range(size) if (r + 1) * TASKS // size > 5)
@@ -72,6 +75,7 @@ def test_every_process_refuses_a_step_and_the_one_with_the_task_names_it(group):
         assert (named in refused["message"]) == (rank == owner)
 
 
+@pytest.mark.slow
 def test_no_thread_of_the_group_outlives_it(group):
     """One that drops a tensor when Python ends aborts the process."""
     for results in group:

@@ -125,10 +125,8 @@ def small_disk(tmp_path):
     return run_on
 
 
-SLOW_SPARE = [pytest.param(kilobytes, marks=pytest.mark.slow) for kilobytes in (0, 4, 36, 40)]
-
-
-@pytest.mark.parametrize("spare", [20, *SLOW_SPARE])
+@pytest.mark.slow
+@pytest.mark.parametrize("spare", [0, 4, 20, 36, 40])
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(spare, tmp_path, small_disk):
     """What is spare ends in the log, at the start or in the middle of a checkpoint, or after it."""
     before, out = tmp_path / "before" / "run", tmp_path / "disk" / "run"
@@ -147,6 +145,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(spare, tmp_p
                  "--eval-tasks", "2"]) == 0  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_disk_that_may_only_be_read_is_one_line(tmp_path, small_disk):
     out = tmp_path / "disk" / "run"
     code, errors = small_disk(100, "train", *QUICK, "--out", out, options="ro")
