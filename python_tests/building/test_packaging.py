@@ -15,7 +15,9 @@ from fakes import fake_tool, fake_torch
 import imaml_ext
 
 ROOT = Path(__file__).parents[2]
-NOT_PACKED = (".ci/", ".clang-format", ".gitignore", ".pre-commit-config.yaml", "results/")
+NOT_PACKED = (
+    ".ci/", ".clang-format", ".gitignore", ".pre-commit-config.yaml", "noxfile.py", "results/",
+)  # fmt: skip
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").is_file(), reason="the sources are not here"
