@@ -79,11 +79,11 @@ def training(device: torch.device, *, dense: bool = False) -> str:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         got = trained(device, dense=dense, record=True)
-    said = "; ".join(str(warning.message) for warning in warned)
+    messages = "; ".join(str(warning.message) for warning in warned)
     # A factorisation may not be capturable; then a warning says that the steps run eagerly.
-    assert dense or not said, said
+    assert dense or not messages, messages
     want = trained(device, dense=dense, record=False)
-    return ", and warn: ".join(filter(None, [agreed(relative(got, want), 1e-4), said]))
+    return ", and warn: ".join(filter(None, [agreed(relative(got, want), 1e-4), messages]))
 
 
 def training_with_a_dense_lam(device: torch.device) -> str:

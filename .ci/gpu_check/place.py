@@ -94,18 +94,18 @@ def digest() -> str:
 def current_commit() -> str:
     """The sources' commit; "" if they are not in git."""
     try:
-        said = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
             cwd=ROOT, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return said.stdout.strip()
+    return described.stdout.strip()
 
 
-def last_json(said: str) -> dict[str, Any]:
+def last_json(output: str) -> dict[str, Any]:
     """The JSON object in the last line of a command's output."""
-    found: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return found
 
 

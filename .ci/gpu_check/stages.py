@@ -44,8 +44,8 @@ def info(place: Place, step: Step) -> None:
     query = "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem"
     for program, *arguments in (["nvidia-smi", query, "--format=csv"], ["nvcc", "--version"]):
         if shutil.which(program):
-            said = step.command(program, *arguments, cwd=place.work, limit=15)
-            step.found[program] = said.strip().splitlines()[-1]
+            output = step.command(program, *arguments, cwd=place.work, limit=15)
+            step.found[program] = output.strip().splitlines()[-1]
     step.found |= last_json(step.command(PYTHON, "-c", ABOUT_DEVICE, cwd=place.work))
     if not place.rehearse and "device" not in step.found:
         raise Failed(f"torch {step.found['torch']} sees no GPU")
@@ -87,12 +87,12 @@ def smoke(place: Place, step: Step) -> None:
     dims = DIMS_REHEARSED if place.rehearse else DIMS
     command = [PYTHON, HERE / "smoke.py", "--device", place.device, "--dims", *dims]
     try:
-        said = step.command(*command, cwd=place.work, env=place.installed())
+        output = step.command(*command, cwd=place.work, env=place.installed())
     except Failed as failure:
         lines = [line for line in failure.output.splitlines() if line.startswith("FAILED")]
         step.found["failed checks"] = lines[:SHOWN]
         raise
-    step.found |= last_json(said)
+    step.found |= last_json(output)
 
 
 def tests(place: Place, step: Step) -> None:
@@ -231,9 +231,9 @@ def sanitize(place: Place, step: Step) -> None:
 
     def under(tool: str) -> None:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program]
-        said = step.command(*command, cwd=place.work, env=environment, limit=60)
+        output = step.command(*command, cwd=place.work, env=environment, limit=60)
         step.found[tool] = next(
-            (line for line in reversed(said.splitlines()) if "SUMMARY" in line), "no summary"
+            (line for line in reversed(output.splitlines()) if "SUMMARY" in line), "no summary"
         )
 
     for tool in SANITIZERS:
@@ -259,8 +259,8 @@ def train(
     command += ["--device", place.device, "--out", "results", "--runs", "runs", *length]
     command += ["--cells", *cells, "--methods", *methods]
     try:
-        said = step.command(*command, cwd=folder, env=environment)
-        step.found["figures"] = last_json(said)
+        output = step.command(*command, cwd=folder, env=environment)
+        step.found["figures"] = last_json(output)
     finally:
         keep_training(place, step, folder)
 
