@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="needs the source tree
 # ---- code --------------------------------------------------------------------------------------
 
 GUIDES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "README.md")
-SLOW = ("tutorial", "distributed", "recording", "inner-solver", "hyperparameters")
+SLOW = {"tutorial.md", "distributed.md", "recording.md", "inner-solver.md", "hyperparameters.md"}
 BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```(?:\n+```text\n(?P<output>.*?)^```)?", re.DOTALL | re.MULTILINE
 )
@@ -49,12 +49,9 @@ def run_blocks(page, capsys):
 
 
 @pytest.mark.parametrize(
-    "page",
-    [pytest.param(p, marks=pytest.mark.slow) if p.removesuffix(".md") in SLOW else p for p in GUIDES],
+    "page", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in GUIDES]
 )
-def test_the_code_of_a_guide_runs_and_prints_the_stated_output(
-    page, tmp_path, monkeypatch, capsys
-):
+def test_the_code_of_a_guide_runs_and_prints_the_stated_output(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names, outputs = run_blocks(DOCS / page, capsys)
     assert "nan" not in "".join(outputs)

@@ -183,7 +183,7 @@ NORMS = ((3, 2, 1), (3, 130, 33), (2, 980, 64))  # [B, R, C]
 
 
 def norms(seed: int) -> Iterator[tuple[str, Draw, dict[str, Tensor]]]:
-    """Outputs are at least 1e-4 from 0, where rounding would decide which side of a ReLU they fall."""
+    """Outputs are at least 1e-4 from 0, where rounding would decide the result of a ReLU."""
     for shape in NORMS:
         draw = Draw(seed)
         gamma, beta = draw.positive(shape[0], shape[2]), draw.normal(shape[0], shape[2])

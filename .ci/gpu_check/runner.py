@@ -97,7 +97,7 @@ class Step:
 def run_logged(
     argv: Sequence[str], log: Path, limit: float, cwd: Path, env: dict[str, str]
 ) -> tuple[int | None, str]:
-    """Run a command and end all its processes. Returns its exit code, None after `limit`, and output."""
+    """Run a command, and end all its processes. Returns exit code (None: stopped) and output."""
     with log.open("ab") as file:
         file.write(f"\n+ {' '.join(argv)}\n".encode())
         file.flush()
@@ -130,7 +130,7 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def shortened(log: Path, start: int) -> str:
-    """The log from `start` on; of more than LOGGED bytes, the log keeps the beginning and the end."""
+    """The log from `start` on. If it exceeds LOGGED bytes, its middle is removed from the log."""
     with log.open("r+b") as file:
         file.seek(start)
         output = file.read()

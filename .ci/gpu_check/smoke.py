@@ -96,9 +96,7 @@ def largest_error(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: fl
     worst = 0.0
     for name, expected in want.items():
         found = got[name].cpu()
-        assert found.shape == expected.shape, (
-            f"{name}: shape {found.shape}, expected {expected.shape}"
-        )
+        assert found.shape == expected.shape, f"{name}: {found.shape}, expected {expected.shape}"
         if expected.numel() == 0:
             continue
         if not expected.dtype.is_floating_point:
