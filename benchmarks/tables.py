@@ -58,7 +58,7 @@ ones above, because the times of two processes differ by more than this.
 INSTALLS = """
 ## Tested installations
 
-Measured by `.ci/matrix --out benchmarks/results/installs.jsonl`. For each row, it installs the
+Measured by `nox -- benchmarks/results/installs.jsonl`. For each row, it installs the
 package into a new environment and runs a training outside the source folder. The seconds are those
 of the installation, including compilation, on a busy machine. The file also has the versions and
 the build of each row.

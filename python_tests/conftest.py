@@ -23,7 +23,7 @@ CUDA = torch.cuda.is_available() and bool(imaml_ext.build_info()["cuda"])
     ]
 )
 def device(request, monkeypatch):
-    if request.param == "cuda":  # the numbers that the tolerances were chosen for
+    if request.param == "cuda":  # the same inputs as on the CPU, which the tolerances fit
         for name in ("rand", "randn", "randint", "rand_like", "randn_like"):
             monkeypatch.setattr(torch, name, _drawn_on_the_cpu(getattr(torch, name)))
     return torch.device(request.param)
@@ -46,7 +46,7 @@ def dtype(request):
 
 @pytest.fixture
 def capture(device):
-    """How work is recorded, on the CPU by a stand-in."""
+    """Records work as a CUDA graph; on the CPU, a simulation of one."""
     return cuda_graph if device.type == "cuda" else Tape()
 
 
@@ -56,7 +56,7 @@ def adam_capturable_on_the_cpu_too(monkeypatch):
     monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *_: ["cpu", "cuda"])
 
 
-# HYPOTHESIS_PROFILE=thorough pytest python_tests/ops/test_fuzz_ops.py
+# HYPOTHESIS_PROFILE=thorough pytest -m fuzz
 for _profile, _inputs in (("default", 30), ("thorough", 1000)):
     hypothesis.settings.register_profile(
         _profile,
@@ -71,24 +71,24 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 def pytest_terminal_summary(terminalreporter):
     if tried:
-        terminalreporter.section("inputs tried")
+        terminalreporter.section("fuzz inputs")
         for name, count in sorted(tried.items()):
             terminalreporter.line(f"{count:8}  {name}")
-        terminalreporter.line(f"{tried.total():8}  in all")
+        terminalreporter.line(f"{tried.total():8}  total")
 
 
-# The tests are small: a second thread would mostly wait for the first.
+# The tests are small: a second thread would mostly wait.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers_in_every_test():
+def _seed():
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def omniglot_root():
-    """Folder of real data, in torchvision's layout, from the environment."""
+    """Folder of Omniglot in torchvision's layout, from the environment."""
     root = os.environ.get("IMAML_TEST_DATA")
     if root is None or not (Path(root) / "omniglot-py").is_dir():
         pytest.skip("set IMAML_TEST_DATA to a folder that holds omniglot-py")

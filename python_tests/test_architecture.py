@@ -1,12 +1,12 @@
-"""What an import of the package loads. Which room may import which is import-linter's to check."""
+"""Modules that importing the package loads. import-linter checks the imports between packages."""
 
 import subprocess
 import sys
 
 
-def test_importing_the_package_adds_to_torch_only_its_own_modules(tmp_path):
-    # No progress bar, no plots, and nothing heavy that torch itself loads when it is used, such as
-    # its compiler.
+def test_importing_the_package_loads_only_torch_and_its_own_modules(tmp_path):
+    # No progress bar, no plotting, and none of the heavy parts of torch that are loaded on first
+    # use, such as its compiler.
     code = (
         "import sys, torch; before = set(sys.modules); import imaml_ext; "
         "print(*sorted(set(sys.modules) - before))"

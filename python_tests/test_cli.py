@@ -39,6 +39,7 @@ def test_train_and_eval_agree(tmp_path, capsys):
     assert last_json(capsys)["loss"] == trained["loss"]
 
 
+@pytest.mark.slow
 def test_compiled_training_ends_where_eager_training_does(tmp_path, capsys):
     losses = []
     for more in ([], ["--compile"]):

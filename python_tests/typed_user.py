@@ -1,4 +1,4 @@
-"""A user's program for `mypy --strict`: what the public API gives has a type, not Any."""
+"""A user's program for `mypy --strict`: the results of the public API have types, not Any."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +44,7 @@ from imaml_ext.training.evaluation import accuracy
 
 
 class Lines:
-    """A source of tasks; it need not inherit from anything."""
+    """A source of tasks, without a base class."""
 
     def sample(self, step: int) -> TaskBatch:
         x = torch.randn(4, 10, 1)
@@ -56,7 +56,7 @@ def squared(params: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
     return (x @ params["w"] - y).square().mean()
 
 
-def found_elsewhere(problem: Proximal) -> Tensor:
+def one_descent_step(problem: Proximal) -> Tensor:
     value, gradient = problem.value_and_gradient(problem.start())
     assert_type(value, Tensor)
     return problem.start() - gradient
@@ -65,11 +65,11 @@ def found_elsewhere(problem: Proximal) -> Tensor:
 def meta_gradients(model: nn.Module, batch: TaskBatch) -> None:
     loss = module_loss(model, nn.functional.mse_loss)
     params = dict(model.named_parameters())
-    for inner in (GradientDescent(), Adam(), LBFGS(), HessianFree(), External(found_elsewhere)):
-        for cg in (ConjugateGradient(), MINRES(), NeumannSeries()):
+    for inner in (GradientDescent(), Adam(), LBFGS(), HessianFree(), External(one_descent_step)):
+        for linear in (ConjugateGradient(), MINRES(), NeumannSeries()):
             out = implicit_meta_grad(
                 loss, params, batch.support, batch.query, lam={"w": torch.ones(())}, inner=inner,
-                linear=cg,
+                linear=linear,
             )  # fmt: skip
             assert_type(out, ImplicitMetaGradient)
             assert_type(out.params, dict[str, Tensor])
@@ -104,9 +104,9 @@ def training(params: Mapping[str, Tensor], source: TaskSource, file: Path) -> Ev
         assert_type(method.adapt(source.sample(0).support), dict[str, Tensor])
     recorded = RecordedMetaGradient(methods[0].meta_gradient, source.sample(0))
     assert_type(recorded(source.sample(1)), MetaGradient)
-    judged = evaluate(methods[0], source, {"loss": squared}, tasks=10)
-    assert_type(judged.mean, dict[str, float])
-    return judged
+    evaluation = evaluate(methods[0], source, {"loss": squared}, tasks=10)
+    assert_type(evaluation.mean, dict[str, float])
+    return evaluation
 
 
 def images(root: Path) -> None:
@@ -118,8 +118,8 @@ def images(root: Path) -> None:
     assert_type(model, nn.Sequential)
     loss = module_loss(model, nn.functional.cross_entropy)
     method = MAML(loss, dict(model.named_parameters()))
-    share = accuracy(loss.outputs)
-    assert_type(evaluate(method, source, {"accuracy": share}, tasks=600).ci95, dict[str, float])
+    metric = accuracy(loss.outputs)
+    assert_type(evaluate(method, source, {"accuracy": metric}, tasks=600).ci95, dict[str, float])
 
 
 sources: list[TaskSource] = [Lines(), Sinusoid(tasks=4)]

@@ -1,4 +1,4 @@
-"""Checks of what is built on the operators: meta-gradients and training, captured and not."""
+"""Checks of meta-gradients and training, captured and eager."""
 
 import warnings
 from typing import Any
@@ -52,7 +52,7 @@ def sinusoid_method(device: torch.device, *, dense: bool = False) -> IMAML:
 
 
 def recorded_meta_gradient(device: torch.device) -> str:
-    """A captured meta-gradient, replayed on other batches than it was captured with."""
+    """A captured meta-gradient, replayed on batches that it was not captured with."""
     method, source = sinusoid_method(device), Sinusoid(tasks=16, device=device)
     record = RecordedMetaGradient(method.meta_gradient, source.sample(0))
     errors = []
@@ -75,15 +75,15 @@ def trained(device: torch.device, *, dense: bool, record: bool) -> Tensor:
 
 
 def training(device: torch.device, *, dense: bool = False) -> str:
-    """Captured meta-steps lead where the same steps do that are launched one by one."""
+    """Captured meta-steps give the same parameters as eager ones."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         got = trained(device, dense=dense, record=True)
-    said = "; ".join(str(warning.message) for warning in warned)
-    # A factorisation may refuse to be captured; then the warning says that nothing is.
-    assert dense or not said, said
+    messages = "; ".join(str(warning.message) for warning in warned)
+    # A factorisation may not be capturable; then a warning says that the steps run eagerly.
+    assert dense or not messages, messages
     want = trained(device, dense=dense, record=False)
-    return ", and warn: ".join(filter(None, [agreed(relative(got, want), 1e-4), said]))
+    return ", and warn: ".join(filter(None, [agreed(relative(got, want), 1e-4), messages]))
 
 
 def training_with_a_dense_lam(device: torch.device) -> str:
@@ -91,7 +91,7 @@ def training_with_a_dense_lam(device: torch.device) -> str:
 
 
 def conv4_in_float64(device: torch.device) -> str:
-    """A meta-gradient of the paper's network against the CPU's."""
+    """The meta-gradient of the paper's network agrees with the CPU's."""
     torch.manual_seed(0)
     model = conv4(5).double()
     images = torch.rand(2, 3, 5, 1, 28, 28, dtype=torch.float64)
@@ -112,7 +112,7 @@ def conv4_in_float64(device: torch.device) -> str:
 
 
 def conv4_twice(device: torch.device) -> str:
-    """The same bits, in float32: nothing adds in an order that changes."""
+    """Two runs in float32 give the same bits: the order of every sum is fixed."""
     torch.manual_seed(0)
     model = conv4(5).to(device)
     images = torch.rand(2, 3, 5, 1, 28, 28).to(device)
@@ -132,9 +132,9 @@ def conv4_twice(device: torch.device) -> str:
 
 
 CHECKS = {
-    "a recorded meta-gradient is the one that is not recorded": recorded_meta_gradient,
-    "conv4's meta-gradient in float64 is the CPU's": conv4_in_float64,
-    "conv4's meta-gradient has the same bits twice": conv4_twice,
-    "captured training is training": training,
-    "captured training with a dense lam is training": training_with_a_dense_lam,
+    "a recorded meta-gradient equals the eager one": recorded_meta_gradient,
+    "conv4's meta-gradient in float64 equals the CPU's": conv4_in_float64,
+    "conv4's meta-gradient is deterministic": conv4_twice,
+    "captured training equals eager training": training,
+    "captured training with a dense lam equals eager training": training_with_a_dense_lam,
 }

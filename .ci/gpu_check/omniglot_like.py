@@ -1,4 +1,4 @@
-"""Images in Omniglot's layout, for a rehearsal without Omniglot."""
+"""Random images in Omniglot's layout, for a rehearsal without Omniglot."""
 
 import io
 import zipfile
@@ -11,7 +11,7 @@ CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 
 
 def write_omniglot_like(root: Path) -> None:
-    """Archives as torchvision's; the drawings of a character are one random picture."""
+    """Archives as torchvision's; all drawings of a character are the same random image."""
     folder = root / "omniglot-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Where .ci/gpu works: the sources, what is built from them, and where results go."""
+"""Folders of .ci/gpu: the sources, the build, and the results."""
 
 import dataclasses
 import hashlib
@@ -18,13 +18,13 @@ BUILT_FROM += ("imaml_ext",)
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What the stages share.
+    """Settings that the stages share.
 
     Attributes:
-        work: a folder that is kept: what is built there serves later invocations.
-        out: of results; `output` gives the names.
+        work: the build folder; later invocations reuse it.
+        out: the folder of results; `output` gives their names.
         device: "cuda", or "cpu" in a rehearsal.
-        commit: of the sources, as it is to stand beside figures.
+        commit: of the sources, to record with figures.
     """
 
     work: Path
@@ -35,9 +35,9 @@ class Place:
     FILES = ("summary.json", "log.txt", "tests.xml", "bench.json", "table2.jsonl", "train.tar.gz")
 
     def output(self, name: str) -> Path:
-        """A file of results: one of FILES, whatever stages are run."""
+        """The path of a result; `name` is one of FILES."""
         if name not in self.FILES:
-            raise ValueError(f"{name} is not one of {', '.join(self.FILES)}")
+            raise ValueError(f"name must be one of {', '.join(self.FILES)}, got {name}")
         return self.out / name
 
     @property
@@ -46,42 +46,42 @@ class Place:
 
     @property
     def site(self) -> Path:
-        """The installed package, alone."""
+        """Where the package is installed, without dependencies."""
         return self.work / "site"
 
     @property
     def environment(self) -> dict[str, str]:
-        """In which Python imports what was installed, whatever else it has, and no sources."""
+        """Variables with which Python imports the installed package, not the sources."""
         return {"PYTHONPATH": str(self.site), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def installed(self) -> dict[str, str]:
-        """The environment, of a package that was built from the sources as they are.
+        """`environment`, if the installed package was built from the current sources.
 
         Raises:
-            Failed: there is none.
+            Failed: if not.
         """
         mark = self.site / ".built-from"
         if not mark.is_file():
-            raise Failed("nothing is installed: run the stage build, too")
+            raise Failed("nothing is installed: run the stage build first")
         if mark.read_text() != digest():
-            raise Failed("the sources have changed since they were built: run the stage build, too")
+            raise Failed("the sources have changed since the build: run the stage build again")
         return self.environment
 
     def folder(self, name: str) -> Path:
-        """A folder of this name to work in, as it was left."""
+        """A working folder of this name; its contents are kept."""
         path = self.work / name
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     def signed(self, result: dict[str, Any]) -> dict[str, Any]:
-        """A result with its commit, which an installed package cannot know."""
+        """The result with the commit, which an installed package cannot determine."""
         if "source" in result:
             return result | {"source": self.signed(result["source"])}
         return result | {"commit": result["commit"] or self.commit}
 
 
 def digest() -> str:
-    """Of everything that is built or installed."""
+    """A hash of everything that is built or installed."""
     found = hashlib.sha256()
     for name in BUILT_FROM:
         path = ROOT / name
@@ -92,20 +92,20 @@ def digest() -> str:
 
 
 def current_commit() -> str:
-    """Of the sources; "" where they are not in git."""
+    """The sources' commit; "" if they are not in git."""
     try:
-        said = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
             cwd=ROOT, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return said.stdout.strip()
+    return described.stdout.strip()
 
 
-def last_json(said: str) -> dict[str, Any]:
-    """The JSON object that a command printed as its last line."""
-    found: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+def last_json(output: str) -> dict[str, Any]:
+    """The JSON object in the last line of a command's output."""
+    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return found
 
 

@@ -1,4 +1,4 @@
-"""Stages one after the other, each under a time limit; what came of them is always on disk."""
+"""Runs stages in turn, each with a time limit, and keeps a summary on disk up to date."""
 
 import contextlib
 import dataclasses
@@ -12,29 +12,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-GRACE = 5.0  # seconds from SIGINT, which lets a program write what it has, to SIGKILL
-LOGGED = 400_000  # bytes that a command may leave in the log
+GRACE = 5.0  # seconds from SIGINT, after which a program can save its results, to SIGKILL
+LOGGED = 400_000  # bytes of a command's output that the log keeps
 REASON = 300  # characters
 
 
 class Failed(Exception):
-    """Why a stage, or a command of it, failed, in a line; `said` is all that the command said."""
+    """Why a stage or a command failed, in one line; `output` is that of the command."""
 
-    said = ""
+    output = ""
 
 
 class LeftOut(Exception):
-    """Why a stage cannot be run here, where that is no failure."""
+    """Why a stage cannot run on this machine; not a failure."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What is done under one name.
+    """A stage.
 
     Attributes:
-        run: does it; raises `Failed` or `LeftOut`.
-        need: seconds that it takes to be of use; where less is left it is left out.
-        limit: seconds after which it is cut off.
+        run: runs it; may raise `Failed` or `LeftOut`.
+        need: seconds below which running it is useless; with less time left, it is left out.
+        limit: seconds after which it is stopped.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Stage:
 
 
 class Step:
-    """A stage being run: its commands, what it found, and what failed in it.
+    """A running stage: runs commands, and collects results and failures.
 
     Attributes:
-        found: goes into the summary; each value is something that JSON can hold.
-        failures: reasons, by what failed while the rest went on.
+        found: results for the summary, as JSON values.
+        failures: reasons, by the name of the part that failed.
     """
 
     def __init__(self, log: Path, deadline: float) -> None:
@@ -58,7 +58,7 @@ class Step:
         self.failures: dict[str, str] = {}
 
     def left(self) -> float:
-        """Seconds until the stage's limit."""
+        """Seconds until the stage's time limit."""
         return self._deadline - time.monotonic()
 
     def command(
@@ -68,23 +68,23 @@ class Step:
         env: dict[str, str] | None = None,
         limit: float = float("inf"),
     ) -> str:
-        """What a command says, which goes to the log too.
+        """Run a command; its output is returned, and appended to the log.
 
         Raises:
-            Failed: it exits with an error, or is cut off.
+            Failed: the command exits with an error, or runs out of time.
         """
         words = [str(word) for word in argv]
         limit = min(limit, self.left())
-        code, said = run_logged(words, self._log, limit, cwd, env or {})
+        code, output = run_logged(words, self._log, limit, cwd, env or {})
         if code == 0:
-            return said
-        how = f"cut off after {limit:.0f} s" if code is None else f"exit code {code}"
-        failure = Failed(f"{how}: {telling_line(said)}")
-        failure.said = said
+            return output
+        how = f"stopped after {limit:.0f} s" if code is None else f"exit code {code}"
+        failure = Failed(f"{how}: {telling_line(output)}")
+        failure.output = output
         raise failure
 
     def attempt(self, name: str, need: float, run: Callable[[], Any]) -> None:
-        """A part whose failure does not stop the rest; not begun where `need` seconds are over."""
+        """Run a part whose failure does not stop the stage, if `need` seconds are left."""
         if self.left() < need:
             self.found.setdefault("no time for", []).append(name)
             return
@@ -97,7 +97,7 @@ class Step:
 def run_logged(
     argv: Sequence[str], log: Path, limit: float, cwd: Path, env: dict[str, str]
 ) -> tuple[int | None, str]:
-    """Exit code, None if it was cut off, and output of a command; no process of it is left."""
+    """Run a command, and end all its processes. Returns exit code (None: stopped) and output."""
     with log.open("ab") as file:
         file.write(f"\n+ {' '.join(argv)}\n".encode())
         file.flush()
@@ -123,28 +123,28 @@ def interrupt(process: subprocess.Popen[bytes]) -> None:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End the process and all that it has started."""
+    """End the process and all processes that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def shortened(log: Path, start: int) -> str:
-    """What the log holds from `start` on; if that is too much, its middle is taken out."""
+    """The log from `start` on. If it exceeds LOGGED bytes, its middle is removed from the log."""
     with log.open("r+b") as file:
         file.seek(start)
-        said = file.read()
-        if len(said) > LOGGED:
-            middle = f"\n[{len(said) - LOGGED} bytes left out]\n".encode()
-            said = said[: LOGGED // 2] + middle + said[-LOGGED // 2 :]
+        output = file.read()
+        if len(output) > LOGGED:
+            middle = f"\n[{len(output) - LOGGED} bytes left out]\n".encode()
+            output = output[: LOGGED // 2] + middle + output[-LOGGED // 2 :]
             file.seek(start)
             file.truncate()
-            file.write(said)
-    return said.decode(errors="replace")
+            file.write(output)
+    return output.decode(errors="replace")
 
 
-# What tells most of a failure, and which line of its kind: the first of a compiler's complaints,
-# the last exception.
+# Lines that explain a failure, the most specific first, and which of the matches to take: the first
+# error of a compiler, the last exception.
 TELLING = (
     (r"^=+ (Invalid|Uninitialized|Error|Barrier|Race)", 0),  # compute-sanitizer
     (r"(:\d+:|\(\d+\):).*\berror\b", 0),
@@ -156,23 +156,23 @@ TELLING = (
 )
 
 
-def telling_line(said: str) -> str:
-    """The line of an output that tells most of why it failed."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def telling_line(output: str) -> str:
+    """The line of a failed command's output that best explains the failure."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     for pattern, which in TELLING:
         found = [line for line in lines if re.search(pattern, line)]
         if found:
             return found[which][:REASON]
-    return "nothing"
+    return "no output"
 
 
 class Run:
-    """The stages of one invocation, and their summary, written anew whenever one begins or ends.
+    """The stages of one invocation. The summary is rewritten whenever a stage begins or ends.
 
     Args:
         out: folder of summary.json and log.txt.
-        minutes: for all stages together.
-        about: the head of the summary.
+        minutes: the time limit of all stages together.
+        about: the first entries of the summary.
     """
 
     def __init__(self, out: Path, minutes: float, about: dict[str, Any]) -> None:
@@ -183,14 +183,14 @@ class Run:
         self.summary: dict[str, Any] = {**about, "stages": []}
 
     def stage(self, stage: Stage) -> str:
-        """Run it, if it fits; returns the outcome: passed, failed or left out."""
+        """Run a stage if enough time is left. Returns "passed", "failed" or "left out"."""
         left = self._deadline - time.monotonic()
         record: dict[str, Any] = {"name": stage.name, "outcome": "running", "reason": ""}
         self.summary["stages"].append(record)
         self._write()
         if left < stage.need:
             record["outcome"] = "left out"
-            record["reason"] = f"{left:.0f} s are left, and it needs about {stage.need:.0f}"
+            record["reason"] = f"{left:.0f} s are left, it needs about {stage.need:.0f}"
             self._write()
             return record["outcome"]
         with self.log.open("a") as log:
@@ -205,7 +205,7 @@ class Run:
             record |= {"outcome": "left out", "reason": str(why)}
         except Failed as why:
             record |= {"outcome": "failed", "reason": str(why)}
-        except Exception as why:  # a mistake in the stage itself
+        except Exception as why:  # a bug in the stage itself
             record |= {"outcome": "failed", "reason": f"{type(why).__name__}: {why}"[:REASON]}
         except KeyboardInterrupt:
             record |= {"outcome": "failed", "reason": "interrupted"}
@@ -223,7 +223,7 @@ class Run:
         written.replace(self.summary_file)
 
     def table(self) -> str:
-        """A line for each stage."""
+        """The outcome of each stage, one line each."""
         lines = []
         for record in self.summary["stages"]:
             seconds = f"{record.get('seconds', 0):.0f} s"

@@ -1,10 +1,10 @@
-"""Do the extension's operators, and what is built on them, compute on a device what they should?
+"""Checks the extension's operators, meta-gradients and training on a device.
 
-Every operator that has a kernel for the device is called on it, and on the CPU in float64: results
-and statuses have to agree, two calls have to give the same bits, and so has a row alone. Then come
-what is captured: a meta-gradient and training. An operator without a case fails.
+Every operator with a kernel for the device is called on the device, and on the CPU in float64:
+results and statuses must agree; a second call, and a call with one row, must give the same bits. An
+operator without a case fails. Then a captured meta-gradient and captured training are checked.
 
-Runs against the imaml_ext that Python imports; prints a line for each check, and JSON at the end.
+Tests the imaml_ext that Python imports. Prints a line for each check, and JSON at the end.
 """
 
 import argparse
@@ -19,20 +19,21 @@ import torch
 from torch import Tensor
 
 import imaml_ext
+from imaml_ext.ops.rows import cluster_occupancy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import operator_cases
 
-# A single element of 500,000 that is left out of a sum changes it by 2e-6. Elements are rounded a
-# few times, sums in float64 cancel the errors of their terms.
+# A sum over 500,000 elements that omits one is off by 2e-6. Elements are rounded a few times, and
+# in float64 sums the rounding errors of the terms cancel.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-LAYER_TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}  # sums of products in their dtype
+LAYER_TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}  # sums of products in that dtype
 
 Operands = dict[str, Any]
 
 
 class Smoke:
-    """Checks by name; one that fails does not stop the others."""
+    """Runs checks and counts them; one that fails does not stop the others."""
 
     def __init__(self) -> None:
         self.passed = 0
@@ -43,15 +44,15 @@ class Smoke:
             print(f"ok     {name}: {run()}", flush=True)
             self.passed += 1
         except Exception as error:
-            said = " ".join(str(error).split())[:200]
-            print(f"FAILED {name}: {type(error).__name__}: {said}", flush=True)
+            message = " ".join(str(error).split())[:200]
+            print(f"FAILED {name}: {type(error).__name__}: {message}", flush=True)
             if not isinstance(error, AssertionError):
                 traceback.print_exc(file=sys.stdout)
             self.failed.append(name)
 
 
 def converted(operator: str, operands: Operands, dtype: torch.dtype) -> Operands:
-    """Copies in which what is of the operator's own dtype is in `dtype`."""
+    """Copies, in `dtype` except for operands that are always float64."""
     own = operator_cases.ALWAYS_DOUBLE if operator in operator_cases.ON_ROWS else set()
     return {
         name: value.to(dtype, copy=True)
@@ -66,7 +67,7 @@ def copied(value: Any) -> Any:
 
 
 def called(operator: str, operands: Operands) -> dict[str, Tensor]:
-    """Every tensor that the operator returns, and what it makes of every one that it writes."""
+    """Call the operator on copies. Returns the tensors that it returns, or writes to, by name."""
     overload = getattr(torch.ops.imaml, operator).default
     arguments = overload._schema.arguments
     given = {argument.name: copied(operands[argument.name]) for argument in arguments}
@@ -91,16 +92,16 @@ def row(operands: Operands, number: int) -> Operands:
 
 
 def largest_error(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> float:
-    """Relative to the largest element of each result; raises where it is over the tolerance."""
+    """The largest error relative to the largest element of a result; checks the tolerance."""
     worst = 0.0
     for name, expected in want.items():
         found = got[name].cpu()
-        assert found.shape == expected.shape, f"{name}: {found.shape}, not {expected.shape}"
+        assert found.shape == expected.shape, f"{name}: {found.shape}, expected {expected.shape}"
         if expected.numel() == 0:
             continue
         if not expected.dtype.is_floating_point:
             assert torch.equal(found, expected), (
-                f"{name}: {found.tolist()}, not {expected.tolist()}"
+                f"{name}: {found.tolist()}, expected {expected.tolist()}"
             )
             continue
         found, expected = found.double(), expected.double()
@@ -115,7 +116,7 @@ def largest_error(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: fl
 
 
 def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    """Names of results that differ."""
+    """Names of the results that differ."""
 
     def bits(tensor: Tensor) -> Tensor:
         return tensor.contiguous().view(torch.uint8)
@@ -128,24 +129,24 @@ def check_operator(
 ) -> str:
     layer = operator not in operator_cases.ON_ROWS
     tolerance = (LAYER_TOLERANCE if layer else TOLERANCE)[dtype]
-    rounded = converted(operator, operands, dtype)  # so that both begin with the same numbers
+    rounded = converted(operator, operands, dtype)  # so that both start from the same numbers
     want = called(operator, converted(operator, rounded, torch.float64))
     there = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in rounded.items()}
     got = called(operator, there)
     error = largest_error(got, want, tolerance)
     differ = same_bits(got, called(operator, there))
-    assert not differ, f"a second call gives other bits of {differ}"
+    assert not differ, f"a second call gives different bits of {differ}"
     rows = len(next(t for n, t in rounded.items() if n not in operator_cases.SHARED))
     for number in range(rows):
         alone = called(operator, row(there, number))
         in_batch = {name: t[number : number + 1] for name, t in got.items()}
         differ = same_bits(in_batch, alone)
-        assert not differ, f"row {number} alone has other bits of {differ}"
+        assert not differ, f"row {number} alone gives different bits of {differ}"
     return f"largest error {error:.1e}"
 
 
 def registered(device: torch.device) -> list[str]:
-    """Operators that have a kernel for the device."""
+    """Operators with a kernel for the device."""
     key = {"cuda": "CUDA", "cpu": "CPU"}[device.type]
     return sorted(
         name.removeprefix("imaml::")
@@ -175,24 +176,23 @@ def missing_case() -> str:
 
 def clusters(device: torch.device) -> Iterator[str]:
     """How many clusters of each size run at once, and which size is chosen."""
-    ask = getattr(imaml_ext.ops, "cluster_occupancy", None)
-    if ask is None or device.type == "cpu":
-        yield "not known"
+    if device.type == "cpu":
+        yield "the CPU has none"
         return
     for dtype in TOLERANCE:
         for dim in (4097, 113221, 462848):
             for rows in (1, 16, 64):
-                yield f"{dtype}, D={dim}, {rows} rows: {ask(dim, dtype, rows)}"
+                yield f"{dtype}, D={dim}, {rows} rows: {cluster_occupancy(dim, dtype, rows)}"
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--device", default="cuda")
     options.add_argument("--dims", type=int, nargs="+", default=[17, 4097, 113221, 462848, 500000])
-    options.add_argument("--operators-only", action="store_true", help="nothing that is captured")
+    options.add_argument("--operators-only", action="store_true", help="skip captures")
     chosen = options.parse_args()
     device, smoke = torch.device(chosen.device), Smoke()
-    print(f"imaml_ext of {imaml_ext.__file__}, {imaml_ext.build_info()}, on {device}", flush=True)
+    print(f"imaml_ext from {imaml_ext.__file__}, {imaml_ext.build_info()}, {device}", flush=True)
     operators = check_operators(smoke, device, chosen.dims)
     found: dict[str, Any] = {"operators": operators}
     if not chosen.operators_only:

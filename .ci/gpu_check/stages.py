@@ -1,4 +1,4 @@
-"""What each stage of .ci/gpu does."""
+"""The stages of .ci/gpu."""
 
 import dataclasses
 import importlib.util
@@ -21,7 +21,7 @@ DIMS_SANITIZED = ("17", "4097", "113221", "500000")
 DIMS_REHEARSED = ("17", "4097")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SHOWN = 40  # failures in the summary
-LARGEST = 16 * 2**20  # bytes of a file of results
+LARGEST = 16 * 2**20  # bytes of one result file
 
 ABOUT_DEVICE = """
 import json, os, torch
@@ -44,15 +44,15 @@ def info(place: Place, step: Step) -> None:
     query = "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem"
     for program, *arguments in (["nvidia-smi", query, "--format=csv"], ["nvcc", "--version"]):
         if shutil.which(program):
-            said = step.command(program, *arguments, cwd=place.work, limit=15)
-            step.found[program] = said.strip().splitlines()[-1]
+            output = step.command(program, *arguments, cwd=place.work, limit=15)
+            step.found[program] = output.strip().splitlines()[-1]
     step.found |= last_json(step.command(PYTHON, "-c", ABOUT_DEVICE, cwd=place.work))
     if not place.rehearse and "device" not in step.found:
         raise Failed(f"torch {step.found['torch']} sees no GPU")
 
 
 def build(place: Place, step: Step) -> None:
-    """For the device alone, into a folder of its own; else a prebuilt wheel."""
+    """Build for this device only, into place.site; if that fails, install a wheel."""
     shutil.rmtree(place.site, ignore_errors=True)
     settings = {"IMAML_CUDA": "auto"}
     if not place.rehearse:
@@ -71,15 +71,15 @@ def build(place: Place, step: Step) -> None:
         step.failures["the build"] = str(failure)
         shutil.rmtree(place.site, ignore_errors=True)
         step.command(*pip, "--find-links", ROOT / ".whl", "imaml_ext", cwd=place.work)
-        step.found["instead"] = [wheel.name for wheel in wheels]
+        step.found["installed instead"] = [wheel.name for wheel in wheels]
     environment = place.environment
     step.found |= last_json(
         step.command(PYTHON, "-c", ABOUT_BUILD, cwd=place.work, env=environment)
     )
     if not Path(step.found["file"]).is_relative_to(place.site):
-        raise Failed(f"Python imports {step.found['file']}, which is not what was installed")
+        raise Failed(f"Python imports {step.found['file']}, not the installed package")
     if not place.rehearse and not step.found["build"]["cuda"]:
-        raise Failed("what was installed has no CUDA kernels")
+        raise Failed("the installed package has no CUDA kernels")
     (place.site / ".built-from").write_text(digest())
 
 
@@ -87,16 +87,16 @@ def smoke(place: Place, step: Step) -> None:
     dims = DIMS_REHEARSED if place.rehearse else DIMS
     command = [PYTHON, HERE / "smoke.py", "--device", place.device, "--dims", *dims]
     try:
-        said = step.command(*command, cwd=place.work, env=place.installed())
+        output = step.command(*command, cwd=place.work, env=place.installed())
     except Failed as failure:
-        lines = [line for line in failure.said.splitlines() if line.startswith("FAILED")]
+        lines = [line for line in failure.output.splitlines() if line.startswith("FAILED")]
         step.found["failed checks"] = lines[:SHOWN]
         raise
-    step.found |= last_json(said)
+    step.found |= last_json(output)
 
 
 def tests(place: Place, step: Step) -> None:
-    """Those with "cuda" in their names or parameters, against what was installed."""
+    """The tests with "cuda" in their names or parameters, with the installed package."""
     suite, report = ROOT / "python_tests", place.output("tests.xml")
     report.unlink(missing_ok=True)
     selection = ["-k", "cuda and not packaging and not cuda_compiler", suite]
@@ -108,12 +108,12 @@ def tests(place: Place, step: Step) -> None:
             suite / "solvers/test_cg.py",
         ]
     command = [PYTHON, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
-    command += ["-p", "no:cacheprovider", "-q", "--tb=short", f"--junit-xml={report}"]
+    command += ["-m", "", "-p", "no:cacheprovider", "-q", "--tb=short", f"--junit-xml={report}"]
     if importlib.util.find_spec("xdist"):
-        # The tests wait for the host rather than for the GPU, so processes can share it.
+        # The tests are limited by the host rather than by the GPU, which processes can share.
         command += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))]
     if importlib.util.find_spec("pytest_timeout"):
-        # By a thread, which ends the process: no signal interrupts a wait for the device.
+        # A thread ends the process; a signal would not interrupt waiting for the device.
         command += ["--timeout=60", "--timeout-method=thread"]
     environment = place.installed() | {"OMP_NUM_THREADS": "1"}
     try:
@@ -141,11 +141,11 @@ def read_report(report: Path) -> dict[str, object]:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A run of a script of benchmarks/; one of the same result, later, takes its place.
+    """A run of a script of benchmarks/; a later run with the same result replaces it.
 
     Attributes:
-        result: the name of its file, without the ending.
-        need: seconds that it takes on an H100; it is cut off after twice as long.
+        result: file name of the result, without extension.
+        need: estimated seconds on an H100; the run is stopped after twice as long.
     """
 
     result: str
@@ -156,13 +156,13 @@ class Benchmark:
 
 
 def meta_grad(workload: str, need: float, *without: str, note: str = "") -> Benchmark:
-    """Without what takes long to compile, and TorchOpt, which loops over tasks as others do."""
+    """Without variants that compile for long, and without TorchOpt, one of several task loops."""
     arguments = ("--workload", workload, "--rounds", "3", "--errors")
     arguments += ("--without", "compiled", "TorchOpt", *without)
     return Benchmark(f"meta_grad-cuda-{workload}", need, "bench_meta_grad.py", arguments, note)
 
 
-# JAX compiles for an unknown time: what it is compared with is measured before, without it.
+# JAX compiles for an unknown time, so the others are measured first, without it.
 BENCHMARKS = (
     meta_grad("omniglot-5w1s", 30, "JAX"),
     Benchmark("cg-cuda-b16", 20, "bench_cg.py", ("--rounds", "10")),
@@ -195,7 +195,7 @@ BENCHMARKS_REHEARSED = (
 
 
 def bench(place: Place, step: Step) -> None:
-    """Each in a process of its own; what is there after each is merged."""
+    """Each benchmark in its own process; the results so far are merged after each."""
     environment, folder = place.installed(), place.folder("bench")
     shutil.rmtree(folder / "results", ignore_errors=True)
     merged = place.output("bench.json")
@@ -217,11 +217,11 @@ def bench(place: Place, step: Step) -> None:
 
 
 def sanitize(place: Place, step: Step) -> None:
-    """The operators on small shapes, under each tool of compute-sanitizer."""
+    """The operators under each tool of compute-sanitizer."""
     dims = DIMS_REHEARSED if place.rehearse else DIMS_SANITIZED
     program = [PYTHON, HERE / "smoke.py", "--operators-only", "--device", place.device]
     program += ["--dims", *dims]
-    # Every tensor in memory of its own, so that a read or write beyond it is seen.
+    # Every tensor gets its own allocation, so that an access out of bounds is detected.
     environment = place.installed() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     if place.rehearse:
         step.command(*program, cwd=place.work, env=environment)
@@ -231,9 +231,9 @@ def sanitize(place: Place, step: Step) -> None:
 
     def under(tool: str) -> None:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program]
-        said = step.command(*command, cwd=place.work, env=environment, limit=60)
+        output = step.command(*command, cwd=place.work, env=environment, limit=60)
         step.found[tool] = next(
-            (line for line in reversed(said.splitlines()) if "SUMMARY" in line), "no summary"
+            (line for line in reversed(output.splitlines()) if "SUMMARY" in line), "no summary"
         )
 
     for tool in SANITIZERS:
@@ -243,7 +243,7 @@ def sanitize(place: Place, step: Step) -> None:
 def train(
     place: Place, step: Step, *, cells: list[str], methods: list[str], minutes: float, data: Path
 ) -> None:
-    """Cells of table 2; what was trained until the stage is cut off is kept."""
+    """Train cells of table 2; what is trained before the stage is stopped is kept."""
     environment, folder = place.installed(), place.work / "train"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -254,19 +254,19 @@ def train(
         environment = environment | {"XDG_CACHE_HOME": str(folder / "cache")}
         length = ["--meta-steps", "100", "--eval-tasks", "4"]
     elif not (data / "omniglot-py").is_dir():
-        raise LeftOut(f"no omniglot-py in {data}: name its folder by --data")
+        raise LeftOut(f"no omniglot-py in {data}: pass its folder as --data")
     command = [PYTHON, "-m", "imaml_ext", "reproduce", "table2", "--json", "--data", data]
     command += ["--device", place.device, "--out", "results", "--runs", "runs", *length]
     command += ["--cells", *cells, "--methods", *methods]
     try:
-        said = step.command(*command, cwd=folder, env=environment)
-        step.found["figures"] = last_json(said)
+        output = step.command(*command, cwd=folder, env=environment)
+        step.found["figures"] = last_json(output)
     finally:
         keep_training(place, step, folder)
 
 
 def keep_training(place: Place, step: Step, folder: Path) -> None:
-    """Lines of the table; checkpoints, models, curves and logs as one archive."""
+    """Keep the lines of the table; and checkpoints, models, curves and logs in one archive."""
     lines = folder / "results" / "table2.jsonl"
     if lines.is_file():
         signed = [place.signed(json.loads(line)) for line in lines.read_text().splitlines()]
@@ -282,9 +282,9 @@ def keep_training(place: Place, step: Step, folder: Path) -> None:
 
 
 def stages(place: Place, *, train_with: dict[str, object]) -> list[Stage]:
-    """In the order of what is worth most."""
+    """All stages, most valuable first."""
     cells, methods = train_with["cells"], train_with["methods"]
-    each = 60 * train_with["minutes"] + 45  # it is started and tested too
+    each = 60 * train_with["minutes"] + 45  # for starting and evaluation
     total = each * len(cells) * len(methods)
 
     def stage(name: str, run: Callable[..., None], need: float, limit: float) -> Stage:

@@ -1,4 +1,4 @@
-"""Which nvcc a build takes, what it asks for where there is none, and what it says."""
+"""Which nvcc a build uses, what it requires without one, and what it reports."""
 
 import importlib
 import os
@@ -18,12 +18,12 @@ OF_CUDA = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAFLAGS", "CUDAHOSTCXX", "IMA
 WORKS = ["exit 0"]
 FAILS = ["echo no cicc >&2", "exit 1"]
 
-pytestmark = pytest.mark.skipif(not BACKEND.is_dir(), reason="the sources are not here")
+pytestmark = pytest.mark.skipif(not BACKEND.is_dir(), reason="needs the source tree")
 
 
 @pytest.fixture
 def compilers(monkeypatch, tmp_path):
-    """imaml_cuda on a machine without nvcc, online."""
+    """The module imaml_cuda, on an online machine without nvcc."""
     monkeypatch.syspath_prepend(str(BACKEND))
     module = importlib.import_module("imaml_cuda")
     for name in (*OF_CUDA, *OF_OFFLINE):
@@ -50,13 +50,13 @@ def packages(version):
         (None, []),
     ],
 )
-def test_without_nvcc_the_compiler_of_torchs_own_cuda_is_asked_for(
+def test_without_nvcc_the_compiler_for_the_cuda_version_of_torch_is_required(
     cuda, asked, compilers, tmp_path
 ):
     assert compilers.compiler_packages(fake_torch(tmp_path, "2.14.1", cuda=cuda)) == asked
 
 
-def test_the_backend_asks_for_the_compiler_unless_it_asks_for_torch(
+def test_the_backend_requires_the_compiler_unless_it_requires_torch(
     compilers, tmp_path, monkeypatch
 ):
     pytest.importorskip("setuptools", minversion="77")
@@ -69,13 +69,13 @@ def test_the_backend_asks_for_the_compiler_unless_it_asks_for_torch(
     fake_torch(tmp_path, "2.14.1", cuda="13.0")
     for hook in hooks:
         assert packages("13.0")[0] in hook()
-    monkeypatch.setenv("IMAML_CUDA", "OFF")  # CMake too takes it in any case
+    monkeypatch.setenv("IMAML_CUDA", "OFF")  # CMake also ignores case
     for hook in hooks:
         assert not any("cuda-toolkit" in requirement for requirement in hook())
 
 
 def place(kind, tmp_path, monkeypatch):
-    """The folder of an nvcc of that kind, and what leads to it."""
+    """The folder of an nvcc of this kind; sets the variables that point to it."""
     if kind == "CUDACXX":
         monkeypatch.setenv("CUDACXX", str(tmp_path / "cxx" / "nvcc"))
         return tmp_path / "cxx"
@@ -100,7 +100,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize("kind", PLACES)
-def test_an_nvcc_that_works_is_found_in_every_place(kind, compilers, tmp_path, monkeypatch, capfd):
+def test_a_working_nvcc_is_found_in_every_place(kind, compilers, tmp_path, monkeypatch, capfd):
     torch = fake_torch(tmp_path, "2.14.1", cuda="13.0")
     nvcc = fake_tool(place(kind, tmp_path, monkeypatch), "nvcc", WORKS)
     assert compilers.find_nvcc(torch) == nvcc
@@ -108,7 +108,7 @@ def test_an_nvcc_that_works_is_found_in_every_place(kind, compilers, tmp_path, m
     assert capfd.readouterr().err == ""
 
 
-def test_the_first_nvcc_that_works_is_taken_and_the_others_are_named(
+def test_the_first_working_nvcc_is_used_and_the_broken_ones_before_it_are_named(
     compilers, tmp_path, monkeypatch, capfd
 ):
     torch = fake_torch(tmp_path, "2.14.1", cuda="13.0")
@@ -124,13 +124,13 @@ def test_the_first_nvcc_that_works_is_taken_and_the_others_are_named(
         assert capfd.readouterr().err.splitlines() == said[:number]
 
 
-def test_an_nvcc_that_is_chosen_but_missing_is_named(compilers, tmp_path, monkeypatch, capfd):
+def test_a_missing_nvcc_in_cudacxx_is_named(compilers, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
     assert compilers.find_nvcc(fake_torch(tmp_path, "2.14.1", cuda="13.0")) is None
     assert "imaml_ext: /nowhere/nvcc does not work: " in capfd.readouterr().err
 
 
-def test_nvcc_is_tried_with_cmakes_variables_and_the_libraries_that_it_does_not_find(
+def test_nvcc_is_tested_with_the_variables_of_cmake_and_the_library_folder_that_it_lacks(
     compilers, tmp_path, monkeypatch
 ):
     torch = fake_torch(tmp_path, "2.14.1", cuda="13.0")
@@ -159,14 +159,14 @@ def test_the_nvcc_of_this_machine_works():
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
 @pytest.mark.parametrize("name", OF_OFFLINE)
-def test_offline_nothing_is_asked_for_unless_insisted_on(
+def test_an_offline_build_requires_the_compiler_only_with_imaml_cuda_on(
     name, value, compilers, tmp_path, monkeypatch
 ):
     torch = fake_torch(tmp_path, "2.14.1", cuda="13.0")
     monkeypatch.setenv(name, value)
     assert compilers.offline() == f"{name}={value}"
     assert compilers.compiler_packages(torch) == []
-    monkeypatch.setenv("IMAML_CUDA", "on")  # a folder of wheels may have them
+    monkeypatch.setenv("IMAML_CUDA", "on")  # a folder of wheels may contain them
     assert compilers.compiler_packages(torch) == packages("13.0")
     monkeypatch.delenv("IMAML_CUDA")
     monkeypatch.setenv(name, "0")
@@ -183,7 +183,7 @@ def test_offline_nothing_is_asked_for_unless_insisted_on(
         (["install", "--no-input", "--index-url", "--offline-mirror", "."], ""),
     ],
 )
-def test_the_command_line_of_the_frontend_tells_that_it_is_offline(arguments, expected):
+def test_an_offline_option_of_the_frontend_is_recognised(arguments, expected):
     backend = "import imaml_cuda; print(imaml_cuda.offline())"
     frontend = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {backend!r}])"
     env = {name: value for name, value in os.environ.items() if name not in OF_OFFLINE}
@@ -194,9 +194,9 @@ def test_the_command_line_of_the_frontend_tells_that_it_is_offline(arguments, ex
     assert said == expected + "\n"
 
 
-def test_pips_configuration_tells_that_it_is_offline(compilers, tmp_path, monkeypatch):
+def test_an_offline_setting_of_pip_is_recognised(compilers, tmp_path, monkeypatch):
     pytest.importorskip("pip")
-    monkeypatch.undo()  # what the fixture put in place of it
+    monkeypatch.undo()  # the fixture replaced it
     for name in OF_OFFLINE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(compilers, "_command_line", lambda process: ["/usr/bin/python", "pip"])
@@ -211,14 +211,14 @@ def test_pips_configuration_tells_that_it_is_offline(compilers, tmp_path, monkey
         configuration.write_text(text)
         assert compilers.offline() == expected
     configuration.write_text("[global]\nno-index = true\n")
-    monkeypatch.setenv("PIP_NO_INDEX", "0")  # a variable comes before a file
+    monkeypatch.setenv("PIP_NO_INDEX", "0")  # a variable overrides a file
     assert compilers.offline() == ""
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setattr(compilers, "_command_line", lambda process: ["/usr/bin/uv", "pip"])
     assert compilers.offline() == ""  # uv does not read it
 
 
-def test_a_build_without_kernels_says_why_and_what_to_do(compilers, tmp_path, monkeypatch):
+def test_a_build_without_cuda_kernels_reports_why_and_the_remedy(compilers, tmp_path, monkeypatch):
     torch = fake_torch(tmp_path, "2.14.1", cuda="13.0")
     line = compilers.shortfall(torch)
     assert "torch has CUDA 13.0, but there is no working nvcc. For" in line
@@ -234,7 +234,7 @@ def test_a_build_without_kernels_says_why_and_what_to_do(compilers, tmp_path, mo
 TELL = "import imaml_cuda; imaml_cuda.tell('the line')"
 
 
-def test_a_line_reaches_the_terminal_though_stderr_is_captured(monkeypatch):
+def test_a_line_reaches_the_terminal_although_stderr_is_captured(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(BACKEND))
     screen, terminal = pty.openpty()
     take = f"import fcntl, termios; fcntl.ioctl({terminal}, termios.TIOCSCTTY, 0)"
@@ -249,7 +249,7 @@ def test_a_line_reaches_the_terminal_though_stderr_is_captured(monkeypatch):
     assert shown.split(b"\r\n").count(b"the line") == 1
 
 
-def test_a_line_is_on_stderr_alone_where_there_is_no_terminal(monkeypatch):
+def test_without_a_terminal_a_line_goes_to_stderr_only(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(BACKEND))
     ran = subprocess.run(
         [sys.executable, "-c", TELL], capture_output=True, text=True, start_new_session=True
@@ -258,7 +258,7 @@ def test_a_line_is_on_stderr_alone_where_there_is_no_terminal(monkeypatch):
 
 
 def configure(folder, found, **settings):
-    """Runs cuda.cmake, where imaml_cuda.py finds what is given."""
+    """Run cuda.cmake with an imaml_cuda.py that prints `found`."""
     shutil.copytree(ROOT / "cmake", folder / "cmake")
     (folder / "build_backend").mkdir()
     (folder / "build_backend" / "imaml_cuda.py").write_text(f"print({found!r})\n")
@@ -288,7 +288,7 @@ LACKS = "IMAML_LACKS_NVCC:INTERNAL=ON"
         ("yes", "13.0", "IMAML_CUDA must be auto, on or off, got 'yes'", False),
     ],
 )
-def test_cmake_without_nvcc_fails_if_insisted_on_and_else_leaves_word(
+def test_without_nvcc_cmake_fails_if_imaml_cuda_is_on_and_else_records_it(
     wanted, cuda, error, lacks, tmp_path
 ):
     ran = configure(tmp_path, "", IMAML_CUDA=wanted, TORCH_cuda=cuda)

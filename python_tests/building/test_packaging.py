@@ -1,4 +1,4 @@
-"""What is packed, what the build asks for, and what it says where something is missing."""
+"""The contents of sdist and wheel, the build requirements, and the messages of failed builds."""
 
 import importlib
 import os
@@ -15,11 +15,11 @@ from fakes import fake_tool, fake_torch
 import imaml_ext
 
 ROOT = Path(__file__).parents[2]
-NOT_PACKED = (".ci/", ".clang-format", ".gitignore", ".pre-commit-config.yaml", "results/")
+NOT_PACKED = (
+    ".ci/", ".clang-format", ".gitignore", ".pre-commit-config.yaml", "noxfile.py", "results/",
+)  # fmt: skip
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "setup.py").is_file(), reason="the sources are not here"
-)
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
 
 
 def tracked():
@@ -60,17 +60,17 @@ def build(sources, *command, **variables):
     )  # fmt: skip
 
 
-def test_the_sdist_holds_what_git_does_but_for_results_and_tools(sources, backend):
+def test_the_sdist_has_the_tracked_files_except_results_and_tools(sources, backend):
     stale = sources / "imaml_ext.egg-info"
     stale.mkdir()
-    (sources / "left_behind.txt").write_text("of an earlier build")
+    (sources / "left_behind.txt").write_text("by an earlier build")
     (stale / "SOURCES.txt").write_text("left_behind.txt\n")
     (sources / "imaml_ext" / "_C.so").write_text("compiled")
     code = (
         "import sys; sys.path.insert(0, 'build_backend'); import imaml_build; "
         "imaml_build.build_sdist('dist')"
     )
-    built = build(sources, "-c", code, PATH="")  # nothing is run, not even git
+    built = build(sources, "-c", code, PATH="")  # no program is run, not even git
     assert built.returncode == 0, built.stderr
     name = f"imaml_ext-{imaml_ext.__version__}"
     with tarfile.open(sources / "dist" / f"{name}.tar.gz") as archive:
@@ -83,7 +83,7 @@ def test_the_sdist_holds_what_git_does_but_for_results_and_tools(sources, backen
     assert not stale.exists()
 
 
-def test_the_wheel_holds_every_module_its_types_and_nothing_else(sources, backend):
+def test_the_wheel_has_the_modules_and_their_types_only(sources, backend):
     shutil.copy2(ROOT / "python_tests" / "conftest.py", sources / "imaml_ext" / "unwanted.txt")
     built = build(sources, "setup.py", "--quiet", "build_py", "--build-lib", "lib")
     assert built.returncode == 0, built.stderr
@@ -101,9 +101,7 @@ def test_the_wheel_holds_every_module_its_types_and_nothing_else(sources, backen
         ("unknown", True, r"without a version"),
     ],
 )
-def test_a_torch_that_cannot_be_built_against_is_named(
-    version, headers, message, backend, tmp_path, monkeypatch
-):
+def test_an_unusable_torch_is_named(version, headers, message, backend, tmp_path, monkeypatch):
     torch = fake_torch(tmp_path, version, headers=headers)
     monkeypatch.setattr(backend, "_site_packages", lambda: iter([tmp_path]))
     assert backend.find_torch() is None
@@ -114,7 +112,7 @@ def test_a_torch_that_cannot_be_built_against_is_named(
         backend.find_torch()
 
 
-def test_an_installed_torch_is_used_and_a_missing_one_asked_for(backend, tmp_path, monkeypatch):
+def test_an_installed_torch_is_used_and_a_missing_one_is_required(backend, tmp_path, monkeypatch):
     monkeypatch.setattr(backend, "_site_packages", lambda: iter([tmp_path]))
     assert backend.TORCH in backend.get_requires_for_build_wheel()
     torch = fake_torch(tmp_path, "2.10.0", headers=True)  # 2.10 is newer than 2.9
@@ -122,7 +120,7 @@ def test_an_installed_torch_is_used_and_a_missing_one_asked_for(backend, tmp_pat
     assert backend.TORCH not in backend.get_requires_for_build_wheel()
 
 
-def test_tools_that_are_old_or_missing_are_asked_for(backend, tmp_path, monkeypatch):
+def test_old_or_missing_tools_are_required(backend, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert backend.missing_tools() == ["cmake>=3.22", "ninja"]
     fake_tool(tmp_path, "ninja", ["echo 1.11.1"])
@@ -168,7 +166,7 @@ def test_a_build_that_cannot_be_ends_with_one_line_and_no_traceback(
 
 
 @pytest.mark.parametrize("lacks", ["ON", "OFF"])
-def test_a_build_that_lacks_nvcc_says_so_in_its_last_line(lacks, sources, tools, tmp_path):
+def test_the_last_line_of_a_build_without_nvcc_reports_it(lacks, sources, tools, tmp_path):
     torch = fake_torch(tmp_path / "cuda", "2.14.1", cuda="13.0")
     fake_tool(
         tmp_path / "bin", "cmake",

@@ -17,6 +17,7 @@ from imaml_ext.experiments import build as experiment
 from imaml_ext.experiments.authors_code import AuthorsCodeCG, DescentThenProximal
 from imaml_ext.experiments.build import build
 from imaml_ext.experiments.cells import ROWS, TABLES, VARIANTS, cell
+from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.presets import PRESETS
 from imaml_ext.experiments.reproduce import STUDIES, tables
 from imaml_ext.experiments.reproduce.study import read
@@ -186,6 +187,7 @@ def test_a_run_limited_by_time_ends_there_and_its_rate_falls(tmp_path, monkeypat
 @pytest.fixture
 def few_classes(monkeypatch):
     """Classes that differ in where they are bright, in place of Omniglot."""
+    monkeypatch.setitem(conv4.__kwdefaults__, "filters", 8)  # a narrow network is fast
     images = (40 * torch.rand(30, 12, 28, 28)).to(torch.uint8)
     for c in range(30):
         images[c, :, 5 * (c % 5) : 5 * (c % 5) + 4, 4 * (c // 5) : 4 * (c // 5) + 4] += 200

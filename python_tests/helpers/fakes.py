@@ -1,4 +1,4 @@
-"""A torch and tools that are there in name, for tests of the build."""
+"""A fake torch and fake tools, for tests of the build."""
 
 
 def fake_torch(folder, version, *, headers=True, cuda=None):

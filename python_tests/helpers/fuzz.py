@@ -1,4 +1,4 @@
-"""What the property-based tests share: their count, and tensors of every make."""
+"""Shared by the property-based tests: a count of inputs, and random tensors."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-tried: Counter[str] = Counter()  # inputs by what they were given to; rejected ones do not count
+tried: Counter[str] = Counter()  # inputs by the name of the function; rejected ones do not count
 
-GUARD = 5  # elements before and after a tensor that lies inside a larger one
+GUARD = 5  # elements before and after a tensor inside a larger one
 
 
 @dataclass
 class Tensors:
-    """Tensors by name, and what their memory held before a call."""
+    """Tensors by name, and the contents of their memory before a call."""
 
     by_name: dict[str, Any]
     _before: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Tensors:
         self._before = [(name, t, memory(t).clone()) for name, t in self._in_memory()]
 
     def changed(self, *, but: dict[str, torch.Tensor] | None = None) -> list[str]:
-        """Names of those whose memory has changed by a bit, outside of the tensors in `but`."""
+        """Names of tensors whose memory has changed, except within the tensors in `but`."""
         names = []
         for name, tensor, before in self._before:
             now = memory(tensor).clone()
@@ -45,11 +45,11 @@ class Tensors:
 
 
 def memory(t: torch.Tensor) -> torch.Tensor:
-    """Every byte of a tensor's storage, of what lies beside it too."""
+    """Every byte of a tensor's storage, including bytes outside of the tensor."""
     return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
 
 
-# How numbers are chosen: most often like those of a training, sometimes as they should never be.
+# Kinds of values: mostly those of a training, sometimes unusual or invalid ones.
 VARIANTS = ["normal"] * 6 + ["zeros", "equal", "huge", "tiny", "spotted"]
 
 

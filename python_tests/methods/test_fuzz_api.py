@@ -36,6 +36,8 @@ from imaml_ext import (
     implicit_meta_grad,
 )
 
+pytestmark = pytest.mark.fuzz
+
 # ---- valid arguments ------------------------------------------------------------------------
 
 

@@ -28,6 +28,8 @@ from imaml_ext import (
 )
 from imaml_ext.training.trainer import NonfiniteError
 
+pytestmark = pytest.mark.fuzz
+
 
 def nonempty_gradients(out, problem):
     """All gradients but those by empty parameters and their lam."""

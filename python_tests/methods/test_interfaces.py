@@ -260,6 +260,7 @@ def test_adapt_cannot_be_differentiated_twice():
         gradient.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
 @pytest.mark.parametrize("fill", OURS)
 def test_torch_compile_compiles_the_code_around_a_meta_gradient(fill):

@@ -44,6 +44,7 @@ def test_peak_memory_does_not_grow_with_inner_or_cg_steps(curvature, device):
     assert peak_of(device, curvature, 1, 12) <= 1.02 * base
 
 
+@pytest.mark.slow
 def test_a_long_training_does_not_leak_memory():
     trainer = build(replace(PRESETS["sinusoid"], inner_steps=2, cg_steps=2)).trainer()
     for _ in range(50):

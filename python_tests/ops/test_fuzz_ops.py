@@ -14,6 +14,8 @@ from operator_calls import OPERATORS, Call, calls, fits
 import imaml_ext
 from imaml_ext import ops
 
+pytestmark = pytest.mark.fuzz
+
 CUDA = torch.cuda.is_available() and bool(imaml_ext.build_info()["cuda"])
 OTHERS = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64,

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from imaml_ext import MINRES, ConjugateGradient, NeumannSeries, Status, conjugate_gradient
 
+pytestmark = pytest.mark.fuzz
+
 
 @st.composite
 def systems(draw):

@@ -122,9 +122,9 @@ class Newton(torch.optim.Optimizer):
     [
         (lambda p: Newton(p), 2),
         (lambda p: torch.optim.LBFGS(p, max_iter=20, line_search_fn="strong_wolfe"), 3),
-        (lambda p: on_the_device(torch.optim.SGD, p, lr=0.3, momentum=0.9), 200),
-        (lambda p: on_the_device(torch.optim.SGD, p, lr=0.5), 400),
-        (lambda p: on_the_device(torch.optim.Adam, p, lr=0.05), 400),
+        (lambda p: on_the_device(torch.optim.SGD, p, lr=0.3, momentum=0.8), 120),
+        (lambda p: on_the_device(torch.optim.SGD, p, lr=1.0), 80),
+        (lambda p: on_the_device(torch.optim.Adam, p, lr=0.05), 220),
     ],
     ids=["newton", "lbfgs", "momentum", "sgd", "adam"],
 )
@@ -184,14 +184,14 @@ def test_a_learned_strength_beats_every_fixed_one_on_held_out_tasks():
         loss = module_loss(model, nn.functional.mse_loss)
         newton = HessianFree(steps=1, linear=ConjugateGradient(max_iter=10), damping=0.0)
         method = IMAML(loss, params, lam=lam, inner=newton, linear=ConjugateGradient(max_iter=10))
-        optimizer = torch.optim.Adam(method.learned().values(), lr=0.05)
+        optimizer = torch.optim.Adam(method.learned().values(), lr=0.1)
         trainer = Trainer(method, Relevance(50, seed=0), optimizer)
-        for _ in range(150):
+        for _ in range(60):
             trainer.step()
         return evaluate(method, Relevance(1000, seed=1), {"loss": loss}, tasks=1000).mean["loss"]
 
-    fixed = [held_out_loss(None, lam) for lam in torch.logspace(-3, 1, 9).tolist()]
-    assert 0 < fixed.index(min(fixed)) < 8  # the grid holds the best scalar
+    fixed = [held_out_loss(None, lam) for lam in torch.logspace(-2, 0, 5).tolist()]
+    assert 0 < fixed.index(min(fixed)) < 4  # the grid holds the best scalar
     assert held_out_loss("diagonal", 1.0) < 0.9 * min(fixed)
     # A scalar is learned to the best of its kind.
     assert held_out_loss("scalar", 1.0) < 1.02 * min(fixed)
