@@ -18,8 +18,9 @@ from imaml_ext._version import __version__
 from imaml_ext.experiments import plots
 from imaml_ext.experiments.build import build
 from imaml_ext.experiments.cells import ROWS, TABLES, VARIANTS
-from imaml_ext.experiments.config import CHOICES, Config
+from imaml_ext.experiments.config import Config
 from imaml_ext.experiments.presets import PRESETS
+from imaml_ext.experiments.registry import CHOICES
 from imaml_ext.experiments.reproduce import STUDIES
 from imaml_ext.experiments.reproduce.study import Settings, read
 from imaml_ext.experiments.reproduce.study import run as run_study

@@ -213,7 +213,7 @@ def fails(arguments, capsys):
         (["train", "--inner-steps", "-1"], "steps must not be negative"),
         (["train", "--cg-steps", "0"], "max_iter must be at least 1"),
         (["train", "--tasks", "0"], "tasks must be at least 1"),
-        (["train", "--meta-steps", "0"], "meta_steps must be at least 1"),
+        (["train", "--meta-steps", "0"], "the number of meta-steps must be at least 1, got 0"),
         (["train", "--eval-tasks", "0"], "--eval-tasks must be at least 1, got 0"),
         (["train", "--validations", "0"], "--validations must be at least 1, got 0"),
         (["train", "--save-every", "nan"], "--save-every must be finite and not negative, got nan"),

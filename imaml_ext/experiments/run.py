@@ -78,7 +78,7 @@ def train_to_end(
         stop = stack.enter_context(_StopSignals())
         last_saved, shown = trainer.seconds, -math.inf
         try:
-            while (done := experiment.progress(trainer)) < 1 and not (stop.came and leads):
+            while (done := trainer.budget.progress) < 1 and not (stop.came and leads):
                 trainer.step()
                 if not leads:
                     continue
@@ -86,7 +86,7 @@ def train_to_end(
                     progress.set_postfix(_postfix(trainer), refresh=False)
                     shown = time.monotonic()
                 progress.update()
-                if int(validations * experiment.progress(trainer)) > int(validations * done):
+                if int(validations * trainer.budget.progress) > int(validations * done):
                     source = experiment.sources["val"]
                     trainer.validate(source, experiment.metrics, tasks=validation_tasks)
                 elif trainer.seconds < last_saved + save_every:

@@ -13,11 +13,11 @@ import torch
 
 from imaml_ext import MAML, GradientDescent, Trainer
 from imaml_ext.cli import main
-from imaml_ext.experiments import build as experiment
 from imaml_ext.experiments.authors_code import AuthorsCodeCG, DescentThenProximal
 from imaml_ext.experiments.build import build
 from imaml_ext.experiments.cells import ROWS, TABLES, VARIANTS, cell
 from imaml_ext.experiments.presets import PRESETS
+from imaml_ext.experiments.registry import DATASETS
 from imaml_ext.experiments.reproduce import STUDIES, tables
 from imaml_ext.experiments.reproduce.study import read
 from imaml_ext.experiments.reproduce.table_report import markdown, write_section
@@ -190,7 +190,8 @@ def few_classes(monkeypatch):
     for c in range(30):
         images[c, :, 5 * (c % 5) : 5 * (c % 5) + 4, 4 * (c // 5) : 4 * (c // 5) + 4] += 200
     parts = dict(zip(("train", "val", "test"), images.split(10), strict=True))
-    monkeypatch.setattr(experiment, "_images", lambda *_: parts)
+    few = dataclasses.replace(DATASETS["omniglot"], images=lambda *_: parts)
+    monkeypatch.setitem(DATASETS, "omniglot", few)
     return parts
 
 
