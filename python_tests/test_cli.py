@@ -213,11 +213,11 @@ def fails(arguments, capsys):
         (["train", "--inner-steps", "-1"], "steps must not be negative"),
         (["train", "--cg-steps", "0"], "max_iter must be at least 1"),
         (["train", "--tasks", "0"], "tasks must be at least 1"),
-        (["train", "--meta-steps", "0"], "the number of meta-steps must be at least 1, got 0"),
-        (["train", "--eval-tasks", "0"], "--eval-tasks must be at least 1, got 0"),
-        (["train", "--validations", "0"], "--validations must be at least 1, got 0"),
-        (["train", "--save-every", "nan"], "--save-every must be finite and not negative, got nan"),
-        (["train", "--save-every", "-1"], "--save-every must be finite and not negative, got -1.0"),
+        (["train", "--meta-steps", "0"], "--meta-steps must be finite and at least 1, got 0"),
+        (["train", "--eval-tasks", "0"], "--eval-tasks must be finite and at least 1, got 0"),
+        (["train", "--validations", "0"], "--validations must be finite and at least 1, got 0"),
+        (["train", "--save-every", "nan"], "--save-every must be finite and at least 0, got nan"),
+        (["train", "--save-every", "-1"], "--save-every must be finite and at least 0, got -1.0"),
         (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--method", "maml", "--learn-lam", "scalar"], "learn_lam is for imaml"),
         (["train", "--method", "maml", "--inner", "adam"], "inner is for imaml"),
@@ -236,7 +236,7 @@ def test_bad_arguments_are_one_line(arguments, message, tmp_path, capsys, monkey
 def test_a_run_is_not_overwritten(tmp_path, capsys):
     out = ["--device", "cpu", "--out", str(tmp_path)]
     assert main(["train", *QUICK, *out]) == 0
-    assert "add --resume to go on" in fails(["train", *QUICK, *out], capsys)
+    assert "resume it with --resume" in fails(["train", *QUICK, *out], capsys)
 
 
 def test_a_resumed_run_keeps_its_settings(tmp_path, capsys):

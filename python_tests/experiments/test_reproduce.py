@@ -84,8 +84,8 @@ def test_figure_2b_sees_memory_grow_for_maml_alone(monkeypatch, omniglot_root):
 
 def test_a_study_is_measured_appended_and_drawn_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sinusoid, "INNER_STEPS", (1, 2))
-    monkeypatch.setattr(sinusoid, "EVALUATED", 20)
     command = ["reproduce", "sinusoid", "--out", str(tmp_path), "--device", "cpu", "--json"]
+    command += ["--eval-tasks", "20"]
     assert main([*command, "--meta-steps", "2"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["imaml, 2 inner steps"]["loss"] > 0
@@ -138,7 +138,7 @@ def test_a_line_that_is_not_whole_is_named_before_anything_is_measured(tmp_path,
 
 def test_what_is_of_tables_alone_is_refused_elsewhere(tmp_path, capsys):
     assert main(["reproduce", "fig2a", "--budget", "3", "--out", str(tmp_path)]) == 1
-    assert "are of table2, table3, natural, got fig2a" in capsys.readouterr().err
+    assert "apply to table2, table3, natural, got fig2a" in capsys.readouterr().err
 
 
 def test_figure_2b_without_data_is_one_line(tmp_path, capsys):
