@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--save-every", type=float, default=60.0, metavar="SECONDS",
         help="time between checkpoints")  # fmt: skip
     add("--tensorboard", action="store_true", help="also log to OUT for TensorBoard, if installed")
-    add_settings(train, "experiment (default: the data set's preset)", SETTINGS)
+    add_settings(train, "experiment (defaults: the data set's preset)", SETTINGS, with_presets=True)
 
     test = commands.add_parser(
         "eval", help="evaluate a checkpoint on unseen tasks", formatter_class=with_defaults
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("checkpoint", type=Path)
     test.add_argument("--split", choices=["val", "test"], default="test", help="classes to use")
     _add_common(test)
-    add_settings(test, "experiment (default: as in training)", _EVAL_SETTINGS)
+    add_settings(test, "experiment (defaults: as in training)", _EVAL_SETTINGS, with_presets=False)
 
     study = commands.add_parser(
         "reproduce", help="measure and draw a figure or table of the paper",

@@ -43,7 +43,7 @@ class Config:
         Nonfinite, "on a non-finite task: propagate: stop the run; omit: leave the task out"
     ] = "propagate"
     decay: Annotated[
-        Decay, "of the learning rate; linear: to 2% of it over the second half of the run"
+        Decay, "of the learning rate; linear: to 2% over the second half of the run"
     ] = "linear"
     meta_steps: Annotated[int, "limit on the number of meta-steps"] = 1000
     minutes: Annotated[float, "limit on the training time; 0: no limit"] = 0.0

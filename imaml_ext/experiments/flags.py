@@ -17,18 +17,29 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def add_settings(parser: argparse.ArgumentParser, title: str, names: Sequence[str]) -> None:
+def add_settings(
+    parser: argparse.ArgumentParser, title: str, names: Sequence[str], *, with_presets: bool
+) -> None:
     """Add a group of flags for these fields. Those that are not given leave no attribute."""
     group, hints = parser.add_argument_group(title), get_type_hints(Config, include_extras=True)
     for name in names:
         (text,) = hints[name].__metadata__
-        presets = ", ".join(f"{key}: {getattr(config, name)}" for key, config in PRESETS.items())
+        if with_presets:
+            text += f" ({_presets(name)})"
         kind = type(getattr(PRESETS["sinusoid"], name))
         parsing: dict[str, Any] = {"type": kind, "choices": CHOICES.get(name)}
         if kind is bool:
             parsing = {"action": argparse.BooleanOptionalAction}
-        text = f"{text} ({presets})".replace("%", "%%")
-        group.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **parsing)
+        group.add_argument(
+            flag(name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **parsing
+        )
+
+
+def _presets(name: str) -> str:
+    values = {dataset: getattr(config, name) for dataset, config in PRESETS.items()}
+    if len(set(values.values())) == 1:
+        return f"default: {values['sinusoid']}"
+    return ", ".join(f"{dataset}: {value}" for dataset, value in values.items())
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
