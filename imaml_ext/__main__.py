@@ -1,4 +1,4 @@
-"""`python -m imaml_ext`: the command line, as torchrun starts it."""
+"""The command line as `python -m imaml_ext`, which torchrun needs."""
 
 import sys
 

@@ -18,60 +18,32 @@ from imaml_ext._version import __version__
 from imaml_ext.experiments import plots
 from imaml_ext.experiments.build import build
 from imaml_ext.experiments.cells import ROWS, TABLES, VARIANTS
-from imaml_ext.experiments.config import CHOICES, Config
+from imaml_ext.experiments.flags import SETTINGS, add_settings, flag, given_settings
 from imaml_ext.experiments.presets import PRESETS
 from imaml_ext.experiments.reproduce import STUDIES
-from imaml_ext.experiments.reproduce.study import Settings, read
-from imaml_ext.experiments.reproduce.study import run as run_study
-from imaml_ext.experiments.run import Interrupted, saved_config, train_to_end
+from imaml_ext.experiments.reproduce.study import Settings, measure, read
+from imaml_ext.experiments.run import Interrupted, resumed_config, saved_config, train_to_end
 from imaml_ext.ops.extension import WITHOUT_CUDA, build_info
 from imaml_ext.training.checkpoint import load_checkpoint, restore
 from imaml_ext.training.distributed import Group, is_launched, own_device, process_group, rank
-from imaml_ext.training.evaluation import Evaluation, evaluate
+from imaml_ext.training.evaluation import Evaluation
 from imaml_ext.training.trainer import NonfiniteError
 
-_HELP = {
-    "method": "meta-learning method",
-    "way": "classes of a task",
-    "shot": "support examples per class (or of a regression task)",
-    "query": "query examples per class in training",
-    "eval_query": "query examples per class in evaluation",
-    "tasks": "tasks of one meta-step",
-    "lam": "proximal strength",
-    "inner_lr": "step size of the inner solver",
-    "inner_steps": "steps of the inner solver",
-    "cg_steps": "products of the linear solve of a meta-gradient",
-    "damping": "added to the diagonal in the linear solve",
-    "curvature": "hessian, or ggn: generalised Gauss-Newton",
-    "inner": "inner solver of imaml",
-    "linear": "linear solver of imaml",
-    "last": "steps that truncated-maml differentiates",
-    "eval_proximal": "keep the proximal term of imaml in evaluation",
-    "learn_lam": "learn the proximal strength of imaml too, one or many",
-    "learn_lr": "learn the step size of maml too",
-    "meta_lr": "learning rate of the outer Adam",
-    "meta_eps": "eps of the outer Adam",
-    "nonfinite": "what a task that is not finite does: refuse: end the run; skip: leave it out",
-    "decay": "of the learning rate: linear: to 2%% over the second half of the run",
-    "meta_steps": "meta-steps in all",
-    "minutes": "training time in all; the run ends there if it comes first; 0: meta-steps alone",
-    "seed": "of the model's start and of the training tasks",
-}
-
-
-_OF_EVALUATION = (
+_EVAL_SETTINGS = [
     "method", "shot", "eval_query", "lam", "inner", "inner_lr", "inner_steps", "eval_proximal",
-)  # fmt: skip
-
-
-_OF_THE_RUN = ("meta_steps", "minutes", "nonfinite")  # may change when a run is resumed
+]  # fmt: skip
+_LEAST = {"validations": 1, "eval_tasks": 1, "meta_steps": 1, "save_every": 0, "budget": 0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if is_launched() and options.run is not _train:
-            raise ValueError("only train can be shared by the processes of torchrun")
+            raise ValueError("torchrun is supported for train only")
+        for name, least in _LEAST.items():
+            value = vars(options).get(name)
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{flag(name)} must be finite and at least {least}, got {value}")
         options.run(options)
     except (ValueError, TypeError, OSError, NonfiniteError) as error:
         print(f"imaml-ext: error: {error}", file=sys.stderr)
@@ -88,108 +60,65 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    with_defaults = argparse.ArgumentDefaultsHelpFormatter
 
     train = commands.add_parser(
-        "train", help="meta-train, then evaluate on unseen tasks",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+        "train", help="meta-train, then evaluate on unseen tasks", formatter_class=with_defaults
+    )
     train.set_defaults(run=_train)
-    train.add_argument("dataset", nargs="?", choices=list(PRESETS), default="sinusoid")
+    add = train.add_argument
+    add("dataset", nargs="?", choices=list(PRESETS), default="sinusoid")
     _add_common(train)
-    _add_experiment(train, "experiment (default: the data set's preset)", list(_HELP))
-    train.add_argument("--download", action="store_true", help="fetch the data if it is not there")
-    train.add_argument("--out", type=Path, help="folder of the run; default runs/DATASET-TIME")
-    train.add_argument(
-        "--resume", action="store_true",
-        help="go on from OUT/checkpoint.pt; under torchrun, if there is one",
-    )  # fmt: skip
-    train.add_argument(
-        "--compile", action="store_true", help="the meta-gradient, once, on the CPU: takes a while"
-    )
-    train.add_argument("--validations", type=int, default=20, help="validations during the run")
-    train.add_argument(
-        "--save-every", type=float, default=60.0, metavar="SECONDS",
-        help="of training, from one checkpoint to the next",
-    )  # fmt: skip
-    train.add_argument(
-        "--tensorboard", action="store_true", help="log for it too, into OUT; needs the package"
-    )
+    add("--download", action="store_true", help="download the data set if it is missing")
+    add("--out", type=Path, help="folder of the run; None: runs/DATASET-TIME")
+    add("--resume", action="store_true",
+        help="resume from OUT/checkpoint.pt; under torchrun, start if there is none")  # fmt: skip
+    add("--compile", action="store_true", help="compile the meta-gradient; CPU only")
+    add("--validations", type=int, default=20, help="number of validations during the run")
+    add("--save-every", type=float, default=60.0, metavar="SECONDS",
+        help="time between checkpoints")  # fmt: skip
+    add("--tensorboard", action="store_true", help="also log to OUT for TensorBoard, if installed")
+    add_settings(train, "experiment (defaults: the data set's preset)", SETTINGS, with_presets=True)
 
     test = commands.add_parser(
-        "eval", help="evaluate a checkpoint on unseen tasks",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+        "eval", help="evaluate a checkpoint on unseen tasks", formatter_class=with_defaults
+    )
     test.set_defaults(run=_eval)
     test.add_argument("checkpoint", type=Path)
-    test.add_argument("--split", choices=["val", "test"], default="test")
+    test.add_argument("--split", choices=["val", "test"], default="test", help="classes to use")
     _add_common(test)
-    _add_experiment(test, "experiment (default: as it was trained)", _OF_EVALUATION)
+    add_settings(test, "experiment (defaults: as in training)", _EVAL_SETTINGS, with_presets=False)
 
     study = commands.add_parser(
         "reproduce", help="measure and draw a figure or table of the paper",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=with_defaults,
         epilog="; ".join(f"{name}: {study.question}" for name, study in STUDIES.items()),
     )  # fmt: skip
     study.set_defaults(run=_reproduce)
-    study.add_argument("study", choices=list(STUDIES))
-    _add_place(study)
-    study.add_argument("--out", type=Path, default=Path("results"), help="folder of STUDY.jsonl")
-    study.add_argument("--seed", type=int, default=0, help="of the tasks and the models")
-    study.add_argument("--meta-steps", type=int, help="of each training, where there are any")
-    study.add_argument(
-        "--draw-only", action="store_true", help="draw what is in OUT/STUDY.jsonl again"
-    )
-    cells = study.add_argument_group(f"cells of a table ({', '.join(TABLES)})")
+    add = study.add_argument
+    add("study", choices=list(STUDIES))
+    _add_common(study)
+    add("--out", type=Path, default=Path("results"), help="folder of STUDY.jsonl and the plots")
+    add("--seed", type=int, default=0, help="seed of the tasks and models")
+    add("--meta-steps", type=int, help="length of each training; None: the study's own")
+    add("--draw-only", action="store_true", help="draw from OUT/STUDY.jsonl without measuring")
+    add = study.add_argument_group(f"cells of a table ({', '.join(TABLES)})").add_argument
     columns = sorted({column for table in TABLES.values() for column in table.columns})
-    cells.add_argument("--cells", nargs="+", choices=columns, help="columns; None: all")
-    cells.add_argument("--methods", nargs="+", choices=list(ROWS), help="rows; None: all")
-    cells.add_argument("--variant", choices=VARIANTS, default="ours", help="whose settings")
-    cells.add_argument(
-        "--budget", type=float, default=0.0, metavar="MINUTES",
-        help="of training for each cell, over all runs of it; 0: as many meta-steps as it has",
-    )  # fmt: skip
-    cells.add_argument("--eval-tasks", type=int, default=600, help="tasks of each evaluation")
-    cells.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints")
+    add("--cells", nargs="+", choices=columns, help="columns; None: all")
+    add("--methods", nargs="+", choices=list(ROWS), help="rows; None: all")
+    add("--variant", choices=VARIANTS, default="ours", help="whose settings to use")
+    add("--budget", type=float, default=0.0, metavar="MINUTES",
+        help="training time of each cell, over all runs; 0: meta-steps alone")  # fmt: skip
+    add("--runs", type=Path, default=Path("runs"), help="folder of the checkpoints")
     return parser
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    _add_place(parser)
-    parser.add_argument("--eval-tasks", type=int, default=600, help="tasks of the final evaluation")
-
-
-def _add_place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, default=Path("data"), help="root of the data sets")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object as the last line"
-    )
-
-
-def _add_experiment(parser: argparse.ArgumentParser, heading: str, names: Sequence[str]) -> None:
-    group = parser.add_argument_group(heading)
-    for name in names:
-        presets = ", ".join(f"{key}: {getattr(config, name)}" for key, config in PRESETS.items())
-        kind = type(getattr(PRESETS["sinusoid"], name))
-        as_given: dict[str, Any] = {"type": kind, "choices": CHOICES.get(name)}
-        if kind is bool:
-            as_given = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            default=argparse.SUPPRESS,
-            help=f"{_HELP[name]} ({presets})",
-            **as_given,
-        )
-
-
-def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """The experiment's settings that were given on the command line."""
-    given = vars(options)
-    return {
-        field.name: given[field.name]
-        for field in dataclasses.fields(Config)
-        if field.name in given and field.name != "dataset"
-    }
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("data"), help="root folder of the data sets")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--json", action="store_true", help="print one JSON object as the last line")
+    add("--eval-tasks", type=int, default=600, help="number of tasks in an evaluation")
 
 
 def _device(options: argparse.Namespace) -> torch.device:
@@ -213,33 +142,25 @@ def _device(options: argparse.Namespace) -> torch.device:
 
 def _train(options: argparse.Namespace) -> None:
     if is_launched() and options.out is None:
-        raise ValueError("torchrun needs --out: where restarted processes find the checkpoint")
+        raise ValueError("torchrun needs --out, where restarted processes find the checkpoint")
     device = _device(options)
     with process_group(device) as group:
-        _train_with(options, device, group)
+        _train_in(group, device, options)
 
 
-def _train_with(options: argparse.Namespace, device: torch.device, group: Group | None) -> None:
+def _train_in(group: Group | None, device: torch.device, options: argparse.Namespace) -> None:
     start = time.perf_counter()
-    for name in ("validations", "eval_tasks"):
-        if getattr(options, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}"
-            )
-    if not (math.isfinite(options.save_every) and options.save_every >= 0):
-        raise ValueError(f"--save-every must be finite and not negative, got {options.save_every}")
-    overrides = _overrides(options)
     out = options.out or Path("runs") / f"{options.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint = out / "checkpoint.pt"
-    # torchrun repeats its command after a failure, and the first time there is nothing to resume.
+    # torchrun repeats its command after a failure; the first time there is nothing to resume.
     resume = options.resume and (group is None or checkpoint.exists())
     if resume:
-        config = _resumed_config(checkpoint, options.dataset, overrides)
+        config = resumed_config(checkpoint, {"dataset": options.dataset, **given_settings(options)})
+    elif checkpoint.exists():
+        raise ValueError(f"{checkpoint} exists: resume it with --resume, or choose another --out")
     else:
-        if checkpoint.exists():
-            raise ValueError(f"{checkpoint} exists: add --resume to go on, or choose another --out")
-        config = dataclasses.replace(PRESETS[options.dataset], **overrides)
-    torch.manual_seed(config.seed + rank(group))  # torch's own is another in each process
+        config = dataclasses.replace(PRESETS[options.dataset], **given_settings(options))
+    torch.manual_seed(config.seed + rank(group))  # different dropout masks in each process
     experiment = build(config, data=options.data, device=device, download=options.download)
     try:
         trainer = experiment.trainer(compile=options.compile, process_group=group)
@@ -247,102 +168,68 @@ def _train_with(options: argparse.Namespace, device: torch.device, group: Group 
         if not options.compile:
             raise
         raise ValueError(f"--compile: {str(error).splitlines()[0]}") from error
-    if resume:
-        trainer.load(checkpoint)
-        if rank(group) == 0:
-            print(f"going on from meta-step {trainer.steps}", file=sys.stderr)
     train_to_end(
-        experiment, trainer, checkpoint, validations=options.validations,
+        experiment, trainer, checkpoint, resume=resume, validations=options.validations,
         save_every=options.save_every, with_tensorboard=options.tensorboard,
-        resume=f"--resume --out {out}",
+        how_to_resume=f"--resume --out {out}",
     )  # fmt: skip
     if rank(group) > 0:
         return
-
-    result = evaluate(
-        experiment.method,
-        experiment.sources["test"],
-        experiment.metrics,
-        tasks=options.eval_tasks,
-        support_metrics=experiment.support_metrics,
-    )
-    pictures = [
-        plots.learning_curves(trainer.history, trainer.validation, out / "learning_curves.png")
-    ]
-    if config.dataset == "sinusoid":
-        pictures.append(
-            plots.sinusoid_fits(
-                experiment.method, experiment.loss, experiment.sources["test"], out / "fits.png"
-            )
-        )
-    _report(
-        options, result, time.perf_counter() - start, meta_steps=trainer.steps,
-        checkpoint=checkpoint, plots=pictures,
-    )  # fmt: skip
-
-
-def _resumed_config(path: Path, dataset: str, overrides: dict[str, Any]) -> Config:
-    saved = saved_config(load_checkpoint(path), path)
-    if saved.dataset != dataset:
-        raise ValueError(f"{path} was trained on {saved.dataset}, not on {dataset}")
-    for name, value in overrides.items():
-        if name not in _OF_THE_RUN and getattr(saved, name) != value:
-            allowed = ", ".join(f"--{other.replace('_', '-')}" for other in _OF_THE_RUN)
-            raise ValueError(
-                f"{path} was trained with {name}={getattr(saved, name)}, got {value}: "
-                f"a resumed run keeps its settings, but for {allowed}"
-            )
-    return dataclasses.replace(saved, **overrides)
+    result = experiment.evaluate("test", options.eval_tasks)
+    written = plots.of_training(experiment, trainer, out)
+    _report(options, result, start, steps=trainer.steps, checkpoint=checkpoint, written=written)
 
 
 def _eval(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     state = load_checkpoint(options.checkpoint)
-    config = dataclasses.replace(saved_config(state, options.checkpoint), **_overrides(options))
+    config = dataclasses.replace(saved_config(state, options.checkpoint), **given_settings(options))
     experiment = build(config, data=options.data, device=_device(options))
     restore(experiment.method.learned(), state, options.checkpoint)
-    result = evaluate(
-        experiment.method,
-        experiment.sources[options.split],
-        experiment.metrics,
-        tasks=options.eval_tasks,
-        support_metrics=experiment.support_metrics,
-    )
-    _report(
-        options, result, time.perf_counter() - start, meta_steps=state["steps"],
-        checkpoint=options.checkpoint, plots=[],
-    )  # fmt: skip
+    result = experiment.evaluate(options.split, options.eval_tasks)
+    _report(options, result, start, steps=state["steps"], checkpoint=options.checkpoint, written=[])
+
+
+def _report(
+    options: argparse.Namespace, result: Evaluation, start: float, *, steps: int, checkpoint: Path,
+    written: list[Path],
+) -> None:  # fmt: skip
+    """Print the figures, accuracies in percent; `start`: the command's."""
+    mean, ci95 = result.mean, result.ci95
+    figures: dict[str, Any] = {}
+    if "accuracy" in mean:
+        for prefix in ("", "support_"):
+            figures[f"{prefix}accuracy"] = 100 * mean[f"{prefix}accuracy"]
+            figures[f"{prefix}ci95"] = 100 * ci95[f"{prefix}accuracy"]
+        print("accuracy  {accuracy:.2f} ± {ci95:.2f} % (95%)".format(**figures))
+        print("          {support_accuracy:.2f} ± {support_ci95:.2f} % with".format(**figures),
+              "batch norm's statistics of the support set alone")  # fmt: skip
+    figures |= {"loss": mean["loss"], "loss_ci95": ci95["loss"]}
+    print("loss      {loss:.4f} ± {loss_ci95:.4f} (95%)".format(**figures))
+    print(f"on        {result.tasks} unseen tasks, after {steps} meta-steps")
+    print(f"model     {checkpoint}")
+    for path in written:
+        print(f"plot      {path}")
+    if options.json:
+        figures |= {"tasks": result.tasks, "meta_steps": steps}
+        figures |= {"seconds": round(time.perf_counter() - start, 1)}
+        figures |= {"checkpoint": str(checkpoint), "plots": list(map(str, written))}
+        finite = {k: v for k, v in figures.items() if not isinstance(v, float) or math.isfinite(v)}
+        print(json.dumps(dict.fromkeys(figures) | finite))  # null: not finite
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    study = STUDIES[options.study]
-    lines = options.out / f"{options.study}.jsonl"
-    for name in ("meta_steps", "eval_tasks"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    study, lines = STUDIES[options.study], options.out / f"{options.study}.jsonl"
     of_table = options.cells or options.methods or options.budget or options.variant != "ours"
     if of_table and options.study not in TABLES:
         raise ValueError(
-            f"--cells, --methods, --variant and --budget are of {', '.join(TABLES)}, "
+            f"--cells, --methods, --variant and --budget apply to {', '.join(TABLES)}, "
             f"got {options.study}"
         )
-    if not (math.isfinite(options.budget) and options.budget >= 0):
-        raise ValueError(f"--budget must be finite and not negative, got {options.budget}")
     if not options.draw_only:
-        settings = Settings(
-            _device(options),
-            options.data,
-            options.seed,
-            options.meta_steps,
-            options.out,
-            columns=options.cells,
-            rows=options.methods,
-            variant=options.variant,
-            minutes=options.budget,
-            tasks=options.eval_tasks,
-            runs=options.runs,
-        )
-        run_study(study, settings, lines)
+        names = [field.name for field in dataclasses.fields(Settings) if field.name != "device"]
+        given = {name: getattr(options, name) for name in names}
+        measure(study, Settings(_device(options), **given), lines)
     records = read(study, lines)
     written = study.draw(records, options.out)
     figures = study.summary(records)
@@ -359,49 +246,3 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(map(_short, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _report(
-    options: argparse.Namespace,
-    result: Evaluation,
-    seconds: float,
-    *,
-    meta_steps: int,
-    checkpoint: Path,
-    plots: list[Path],
-) -> None:
-    figures: dict[str, Any] = {}
-    if "accuracy" in result.mean:
-        figures["accuracy"] = 100 * result.mean["accuracy"]
-        figures["ci95"] = 100 * result.ci95["accuracy"]
-        print(f"accuracy  {figures['accuracy']:.2f} ± {figures['ci95']:.2f} % (95%)")
-        figures["support_accuracy"] = 100 * result.mean["support_accuracy"]
-        figures["support_ci95"] = 100 * result.ci95["support_accuracy"]
-        print(
-            f"          {figures['support_accuracy']:.2f} ± {figures['support_ci95']:.2f} % with "
-            "batch norm's statistics of the support set alone"
-        )
-    figures["loss"] = result.mean["loss"]
-    figures["loss_ci95"] = result.ci95["loss"]
-    print(f"loss      {figures['loss']:.4f} ± {figures['loss_ci95']:.4f} (95%)")
-    print(f"on        {result.tasks} unseen tasks, after {meta_steps} meta-steps")
-    print(f"model     {checkpoint}")
-    for picture in plots:
-        print(f"drawn     {picture}")
-    if options.json:
-        figures |= {
-            "tasks": result.tasks,
-            "meta_steps": meta_steps,
-            "seconds": round(seconds, 1),
-            "checkpoint": str(checkpoint),
-            "plots": [str(picture) for picture in plots],
-        }
-        print(json.dumps({k: None if _is_nan(v) else v for k, v in figures.items()}))
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """What the code released with the paper computes in place of the paper's formulas.
 
-For comparison alone: https://github.com/aravindr93/imaml_dev.
+For comparison only. Source: https://github.com/aravindr93/imaml_dev.
 """
 
 from dataclasses import dataclass, replace
@@ -18,8 +18,8 @@ from imaml_ext.solvers.solution import Solution
 
 @dataclass(frozen=True)
 class DescentThenProximal(GradientDescent):
-    """Gradient descent on the loss alone; the proximal term is applied once, after the last step:
-    `phi = theta + (1 - lr lam) (phi_K - theta)`. Arguments as `GradientDescent`."""
+    """Gradient descent on the loss alone, with the proximal term applied once after the last step:
+    `phi = theta + (1 - lr lam) (phi_K - theta)`. Arguments as in `GradientDescent`."""
 
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
@@ -32,8 +32,8 @@ class DescentThenProximal(GradientDescent):
 
 @dataclass(frozen=True)
 class AuthorsCodeCG(ConjugateGradient):
-    """Solves `(2 I + H / (lam + 10)) g = v` where the paper solves `(I + H / lam) g = v`, so that g
-    is nearly `v / 2`, the direction of first-order MAML. Arguments as `ConjugateGradient`."""
+    """Solve `(2 I + H / (lam + 10)) g = v` in place of the paper's `(I + H / lam) g = v`. Then g is
+    nearly `v / 2`, the direction of first-order MAML. Arguments as in `ConjugateGradient`."""
 
     def solve(
         self,
@@ -45,5 +45,5 @@ class AuthorsCodeCG(ConjugateGradient):
     ) -> Solution:
         shifted = lam + 10
         solution = super().solve(matvec, b, 2 * shifted, second_moment=second_moment)
-        # The caller multiplies x by lam to get g. What was seen is no certificate of its system.
+        # The caller multiplies x by lam to get g. The Lanczos data is of another system.
         return replace(solution, value=solution.value * (shifted / lam), lanczos=None)

@@ -1,13 +1,14 @@
 """The cells of the paper's tables, as data."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from imaml_ext.experiments.config import Config
 
-# The tables of the paper. A cell is a row (a method) in a column (a kind of task), in one variant:
-# "paper", the published setting; "authors_code", what the authors' release does instead; "ours",
-# found on validation classes with the time of two CPU cores in mind.
+# A cell is a row (a method) in a column (a kind of task), in one variant of the settings: "paper",
+# as published; "authors_code", as the authors' release does it; "ours", chosen on validation
+# classes for training on two CPU cores.
 
 ROWS = {
     "maml": "MAML",
@@ -20,7 +21,6 @@ ROWS = {
 
 VARIANTS = ("ours", "paper", "authors_code")
 
-
 _ROW: dict[str, dict[str, Any]] = {
     "maml": {"method": "maml"},
     "fomaml": {"method": "fomaml"},
@@ -28,7 +28,6 @@ _ROW: dict[str, dict[str, Any]] = {
     "imaml-gd": {"method": "imaml", "inner": "gd"},
     "imaml-hf": {"method": "imaml", "inner": "hessian-free", "inner_steps": 3},
 }
-
 
 _TASKS: dict[str, dict[str, Any]] = {
     "5w1s": {"way": 5, "shot": 1},
@@ -40,7 +39,10 @@ _TASKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper: its columns, and its accuracies and 95% half-widths in percent.
+    """A table of the paper.
+
+    Attributes:
+        published: accuracies and 95% half-widths in percent, by row, in the order of the columns.
 
     Source: Rajeswaran, Finn, Kakade, Levine 2019, tables 2 and 3.
     """
@@ -48,10 +50,10 @@ class Table:
     title: str
     dataset: str
     columns: tuple[str, ...]
-    published: dict[str, tuple[tuple[float, float], ...]]  # by row, in the order of the columns
+    published: dict[str, tuple[tuple[float, float], ...]]
 
     def figure(self, row: str, column: str) -> tuple[float, float] | None:
-        """The published accuracy and half-width, if there is one."""
+        """The published accuracy and half-width, if any."""
         return self.published[row][self.columns.index(column)] if row in self.published else None
 
 
@@ -91,49 +93,60 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table: how it is trained and tested, and what was published."""
+    """One number of a table.
+
+    Attributes:
+        train: how it is trained.
+        changes: settings that differ in evaluation.
+        published: accuracy and 95% half-width in percent, if any.
+    """
 
     table: str
     column: str
     row: str
     variant: str
     train: Config
-    test: Config
-    published: tuple[float, float] | None  # accuracy and 95% half-width, in percent
+    changes: dict[str, Any]
+    published: tuple[float, float] | None
 
     @property
     def name(self) -> str:
         return f"{self.table}-{self.column}-{self.row}-{self.variant}"
 
+    @property
+    def test(self) -> Config:
+        """How it is tested."""
+        return replace(self.train, **self.changes)
+
 
 def cell(table: str, column: str, row: str, variant: str = "ours") -> Cell:
-    """A cell of TABLES.
+    """The cell of a table.
 
     Raises:
-        ValueError: there is no such cell.
+        ValueError: there is no such table, column, row or variant, or the row lacks the variant.
     """
-    _one_of("table", table, list(TABLES))
-    _one_of("column", column, list(TABLES[table].columns))
-    _one_of("row", row, list(ROWS))
-    _one_of("variant", variant, list(VARIANTS))
+    _check_choice("table", table, TABLES)
+    _check_choice("column", column, TABLES[table].columns)
+    _check_choice("row", row, ROWS)
+    _check_choice("variant", variant, VARIANTS)
     settings = {"ours": _ours, "paper": _paper, "authors_code": _authors_code}[variant]
     train = replace(
         Config(dataset=TABLES[table].dataset), **_TASKS[column], **settings(table, column, row)
     )
-    test = replace(train, **_test(table, column, row, variant))
-    return Cell(table, column, row, variant, train, test, TABLES[table].figure(row, column))
+    changes = _changes(table, column, row, variant)
+    return Cell(table, column, row, variant, train, changes, TABLES[table].figure(row, column))
 
 
-def _one_of(name: str, value: str, choices: list[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in (names := list(choices)):
+        raise ValueError(f"{name} must be one of {names}, got {value!r}")
 
 
 def _paper(table: str, column: str, row: str) -> dict[str, Any]:
     if row == "reptile":
         raise ValueError(
-            "no variant 'paper' for reptile: its published number is of an inner Adam on "
-            "mini-batches, which is not built in; take 'ours'"
+            "reptile has no variant 'paper': its published number was measured with an inner Adam "
+            "on mini-batches, which is not implemented; use 'ours'"
         )
     way, shot = _TASKS[column]["way"], _TASKS[column]["shot"]
     natural = table != "table2"
@@ -157,7 +170,7 @@ def _paper(table: str, column: str, row: str) -> dict[str, Any]:
 
 def _authors_code(table: str, column: str, row: str) -> dict[str, Any]:
     if table != "table2" or row != "imaml-gd":
-        raise ValueError("variant 'authors_code' is of imaml-gd in table2 alone")
+        raise ValueError("only imaml-gd in table2 has the variant 'authors_code'")
     changed = {"inner": "gd-then-proximal", "linear": "cg-authors-code", "meta_eps": 1e-3}
     return {**_paper(table, column, row), **changed}
 
@@ -191,8 +204,7 @@ _OURS_NATURAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _test(table: str, column: str, row: str, variant: str) -> dict[str, Any]:
-    """What differs from training in evaluation."""
+def _changes(table: str, column: str, row: str, variant: str) -> dict[str, Any]:
     if variant == "authors_code":
         return {"eval_proximal": False}
     if variant == "paper" and row in ("maml", "fomaml"):

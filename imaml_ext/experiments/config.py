@@ -1,48 +1,50 @@
 """Experiments as data: what to train on, how to adapt, how to differentiate, how to step."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
+from imaml_ext.methods.meta_gradient import Nonfinite
 from imaml_ext.problem.objective import CurvatureKind
+
+LearnLam = Literal["no", "scalar", "tensor", "diagonal"]
+Decay = Literal["constant", "linear"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment. The command line has a flag for each field."""
+    """One experiment. The command line makes its flags and their help from the fields.
+
+    The values that `dataset`, `method`, `inner` and `linear` can have are the keys of the
+    dictionaries in `registry`.
+    """
 
     dataset: str
-    method: str = "imaml"
-    way: int = 5
-    shot: int = 1
-    query: int = 1
-    eval_query: int = 1
-    tasks: int = 16
-    lam: float = 2.0
-    inner_lr: float = 0.1
-    inner_steps: int = 16
-    cg_steps: int = 5
-    damping: float = 0.0
-    curvature: CurvatureKind = "hessian"
-    inner: str = "gd"
-    linear: str = "cg"
-    last: int = 5
-    eval_proximal: bool = True
-    learn_lam: str = "no"
-    learn_lr: bool = False
-    meta_lr: float = 1e-3
-    meta_eps: float = 1e-8
-    nonfinite: str = "propagate"
-    decay: str = "linear"
-    meta_steps: int = 1000
-    minutes: float = 0.0
-    seed: int = 0
-
-
-CHOICES = {
-    "method": ["imaml", "maml", "maml-accelerated", "truncated-maml", "fomaml", "reptile"],
-    "inner": ["gd", "gd-then-proximal", "nesterov", "adam", "hessian-free", "lbfgs"],
-    "linear": ["cg", "cg-authors-code", "cg-jacobi", "minres", "neumann"],
-    "curvature": ["hessian", "ggn"],
-    "learn_lam": ["no", "scalar", "tensor", "diagonal"],
-    "nonfinite": ["propagate", "omit"],
-    "decay": ["constant", "linear"],
-}
+    method: Annotated[str, "meta-learning method"] = "imaml"
+    way: Annotated[int, "classes per task"] = 5
+    shot: Annotated[int, "support examples per class, or per regression task"] = 1
+    query: Annotated[int, "query examples per class in training"] = 1
+    eval_query: Annotated[int, "query examples per class in evaluation"] = 1
+    tasks: Annotated[int, "tasks per meta-step"] = 16
+    lam: Annotated[float, "proximal strength"] = 2.0
+    inner_lr: Annotated[float, "step size of the inner solver"] = 0.1
+    inner_steps: Annotated[int, "steps of the inner solver"] = 16
+    cg_steps: Annotated[int, "steps of the linear solver of a meta-gradient"] = 5
+    damping: Annotated[float, "added to the diagonal in the linear solve"] = 0.0
+    curvature: Annotated[CurvatureKind, "ggn: generalised Gauss-Newton matrix"] = "hessian"
+    inner: Annotated[str, "inner solver of imaml"] = "gd"
+    linear: Annotated[str, "linear solver of imaml"] = "cg"
+    last: Annotated[int, "inner steps that truncated-maml differentiates"] = 5
+    eval_proximal: Annotated[bool, "keep the proximal term of imaml in evaluation"] = True
+    learn_lam: Annotated[LearnLam, "learn the proximal strength of imaml in this form"] = "no"
+    learn_lr: Annotated[bool, "learn the inner step size of maml"] = False
+    meta_lr: Annotated[float, "learning rate of the outer Adam"] = 1e-3
+    meta_eps: Annotated[float, "eps of the outer Adam"] = 1e-8
+    nonfinite: Annotated[
+        Nonfinite, "on a non-finite task: propagate: stop the run; omit: leave the task out"
+    ] = "propagate"
+    decay: Annotated[
+        Decay, "of the learning rate; linear: to 2% over the second half of the run"
+    ] = "linear"
+    meta_steps: Annotated[int, "limit on the number of meta-steps"] = 1000
+    minutes: Annotated[float, "limit on the training time; 0: no limit"] = 0.0
+    seed: Annotated[int, "seed of the initial model and of the training tasks"] = 0

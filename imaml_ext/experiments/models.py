@@ -10,16 +10,16 @@ def conv4(
 ) -> nn.Sequential:
     """Four blocks of 3x3 convolution, batch norm and ReLU, then a linear layer.
 
-    Maps [N, channels, image, image] to [N, way]. Batch norm uses the statistics of the batch that
-    it is given, as in MAML and iMAML, so a query image's output depends on the whole query set.
+    Maps [N, channels, image, image] to [N, way]. Batch norm uses the statistics of its input batch,
+    as in MAML and iMAML, so the output for a query image depends on the whole query set.
 
     Args:
-        way: outputs, one for each class.
-        channels: of the images.
-        filters: of each convolution.
-        image: height and width, pixels.
-        pool: halve the image by 2x2 max pooling, as for Mini-ImageNet; without, by a stride of 2 in
-            the convolutions, as for Omniglot.
+        way: number of classes.
+        channels: channels of the images.
+        filters: filters of each convolution.
+        image: height and width of the images in pixels.
+        pool: whether to halve the image by 2x2 max pooling, as for Mini-ImageNet, or by a stride of
+            2 in the convolutions, as for Omniglot.
 
     Source: Vinyals et al. 2016, as in Finn, Abbeel, Levine 2017.
     """
@@ -38,10 +38,10 @@ def conv4(
 
 
 def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers with ReLU between: `mlp(1, 40, 40, 1)` is the sinusoid's.
+    """Linear layers with ReLU in between; `mlp(1, 40, 40, 1)` is the network for sinusoids.
 
     Args:
-        sizes: of the input, of each hidden layer, and of the output.
+        sizes: features of the input, of each hidden layer, and of the output.
     """
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes):

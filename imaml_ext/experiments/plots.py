@@ -1,4 +1,4 @@
-"""Pictures of a training run. Drawing computes nothing but running means and the adapted fits."""
+"""Plots of a training, and what all plots share."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,14 @@ import torch
 
 from imaml_ext._io import write_atomically
 from imaml_ext.data.tasks import TaskSource
+from imaml_ext.experiments.build import Experiment
 from imaml_ext.methods.base import Method
 from imaml_ext.problem.module_loss import ModuleLoss
+from imaml_ext.training.trainer import Trainer
 
 
 def pyplot() -> Any:
-    """matplotlib, loaded when something is drawn, without a display."""
+    """matplotlib.pyplot without a display, imported on first use."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,64 +24,81 @@ def pyplot() -> Any:
     return plt
 
 
+def panels(count: int, *, width: float = 5.5, **settings: Any) -> tuple[Any, list[Any]]:
+    """A figure and its axes, side by side; `settings` as in `pyplot.subplots`."""
+    size = (width * count, 4.2)
+    figure, axes = pyplot().subplots(1, count, figsize=size, squeeze=False, **settings)
+    return figure, list(axes[0])
+
+
+def label(axis: Any, x: str, y: str = "", title: str = "", **legend: Any) -> None:
+    """Add the names of the axes, a title, a grid and a legend."""
+    axis.set(xlabel=x, ylabel=y, title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(**legend)
+
+
 def save(figure: Any, path: Path) -> Path:
-    """Write the picture and forget it."""
+    """Write the figure as PNG and close it."""
     figure.tight_layout()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
     pyplot().close(figure)
     return path
 
 
+def of_training(experiment: Experiment, trainer: Trainer, folder: Path) -> list[Path]:
+    """Plot the learning curves and, of a model for sinusoids, its fits. Returns the files."""
+    curves = folder / "learning_curves.png"
+    written = [learning_curves(trainer.history, trainer.validation, curves)]
+    if experiment.config.dataset == "sinusoid":
+        method, source = experiment.method, experiment.sources["test"]
+        written.append(sinusoid_fits(method, experiment.loss, source, folder / "fits.png"))
+    return written
+
+
 def learning_curves(
     history: list[dict[str, float]], validation: list[dict[str, float]], path: Path
 ) -> Path:
-    """Training (running mean) and validation, against meta-steps; one panel a measure."""
-    plt = pyplot()
+    """Plot training (running mean) and validation against meta-steps, one panel per metric."""
     names = [name for name in ("accuracy", "loss") if name in history[0]]
-    figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4), squeeze=False)
+    figure, axes = panels(len(names))
     step = np.array([record["step"] for record in history])
     window = max(1, len(history) // 50)
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis, name in zip(axes, names, strict=True):
         scale = 100 if name == "accuracy" else 1
         values = scale * np.array([record[name] for record in history])
         mean = np.convolve(values, np.ones(window) / window, "valid")
-        axis.plot(step[window - 1 :], mean, label=f"train, query, mean of {window} steps")
+        axis.plot(step[window - 1 :], mean, label=f"training, query set, mean of {window} steps")
+        validated = [scale * record[name] for record in validation]
         axis.plot(
-            [record["step"] for record in validation],
-            [scale * record[name] for record in validation],
-            "o-",
+            [record["step"] for record in validation], validated, "o-",
             label="validation, unseen tasks",
-        )
-        axis.set_xlabel("meta-step")
-        axis.set_ylabel("accuracy (%)" if name == "accuracy" else "query loss")
-        axis.grid(alpha=0.3)
-        axis.legend()
+        )  # fmt: skip
+        label(axis, "meta-step", "accuracy (%)" if name == "accuracy" else "query loss")
         if name == "loss":
             axis.set_yscale("log")
     return save(figure, path)
 
 
 def sinusoid_fits(method: Method, loss: ModuleLoss, source: TaskSource, path: Path) -> Path:
-    """Up to four test tasks: the truth's points, the meta-learned start, and the adapted curves."""
-    plt = pyplot()
+    """Plot up to four tasks: the data, and the model before and after adaptation."""
     batch = source.sample(0)
     phi = method.adapt(batch.support)
     example = next(iter(method.params.values()))
     grid = torch.linspace(-5, 5, 200, dtype=example.dtype, device=example.device)[:, None]
-    shown = min(4, len(batch.query[0]))
-    figure, axes = plt.subplots(1, shown, figsize=(4 * shown, 3.5), sharey=True, squeeze=False)
+    figure, axes = panels(min(4, len(batch.query[0])), width=4, sharey=True)
     with torch.no_grad():
         start = loss.outputs(method.params, grid).cpu()
-        for task, axis in enumerate(axes[0]):
+        for task, axis in enumerate(axes):
             row = {name: tensor[task] for name, tensor in phi.items()}
             fit = loss.outputs(row, grid).cpu()
             x, y = (tensor[task, :, 0].cpu() for tensor in batch.query)
             order = x.argsort()
-            axis.plot(x[order], y[order], label="truth")
+            axis.plot(x[order], y[order], label="true function")
             axis.plot(grid.cpu(), start, ":", label="before adaptation")
-            axis.plot(grid.cpu(), fit, "--", label="adapted")
-            axis.plot(*(t[task, :, 0].cpu() for t in batch.support), "k^", label="support")
+            axis.plot(grid.cpu(), fit, "--", label="after adaptation")
+            axis.plot(*(t[task, :, 0].cpu() for t in batch.support), "k^", label="support set")
             axis.set_xlabel("x")
-    axes[0, 0].set_ylabel("y")
-    axes[0, 0].legend()
+    axes[0].set_ylabel("y")
+    axes[0].legend()
     return save(figure, path)

@@ -1,4 +1,4 @@
-"""The settings that each dataset starts from."""
+"""The default settings for each data set."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Where a figure comes from: command, commit, device, versions and date."""
+"""Provenance of a measurement: command, commit, device, versions and date."""
 
 import datetime
 import platform
@@ -14,7 +14,7 @@ from imaml_ext.ops.extension import build_info
 
 
 def describe_run(device: torch.device) -> dict[str, Any]:
-    """What to write beside a measurement. The commit is "" where the sources are not in git."""
+    """The provenance of what this process measures; the commit is "" outside of git."""
     command = Path(sys.argv[0]).name
     return {
         "command": " ".join([command, *sys.argv[1:]]),
@@ -40,7 +40,7 @@ def _commit() -> str:
             return ""
         return run.stdout.strip()
 
-    # An installed copy may lie in an environment inside some other repository.
+    # An installed copy may lie inside another repository.
     if not git("ls-files", Path(__file__).name):
         return ""
     return git("describe", "--always", "--dirty", "--abbrev=12")

@@ -1,9 +1,10 @@
-"""A run: trained to its end, saved and logged on the way, stopped and gone on with."""
+"""A training run: from its config to its last checkpoint, through interruptions."""
 
 import dataclasses
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,20 +16,64 @@ from tqdm import tqdm
 from imaml_ext._io import locked, remove_unfinished
 from imaml_ext.experiments.build import Experiment
 from imaml_ext.experiments.config import Config
+from imaml_ext.training.checkpoint import load_checkpoint
 from imaml_ext.training.distributed import is_launched, rank
 from imaml_ext.training.logs import Record, json_lines, tensorboard
 from imaml_ext.training.trainer import NonfiniteError, Trainer
 
 _LOG = "metrics.jsonl"
-_SHOWN_EVERY = 1.0  # seconds; to look waits for the device
+_MAY_CHANGE = ("meta_steps", "minutes", "nonfinite")  # when a run is resumed
+_SHOWN_EVERY = 1.0  # seconds; reading the figures waits for the device
+_RENAMED = {  # values that version 0.1 wrote into checkpoints, by field of Config
+    "nonfinite": {"refuse": "propagate", "skip": "omit"},
+    "linear": {"cg-reference-code": "cg-authors-code"},
+}
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came; `signal` is its number."""
+    """A signal stopped the run; `signal` is its number."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def saved_config(state: dict[str, Any], path: Path) -> Config:
+    """The config in the state of a checkpoint, of this version or of 0.1.
+
+    Raises:
+        ValueError: the checkpoint was not written by `train_to_end`.
+    """
+    try:
+        saved = json.loads(state["config"])
+        renamed = {
+            name: values.get(saved[name], saved[name])
+            for name, values in _RENAMED.items()
+            if name in saved
+        }
+        return Config(**saved | renamed)
+    except (ValueError, TypeError) as error:  # not JSON, or not the fields of a config
+        raise ValueError(
+            f"{path} was not written by imaml-ext train: it has no valid config"
+        ) from error
+
+
+def resumed_config(checkpoint: Path, settings: dict[str, Any]) -> Config:
+    """The config that a checkpoint was trained with, with `settings` applied.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint` and `saved_config`, or a setting differs
+            that a resumed run has to keep.
+    """
+    saved = saved_config(load_checkpoint(checkpoint), checkpoint)
+    for name, value in settings.items():
+        if name not in _MAY_CHANGE and getattr(saved, name) != value:
+            allowed = ", ".join(f"--{other.replace('_', '-')}" for other in _MAY_CHANGE)
+            raise ValueError(
+                f"{checkpoint} was trained with {name}={getattr(saved, name)}, got {value}: "
+                f"a resumed run can change only {allowed}; use another folder for a new run"
+            )
+    return dataclasses.replace(saved, **settings)
 
 
 def train_to_end(
@@ -36,57 +81,60 @@ def train_to_end(
     trainer: Trainer,
     checkpoint: Path,
     *,
+    resume: bool = False,
     validations: int = 20,
     validation_tasks: int = 100,
     save_every: float = 60.0,
     with_tensorboard: bool = False,
     name: str = "",
-    resume: str = "the same command",
+    how_to_resume: str = "repeat the command",
 ) -> None:
-    """Train to the end, saving with each validation, now and then between, and when it ends.
+    """Train until the trainer's budget is spent, and save the state on the way and at the end.
 
-    Beside the checkpoint are metrics.jsonl, a line for each meta-step and validation, and, if asked
-    for, TensorBoard's files. Of many processes rank 0 writes all of it, and validates.
+    Writes metrics.jsonl, one line per meta-step and validation, next to the checkpoint, and
+    TensorBoard's files on request. With a process group, rank 0 writes and validates.
 
     Args:
-        validations, validation_tasks: how often to validate, evenly over the run, and on what.
-        save_every: seconds of training from one checkpoint to the next.
-        name: before the progress bar.
-        resume: how to go on, for the message when interrupted.
+        resume: whether to load the checkpoint first.
+        validations: number of validations, evenly spaced over the run; the state is saved after
+            each.
+        validation_tasks: tasks of each validation.
+        save_every: largest time between two checkpoints, in seconds of training.
+        name: label of the progress bar.
+        how_to_resume: for the message of `Interrupted`.
 
     Raises:
-        Interrupted: after the meta-step in which SIGINT or SIGTERM came; it is saved.
-        NonfiniteError: a meta-step was refused; the ones before it are saved.
-        OSError: the folder cannot be written to, or another process trains there.
+        Interrupted: SIGINT or SIGTERM came; the meta-step was completed and the state saved.
+        NonfiniteError: a meta-step was refused; the state before it is saved.
+        OSError: the folder is not writable, or another process trains there.
+        FileNotFoundError, ValueError: as `Trainer.load`.
     """
-    config = experiment.config
+    config, budget, leads = experiment.config, trainer.budget, rank(trainer.process_group) == 0
     saved = dataclasses.asdict(config)
-    leads = rank(trainer.process_group) == 0
     with ExitStack() as stack:
         if leads:
             stack.enter_context(locked(checkpoint.parent))
             remove_unfinished(checkpoint)
             remove_unfinished(checkpoint.parent / _LOG)
+        if resume:
+            trainer.load(checkpoint)
+            if leads:
+                print(f"resuming from meta-step {trainer.steps}", file=sys.stderr)
+        if leads:
             stack.enter_context(_logged(trainer, checkpoint.parent, with_tensorboard))
-        progress = stack.enter_context(
-            tqdm(
-                total=None if config.minutes else config.meta_steps, initial=trainer.steps,
-                desc=name or config.dataset, unit="step", mininterval=_SHOWN_EVERY,
-                dynamic_ncols=True, disable=not leads,
-            )
-        )  # fmt: skip
+        bar = stack.enter_context(_progress_bar(trainer, config, name))
         stop = stack.enter_context(_StopSignals())
         last_saved, shown = trainer.seconds, -math.inf
         try:
-            while (done := experiment.progress(trainer)) < 1 and not (stop.came and leads):
+            while (before := budget.progress) < 1 and not (stop.signal and leads):
                 trainer.step()
                 if not leads:
                     continue
                 if time.monotonic() >= shown + _SHOWN_EVERY:
-                    progress.set_postfix(_postfix(trainer), refresh=False)
+                    bar.set_postfix(_postfix(trainer), refresh=False)
                     shown = time.monotonic()
-                progress.update()
-                if int(validations * experiment.progress(trainer)) > int(validations * done):
+                bar.update()
+                if int(validations * budget.progress) > int(validations * before):
                     source = experiment.sources["val"]
                     trainer.validate(source, experiment.metrics, tasks=validation_tasks)
                 elif trainer.seconds < last_saved + save_every:
@@ -94,41 +142,44 @@ def train_to_end(
                 trainer.save(checkpoint, saved)
                 last_saved = trainer.seconds
         except ConnectionError:
-            if stop.came and not leads:  # rank 0 has finished its step, and left
-                raise Interrupted("with rank 0", stop.came) from None
+            if stop.signal and not leads:  # rank 0 has completed its step and ended
+                raise Interrupted("with rank 0", stop.signal) from None
             raise
         except NonfiniteError:
             trainer.save(checkpoint, saved)
             raise
         trainer.save(checkpoint, saved)
-        if stop.came and leads:
-            raise Interrupted(f"at meta-step {trainer.steps}; to go on: {resume}", stop.came)
+        if stop.signal and leads:
+            message = f"at meta-step {trainer.steps}; to resume: {how_to_resume}"
+            raise Interrupted(message, stop.signal)
 
 
 class _StopSignals:
-    """Within it the first SIGINT or SIGTERM is remembered, `came`; a second acts as ever."""
+    """Context in which the first SIGINT or SIGTERM is only noted, in `signal`; 0 before it."""
 
     def __init__(self) -> None:
-        self.came = 0
+        self.signal = 0
 
     def __enter__(self) -> "_StopSignals":
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._restore()
 
     def _note(self, number: int, _: object) -> None:
-        self.came = number
-        if not is_launched():  # torchrun repeats what came to its process too, and kills in the end
-            for each, handler in self._before.items():
-                signal.signal(each, handler)
+        self.signal = number
+        if not is_launched():  # torchrun repeats the signal that its process gets too
+            self._restore()  # so that a second one stops the process
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def _logged(trainer: Trainer, folder: Path, with_tensorboard: bool) -> Iterator[None]:
-    """The trainer's records go to the folder too."""
+    """Context in which the trainer also logs to files in the folder."""
     own = trainer.log
     with ExitStack() as stack:
         logs = [] if own is None else [own]
@@ -148,15 +199,16 @@ def _logged(trainer: Trainer, folder: Path, with_tensorboard: bool) -> Iterator[
             trainer.log = own
 
 
-def saved_config(state: dict[str, Any], path: Path) -> Config:
-    """The config that a checkpoint of `train_to_end` was trained with."""
-    try:
-        saved = json.loads(state["config"])
-        return Config(**saved)
-    except (ValueError, TypeError) as error:  # not JSON, or not the fields of a config
-        raise ValueError(
-            f"{path} was not written by imaml-ext train: it does not say of what"
-        ) from error
+def _progress_bar(trainer: Trainer, config: Config, name: str) -> Any:
+    return tqdm(
+        total=None if config.minutes else config.meta_steps,
+        initial=trainer.steps,
+        desc=name or config.dataset,
+        unit="step",
+        mininterval=_SHOWN_EVERY,
+        dynamic_ncols=True,
+        disable=rank(trainer.process_group) > 0,
+    )
 
 
 def _postfix(trainer: Trainer) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The outer loop, and what belongs to it: evaluation, recording, checkpoints, logs, processes."""
 
+from imaml_ext.training.budget import Budget
 from imaml_ext.training.capture import Capture, cuda_graph, no_capture
 from imaml_ext.training.checkpoint import load_checkpoint, save_checkpoint, save_model
 from imaml_ext.training.compiled import compiled
@@ -17,6 +18,7 @@ from imaml_ext.training.support_statistics import SupportStatistics
 from imaml_ext.training.trainer import NonfiniteError, Trainer
 
 __all__ = [
+    "Budget",
     "Capture",
     "Evaluation",
     "NonfiniteError",

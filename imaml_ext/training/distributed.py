@@ -63,7 +63,7 @@ def process_group(device: torch.device) -> Iterator[Group | None]:
     dist.init_process_group(backend, store=store, rank=own, world_size=size)
     yield dist.group.WORLD
     dist.destroy_process_group()  # not after an error: the others may never get there
-    gc.collect()  # trainers, which their schedulers refer to
+    gc.collect()  # a device step is in a reference cycle, and refers to the group
 
 
 def rank(group: Group | None) -> int:

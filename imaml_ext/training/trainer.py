@@ -17,6 +17,7 @@ from imaml_ext.methods.base import Method
 from imaml_ext.methods.meta_gradient import MetaGradient
 from imaml_ext.problem.layout import Params
 from imaml_ext.problem.module_loss import ModuleLoss
+from imaml_ext.training.budget import Budget
 from imaml_ext.training.capture import Capture, cuda_graph, no_capture
 from imaml_ext.training.checkpoint import (
     check_loadable,
@@ -56,6 +57,7 @@ class Trainer:
         capture: how to record a meta-step; default `cuda_graph` on CUDA, where `no_capture` runs
             each as it is. On the CPU steps are decided on the host, unless a capture is given.
         read_every: steps after which their records are read from the device.
+        budget: kept up to date with the steps and seconds spent; a schedule may read it.
         log: called with "train" or "val" and each record, in their order, when it is known.
         process_group: of `torch.distributed`: its processes share the tasks of each batch, start
             from rank 0's parameters (and what else a `module_loss` model holds), and go on as one
@@ -82,6 +84,7 @@ class Trainer:
         meta_gradient: Callable[[TaskBatch], MetaGradient] | None = None,
         capture: Capture | None = None,
         read_every: int = 50,
+        budget: Budget | None = None,
         log: Log | None = None,
         process_group: Group | None = None,
     ) -> None:
@@ -106,6 +109,7 @@ class Trainer:
         if capture is None and on_cuda:
             capture = cuda_graph if process_group is None else no_capture
         self.capture = capture
+        self.budget = budget or Budget()
         self.log = log
         self.read_every = read_every
         self.steps = 0
@@ -143,22 +147,29 @@ class Trainer:
         record: Mapping[str, float]
         if self._device_step is None:
             values = self._step_on_host()
-            self.steps += 1
-            self.seconds += time.perf_counter() - start
+            self._advance(start)
             record = {"step": self.steps, "seconds": self.seconds} | values
             self._remember(record)
         else:
             late = DeferredRecord(self.read, self.seconds, *self._schedule())
             self._device_step.run(self.steps)
-            if self.scheduler is not None:
-                self.scheduler.step()
             self._pending.append(late)
-            self.steps += 1
-            self.seconds += time.perf_counter() - start
+            self._advance(start)
             record = late
             if len(self._pending) == self._device_step.rows:
                 self.read()
         return record
+
+    def _advance(self, start: float) -> None:
+        """Count a step that began at `start`, and set the learning rates of the next one."""
+        self.steps += 1
+        self.seconds += time.perf_counter() - start
+        self._update_budget()
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def _update_budget(self) -> None:
+        self.budget.update(steps=self.steps, seconds=self.seconds)
 
     def read(self) -> None:
         """Wait for the steps that were made, and add their records to `history`.
@@ -174,10 +185,12 @@ class Trainer:
         first = self.steps - len(pending)
         records = self._device_step.read(range(first, self.steps))
         self.seconds += time.perf_counter() - start
+        self._update_budget()
         spent = (self.seconds - pending[0].begun) / len(pending)  # each, on the device
         for number, (late, values) in enumerate(zip(pending, records, strict=True)):
             if values["failed"] > 0 and self.method.nonfinite == "propagate":
                 self.steps = first + number
+                self._update_budget()
                 self._restore_schedule(late.schedule, late.rates)
                 self._device_step.clear_refused()
                 error = self._refusal(self.method.meta_gradient(self.source.sample(self.steps)))
@@ -211,8 +224,6 @@ class Trainer:
                 if before is not None:  # it had moved already
                     self._take(before, "")
                 raise
-        if self.scheduler is not None:
-            self.scheduler.step()
         if applied and self.capture is not None:
             self._go_to_device(list(record))
         return record
@@ -366,6 +377,7 @@ class Trainer:
             self.scheduler.load_state_dict(state["scheduler"])
         self._device_step, self._pending = None, []
         self.steps, self.seconds = state["steps"], state["seconds"]
+        self._update_budget()
         self._history, self.validation = state["history"], state["validation"]
 
 

@@ -1,4 +1,4 @@
-"""The studies of the paper's analysis, at a size that a test can afford."""
+"""The studies of the paper's analysis, at small sizes."""
 
 import json
 
@@ -22,7 +22,7 @@ def figure_2a():
 
 
 @pytest.mark.slow
-def test_figure_2a_reaches_the_exact_gradient_and_its_certificate_tracks(figure_2a):
+def test_figure_2a_reaches_the_exact_gradient_and_its_estimates_follow_the_errors(figure_2a):
     maml, two, five, ten = (record["error"] for record in figure_2a)
     assert maml[-1] < 1e-6
     assert ten[-1] < 1e-6  # the closed form and the solvers agree
@@ -56,7 +56,7 @@ def test_the_closed_form_of_figure_2a_is_the_derivative(figure_2a):
 
 
 @pytest.mark.slow
-def test_table_1_grows_with_kappa_as_the_paper_says(monkeypatch):
+def test_the_costs_of_table_1_grow_with_kappa_as_in_the_paper(monkeypatch):
     monkeypatch.setattr(table1, "KAPPAS", (10, 40))
     monkeypatch.setattr(table1, "DIM", 30)
     records = list(table1.measure(settings()))
@@ -69,7 +69,7 @@ def test_table_1_grows_with_kappa_as_the_paper_says(monkeypatch):
     assert abs(slopes["imaml"]["memory"]) < 0.2
 
 
-def test_the_slope_is_that_of_a_power():
+def test_the_slope_of_a_power_law_is_its_exponent():
     assert table1.slope([(x, 7 * x**1.5) for x in (1.0, 10.0, 50.0)]) == pytest.approx(1.5)
 
 
@@ -79,21 +79,21 @@ def test_the_fewest_steps_are_found(monkeypatch):
         assert table1.fewest(lambda k, n=steps: 0.0 if k >= n else 1.0) == steps
 
 
-def test_figure_2b_sees_memory_grow_for_maml_alone(monkeypatch, omniglot_root):
+def test_in_figure_2b_only_the_memory_of_maml_grows(monkeypatch, omniglot_root):
     monkeypatch.setattr(fig2b, "INNER_STEPS", (1, 12))
     monkeypatch.setattr(fig2b, "CG_STEPS", ())
     records = list(fig2b.measure(settings(omniglot_root)))
     bytes_of = {(r["method"], r["inner_steps"]): r["peak_bytes"] for r in records}
     assert bytes_of["maml", 12] > 2 * bytes_of["maml", 1]
-    # The allocator's own doings move a resident set by some 20 MiB.
+    # The allocator alone changes a resident set by some 20 MiB.
     assert bytes_of["imaml", 12] < bytes_of["imaml", 1] + 40 * 2**20
     assert bytes_of["maml", 12] > bytes_of["imaml", 12] + 200 * 2**20
 
 
-def test_a_study_is_measured_appended_and_drawn_again(tmp_path, capsys, monkeypatch):
+def test_a_study_is_measured_and_drawn_again_without_measuring(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sinusoid, "INNER_STEPS", (1, 2))
-    monkeypatch.setattr(sinusoid, "EVALUATED", 20)
     command = ["reproduce", "sinusoid", "--out", str(tmp_path), "--device", "cpu", "--json"]
+    command += ["--eval-tasks", "20"]
     assert main([*command, "--meta-steps", "2"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["imaml, 2 inner steps"]["loss"] > 0
@@ -122,10 +122,10 @@ def test_the_last_run_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("study", list(STUDIES))
-def test_nothing_to_draw_is_one_line(study, tmp_path, capsys):
+def test_missing_measurements_are_reported_in_one_line(study, tmp_path, capsys):
     arguments = ["reproduce", study, "--draw-only", "--out", str(tmp_path)]
     if STUDIES[study].may_be_empty:
-        assert main(arguments) == 0  # a table in which nothing is trained
+        assert main(arguments) == 0  # a table with no cell trained
         assert "Not trained:" in (tmp_path / "README.md").read_text()
     else:
         assert main(arguments) == 1
@@ -135,7 +135,7 @@ def test_nothing_to_draw_is_one_line(study, tmp_path, capsys):
     assert "does not hold measurements" in capsys.readouterr().err
 
 
-def test_a_line_that_is_not_whole_is_named_before_anything_is_measured(tmp_path, capsys):
+def test_an_incomplete_line_is_reported_before_anything_is_measured(tmp_path, capsys):
     lines = tmp_path / "table1.jsonl"
     for content in ('{"a": 1}\n{"b": ', '{"a": 1}\n{"b": 2}'):
         lines.write_text(content)
@@ -144,11 +144,11 @@ def test_a_line_that_is_not_whole_is_named_before_anything_is_measured(tmp_path,
         assert lines.read_text() == content
 
 
-def test_what_is_of_tables_alone_is_refused_elsewhere(tmp_path, capsys):
+def test_table_flags_are_refused_for_other_studies(tmp_path, capsys):
     assert main(["reproduce", "fig2a", "--budget", "3", "--out", str(tmp_path)]) == 1
-    assert "are of table2, table3, natural, got fig2a" in capsys.readouterr().err
+    assert "apply to table2, table3, natural, got fig2a" in capsys.readouterr().err
 
 
-def test_figure_2b_without_data_is_one_line(tmp_path, capsys):
+def test_figure_2b_without_data_fails_in_one_line(tmp_path, capsys):
     assert main(["reproduce", "fig2b", "--data", str(tmp_path), "--out", str(tmp_path)]) == 1
     assert "no Omniglot: expected" in capsys.readouterr().err

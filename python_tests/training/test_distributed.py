@@ -220,7 +220,7 @@ def test_ranks_that_are_killed_do_not_change_the_result(undisturbed, tmp_path):
         wait_for_step(runs[victim], tmp_path, step, saved=True)
         kill_worker(runs[victim])
     errors = "".join(finished(run)[1] for run in runs)
-    assert errors.count("going on from meta-step") >= 2  # torchrun may start once more
+    assert errors.count("resuming from meta-step") >= 2  # torchrun may start once more
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in learned(tmp_path).items())
 
 
@@ -239,7 +239,7 @@ def test_a_group_that_is_told_to_stop_saves_its_last_step(undisturbed, tmp_path)
     wait_for_step(run, tmp_path, 3, saved=False)
     run.send_signal(signal.SIGTERM)
     _, error = run.communicate(timeout=300)
-    assert "to go on: --resume" in error
+    assert "to resume: --resume" in error
     assert 0 < load_checkpoint(tmp_path / "checkpoint.pt")["steps"] < STEPS
     finished(torchrun(2, *TRAIN, *LONG, "--out", tmp_path, "--resume"))
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in learned(tmp_path).items())

@@ -120,7 +120,7 @@ def small_disk(tmp_path):
             pytest.skip("a disk cannot be mounted here")
         progress = ("step/s", "s/step")
         lines = [line for line in done.stderr.splitlines() if not any(u in line for u in progress)]
-        return done.returncode, [line for line in lines if line and "going on" not in line]
+        return done.returncode, [line for line in lines if line and "resuming" not in line]
 
     return run_on
 

@@ -1,7 +1,7 @@
 """The paper's figures and tables, measured with this library: `imaml-ext reproduce NAME`.
 
-Each module measures (`measure`, which yields one record a curve, point or cell) and draws (`draw`,
-from records alone).
+The `measure` of each module yields one record per curve, point or cell; its `draw` needs only these
+records.
 """
 
 from imaml_ext.experiments.reproduce.fig2a import STUDY as FIG2A

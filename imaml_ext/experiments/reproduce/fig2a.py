@@ -1,8 +1,8 @@
-"""Figure 2a: how fast do the meta-gradients of MAML and of iMAML approach the exact one?
+"""Figure 2a: how fast do the meta-gradients of MAML and iMAML approach the exact one?
 
-Regression, linear in its parameters, on Fourier features of the inputs: the exact meta-gradient has
-a closed form. Beside it, for iMAML, what the report says about its own error: the a-posteriori
-bounds delta on phi and delta' on x of the paper's Algorithm 2, against the true distances.
+The tasks are linear regressions on Fourier features, for which the exact meta-gradient has a closed
+form. For iMAML, the a-posteriori error estimates of phi and x (delta and delta' of the paper's
+Algorithm 2) are compared with the true errors.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.data.tasks import TaskBatch
-from imaml_ext.experiments.plots import pyplot, save
+from imaml_ext.experiments.plots import label, panels, save
 from imaml_ext.experiments.reproduce.study import Record, Settings, Study
 from imaml_ext.methods.implicit import implicit_meta_grad
 from imaml_ext.methods.maml import MAML
@@ -22,7 +22,7 @@ from imaml_ext.solvers.linear.cg import ConjugateGradient
 
 TASKS, POINTS, FREQUENCIES, LAM = 8, 20, 3, 0.003
 CG_STEPS = (2, 5, 10)
-SHOWN = 5  # CG steps of the curves whose certificate is drawn
+SHOWN = 5  # CG steps of the curves whose error estimates are drawn
 BUDGETS = [*range(1, 101), *(round(10 ** (k / 10)) for k in range(21, 36))]
 
 Data = tuple[Tensor, Tensor]
@@ -34,7 +34,7 @@ def loss(params: dict[str, Tensor], data: Data) -> Tensor:
 
 
 def make_tasks(seed: int, device: torch.device) -> tuple[Tensor, TaskBatch]:
-    """theta, and tasks `y = w·features(x) + noise`, amplitudes 1 / frequency²; float64."""
+    """theta, and tasks `y = w·features(x) + noise` with amplitudes 1 / frequency²; float64."""
     generator = torch.Generator().manual_seed(seed)
     frequency = torch.arange(1, FREQUENCIES + 1, dtype=torch.float64)
 
@@ -54,7 +54,7 @@ def make_tasks(seed: int, device: torch.device) -> tuple[Tensor, TaskBatch]:
 
 
 def normal_equations(data: Data) -> tuple[Tensor, Tensor]:
-    """Hessian [B, D, D] and `-gradient at 0` [B, D] of each task's loss."""
+    """Hessian [B, D, D] and negative gradient at 0 [B, D] of each task's loss."""
     features, y = data
     points = features.shape[1]
     return features.mT @ features / points, (features.mT @ y[..., None])[..., 0] / points
@@ -115,32 +115,26 @@ def measure(settings: Settings) -> Iterator[Record]:
 
 
 def draw(records: list[Record], folder: Path) -> list[Path]:
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, (left, right) = panels(2)
     for record in records:
         maml = record["method"] == "maml"
-        label = "MAML" if maml else f"iMAML, {record['cg_steps']} CG steps"
-        left.loglog(record["inner_steps"], record["error"], "k--" if maml else "-", label=label)
+        name = "MAML" if maml else f"iMAML, {record['cg_steps']} CG steps"
+        left.loglog(record["inner_steps"], record["error"], "k--" if maml else "-", label=name)
     left.axvline(100, color="grey", lw=0.8, ls=":")
-    left.set_ylabel("relative error of the meta-gradient")
-    record = next(r for r in records if r.get("cg_steps") == SHOWN)
-    for name, label, color in (("phi", "phi", "C0"), ("x", "x", "C1")):
-        steps = record["inner_steps"]
-        for what, line, text in (("error", "-", "true error"), ("bound", "--", "certificate")):
-            y = record[f"{name}_{what}"]
-            right.loglog(steps, y, line, color=color, label=f"{label}: {text}")
-    right.set_title(f"certificate, {record['cg_steps']} CG steps")
-    right.set_ylabel("distance, mean over tasks")
-    for axis in (left, right):
-        axis.set_xlabel("inner gradient steps")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    left.set_title(f"kappa = {record['kappa']:.0f}, {record['tasks']} tasks")
+    shown = next(record for record in records if record.get("cg_steps") == SHOWN)
+    for name, color in (("phi", "C0"), ("x", "C1")):
+        for what, line, text in (("error", "-", "true error"), ("bound", "--", "estimate")):
+            y = shown[f"{name}_{what}"]
+            right.loglog(shown["inner_steps"], y, line, color=color, label=f"{name}: {text}")
+    steps = "inner gradient steps"
+    tasks = f"kappa = {shown['kappa']:.0f}, {shown['tasks']} tasks"
+    label(left, steps, "relative error of the meta-gradient", tasks)
+    label(right, steps, "distance, mean over tasks", f"error estimates, {SHOWN} CG steps")
     return [save(figure, folder / "fig2a.png")]
 
 
 def summary(records: list[Record]) -> Record:
-    """Errors at 100 steps and at the last budget; and whether each certificate was a bound."""
+    """Errors at 100 steps and at the end, and the range of each estimate over its true error."""
     figures: Record = {}
     for record in records:
         name = "maml" if record["method"] == "maml" else f"imaml, {record['cg_steps']} CG steps"

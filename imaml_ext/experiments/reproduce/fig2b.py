@@ -1,7 +1,7 @@
 """Figure 2b: time and peak memory of a meta-gradient, against the number of inner steps.
 
-Omniglot, 20-way 5-shot, the paper's network. On CUDA memory is the allocator's peak. On the CPU it
-is how much the resident set grows in a fresh process for each point.
+Omniglot, 20-way 5-shot, the paper's network. Memory is the allocator's peak on CUDA. On the CPU it
+is the growth of the resident set, in a new process for each point.
 """
 
 import time
@@ -16,7 +16,7 @@ from torch import nn
 
 from imaml_ext.data import ImageEpisodes, load_omniglot
 from imaml_ext.experiments.models import conv4
-from imaml_ext.experiments.plots import pyplot, save
+from imaml_ext.experiments.plots import label, panels, save
 from imaml_ext.experiments.reproduce.memory import peak_bytes, release_free_memory, resident_bytes
 from imaml_ext.experiments.reproduce.study import Record, Settings, Study
 from imaml_ext.methods.base import Method
@@ -33,7 +33,7 @@ LABELS = {"maml": "MAML", "fomaml": "first-order MAML", "imaml": "iMAML"}
 
 
 def points() -> Iterator[tuple[str, int, int]]:
-    """(method, inner steps, CG steps): over the inner steps, and for iMAML over the CG steps."""
+    """(method, inner steps, CG steps) of each point; CG steps vary for iMAML at 16 inner steps."""
     for steps in INNER_STEPS:
         yield from (("maml", steps, 0), ("fomaml", steps, 0), ("imaml", steps, 5))
     for cg_steps in CG_STEPS:
@@ -42,15 +42,15 @@ def points() -> Iterator[tuple[str, int, int]]:
 
 
 def measure(settings: Settings) -> Iterator[Record]:
-    load_omniglot(settings.data)  # says now if it is not there
+    load_omniglot(settings.data)  # raises in this process if it is missing
     for method, inner_steps, cg_steps in points():
         point = (method, inner_steps, cg_steps, settings)
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             try:
-                measured = fresh.submit(one_point, *point).result()
+                measured = process.submit(one_point, *point).result()
             except BrokenProcessPool as error:
                 raise ValueError(
-                    f"the process of {method} with {inner_steps} steps was killed: out of memory?"
+                    f"{method} with {inner_steps} inner steps was killed, probably out of memory"
                 ) from error
         yield {
             "method": method,
@@ -64,7 +64,7 @@ def measure(settings: Settings) -> Iterator[Record]:
 
 
 def one_point(name: str, inner_steps: int, cg_steps: int, settings: Settings) -> Record:
-    """Seconds and bytes of one meta-gradient, in this process, which has made none before."""
+    """Seconds and bytes of the first meta-gradient of this process."""
     device = settings.device
     torch.manual_seed(settings.seed)
     images = load_omniglot(settings.data).to(device).split()["train"]
@@ -76,53 +76,50 @@ def one_point(name: str, inner_steps: int, cg_steps: int, settings: Settings) ->
     inner = GradientDescent(lr=LR, steps=inner_steps)
     method: Method
     if name == "imaml":
-        cg = ConjugateGradient(cg_steps, curvature="ggn")  # never stops early
+        cg = ConjugateGradient(cg_steps, curvature="ggn")  # positive definite: never stops early
         method = IMAML(loss, params, lam=LAM, inner=inner, linear=cg)
     else:
         method = (MAML if name == "maml" else FOMAML)(loss, params, inner=inner)
 
-    # Code, thread pools and workspaces that any method needs are loaded before.
+    # Load the code, thread pools and workspaces that any method needs.
     FOMAML(loss, params, inner=GradientDescent(lr=LR, steps=1)).meta_gradient(batch)
     if device.type == "cuda":
         peak = peak_bytes(lambda: method.meta_gradient(batch), device)
-    release_free_memory()  # what the loading left free is not to be used again
+    release_free_memory()  # or the meta-gradient would reuse it
     before = resident_bytes("VmRSS")
     start = time.perf_counter()
     out = method.meta_gradient(batch)
-    loss_value = out.query_loss.mean().item()  # and waits for the device
+    loss_value = out.query_loss.mean().item()  # waits for the device
     seconds = time.perf_counter() - start
     if device.type != "cuda":
-        # Not getrusage's maximum, which begins with that of the process that started this one.
+        # getrusage's maximum would include that of the parent process.
         peak = resident_bytes("VmHWM") - before
     return {"seconds": seconds, "peak_bytes": peak, "loss": loss_value}
 
 
 def draw(records: list[Record], folder: Path) -> list[Path]:
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
-    for name, label in LABELS.items():
-        mine = [r for r in records if r["method"] == name and r["cg_steps"] in (0, 5)]
-        steps = [r["inner_steps"] for r in mine]
-        text = f"{label}, 5 CG steps" if name == "imaml" else label
-        axes[0].plot(steps, [r["peak_bytes"] / 2**20 for r in mine], "o-", label=text)
-        axes[1].plot(steps, [r["seconds"] for r in mine], "o-", label=text)
-    mine = [r for r in records if r["method"] == "imaml" and r["inner_steps"] == 16]
-    mine.sort(key=lambda record: record["cg_steps"])
-    cg_steps = [r["cg_steps"] for r in mine]
-    axes[2].plot(cg_steps, [r["peak_bytes"] / 2**20 for r in mine], "o-", label="iMAML, 16 steps")
-    for axis, x, y in zip(
-        axes,
-        ("inner gradient steps", "inner gradient steps", "CG steps"),
-        ("peak memory (MiB)", "seconds", "peak memory (MiB)"),
-        strict=True,
-    ):
-        axis.set_xlabel(x)
-        axis.set_ylabel(y)
+    figure, axes = panels(3, width=5)
+
+    def mebibytes(points: list[Record]) -> list[float]:
+        return [point["peak_bytes"] / 2**20 for point in points]
+
+    for method, name in LABELS.items():
+        points = [r for r in records if r["method"] == method and r["cg_steps"] in (0, 5)]
+        steps = [r["inner_steps"] for r in points]
+        text = f"{name}, 5 CG steps" if method == "imaml" else name
+        axes[0].plot(steps, mebibytes(points), "o-", label=text)
+        axes[1].plot(steps, [r["seconds"] for r in points], "o-", label=text)
+    points = [r for r in records if r["method"] == "imaml" and r["inner_steps"] == 16]
+    points.sort(key=lambda record: record["cg_steps"])
+    cg_steps = [r["cg_steps"] for r in points]
+    axes[2].plot(cg_steps, mebibytes(points), "o-", label="iMAML, 16 inner steps")
+    tasks = f"{WAY}-way {SHOT}-shot Omniglot, {records[0]['tasks']} task"
+    label(axes[0], "inner gradient steps", "peak memory (MiB)", tasks)
+    label(axes[1], "inner gradient steps", "seconds")
+    label(axes[2], "CG steps", "peak memory (MiB)")
+    for axis in axes:
         axis.margins(y=0.15)
         axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    axes[0].set_title(f"{WAY}-way {SHOT}-shot Omniglot, {records[0]['tasks']} task")
     return [save(figure, folder / "fig2b.png")]
 
 
@@ -136,4 +133,4 @@ def summary(records: list[Record]) -> Record:
     }
 
 
-STUDY = Study("what do time and memory do as the inner steps grow?", measure, draw, summary)
+STUDY = Study("how do time and memory grow with the inner steps?", measure, draw, summary)

@@ -1,4 +1,4 @@
-"""Memory: of a call by torch's own accounting, and of the process by the system's."""
+"""Memory of a call, counted by torch, and of the process, counted by the system."""
 
 import ctypes
 import gc
@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes that `call` has allocated at once. Calls it once more, before, on CUDA."""
+    """Largest number of bytes allocated at once in `call`; on CUDA it is called twice."""
     if device.type == "cuda":
         call()
         torch.cuda.reset_peak_memory_stats(device)
@@ -23,7 +23,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         warnings.simplefilter("ignore", UserWarning)  # the profiler's own
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             call()
-    # recorded.events() leaves out the allocations inside operators; the raw events have all.
+    # recorded.events() omits the allocations inside operators.
     assert recorded.profiler is not None
     changes = sorted(
         (event.start_ns(), event.nbytes())
@@ -38,13 +38,13 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def release_free_memory() -> None:
-    """Give back to the system what nothing refers to; glibc."""
+    """Return free memory to the system (glibc)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes(which: str) -> int:
-    """The resident set now (VmRSS), or at its largest (VmHWM); Linux."""
+    """The current (VmRSS) or largest (VmHWM) resident set of this process (Linux)."""
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith(which))
     return int(line.split()[1]) * 1024

@@ -1,7 +1,7 @@
-"""Sinusoid regression: iMAML against MAML and first-order MAML, over the number of inner steps.
+"""Sinusoid regression: iMAML, MAML and first-order MAML by number of inner steps.
 
-Each point is a training of its own, with the preset `sinusoid` and this number of inner steps, in
-training and in evaluation.
+Each point is one training of the preset `sinusoid` with this number of inner steps, in training and
+in evaluation.
 """
 
 import dataclasses
@@ -12,14 +12,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from imaml_ext.experiments.build import build
-from imaml_ext.experiments.plots import pyplot, save
+from imaml_ext.experiments.plots import label, panels, save
 from imaml_ext.experiments.presets import PRESETS
 from imaml_ext.experiments.reproduce.study import Record, Settings, Study
-from imaml_ext.training.evaluation import evaluate
 
 METHODS = {"imaml": "iMAML", "maml": "MAML", "fomaml": "first-order MAML"}
 INNER_STEPS = (1, 2, 5, 10, 20, 40)
-META_STEPS, EVALUATED = 1500, 600
+META_STEPS = 1500
 
 
 def measure(settings: Settings) -> Iterator[Record]:
@@ -39,9 +38,7 @@ def measure(settings: Settings) -> Iterator[Record]:
                 trainer.step()
             trainer.read()
             seconds = time.perf_counter() - start
-            result = evaluate(
-                experiment.method, experiment.sources["test"], experiment.metrics, tasks=EVALUATED
-            )
+            result = experiment.evaluate("test", settings.eval_tasks)
             yield {
                 "method": method,
                 "inner_steps": inner_steps,
@@ -54,26 +51,19 @@ def measure(settings: Settings) -> Iterator[Record]:
 
 
 def draw(records: list[Record], folder: Path) -> list[Path]:
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for method, label in METHODS.items():
+    figure, (left, right) = panels(2)
+    for method, name in METHODS.items():
         points = [record for record in records if record["method"] == method]
         steps = [record["inner_steps"] for record in points]
-        left.errorbar(
-            steps, [r["loss"] for r in points], [r["ci95"] for r in points], fmt="o-", capsize=3,
-            label=label,
-        )  # fmt: skip
-        right.plot(steps, [r["seconds"] for r in points], "o-", label=label)
-    left.set_ylabel("mean squared error after adaptation")
-    left.set_title(f"{records[0]['tasks']} unseen tasks")
-    right.set_ylabel("seconds")
-    right.set_title(f"training, {records[0]['config']['meta_steps']} meta-steps")
-    for axis in (left, right):
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlabel("inner gradient steps")
-        axis.grid(alpha=0.3)
-        axis.legend()
+        loss, ci95 = [r["loss"] for r in points], [r["ci95"] for r in points]
+        left.errorbar(steps, loss, ci95, fmt="o-", capsize=3, label=name)
+        right.plot(steps, [r["seconds"] for r in points], "o-", label=name)
+    for axis, y, title in (
+        (left, "mean squared error after adaptation", f"{records[0]['tasks']} unseen tasks"),
+        (right, "seconds", f"training, {records[0]['config']['meta_steps']} meta-steps"),
+    ):
+        axis.set(xscale="log", yscale="log")
+        label(axis, "inner gradient steps", y, title)
     return [save(figure, folder / "sinusoid.png")]
 
 

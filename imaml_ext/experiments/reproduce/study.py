@@ -1,8 +1,8 @@
-"""What the studies share: records as JSON lines, each with where it is from."""
+"""What the studies share: records as JSON lines, each with its provenance."""
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line may say about a study.
+    """The options of `imaml-ext reproduce` that a study may use.
 
     Attributes:
-        meta_steps: of each training, where there are any.
-        out: folder of the records, pictures and models.
-        columns, rows, variant: of a table, which cells; None: all.
-        minutes: of training for each cell, over all runs of it; 0: meta-steps alone.
-        tasks: of each evaluation.
+        meta_steps: length of each training, if the study trains; None: the study's own.
+        eval_tasks: tasks of each evaluation.
+        out: folder of the records, plots and models.
+        cells, methods: columns and rows of a table; None: all.
+        variant: whose settings a table uses.
+        budget: minutes of training for each cell, over all runs; 0: meta-steps alone.
         runs: folder of the cells' checkpoints.
     """
 
@@ -31,12 +32,12 @@ class Settings:
     data: Path
     seed: int = 0
     meta_steps: int | None = None
+    eval_tasks: int = 600
     out: Path = Path("results")
-    columns: tuple[str, ...] | None = None
-    rows: tuple[str, ...] | None = None
+    cells: Sequence[str] | None = None
+    methods: Sequence[str] | None = None
     variant: str = "ours"
-    minutes: float = 0.0
-    tasks: int = 600
+    budget: float = 0.0
     runs: Path = Path("runs")
 
 
@@ -50,12 +51,12 @@ class Study:
     """A figure or table of the paper.
 
     Attributes:
-        question: what it answers.
+        question: the question that it answers.
         measure: yields records.
-        draw: writes pictures, and whatever else follows from the records, to a folder.
-        summary: figures to print.
-        select: of all records that were ever appended, those that `draw` and `summary` are given.
-        may_be_empty: whether there is something to draw where nothing was measured.
+        draw: writes plots, and the like, into a folder, from records alone; returns the paths.
+        summary: figures to print, from records alone.
+        select: the records that `draw` and `summary` get, out of all that were ever appended.
+        may_be_empty: whether `draw` works without records.
     """
 
     question: str
@@ -66,48 +67,48 @@ class Study:
     may_be_empty: bool = False
 
 
-def run(study: Study, settings: Settings, lines: Path) -> None:
-    """Measure, appending each record to `lines` as it comes, with command, commit and device."""
+def measure(study: Study, settings: Settings, lines: Path) -> None:
+    """Append each record of the study to `lines` as soon as it is measured."""
     lines.parent.mkdir(parents=True, exist_ok=True)
-    read_lines(lines)  # says now what is wrong with it
+    read_lines(lines)  # raises before anything is measured
     source = describe_run(settings.device)
-    for measured in study.measure(settings):
+    for record in study.measure(settings):
         with lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**measured, "source": source}) + "\n")
+            file.write(json.dumps({**record, "source": source}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
 
 def read(study: Study, lines: Path) -> list[Record]:
-    """The records in `lines` that count.
+    """The records in `lines` that the study selects.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or nothing in it that can be read.
+        FileNotFoundError: there is no such file, and the study needs one.
+        ValueError: a line is incomplete, or not a record of this study.
     """
     if not lines.is_file() and not study.may_be_empty:
-        raise FileNotFoundError(f"no measurements at {lines}")
+        raise FileNotFoundError(f"no measurements at {lines}: run without --draw-only")
     try:
-        records = study.select(read_lines(lines))
+        return study.select(read_lines(lines))
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{lines} does not hold measurements of this study") from error
-    return records
 
 
 def read_lines(lines: Path) -> list[Record]:
-    """Every record in `lines`; none where there is no such file.
+    """Every record in `lines`; an empty list if there is no such file.
 
     Raises:
-        ValueError: a line is not whole.
+        ValueError: a line is incomplete.
     """
+    if not lines.is_file():
+        return []
     records = []
-    text = lines.read_text(encoding="utf-8") if lines.is_file() else ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{lines}, line {number} is not whole: delete it to go on ({error})"
-            ) from error
-    if text and not text.endswith("\n"):
-        raise ValueError(f"{lines}, line {len(records)} lacks its end: delete it to go on")
+            whole = line.endswith("\n")
+        except json.JSONDecodeError:
+            whole = False
+        if not whole:
+            raise ValueError(f"{lines}, line {number} is incomplete: delete it to continue")
     return records

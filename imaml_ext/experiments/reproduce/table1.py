@@ -1,9 +1,10 @@
 """Table 1: what a meta-gradient of a given accuracy costs, against the condition number kappa.
 
-Quadratic tasks, whose proximal objective has eigenvalues evenly spread from 1 to kappa. Each method
-gets as few steps as bring its meta-gradient within ERROR of the exact one. Compute is counted in
-gradients of the loss and products with its Hessian (each step that is differentiated costs one of
-each; a CG iteration one product); memory is the peak of what is allocated. The paper expects:
+The tasks are quadratic; the eigenvalues of their proximal objectives are evenly spaced from 1 to
+kappa. Each method takes the fewest steps that bring its meta-gradient within ERROR of the exact
+one. Compute is the number of gradients of the loss and Hessian-vector products: one of each for a
+step that is differentiated, one product for a CG iteration. Memory is the peak of the allocations.
+The paper expects:
 
     MAML, gradient descent      compute kappa        memory kappa
     MAML, Nesterov              compute sqrt(kappa)  memory sqrt(kappa)
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.data.tasks import TaskBatch
-from imaml_ext.experiments.plots import pyplot, save
+from imaml_ext.experiments.plots import label, panels, save
 from imaml_ext.experiments.reproduce.memory import peak_bytes
 from imaml_ext.experiments.reproduce.study import Record, Settings, Study
 from imaml_ext.methods.base import Method
@@ -45,7 +46,7 @@ EXPECTED = {  # exponents of kappa: compute, memory
 
 
 class Quadratic:
-    """Tasks `1/2 |R w - y|²`, R'R + LAM I with eigenvalues from 1 to kappa."""
+    """Tasks `1/2 |R w - y|²`, where R'R + LAM I has eigenvalues from 1 to kappa."""
 
     def __init__(self, kappa: float, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -90,21 +91,19 @@ def fewest(error: Callable[[int], float]) -> int:
     return enough
 
 
-def method_of(name: str, problem: Quadratic, kappa: float, steps: int, last: int = 0) -> Method:
+def make_method(name: str, problem: Quadratic, kappa: float, steps: int, last: int = 0) -> Method:
     params = {"w": problem.theta.clone().requires_grad_()}
     descent = GradientDescent(lr=1 / kappa, steps=steps)
+    # The smallest eigenvalue is known here; in general MAML(accelerated=True) can only take lam.
+    nesterov = GradientDescent.accelerated(lr=1 / kappa, steps=steps, strong_convexity=1.0)
     if name == "maml":
         return MAML(Quadratic.loss, params, inner=descent, lam=LAM)
     if name == "maml-accelerated":
-        # lam-strongly convex is all that MAML can know; here it is known to be 1.
-        accelerated = GradientDescent.accelerated(lr=1 / kappa, steps=steps, strong_convexity=1.0)
-        return MAML(Quadratic.loss, params, inner=accelerated, lam=LAM)
+        return MAML(Quadratic.loss, params, inner=nesterov, lam=LAM)
     if name == "truncated-maml":
         return TruncatedMAML(Quadratic.loss, params, last=last, inner=descent, lam=LAM)
-    accelerated = GradientDescent.accelerated(lr=1 / kappa, steps=steps, strong_convexity=1.0)
-    return IMAML(
-        Quadratic.loss, params, inner=accelerated, lam=LAM, linear=ConjugateGradient(max_iter=steps)
-    )
+    linear = ConjugateGradient(max_iter=steps)
+    return IMAML(Quadratic.loss, params, inner=nesterov, lam=LAM, linear=linear)
 
 
 def measure(settings: Settings) -> Iterator[Record]:
@@ -115,18 +114,18 @@ def measure(settings: Settings) -> Iterator[Record]:
 
 
 def cheapest(name: str, problem: Quadratic, kappa: float, device: torch.device) -> Record:
-    """The cost of a method with as few steps as reach ERROR."""
+    """The cost of a method with the fewest steps that reach ERROR."""
 
     def error(steps: int, last: int, name: str = name) -> float:
-        return problem.error(method_of(name, problem, kappa, steps, last))
+        return problem.error(make_method(name, problem, kappa, steps, last))
 
     if name == "truncated-maml":
-        # As many steps as MAML, and a tenth more, since what is cut off is an error too.
+        # A tenth more steps than MAML, because truncation adds to the error.
         steps = math.ceil(1.1 * fewest(lambda k: error(k, k, "maml")))
         last = fewest(lambda k: error(steps, min(k, steps)))
     else:
         steps = last = fewest(lambda k: error(k, k))
-    method = method_of(name, problem, kappa, steps, last)
+    method = make_method(name, problem, kappa, steps, last)
     return {
         "method": name,
         "kappa": kappa,
@@ -141,7 +140,7 @@ def cheapest(name: str, problem: Quadratic, kappa: float, device: torch.device) 
 
 
 def slope(points: list[tuple[float, float]]) -> float:
-    """Of the least-squares line through the logarithms."""
+    """Slope of the least-squares line through the logarithms."""
     x = torch.tensor([math.log(a) for a, _ in points], dtype=torch.float64)
     y = torch.tensor([math.log(b) for _, b in points], dtype=torch.float64)
     x = x - x.mean()
@@ -149,33 +148,26 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 
 def curves(records: list[Record], name: str) -> dict[str, list[tuple[float, float]]]:
-    mine = [record for record in records if record["method"] == name]
+    """(kappa, cost) of a method, by kind of cost."""
     return {
-        what: [(record["kappa"], record[what]) for record in mine]
+        what: [(record["kappa"], record[what]) for record in records if record["method"] == name]
         for what in ("gradients_and_products", "peak_bytes")
     }
 
 
 def draw(records: list[Record], folder: Path) -> list[Path]:
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    titles = {
-        "gradients_and_products": ("compute", "gradients and products with the Hessian"),
+    figure, axes = panels(2)
+    costs = {
+        "gradients_and_products": ("compute", "gradients and Hessian-vector products"),
         "peak_bytes": ("memory", "peak bytes"),
     }
-    for axis, (what, (title, label)) in zip(axes, titles.items(), strict=True):
+    for axis, (what, (title, y)) in zip(axes, costs.items(), strict=True):
         for name, text in LABELS.items():
             points = curves(records, name)[what]
             expected = EXPECTED[name][what == "peak_bytes"]
-            axis.loglog(
-                *zip(*points, strict=True), "o-",
-                label=f"{text}: slope {slope(points):.2f} ({expected:g} expected)",
-            )  # fmt: skip
-        axis.set_title(title)
-        axis.set_xlabel("condition number kappa")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+            text = f"{text}: slope {slope(points):.2f} ({expected:g} expected)"
+            axis.loglog(*zip(*points, strict=True), "o-", label=text)
+        label(axis, "condition number kappa", y, title, fontsize=8)
     return [save(figure, folder / "table1.png")]
 
 

@@ -1,15 +1,15 @@
-"""A table as text and pictures, from its records alone."""
+"""A table as Markdown and plots, from its records alone."""
 
 from pathlib import Path
 
 from imaml_ext._io import write_atomically
 from imaml_ext.experiments.cells import ROWS, TABLES, cell
-from imaml_ext.experiments.plots import pyplot, save
+from imaml_ext.experiments.plots import label, panels, save
 from imaml_ext.experiments.reproduce.study import Record
 
 
 def draw(table: str, records: list[Record], folder: Path) -> list[Path]:
-    """A picture of the learning curves for each column, and the table's section of README.md."""
+    """Plot the learning curves of each column, and write the table's section of README.md."""
     written = []
     for column in TABLES[table].columns:
         trained = [r for r in records if r["column"] == column and "accuracy" in r]
@@ -21,38 +21,32 @@ def draw(table: str, records: list[Record], folder: Path) -> list[Path]:
 
 
 def _draw_column(records: list[Record], path: Path) -> Path:
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure, axes = panels(2, sharey=True)
     for record in records:
-        if not record["curve"]:
-            continue
-        steps, seconds, accuracy = zip(*record["curve"], strict=True)
-        axes[0].plot(steps, accuracy, ".-", label=_label(record, records))
-        axes[1].plot([s / 60 for s in seconds], accuracy, ".-", label=_label(record, records))
-    axes[0].set_xlabel("meta-steps")
-    axes[1].set_xlabel("minutes of training")
-    axes[0].set_ylabel("accuracy on validation classes (%)")
-    axes[1].legend()
-    for axis in axes:
-        axis.grid(alpha=0.3)
+        if record["curve"]:
+            steps, seconds, accuracy = zip(*record["curve"], strict=True)
+            axes[0].plot(steps, accuracy, ".-", label=_label(record, records))
+            axes[1].plot([s / 60 for s in seconds], accuracy, ".-", label=_label(record, records))
+    label(axes[0], "meta-steps", "accuracy on validation classes (%)")
+    label(axes[1], "minutes of training")
     return save(figure, path)
 
 
 def _label(record: Record, records: list[Record]) -> str:
-    """The method, and what else it takes to tell a record from the others."""
-    label = ROWS[record["row"]]
+    """The method, and whatever else distinguishes the record from the others."""
+    text = ROWS[record["row"]]
     same = [r for r in records if r["row"] == record["row"]]
     if record["variant"] != "ours":
-        label += f", {record['variant']}"
+        text += f", {record['variant']}"
     if len({r["seed"] for r in same}) > 1:
-        label += f", seed {record['seed']}"
+        text += f", seed {record['seed']}"
     if len({(r["config"]["minutes"], r["config"]["meta_steps"]) for r in same}) > 1:
-        label += f", {record['seconds'] / 60:.0f} min"
-    return label
+        text += f", {record['seconds'] / 60:.0f} min"
+    return text
 
 
 def markdown(table: str, records: list[Record]) -> str:
-    """Ours beside the published figures, then what was not trained."""
+    """The table's section: measured and published accuracies, then the cells not trained."""
     parts = [f"## {TABLES[table].title}\n"]
     for column in TABLES[table].columns:
         of_column = [r for r in records if r["column"] == column]
@@ -81,7 +75,7 @@ def _trained(records: list[Record]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _row(record: Record, label: str) -> dict[str, str]:
+def _row(record: Record, method: str) -> dict[str, str]:
     config = record["config"] | record["test"]
     steps = record["adaptation_steps"]
     adaptation = f"{steps} step" if steps == 1 else f"{steps} steps"
@@ -92,7 +86,7 @@ def _row(record: Record, label: str) -> dict[str, str]:
         adaptation += ", without lam"
         other = f"with lam {config['lam']:g}: {_interval(record, 'proximal_')}"
     return {
-        "method": label,
+        "method": method,
         "accuracy, %": f"**{_interval(record, '')}**",
         "published, %": "{:g} ± {:g}".format(*record["published"]) if record["published"] else "",
         "support statistics, %": _interval(record, "support_"),
@@ -111,7 +105,7 @@ def _interval(record: Record, prefix: str) -> str:
 
 
 def _origin(table: str, column: str, records: list[Record]) -> str:
-    """Where the figures are from, in a sentence or two."""
+    """The provenance of the figures."""
 
     def all_of(values: list[str]) -> str:
         return ", ".join(dict.fromkeys(values))
@@ -155,7 +149,7 @@ def _would_take(record: Record) -> str:
 
 
 def write_section(path: Path, name: str, text: str) -> None:
-    """Replace what stands between the marks of `name` in a Markdown file, or append it."""
+    """Replace the text between the marks of `name` in a Markdown file, or append it."""
     begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->\n"
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     head, found, rest = before.partition(begin)

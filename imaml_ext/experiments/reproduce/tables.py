@@ -1,8 +1,8 @@
 """Tables 2 and 3: every method on few-shot image classification, cell by cell.
 
-A cell is trained from its checkpoint on, if it has one, tested once, at the end, on unseen classes,
-and appended as one line. A line that is there already is not measured again, so a table grows over
-many short runs of the same command. Another budget is another run, from the start.
+A cell is trained, or its training is resumed, then tested once on unseen classes and appended as
+one line. A cell with a line is not measured again, so a table can grow over many short runs of the
+same command. A training of another length is a new one.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -18,95 +19,77 @@ from imaml_ext.experiments.cells import ROWS, TABLES, Cell, cell
 from imaml_ext.experiments.config import Config
 from imaml_ext.experiments.reproduce.study import Record, Settings, Study, read_lines
 from imaml_ext.experiments.reproduce.table_report import draw
-from imaml_ext.experiments.run import saved_config, train_to_end
+from imaml_ext.experiments.run import resumed_config, train_to_end
 from imaml_ext.training.checkpoint import load_checkpoint, save_model
-from imaml_ext.training.evaluation import Evaluation, evaluate
+from imaml_ext.training.evaluation import Evaluation
 from imaml_ext.training.trainer import NonfiniteError
 
 _VALIDATIONS = 8
-_SIDE_TASKS = 200  # of validation, and of what is reported beside the accuracy
-_TRAINED = 100  # meta-steps; a shorter run is a timing: nothing is learned, nothing is tested
+_SIDE_TASKS = 200  # tasks of every evaluation but the main one
+_TRAINED = 100  # meta-steps; a shorter run is a timing and is not tested
 
 
 def measure(table: str, settings: Settings) -> Iterator[Record]:
     lines = settings.out / f"{table}.jsonl"
-    cells = [
-        cell(table, column, row, settings.variant)
-        for column in settings.columns or TABLES[table].columns
-        for row in settings.rows or _rows(table, settings.variant)
-    ]
-    for one in cells:
+    for one in _cells(table, settings):
         config = dataclasses.replace(
             one.train,
             seed=settings.seed,
-            minutes=settings.minutes,
+            minutes=settings.budget,
             meta_steps=settings.meta_steps or one.train.meta_steps,
         )
-        if any(_is_of(record, one, config, settings.tasks) for record in read_lines(lines)):
-            tqdm.write(f"{one.name}: measured already; delete its line to measure again")
+        record: Record = {
+            "table": one.table,
+            "column": one.column,
+            "row": one.row,
+            "variant": one.variant,
+            "seed": config.seed,
+            "published": one.published and list(one.published),
+            "config": vars(config),
+            "test": one.changes,
+        }
+        if any(_repeats(record, old, settings.eval_tasks) for old in read_lines(lines)):
+            tqdm.write(f"{one.name}: already measured; delete its line to measure again")
             continue
-        record = _about(one, config)
         try:
             record |= _measure(one, config, settings)
-        except NonfiniteError as error:  # the other cells can be trained all the same
+        except NonfiniteError as error:  # the other cells may succeed
             tqdm.write(f"{one.name}: {error}")
-            record |= {"failed": str(error)}
+            record["failed"] = str(error)
         yield record
 
 
-def _rows(table: str, variant: str) -> list[str]:
-    """Rows that have this variant."""
-    found = []
-    for row in ROWS:
-        with contextlib.suppress(ValueError):
-            cell(table, TABLES[table].columns[0], row, variant)
-            found.append(row)
-    if not found:
-        raise ValueError(f"{table} has no cell in variant {variant!r}")
-    return found
+def _cells(table: str, settings: Settings) -> list[Cell]:
+    columns, rows = settings.cells or TABLES[table].columns, settings.methods
+    if not rows:
+        rows = []
+        for row in ROWS:
+            with contextlib.suppress(ValueError):  # not every row has every variant
+                cell(table, columns[0], row, settings.variant)
+                rows.append(row)
+    if not rows:
+        raise ValueError(f"{table} has no cell in variant {settings.variant!r}")
+    return [cell(table, column, row, settings.variant) for column in columns for row in rows]
 
 
-def _is_of(record: Record, one: Cell, config: Config, tasks: int) -> bool:
-    """Whether a record is of this cell, trained and tested so."""
-    return (
-        _of(record) == one.name
-        and record["config"] == vars(config)
-        and record["test"] == _changed(one)
-        and record.get("test_tasks", tasks) == tasks
-    )
-
-
-def _of(record: Record) -> str:
-    """The name of the cell that a record is of."""
-    return "-".join(record[key] for key in ("table", "column", "row", "variant"))
-
-
-def _about(one: Cell, config: Config) -> Record:
-    return {
-        "table": one.table,
-        "column": one.column,
-        "row": one.row,
-        "variant": one.variant,
-        "seed": config.seed,
-        "published": one.published,
-        "config": vars(config),
-        "test": _changed(one),
-    }
+def _repeats(record: Record, old: Record, tasks: int) -> bool:
+    """Whether an old record is of this training, tested on so many tasks, if at all."""
+    same = all(old.get(name) == value for name, value in record.items())
+    return same and old.get("test_tasks", tasks) == tasks
 
 
 def _measure(one: Cell, config: Config, settings: Settings) -> Record:
-    experiment = build(config, data=settings.data, device=settings.device)
-    trainer = experiment.trainer()
     length = f"{config.minutes:g}min" if config.minutes else f"{config.meta_steps}steps"
     checkpoint = settings.runs / f"{one.name}-seed{config.seed}-{length}" / "checkpoint.pt"
-    if checkpoint.exists():
-        if saved_config(load_checkpoint(checkpoint), checkpoint) != config:
-            raise ValueError(f"{checkpoint} is of other settings: move it away to train anew")
-        trainer.load(checkpoint)
-    short = config.meta_steps < _TRAINED
+    resume = checkpoint.exists()
+    if resume:
+        resumed_config(checkpoint, vars(config))  # raises if it is of other settings
+    experiment = build(config, data=settings.data, device=settings.device)
+    trainer = experiment.trainer()
     train_to_end(
-        experiment, trainer, checkpoint, validations=0 if short else _VALIDATIONS,
-        validation_tasks=min(100, settings.tasks), name=one.name,
+        experiment, trainer, checkpoint, resume=resume,
+        validations=_VALIDATIONS if config.meta_steps >= _TRAINED else 0,
+        validation_tasks=min(100, settings.eval_tasks), name=one.name,
     )  # fmt: skip
     record: Record = {"meta_steps": trainer.steps, "seconds": trainer.seconds}
     if trainer.steps < _TRAINED:
@@ -114,48 +97,26 @@ def _measure(one: Cell, config: Config, settings: Settings) -> Record:
     record["curve"] = [
         [r["step"], round(r["seconds"], 2), 100 * r["accuracy"]] for r in trainer.validation
     ]
-    record |= _tested(experiment.adapting(**_changed(one)), one, settings.tasks)
-    model = settings.out / "models" / f"{one.table}-{one.column}.pt"
-    others = read_lines(settings.out / f"{one.table}.jsonl")
-    best = [r["val_accuracy"] for r in others if r["column"] == one.column and "accuracy" in r]
-    if record["val_accuracy"] > max(best, default=0.0):  # never by the test classes
-        state = load_checkpoint(checkpoint)
-        state["config"] = json.dumps(vars(config) | _changed(one))
-        save_model(model, state)
+    record |= _test(experiment.adapting(**one.changes), one, settings.eval_tasks)
+    _keep_if_best(one, checkpoint, record["val_accuracy"], settings.out)
     return record
 
 
-def _tested(experiment: Experiment, one: Cell, tasks: int) -> Record:
+def _test(experiment: Experiment, one: Cell, tasks: int) -> Record:
     few = min(_SIDE_TASKS, tasks)
     figures = {
         "test_tasks": tasks,
         "side_tasks": few,
         "adaptation_steps": one.test.inner_steps,
-        **_percent("", _evaluate(experiment, "test", tasks)),
-        **_percent("val_", _evaluate(experiment, "val", few)),
+        **_percent("", experiment.evaluate("test", tasks)),
+        **_percent("val_", experiment.evaluate("val", few)),
     }
     if one.test.method == "imaml":
         proximal = not one.test.eval_proximal
         other = experiment.adapting(eval_proximal=proximal)
         name = "proximal_" if proximal else "no_proximal_"
-        figures |= _percent(name, _evaluate(other, "test", few))
+        figures |= _percent(name, other.evaluate("test", few))
     return figures
-
-
-def _changed(one: Cell) -> Record:
-    """What is set differently in evaluation."""
-    train, test = vars(one.train), vars(one.test)
-    return {name: test[name] for name in train if train[name] != test[name]}
-
-
-def _evaluate(experiment: Experiment, split: str, tasks: int) -> Evaluation:
-    return evaluate(
-        experiment.method,
-        experiment.sources[split],
-        experiment.metrics,
-        tasks=tasks,
-        support_metrics=experiment.support_metrics,
-    )
 
 
 def _percent(prefix: str, result: Evaluation) -> Record:
@@ -166,35 +127,44 @@ def _percent(prefix: str, result: Evaluation) -> Record:
     }
 
 
+def _keep_if_best(one: Cell, checkpoint: Path, accuracy: float, out: Path) -> None:
+    """Keep the column's best model, by validation: the test classes must not decide."""
+    others = [r for r in read_lines(out / f"{one.table}.jsonl") if r["column"] == one.column]
+    if accuracy > max((r["val_accuracy"] for r in others if "accuracy" in r), default=0.0):
+        state = load_checkpoint(checkpoint)
+        state["config"] = json.dumps(json.loads(state["config"]) | one.changes)
+        save_model(out / "models" / f"{one.table}-{one.column}.pt", state)
+
+
 def select(records: list[Record]) -> list[Record]:
     """The latest record of each cell, seed and length, in the order of the table."""
     latest = {}
     for record in records:
         config = record["config"]
-        latest[_of(record), record["seed"], config["minutes"], config["meta_steps"]] = record
+        latest[_name(record), record["seed"], config["minutes"], config["meta_steps"]] = record
     rows = list(ROWS)
     return sorted(latest.values(), key=lambda r: (rows.index(r["row"]), r["variant"]))
 
 
 def summary(records: list[Record]) -> Record:
-    figures = {}
+    figures: Record = {}
     for record in records:
-        name = f"{_of(record)}, seed {record['seed']}"
+        name = f"{_name(record)}, seed {record['seed']}"
         if "failed" in record:
             figures[f"{name}, failed"] = {"why": record["failed"]}
-            continue
-        if "accuracy" not in record:
+        elif "accuracy" not in record:
             each = record["seconds"] / record["meta_steps"]
             figures[f"{name}, a timing"] = {"seconds a meta-step": each}
-            continue
-        of_cell = {"accuracy": record["accuracy"], "ci95": record["ci95"]}
-        if record["published"]:
-            of_cell |= {
-                "published": record["published"][0],
-                "published_ci95": record["published"][1],
-            }
-        figures[f"{name}, {record['meta_steps']} meta-steps"] = of_cell
+        else:
+            of_cell = {"accuracy": record["accuracy"], "ci95": record["ci95"]}
+            if record["published"]:
+                of_cell["published"], of_cell["published_ci95"] = record["published"]
+            figures[f"{name}, {record['meta_steps']} meta-steps"] = of_cell
     return figures
+
+
+def _name(record: Record) -> str:
+    return "-".join(record[key] for key in ("table", "column", "row", "variant"))
 
 
 def _study(table: str, question: str) -> Study:
