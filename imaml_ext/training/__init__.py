@@ -1,4 +1,4 @@
-"""The outer loop, and what belongs to it: evaluation, recording, checkpoints, logs, processes."""
+"""The outer loop: trainer, evaluation, recording, checkpoints, logs and process groups."""
 
 from imaml_ext.training.capture import Capture, cuda_graph, no_capture
 from imaml_ext.training.checkpoint import load_checkpoint, save_checkpoint, save_model
