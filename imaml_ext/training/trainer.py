@@ -136,22 +136,25 @@ class Trainer:
             self._device_step = None
         if self._device_step is None:
             values = self._step_on_host()
-            self.steps += 1
-            self.seconds += time.perf_counter() - start
+            self._advance(start)
             record = {"step": self.steps, "seconds": self.seconds} | values
             self._append(record)
             return record
         schedule = ScheduleSnapshot(self.optimizer, self.scheduler)
         deferred = DeferredRecord(self.read, self.seconds, schedule)
         self._device_step.run(self.steps)
-        if self.scheduler is not None:
-            self.scheduler.step()
         self._pending.append(deferred)
-        self.steps += 1
-        self.seconds += time.perf_counter() - start
+        self._advance(start)
         if len(self._pending) == self._device_step.rows:
             self.read()
         return deferred
+
+    def _advance(self, start: float) -> None:
+        """Count a step that began at `start`, and set the learning rates of the next one."""
+        self.steps += 1
+        self.seconds += time.perf_counter() - start
+        if self.scheduler is not None:
+            self.scheduler.step()
 
     def read(self) -> None:
         """Wait for the pending steps, and append their records to `history`.
@@ -187,24 +190,22 @@ class Trainer:
             self.log("train", record)
 
     def _step_on_host(self) -> Record:
-        """A step that reads its meta-gradient's record before it is applied."""
+        """A step whose record is read before the update."""
         batch = self.source.sample(self.steps)
         record = self._evaluate(batch)
-        applied = record["failed"] < 1
-        if applied:
-            evaluated = [record]
+        if record["failed"] == 1:
+            return record
+        evaluated = [record]
 
-            def closure() -> float:
-                return (evaluated.pop() if evaluated else self._evaluate(batch))["loss"]
+        def closure() -> float:
+            return (evaluated.pop() if evaluated else self._evaluate(batch))["loss"]
 
-            undo: AbstractContextManager[None] = nullcontext()
-            if _needs_closure(self.optimizer):  # it moves the parameters before it evaluates again
-                undo = checkpoint.undone_on_error(*self._optimisation())
-            with undo:
-                self.optimizer.step(closure)
-        if self.scheduler is not None:
-            self.scheduler.step()
-        if applied and self.capture is not None:
+        undo: AbstractContextManager[None] = nullcontext()
+        if _needs_closure(self.optimizer):  # it moves the parameters before it evaluates again
+            undo = checkpoint.undone_on_error(*self._optimisation())
+        with undo:
+            self.optimizer.step(closure)
+        if self.capture is not None:
             self._move_to_device(list(record))
         return record
 

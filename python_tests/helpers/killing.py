@@ -52,7 +52,7 @@ def end_of(child):
 
 def die_in_a_write(number, share):
     """From now on: this process does, in this write of a checkpoint, with this share written."""
-    write_atomically, left = imaml_ext.checkpoint.write_atomically, number
+    write_atomically, left = imaml_ext.training.checkpoint.write_atomically, number
 
     def write_or_die(path, write):
         nonlocal left
@@ -69,7 +69,7 @@ def die_in_a_write(number, share):
 
         return write_and_die
 
-    imaml_ext.checkpoint.write_atomically = write_or_die
+    imaml_ext.training.checkpoint.write_atomically = write_or_die
 
 
 def kill_again_and_again(folder, seed, kills, arguments):

@@ -17,7 +17,7 @@ from imaml_ext.training.checkpoint import load_checkpoint
 HERE = Path(__file__).parents[1] / "helpers"  # where there are no sources to be imported
 QUICK = ["--tasks", "3", "--inner-steps", "1", "--cg-steps", "2", "--eval-tasks", "2"]
 QUICK += ["--device", "cpu", "--validations", "3"]
-KILLS = int(os.environ.get("IMAML_TEST_KILLS", "25"))
+KILLS = int(os.environ.get("IMAML_TEST_KILLS", "10"))
 
 
 def run(*arguments):
@@ -51,6 +51,7 @@ def assert_same(got, expected):
         assert got == expected
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path):
     steps = ["--meta-steps", str(20 * KILLS)]
     done = run("-m", "imaml_ext", "train", *QUICK, *steps, "--out", tmp_path / "undisturbed")
@@ -124,6 +125,7 @@ def small_disk(tmp_path):
     return run_on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spare", [0, 4, 20, 36, 40])
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(spare, tmp_path, small_disk):
     """What is spare ends in the log, at the start or in the middle of a checkpoint, or after it."""
@@ -143,6 +145,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(spare, tmp_p
                  "--eval-tasks", "2"]) == 0  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_disk_that_may_only_be_read_is_one_line(tmp_path, small_disk):
     out = tmp_path / "disk" / "run"
     code, errors = small_disk(100, "train", *QUICK, "--out", out, options="ro")
