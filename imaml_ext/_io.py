@@ -1,6 +1,5 @@
-"""Files that are there whole or not at all, and folders that one process writes to."""
+"""Atomic writes of files, and locks on folders."""
 
-import fcntl
 import glob
 import os
 import uuid
@@ -9,42 +8,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Call `write(file)` on a temporary file beside `path`, sync it, and rename it to `path`.
+    """Call `write(file)` on a temporary file in the same folder, sync it, and rename it to `path`.
 
-    A crash at any moment, or a full disk, leaves what was there before.
+    After a crash at any moment, or on a full disk, `path` is as it was before.
 
     Raises:
-        OSError: as the file system does, with the path. Nothing is left behind.
+        OSError: the file cannot be written; the temporary file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with named_in_errors(path):
-        _write(path, write)
-
-
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     temporary = path.with_name(f"{_prefix(path)}{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+    with named_in_errors(path):
+        try:
+            with temporary.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes the rename durable
+        finally:
+            os.close(folder)
 
 
 @contextmanager
 def named_in_errors(path: Path) -> Iterator[None]:
-    """An OSError says which file it is about; those of `write` and `close` do not by themselves."""
+    """Add the path to an OSError that has none, such as those of `write` and `close`."""
     try:
         yield
     except OSError as error:
@@ -54,7 +51,7 @@ def named_in_errors(path: Path) -> Iterator[None]:
 
 
 def remove_unfinished(path: str | Path) -> None:
-    """Remove what writers of `path` left behind that were killed. There must be none at work."""
+    """Remove temporary files of `path` whose writers were killed. The caller holds the lock."""
     path = Path(path)
     for temporary in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
         temporary.unlink(missing_ok=True)
@@ -62,22 +59,24 @@ def remove_unfinished(path: str | Path) -> None:
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Make the folder, and hold it against other processes; a lock dies with its process.
+    """Create the folder and lock it against other processes; a lock ends with its process.
 
     Args:
-        wait: until it is free.
+        wait: block until the lock is free.
 
     Raises:
-        OSError: another process holds it, or the folder cannot be made or written to.
+        OSError: another process holds the lock, or the folder cannot be created or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / ".lock"
-    with named_in_errors(lock), lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is at work in {folder}") from None
+    lock = FileLock(folder / ".lock", blocking=wait)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(f"another process is using {folder}") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _prefix(path: Path) -> str:

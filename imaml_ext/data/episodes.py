@@ -1,4 +1,4 @@
-"""Few-shot classification tasks drawn by index from one tensor of images."""
+"""Few-shot classification tasks sampled from one tensor of images."""
 
 from copy import copy
 
@@ -12,23 +12,24 @@ _CLASSES, _IMAGES, _ROTATIONS = range(3)  # streams of random numbers
 
 
 class ImageEpisodes:
-    """`way`-way `shot`-shot tasks with `query` query images per class; labels are class positions.
+    """`way`-way `shot`-shot tasks with `query` query images per class; labels are 0 to way - 1.
 
-    A task is a function of (seed, step, its number): divisible. Drawn on the device of the images:
-    `recordable`.
+    A `ShardableSource`, since a task is a function of (seed, step, its index), and a
+    `RecordableSource`, since tasks are sampled on the device of the images.
 
     Args:
-        images: uint8 [classes, images per class, H, W], or [..., channels, H, W].
-        way: classes of a task.
+        images: uint8 [classes, images per class, H, W] or
+            [classes, images per class, channels, H, W].
+        way: number of classes in a task.
         shot, query: images per class in the support and the query set.
-        tasks: B of each batch.
-        seed: of the random numbers; another seed, other tasks.
-        rotate: turn each drawn class as a whole by 0, 90, 180 or 270 degrees, at random.
-        dtype: of the images that are dealt, scaled to [0, 1].
+        tasks: B.
+        seed: determines the tasks.
+        rotate: rotate each class of a task by 0, 90, 180 or 270 degrees, at random.
+        dtype: of the sampled images, which are scaled to [0, 1].
 
     Raises:
-        ValueError: more ways than classes, more images asked for than a class has, a size below 1,
-            or `images` are not uint8 of such a shape.
+        ValueError: more ways than classes, shot + query above the images per class, a size below 1,
+            or `images` of another dtype or shape.
     """
 
     recordable = True
@@ -57,38 +58,40 @@ class ImageEpisodes:
             raise ValueError(f"way={way}, but there are {images.shape[0]} classes")
         if shot + query > images.shape[1]:
             raise ValueError(
-                f"shot={shot} and query={query} need {shot + query} images of a class, "
+                f"shot={shot} and query={query} need {shot + query} images per class, "
                 f"but there are {images.shape[1]}"
             )
         self.images = images if images.dim() == 5 else images[:, :, None]
         self.way, self.shot, self.query, self.tasks = way, shot, query, tasks
         self.seed, self.rotate, self.dtype = seed, rotate, dtype
-        self.dealt = range(tasks)
+        self.task_indices = range(tasks)
 
     def sample(self, step: int | Tensor) -> TaskBatch:
         """Support and query (x [B, N, channels, H, W], y [B, N]), N = way shot and way query."""
         classes, per_class = self.images.shape[:2]
-        drawn = self._bits(step, _CLASSES, classes).topk(self.way).indices
-        chosen = self._bits(step, _IMAGES, self.way, per_class).topk(self.shot + self.query).indices
-        x = self.images[drawn[..., None], chosen]  # [B, way, shot + query, channels, H, W]
+        count = self.shot + self.query
+        rows = self._bits(step, _CLASSES, classes).topk(self.way).indices
+        columns = self._bits(step, _IMAGES, self.way, per_class).topk(count).indices
+        x = self.images[rows[..., None], columns]  # [B, way, count, channels, H, W]
         if self.rotate:
             turns = self._bits(step, _ROTATIONS, self.way)[..., None, None, None, None] % 4
-            for k in (1, 2):  # a quarter turn and a half turn make up 0 to 3 quarters
+            for k in (1, 2):  # quarter and half turns compose to 0 to 3 quarters
                 x = torch.where(turns & k != 0, torch.rot90(x, k, (-2, -1)), x)
         x = x.to(self.dtype) / 255
         y = torch.arange(self.way, device=x.device).expand(self.tasks, -1)
 
-        def part(start: int, count: int) -> tuple[Tensor, Tensor]:
+        def examples(start: int, count: int) -> tuple[Tensor, Tensor]:
             images = x[:, :, start : start + count].flatten(1, 2)
             return images, y.repeat_interleave(count, dim=1)
 
-        return TaskBatch(support=part(0, self.shot), query=part(self.shot, self.query))
+        return TaskBatch(support=examples(0, self.shot), query=examples(self.shot, self.query))
 
     def shard(self, tasks: range) -> "ImageEpisodes":
-        """Deals these tasks of each batch alone; shares the images."""
-        part = copy(self)
-        part.dealt, part.tasks = self.dealt[tasks.start : tasks.stop], len(tasks)
-        return part
+        """A source of these tasks of each batch; shares the images."""
+        shard = copy(self)
+        shard.task_indices = self.task_indices[tasks.start : tasks.stop]
+        shard.tasks = len(tasks)
+        return shard
 
     def _bits(self, step: int | Tensor, stream: int, *shape: int) -> Tensor:
-        return random_bits(self.seed, step, stream, self.dealt, shape, self.images.device)
+        return random_bits(self.seed, step, stream, self.task_indices, shape, self.images.device)

@@ -1,12 +1,13 @@
 """Mini-ImageNet (Vinyals et al., 2016) with the split of Ravi & Larochelle (2017).
 
-The images may not be passed on: they are read from the user's folder of ImageNet images.
+The images must not be redistributed: they are read from the user's folder of ImageNet images.
 """
 
 import csv
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,8 @@ _LISTS = {
         n04149813 n04418357 n04522168 n07613480
     """,
 }
-_CLASSES = {part: wnids.split() for part, wnids in _LISTS.items()}
-_PART = {wnid: part for part, wnids in _CLASSES.items() for wnid in wnids}
+_CLASSES = {split: wnids.split() for split, wnids in _LISTS.items()}
+_SPLIT = {wnid: split for split, wnids in _CLASSES.items() for wnid in wnids}
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
 _SIDE = 84
 
@@ -44,29 +45,25 @@ _SIDE = 84
 def load_mini_imagenet(root: str | Path, *, images_per_class: int = 600) -> dict[str, Tensor]:
     """Images of the 64 train, 16 val and 20 test classes, uint8 [classes, images, 3, 84, 84].
 
-    RGB, resized as MAML's `proc_images.py` does, classes in the order of the published list. The
-    first time all are decoded and kept in the user's cache folder, 1.3 GB for 600 images a class.
-    The three tensors are slices of that one memory-mapped file.
+    RGB, resized as by MAML's `proc_images.py`, classes in the order of the published list. The
+    first call decodes all images into a file in the user's cache folder, 1.3 GB for 600 images per
+    class; the three tensors are slices of that memory-mapped file.
 
     Args:
-        root: folder of images, or one that holds such a folder as `mini-imagenet`. It has, and the
-            first that is there is read:
+        root: a folder that holds, itself or in a subfolder `mini-imagenet`, one of
 
-            - `images/NAME` with Ravi & Larochelle's `train.csv`, `val.csv` and `test.csv` (columns
-              `filename,label`), in the same folder or in `splits`. Their order is kept.
-            - `WNID/NAME.JPEG`, a folder for each class; those of other classes are ignored.
-            - `train/WNID/NAME.jpg`, and so with `val` and `test`.
-
-            Image files end with .jpg, .jpeg or .png, in either case.
-        images_per_class: the first so many of a class are taken, as the csv file lists them, or by
-            sorted name. Without csv files, of ImageNet's 1300 or so images of a class this is not
-            the selection of Ravi & Larochelle.
+            - `images/NAME`, and the lists `train.csv`, `val.csv` and `test.csv` of Ravi &
+              Larochelle (columns `filename,label`), whose order is kept;
+            - `WNID/NAME.JPEG`, a folder per class, such as all of ImageNet. Files end with .jpg,
+              .jpeg or .png, in upper or lower case.
+        images_per_class: number of images of each class, the first in the lists, or by sorted
+            name. Without the lists they are not Ravi & Larochelle's selection of ImageNet's 1300
+            images per class.
 
     Raises:
-        FileNotFoundError: `root` has none of these.
-        ValueError: a class is missing, has too few images, or lies in another split than the
-            published one; a csv file is malformed, or names a file that is not there or lies
-            outside `images`; an image cannot be decoded.
+        FileNotFoundError: `root` has neither of these layouts.
+        ValueError: a class is missing or has too few images; a list is malformed or differs from
+            the published split; an image is missing, or cannot be decoded.
 
     Source: Vinyals et al. 2016; the split, Ravi, Larochelle 2017.
     """
@@ -75,146 +72,105 @@ def load_mini_imagenet(root: str | Path, *, images_per_class: int = 600) -> dict
     base = Path(root)
     if (base / "mini-imagenet").is_dir():
         base /= "mini-imagenet"
-    found = _find(Path(root), base)
-    missing = [wnid for wnid in _PART if wnid not in found]
+    found = _listed(base) if (base / "images").is_dir() else _in_folders(base)
+    missing = [wnid for wnid in _SPLIT if wnid not in found]
+    if len(missing) == len(_SPLIT):
+        raise FileNotFoundError(
+            f"no Mini-ImageNet: expected {base / 'images'} with train.csv, val.csv and test.csv in "
+            f"{base}, or {base / 'WNID'}/*.JPEG for {len(_SPLIT)} classes such as n01532829; "
+            "give the folder of your ImageNet images with --data"
+        )
     if missing:
         raise ValueError(
-            f"{base}: {len(missing)} of the {len(_PART)} classes are missing, the first is "
-            f"{missing[0]} ({_PART[missing[0]]}); add their images from ImageNet"
+            f"{base}: {len(missing)} of the {len(_SPLIT)} classes are missing, the first is "
+            f"{missing[0]} ({_SPLIT[missing[0]]}); add their images from ImageNet"
         )
-    for wnid in _PART:
+    for wnid in _SPLIT:
         if len(found[wnid]) < images_per_class:
             raise ValueError(
                 f"{base}: class {wnid} has {len(found[wnid])} images, expected "
                 f"{images_per_class}; add images from ImageNet, or lower images_per_class"
             )
-    chosen = [found[wnid][:images_per_class] for wnid in _PART]
+    chosen = [found[wnid][:images_per_class] for wnid in _SPLIT]
     images = decoded_once(
         f"mini-imagenet-{_SIDE}-{_digest(base, chosen)[:16]}",
         (len(chosen), images_per_class, 3, _SIDE, _SIDE),
         lambda: _decode(chosen),
     )
-    parts = images.split([len(wnids) for wnids in _CLASSES.values()])
-    return dict(zip(_CLASSES, parts, strict=True))
+    splits = images.split([len(wnids) for wnids in _CLASSES.values()])
+    return dict(zip(_CLASSES, splits, strict=True))
 
 
-def _find(root: Path, base: Path) -> dict[str, list[Path]]:
-    """The images of each class that is there, in order."""
-    for lists in (base, base / "splits", root, root / "splits"):
-        if (base / "images").is_dir() and all((lists / f"{p}.csv").is_file() for p in _CLASSES):
-            return _listed(lists, base / "images")
-    flat = {wnid: base / wnid for wnid in _PART if (base / wnid).is_dir()}
-    if flat:
-        return {wnid: _images_in(folder) for wnid, folder in flat.items()}
-    if any((base / part).is_dir() for part in _CLASSES):
-        return _in_parts(base)
-    raise FileNotFoundError(
-        f"no Mini-ImageNet: expected {base / 'WNID'}/*.JPEG for {len(_PART)} classes as n01532829, "
-        f"or {base / 'images'} with train.csv, val.csv and test.csv beside it or in "
-        f"{base / 'splits'}, or {base / 'train' / 'WNID'}/*.jpg and so val and test; "
-        "give the folder of your ImageNet images with --data"
-    )
-
-
-def _images_in(folder: Path) -> list[Path]:
-    paths = (path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-    return sorted(path for path in paths if not path.name.startswith("."))
-
-
-def _in_parts(base: Path) -> dict[str, list[Path]]:
+def _in_folders(base: Path) -> dict[str, list[Path]]:
+    """The images of each class that has a folder, sorted by name."""
     found = {}
-    for part in _CLASSES:
-        for wnid, published in _PART.items():
-            folder = base / part / wnid
-            if not folder.is_dir():
-                continue
-            if published != part:
-                raise ValueError(
-                    f"{folder}: {wnid} is a {published} class in the published split; move it to "
-                    f"{base / published}, or give {base / part} if that holds all of ImageNet"
-                )
-            found[wnid] = _images_in(folder)
+    for wnid in _SPLIT:
+        if (base / wnid).is_dir():
+            paths = (path for path in (base / wnid).iterdir() if path.suffix.lower() in _SUFFIXES)
+            found[wnid] = sorted(path for path in paths if not path.name.startswith("."))
     return found
 
 
-def _listed(lists: Path, images: Path) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    seen = set()
-    for part in _CLASSES:
-        file = lists / f"{part}.csv"
+def _listed(base: Path) -> dict[str, list[Path]]:
+    """The images of each class, in the order of the lists."""
+    images = base / "images"
+    found: dict[Path, str] = {}
+    for split in _CLASSES:
+        file = base / f"{split}.csv"
         for line, name, wnid in _rows(file):
-            place = f"{file}, line {line}"
-            published = _PART.get(wnid)
-            if published is None:
+            if _SPLIT.get(wnid) != split:
                 raise ValueError(
-                    f"{place}: {wnid!r} is not a class of Mini-ImageNet; "
+                    f"{file}, line {line}: {wnid!r} is not a {split} class of the published split; "
                     "use the lists of Ravi & Larochelle"
                 )
-            if published != part:
+            path = images / name
+            outside = Path(name).is_absolute() or ".." in Path(name).parts
+            if outside or not path.is_file() or path in found:
                 raise ValueError(
-                    f"{place}: {wnid} is a {published} class in the published split; "
-                    f"move it to {published}.csv"
+                    f"{file}, line {line}: {name!r} is not a file in {images}, or is listed twice; "
+                    "add the image, or remove the line"
                 )
-            relative = Path(name)
-            if relative.anchor or ".." in relative.parts:
-                raise ValueError(
-                    f"{place}: {name!r} may lie outside {images}; give a path inside it"
-                )
-            path = images / relative
-            if not path.is_file():
-                raise ValueError(
-                    f"{place}: {name!r} is not in {images}; add the image, or remove the line"
-                )
-            if path in seen:
-                raise ValueError(f"{place}: {name!r} is listed twice; remove the line")
-            seen.add(path)
-            found.setdefault(wnid, []).append(path)
-    return found
+            found[path] = wnid
+    by_class: dict[str, list[Path]] = {}
+    for path, wnid in found.items():
+        by_class.setdefault(wnid, []).append(path)
+    return by_class
 
 
-def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
-    """Number of the line, file name and label."""
+def _rows(file: Path) -> list[tuple[int, str, str]]:
+    """The line number, file name and label of each row."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.reader(lines, strict=True)
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            reader = csv.DictReader(lines, strict=True)
+            return [(reader.line_num, row["filename"], row["label"]) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
         raise ValueError(
-            f"{file} is malformed ({error}); use the list of Ravi & Larochelle"
+            f"{file} is not a list with columns filename,label ({error}); "
+            "use the list of Ravi & Larochelle"
         ) from error
-    if not rows or rows[0][1] != ["filename", "label"]:
-        raise ValueError(f"{file} is malformed: its first line must be filename,label")
-    for line, row in rows[1:]:
-        if len(row) != 2:
-            raise ValueError(
-                f"{file} is malformed: line {line} must be a file name and a label, got {row}"
-            )
-        yield line, row[0], row[1]
 
 
 def _digest(base: Path, chosen: list[list[Path]]) -> str:
-    """Changes with the names, sizes and times of the files, and with their order."""
+    """Depends on the names, sizes, modification times and order of the files."""
     digest = hashlib.sha256()
-    for paths in chosen:
-        for path in paths:
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read ({error}); replace it") from error
-            name = path.relative_to(base).as_posix()
-            digest.update(f"{name}:{status.st_size} {status.st_mtime_ns}\n".encode())
+    for path in chain.from_iterable(chosen):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error}); replace it") from error
+        name = path.relative_to(base).as_posix()
+        digest.update(f"{name}:{status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
 def _decode(chosen: list[list[Path]]) -> Iterator[np.ndarray]:
-    """Pixels of one image after the other; no more than one class is held in memory."""
+    """The pixels of each image; at most one class is in memory."""
     from tqdm import tqdm
 
+    total = sum(map(len, chosen))
     with (
-        ThreadPoolExecutor() as pool,  # Pillow decodes and resizes without the GIL
-        tqdm(
-            total=sum(map(len, chosen)), desc="Mini-ImageNet", unit=" images", disable=None
-        ) as progress,
+        ThreadPoolExecutor() as pool,  # Pillow releases the GIL
+        tqdm(total=total, desc="Mini-ImageNet", unit=" images", disable=None) as progress,
     ):
         for paths in chosen:
             for pixels in pool.map(_pixels, paths):
@@ -228,6 +184,6 @@ def _pixels(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    except Exception as error:  # Pillow raises nearly anything for a broken file
+    except Exception as error:  # Pillow raises anything for a broken file
         raise ValueError(f"{path} cannot be decoded ({error}); replace the image") from error
     return np.asarray(small).transpose(2, 0, 1)

@@ -1,7 +1,7 @@
-"""Omniglot, from the user's folder, as one uint8 tensor.
+"""Omniglot from the user's folder, as one uint8 tensor.
 
-Layout, as torchvision's: ROOT/omniglot-py/images_background and images_evaluation, each a folder or
-a .zip of ALPHABET/CHARACTER/DRAWING.png.
+The layout is torchvision's: ROOT/omniglot-py/images_background and images_evaluation, each a folder
+or a .zip of ALPHABET/CHARACTER/DRAWING.png.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class Omniglot:
     """All characters, in the order of their sorted names.
 
     Attributes:
-        images: uint8 [1623, 20, 28, 28], ink high on 0.
+        images: uint8 [1623, 20, 28, 28], 0 where there is no ink.
         names: "ALPHABET/CHARACTER" of each.
     """
 
@@ -38,14 +38,14 @@ class Omniglot:
     names: list[str]
 
     def split(self, seed: int = 0, *, train: int = 1100, val: int = 100) -> dict[str, Tensor]:
-        """Classes, by a seeded permutation: `train`, `val`, and the others, 423, as `test`.
+        """Split the classes by a seeded permutation; the remaining 423 are the test classes.
 
         Args:
             seed: of the permutation.
             train, val: numbers of classes.
 
         Returns:
-            uint8 [classes, 20, 28, 28] under each of the three names.
+            uint8 [classes, 20, 28, 28] for "train", "val" and "test".
         """
         scores = random_bits(seed, 0, 0, range(len(self.names)), (), torch.device("cpu"))
         order = scores.argsort()
@@ -56,27 +56,27 @@ class Omniglot:
         }
 
     def to(self, device: torch.device | str) -> "Omniglot":
-        """The same with the images on a device."""
+        """A copy with the images on a device."""
         return Omniglot(self.images.to(device), self.names)
 
 
 def load_omniglot(root: str | Path, *, download: bool = False) -> Omniglot:
-    """Read Omniglot from `root`. The first time it is decoded and kept in the user's cache folder.
+    """Read Omniglot from `root`. The first call decodes it into the user's cache folder.
 
     Args:
         root: folder that holds `omniglot-py`.
-        download: fetch it through torchvision if it is not there.
+        download: download missing archives through torchvision.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: an archive is truncated, or is not Omniglot; or torchvision, to download with,
-            cannot be imported.
+        FileNotFoundError: an archive is missing.
+        ValueError: an archive is truncated, or is not Omniglot; or `download` is set and
+            torchvision cannot be imported.
 
     Source: Lake, Salakhutdinov, Tenenbaum 2015, "Human-level concept learning".
     """
     folder = Path(root) / "omniglot-py"
     if download:
-        with locked(Path(root), wait=True):  # against other processes that fetch it
+        with locked(Path(root), wait=True):  # for a process that is downloading it
             if any(_find(folder, part) is None for part in _CHARACTERS):
                 _download(root)
     digest = hashlib.sha256()
@@ -115,13 +115,13 @@ class _Drawing:
     Attributes:
         name: "ALPHABET/CHARACTER/DRAWING.png".
         mark: changes with the content.
-        place: the folder, or the archive, that holds it.
-        read: gives its bytes.
+        container: the folder or archive that holds it.
+        read: returns its bytes.
     """
 
     name: str
     mark: str
-    place: Path
+    container: Path
     read: Callable[[], bytes]
 
     @property
@@ -135,34 +135,37 @@ class _Drawing:
             # Without convert("L"), LANCZOS on the 1-bit image would silently be NEAREST.
             with Image.open(io.BytesIO(self.read())) as image:
                 small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-        except Exception as error:  # Pillow and zipfile raise nearly anything for a broken file
-            raise ValueError(f"{self.place}: {self.name} cannot be decoded ({error})") from error
+        except Exception as error:  # Pillow and zipfile raise anything for a broken file
+            raise ValueError(
+                f"{self.container}: {self.name} cannot be decoded ({error})"
+            ) from error
         return 255 - np.asarray(small)
 
 
 def _drawings(folder: Path, part: str) -> Iterator[_Drawing]:
-    """Every PNG below the part, sorted."""
-    place = _find(folder, part)
-    if place is None:
+    """Every PNG of the part, sorted by name."""
+    container = _find(folder, part)
+    if container is None:
         raise FileNotFoundError(
             f"no Omniglot: expected {folder / part} or {folder / part}.zip; "
-            "give its root with --data, or let torchvision fetch it with imaml-ext train --download"
+            "give its root with --data, or download it with imaml-ext train --download"
         )
-    if place.is_dir():
-        for path in sorted(place.rglob("*.png")):
+    if container.is_dir():
+        for path in sorted(container.rglob("*.png")):
             status = path.stat()
             mark = f"{status.st_size} {status.st_mtime_ns}"
-            yield _Drawing(path.relative_to(place).as_posix(), mark, place, path.read_bytes)
+            name = path.relative_to(container).as_posix()
+            yield _Drawing(name, mark, container, path.read_bytes)
         return
     try:
-        archive = zipfile.ZipFile(place)  # closed with the last drawing that refers to it
+        archive = zipfile.ZipFile(container)  # closed with the last drawing that refers to it
     except Exception as error:  # as above
-        raise ValueError(f"{place} is truncated or not a zip archive ({error})") from error
+        raise ValueError(f"{container} is truncated or not a zip archive ({error})") from error
     for info in sorted(archive.infolist(), key=lambda info: info.filename):
-        name = PurePosixPath(info.filename)
-        if name.suffix == ".png" and name.parts[0] == part:
-            inside = name.relative_to(part).as_posix()
-            yield _Drawing(inside, f"{info.CRC:08x}", place, partial(archive.read, info))
+        inside = PurePosixPath(info.filename)
+        if inside.suffix == ".png" and inside.parts[0] == part:
+            name = inside.relative_to(part).as_posix()
+            yield _Drawing(name, f"{info.CRC:08x}", container, partial(archive.read, info))
 
 
 def _download(root: str | Path) -> None:

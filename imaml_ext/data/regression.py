@@ -1,4 +1,4 @@
-"""Sinusoid regression: tasks that need no data."""
+"""Sinusoid regression, a task distribution that needs no data."""
 
 import math
 from copy import copy
@@ -15,13 +15,14 @@ _TASK, _SUPPORT, _QUERY = range(3)  # streams of random numbers
 class Sinusoid:
     """`y = a sin(x - b)` with a in [0.1, 5], b in [0, pi] and x in [-5, 5], uniform.
 
-    `recordable`, and divisible: a task is a function of (seed, step, its number).
+    A `ShardableSource`, since a task is a function of (seed, step, its index), and a
+    `RecordableSource`.
 
     Args:
-        shot, query: points in the support and the query set.
-        tasks: B of each batch.
-        seed: of the random numbers; another seed, other tasks.
-        device, dtype: of the tensors that are dealt.
+        shot, query: number of points in the support and the query set.
+        tasks: B.
+        seed: determines the tasks.
+        device, dtype: of the sampled tensors.
 
     Raises:
         ValueError: a size is below 1.
@@ -45,7 +46,7 @@ class Sinusoid:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.shot, self.query, self.tasks, self.seed = shot, query, tasks, seed
-        self.dealt = range(tasks)
+        self.task_indices = range(tasks)
         self.device, self.dtype = torch.device(device), dtype
 
     def sample(self, step: int | Tensor) -> TaskBatch:
@@ -53,18 +54,19 @@ class Sinusoid:
         draw = self._uniform(step, _TASK, 2, 1, 1)
         amplitude, phase = 0.1 + 4.9 * draw[:, 0], math.pi * draw[:, 1]
 
-        def part(stream: int, count: int) -> tuple[Tensor, Tensor]:
+        def examples(stream: int, count: int) -> tuple[Tensor, Tensor]:
             x = 10 * self._uniform(step, stream, count, 1) - 5
             y = amplitude * torch.sin(x - phase)
             return x.to(self.dtype), y.to(self.dtype)
 
-        return TaskBatch(support=part(_SUPPORT, self.shot), query=part(_QUERY, self.query))
+        return TaskBatch(support=examples(_SUPPORT, self.shot), query=examples(_QUERY, self.query))
 
     def shard(self, tasks: range) -> "Sinusoid":
-        """Deals these tasks of each batch alone."""
-        part = copy(self)
-        part.dealt, part.tasks = self.dealt[tasks.start : tasks.stop], len(tasks)
-        return part
+        """A source of these tasks of each batch."""
+        shard = copy(self)
+        shard.task_indices = self.task_indices[tasks.start : tasks.stop]
+        shard.tasks = len(tasks)
+        return shard
 
     def _uniform(self, step: int | Tensor, stream: int, *shape: int) -> Tensor:
-        return uniform(self.seed, step, stream, self.dealt, shape, self.device)
+        return uniform(self.seed, step, stream, self.task_indices, shape, self.device)

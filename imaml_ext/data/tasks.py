@@ -1,4 +1,4 @@
-"""Batches of tasks, and where they come from."""
+"""Batches of tasks, and the protocols of their sources."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -12,19 +12,19 @@ class TaskBatch:
     """B tasks.
 
     Attributes:
-        support: to adapt on, a pytree of [B, ...] tensors.
-        query: to judge by, another with the same B.
+        support: examples to adapt to, a pytree of [B, ...] tensors.
+        query: examples to evaluate on, another pytree with the same B.
     """
 
     support: Any
     query: Any
 
     def clone(self) -> "TaskBatch":
-        """A copy that shares no memory."""
+        """A deep copy, detached."""
         return TaskBatch(*pytree.tree_map(lambda t: t.detach().clone(), self._parts()))
 
     def copy_(self, other: "TaskBatch") -> None:
-        """Overwrite every tensor by that of another batch.
+        """Copy the tensors of another batch into this one's.
 
         Raises:
             ValueError: their structures, shapes or dtypes differ; nothing is written.
@@ -33,12 +33,12 @@ class TaskBatch:
         theirs, other_structure = pytree.tree_flatten(other._parts())
         expected, got = ([(list(t.shape), t.dtype) for t in leaves] for leaves in (mine, theirs))
         if structure != other_structure or expected != got:
-            raise ValueError(f"the batch must be of {expected}, as it was first, got {got}")
-        for to, source in zip(mine, theirs, strict=True):
-            to.copy_(source)
+            raise ValueError(f"the batch must have the shapes and dtypes {expected}, got {got}")
+        for target, source in zip(mine, theirs, strict=True):
+            target.copy_(source)
 
     def rows(self, tasks: range) -> "TaskBatch":
-        """These tasks of the batch alone; views."""
+        """These tasks of the batch, as views."""
         return TaskBatch(*pytree.tree_map(lambda t: t[tasks.start : tasks.stop], self._parts()))
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class TaskBatch:
 
 
 class TaskSource(Protocol):
-    """Anything that deals batches of tasks. The same step always gives the same batch."""
+    """Anything that samples batches of tasks. The same step always gives the same batch."""
 
     def sample(self, step: int) -> TaskBatch:
         """The batch of this step, counted from 0."""
@@ -58,28 +58,28 @@ class TaskSource(Protocol):
 
 @runtime_checkable
 class ShardableSource(Protocol):
-    """A source that can deal some tasks of each batch without the others.
+    """A source that can sample some tasks of each batch without the others.
 
     Attributes:
-        tasks: B, of the batches that it deals.
+        tasks: B.
     """
 
     tasks: int
 
     def shard(self, tasks: range) -> TaskSource:
-        """A source of these tasks of each batch, bit for bit as they are in the whole.
+        """A source of these tasks of each batch, bit for bit as in the whole batch.
 
         Args:
-            tasks: consecutive numbers of tasks, from 0.
+            tasks: consecutive indices, from 0.
         """
 
 
 @runtime_checkable
 class RecordableSource(Protocol):
-    """A source that can be recorded as a part of the meta-step.
+    """A source whose sampling can be recorded as a part of the meta-step.
 
-    Its `sample` takes the step also as a 0-d int64 tensor on the device of the tasks, and does not
-    look at its value. It says so by having `recordable`.
+    Its `sample` also accepts the step as a 0-d int64 tensor on the device of the tasks, and does
+    not read its value on the host. The attribute `recordable` marks such a source.
     """
 
     recordable: bool

@@ -1,11 +1,11 @@
-"""Natural images, 32x32, in few-shot form: `tiny_imagenet_fewshot.npz`, which users bring along.
+"""Tiny-ImageNet for few-shot learning, 32x32, from the user's `tiny_imagenet_fewshot.npz`.
 
-200 classes of Tiny-ImageNet with 550 JPEGs each, split by groups of meaning into 128 training, 32
-validation and 40 test classes, so that no test class has a near relative among the training ones.
-This is not Mini-ImageNet, and accuracies are not comparable with those published for it.
+200 classes with 550 JPEGs each, split by semantic group into 128 training, 32 validation and 40
+test classes, so that no test class is closely related to a training class. Accuracies are not
+comparable with those published for Mini-ImageNet.
 
-Arrays: `scan` uint8, the JPEGs one after the other, without the header and end marker that all
-share; `offset` int [200, 551]; `header` uint8; `split` "train", "val" or "test" of each class.
+Arrays: `scan` uint8, the concatenated JPEGs without their common header and end marker; `offset`
+int [200, 551]; `header` uint8; `split` "train", "val" or "test" of each class.
 """
 
 import hashlib
@@ -27,23 +27,23 @@ _SIDE = 32
 def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
     """Images of the train, val and test classes, uint8 [classes, images, 3, 32, 32].
 
-    The first time they are decoded, in half a minute, and kept in the user's cache folder.
+    The first call decodes them in half a minute, into a file in the user's cache folder.
 
     Args:
         root: folder that holds `tiny_imagenet_fewshot.npz`.
 
     Raises:
-        FileNotFoundError: there is no such file below `root`.
-        ValueError: it is not what it should be.
+        FileNotFoundError: `root` does not hold the file.
+        ValueError: the file is damaged, or does not have the arrays above.
     """
     path = Path(root) / _FILE
     if not path.is_file():
-        raise FileNotFoundError(f"no natural images: expected {path}; give its folder with --data")
+        raise FileNotFoundError(f"no Tiny-ImageNet: expected {path}; give its folder with --data")
     try:
         with path.open("rb") as file, np.load(file) as arrays:
             split, offset = arrays["split"], arrays["offset"]
             scan, header = arrays["scan"].tobytes(), arrays["header"].tobytes()
-    except Exception as error:  # NumPy and zipfile raise nearly anything for a broken file
+    except Exception as error:  # NumPy and zipfile raise anything for a broken file
         raise ValueError(f"{path} is truncated or not {_FILE} ({error})") from error
     if offset.ndim != 2 or split.shape != offset.shape[:1]:
         raise ValueError(
@@ -60,7 +60,7 @@ def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
                 try:
                     image = Image.open(io.BytesIO(header + scan[start:end] + _END))
                     pixels = np.asarray(image.convert("RGB"))
-                except Exception as error:  # Pillow raises nearly anything for a broken image
+                except Exception as error:  # Pillow raises anything for a broken image
                     raise ValueError(f"{path}: an image cannot be decoded ({error})") from error
                 if pixels.shape != (_SIDE, _SIDE, 3):
                     raise ValueError(f"{path}: an image is {pixels.shape}, expected 32x32 RGB")
@@ -73,6 +73,6 @@ def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
     for name in ("train", "val", "test"):
         (rows,) = np.nonzero(split == name)
         if len(rows) == 0 or rows[-1] - rows[0] + 1 != len(rows):
-            raise ValueError(f"{path}: the {name} classes must follow one another")
+            raise ValueError(f"{path}: the {name} classes must be consecutive")
         parts[name] = images[rows[0] : rows[-1] + 1]
     return parts

@@ -1,4 +1,4 @@
-"""The outer loop, and what belongs to it: evaluation, recording, checkpoints, logs, processes."""
+"""The outer loop: trainer, evaluation, recording, checkpoints, logs and process groups."""
 
 from imaml_ext.training.budget import Budget
 from imaml_ext.training.capture import Capture, cuda_graph, no_capture

@@ -1,7 +1,7 @@
-"""Work of fixed shapes, recorded once and replayed: on CUDA, where launching it is what takes time.
+"""Recording work of fixed shapes as a CUDA graph, which removes the cost of launching kernels.
 
-A CUDA graph repeats what was launched while it was recorded, on the same memory. What came from
-the host stays as it was then; what is to change between replays is a tensor, written in place.
+A replay launches the recorded kernels on the same memory. Values that came from the host are
+frozen; whatever changes between replays must be a tensor that is written in place.
 
 Source: torch's notes on CUDA graphs, "Whole-network capture".
 """
@@ -19,36 +19,36 @@ from imaml_ext._tracing import recording
 
 T = TypeVar("T")
 
-_WARMUPS = 3  # allocate workspaces, choose algorithms, load kernels
+_WARMUPS = 3  # to allocate workspaces, choose algorithms and load kernels
 
 
 class Capture(Protocol):
     """A way to record work of fixed shapes: `cuda_graph`, `compiled` or `no_capture`."""
 
     def __call__(self, function: Callable[[], T], warmup: Callable[[], Any]) -> Callable[[], T]:
-        """A function that does what `function` does, once a call.
+        """A function each call of which does what `function` does, and returns what it returns.
 
         Args:
             function: what to record.
-            warmup: all of what `function` does, its effects undone; run before, any number of
-                times.
+            warmup: does what `function` does, and undoes its effects; may be called any number of
+                times before recording.
 
         Raises:
-            RuntimeError: it cannot be recorded. `function` has had no effect on any tensor.
+            RuntimeError: recording failed. `function` has had no effect on any tensor.
         """
 
 
 def cuda_graph(function: Callable[[], T], warmup: Callable[[], Any]) -> Callable[[], T]:
-    """A CUDA graph of `function` on the current device, in a memory pool of its own; a `Capture`.
+    """A CUDA graph of `function` on the current device, in a private memory pool; a `Capture`.
 
-    Recording waits for the device; replaying does not. A replay returns the same tensors as the
-    one before, with new values. Random numbers go on as if nothing had been warmed_up.
+    Recording waits for the device; replaying does not. Every replay returns the same tensors, with
+    new values. Warm-up does not advance torch's random state.
 
     Args:
         function, warmup: as in `Capture`.
 
     Raises:
-        RuntimeError: something in it synchronises, or cannot be captured; the message says why.
+        RuntimeError: `function` synchronises, or cannot be captured; the message has the cause.
     """
     stream = torch.cuda.Stream()
     with recording():
@@ -57,7 +57,7 @@ def cuda_graph(function: Callable[[], T], warmup: Callable[[], Any]) -> Callable
 
     def replay() -> T:
         graph.replay()
-        # The same tensors in new dataclasses: the old ones may have computed properties.
+        # New dataclasses, since the old ones may have cached properties.
         return cast(T, pytree.tree_map(lambda leaf: leaf, result))
 
     return replay
@@ -71,18 +71,18 @@ def _warm_up(work: Callable[[], Any], stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream), random:
             for _ in range(_WARMUPS - 1):
                 work()
-            # What synchronises is found here: a capture that fails costs more to recover from.
+            # Finds synchronisation before the capture, whose failure is harder to recover from.
             with _synchronising_raises():
                 work()
     finally:
-        caller.wait_stream(stream)  # it may still undo what it wrote
+        caller.wait_stream(stream)  # a warm-up that failed may still be undoing its writes
 
 
 def _captured(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Any, T]:
     caller, cause = torch.cuda.current_stream(), None
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    torch.clear_autocast_cache()  # casts of the rehearsals, which will be freed
-    gc.collect()  # a CUDA graph that is destroyed during a capture may invalidate it
+    torch.clear_autocast_cache()  # of casts in the warm-up's memory, which will be freed
+    gc.collect()  # destroying a CUDA graph during a capture may invalidate it
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             try:
@@ -93,23 +93,23 @@ def _captured(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Any
     except RuntimeError as error:
         torch.cuda.set_stream(caller)
         _leave_capture(pool, stream)
-        # Ending a capture that failed raises too, which hides why it did.
+        # Ending a failed capture raises as well, which hides the cause.
         raise RuntimeError(str(cause or error)) from error
     finally:
-        torch.clear_autocast_cache()  # casts in the graph's memory
+        torch.clear_autocast_cache()  # of casts in the graph's memory
 
 
 def _leave_capture(pool: Any, stream: torch.cuda.Stream) -> None:
-    """Put right what a capture that failed leaves behind in torch 2.10, and partly in later ones.
+    """Reset the state that torch 2.10, and in part later versions, leave after a failed capture.
 
-    The allocator goes on as if it were capturing, and ends the process when a memory pool is
-    destroyed; the default generator refuses to draw.
+    The allocator remains in capture mode, and aborts the process when a memory pool is destroyed;
+    the default generator refuses to draw.
     """
-    with suppress(RuntimeError):  # torch has done it
+    with suppress(RuntimeError):  # already done by torch
         device = torch.cuda.current_device()
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):  # whose end frees the generator
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):  # which resets the generator
         torch.zeros((), device="cuda")
 
 
@@ -117,7 +117,7 @@ def no_capture(function: Callable[[], T], warmup: Callable[[], Any]) -> Callable
     """`function` itself; a `Capture` that records nothing.
 
     Args:
-        function, warmup: as in `Capture`; nothing is warmed_up.
+        function, warmup: as in `Capture`; `warmup` is not called.
     """
     return function
 
@@ -134,5 +134,5 @@ def _synchronising_raises() -> Iterator[None]:
 
 def _set_sync_debug_mode(mode: int | str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype
+        warnings.simplefilter("ignore")  # the mode is a prototype
         torch.cuda.set_sync_debug_mode(mode)

@@ -1,162 +1,218 @@
-"""Checkpoints: a dict of tensors and plain values, written whole or not at all."""
+"""Checkpoints: the state of a training as a dict of tensors and plain values, in one file."""
 
+import copy
 import io
 import pickle
-import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from imaml_ext._io import write_atomically
 
 _FORMAT = "imaml_ext checkpoint"
 _VERSION = 1
-_MODEL: dict[str, type] = {"config": str, "steps": int, "learned": dict}
-_TRAINING: dict[str, type] = {
-    "seconds": float,
-    "history": list,
-    "validation": list,
-    "random": dict,
-    "optimizer_class": str,
-    "optimizer": dict,
-    "scheduler": dict,
+_MODEL = {"config", "steps", "learned"}
+_TRAINING = {
+    *("seconds", "history", "validation"),
+    *("optimizer_class", "optimizer", "scheduler", "random"),
 }
 
 
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a state: a crash at any moment leaves the file as it was before.
+def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Write a state atomically: after a crash at any moment the file is the old or the new one.
 
     Args:
-        path: of the file; folders that lack are made.
-        state: tensors and plain values; what `Trainer.save` keeps has all that training needs.
+        path: of the file; missing folders are created.
+        state: tensors and plain values; `Trainer.save` adds "config" to `Trainer.state_dict()`.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
-    tagged = {"format": _FORMAT, "version": _VERSION, **state}
-    whole = io.BytesIO()  # a full disk under torch.save itself raises anything
-    torch.save(tagged, whole)
-    write_atomically(path, lambda file: file.write(whole.getbuffer()))
+    buffer = io.BytesIO()  # on a full disk torch.save itself raises other errors than OSError
+    torch.save({"format": _FORMAT, "version": _VERSION, **state}, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def check_loadable(path: str | Path, state: Any) -> None:
-    """Raises TypeError where what is to be saved at `path` holds objects that are not loaded."""
-    saved = io.BytesIO()
-    torch.save(state, saved)
-    saved.seek(0)
-    try:
-        torch.load(saved, weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search("GLOBAL (\\S+)", str(error))
-        held = found[1] if found else "objects"
-        raise TypeError(
-            f"{path} could not be loaded again: the state holds {held}, "
-            "where only tensors and plain numbers, texts, lists and dicts are"
-        ) from error
-
-
-def save_model(path: str | Path, state: dict[str, Any]) -> None:
-    """Keep of a state what evaluation needs: a third of it, or less.
+def save_model(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Write the part of a state that evaluation needs, about a third of it.
 
     Args:
         path, state: as in `save_checkpoint`.
 
     Raises:
         KeyError: the state lacks "config", "steps" or "learned".
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     save_checkpoint(path, {name: state[name] for name in sorted(_MODEL)})
 
 
 def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, Any]:
-    """The state, on the CPU. Executes no pickled code.
+    """Read a checkpoint, with its tensors on the CPU. No pickled code is executed.
 
     Args:
         path: of the file.
-        training: whether it must hold what going on with the training needs.
+        training: whether the checkpoint must hold what resuming the training needs.
 
     Returns:
-        "config" (JSON), "steps" and "learned" ({name: tensor}); unless it is a model alone, also
-        "seconds", "history", "validation", "optimizer", "scheduler" and "random".
+        "config" (JSON), "steps" and "learned" ({name: tensor}); unless `save_model` wrote it, also
+        the other entries of `Trainer.state_dict()`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated, damaged, foreign, of another version, or a model alone.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated, damaged, foreign, of another version, or a model without
+            the state of its training.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        with zipfile.ZipFile(path) as archive:  # nor let torch try its older formats
-            damaged = archive.testzip()  # which torch does not look at
+        with zipfile.ZipFile(path) as archive:  # also keeps torch from trying its older formats
+            damaged = archive.testzip()  # torch does not verify the checksums
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the unpickler raise anything
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds Python objects other than tensors and plain values; it is not loaded"
+        ) from error
+    except Exception as error:  # a damaged file can make torch and zipfile raise anything
         raise ValueError(f"{path} is truncated or not a checkpoint") from error
     if damaged:
-        raise ValueError(f"{path} is damaged: {damaged} is not what was written")
+        raise ValueError(f"{path} is damaged: the checksum of {damaged} does not match")
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a checkpoint of imaml_ext")
     if state.get("version") != _VERSION:
         raise ValueError(
             f"{path} is a version {state.get('version')} checkpoint, expected {_VERSION}"
         )
-    if training and state.keys() >= _MODEL.keys() and not _TRAINING.keys() & state.keys():
+    missing = (_MODEL | _TRAINING if training else _MODEL) - state.keys()
+    if missing == _TRAINING:
         raise ValueError(f"{path} is a model alone: it can be evaluated, not trained further")
-    expected = {**_MODEL, **_TRAINING} if training else _MODEL
-    if missing := expected.keys() - state.keys():
-        raise ValueError(f"{path} is not a whole checkpoint: it lacks {', '.join(sorted(missing))}")
-    for name, kind in expected.items():
-        if type(state[name]) is not kind:
-            got = type(state[name]).__name__
-            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {got}")
-    if state["steps"] < 0:
-        raise ValueError(f"{path} is at meta-step {state['steps']}")
+    if missing:
+        raise ValueError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
     return state
 
 
-def random_states(*, cuda: bool) -> dict[str, Tensor]:
-    """Of torch's generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if cuda:
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_random(states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def restore(learned: Mapping[str, Tensor], state: dict[str, Any], path: str | Path) -> None:
-    """Copy a checkpoint's learned tensors into a method's.
+def restore(learned: Mapping[str, Tensor], state: Mapping[str, Any], path: str | Path) -> None:
+    """Copy the learned tensors of a checkpoint into those of a method.
 
     Args:
-        learned: take the values; as `Method.learned` gives them.
-        state: as `load_checkpoint` gives it.
+        learned: written to; as from `Method.learned`.
+        state: from `load_checkpoint`.
         path: for messages.
 
     Raises:
-        ValueError: names, shapes or dtypes differ.
+        ValueError: names, shapes or dtypes differ; nothing is written.
     """
-    if not all(isinstance(tensor, Tensor) for tensor in state["learned"].values()):
-        raise ValueError(f"{path} is of another model: what it learned are not tensors")
-    expected = {name: (list(tensor.shape), tensor.dtype) for name, tensor in learned.items()}
-    found = {name: (list(t.shape), t.dtype) for name, t in state["learned"].items()}
-    if found != expected:
-        names = [n for n in {**found, **expected} if found.get(n) != expected.get(n)]
-        first = names[0]
+    with loading_from(path):
+        _restore_learned(learned, state["learned"])
+
+
+@contextmanager
+def loading_from(path: str | Path) -> Iterator[None]:
+    """Turn any error into a ValueError of one line that starts with the path."""
+    try:
+        yield
+    except Exception as error:  # torch's own checks are incomplete, and raise anything
+        message = str(error).partition("\n")[0]
+        if not isinstance(error, ValueError):
+            message = f"{type(error).__name__} while loading the state: {message}"
+        raise ValueError(f"{path}: {message}") from error
+
+
+Optimisation = tuple[Mapping[str, Tensor], Optimizer, LRScheduler | None]
+
+
+def optimisation_state(
+    learned: Mapping[str, Tensor], optimizer: Optimizer, scheduler: LRScheduler | None
+) -> dict[str, Any]:
+    """What an optimizer's step changes, and the state of torch's random number generators."""
+    random = {"cpu": torch.get_rng_state()}
+    if any(tensor.is_cuda for tensor in learned.values()):
+        random["cuda"] = torch.cuda.get_rng_state()
+    return {
+        "learned": {name: tensor.detach() for name, tensor in learned.items()},
+        "optimizer_class": type(optimizer).__name__,
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict() if scheduler else {},
+        "random": random,
+    }
+
+
+def restore_optimisation(
+    state: Mapping[str, Any],
+    learned: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+) -> None:
+    """Undo what has changed since `optimisation_state` returned `state`.
+
+    Raises:
+        Exception: the state is of other tensors, or of another optimizer or scheduler. Nothing has
+            changed.
+    """
+    if state["optimizer_class"] != type(optimizer).__name__:
         raise ValueError(
-            f"{path} is of another model: {len(names)} tensors differ, such as {first!r}: "
-            f"{_says(found.get(first))}, expected {_says(expected.get(first))}"
+            f"the checkpoint is of {state['optimizer_class']}, "
+            f"but the optimizer is {type(optimizer).__name__}"
+        )
+    expected = scheduler.state_dict() if scheduler else {}
+    if state["scheduler"].keys() != expected.keys():
+        raise ValueError("the checkpoint is of another scheduler, or of none")
+    with undone_on_error(learned, optimizer, scheduler):
+        _restore(state, learned, optimizer, scheduler)
+
+
+@contextmanager
+def undone_on_error(
+    learned: Mapping[str, Tensor], optimizer: Optimizer, scheduler: LRScheduler | None
+) -> Iterator[None]:
+    """If the body raises an exception, restore the state from before it."""
+    before = copy.deepcopy(optimisation_state(learned, optimizer, scheduler))
+    try:
+        yield
+    except Exception:
+        _restore(before, learned, optimizer, scheduler)
+        raise
+
+
+def _restore(
+    state: Mapping[str, Any],
+    learned: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+) -> None:
+    _restore_learned(learned, state["learned"])
+    torch.set_rng_state(state["random"]["cpu"])
+    if "cuda" in state["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["random"]["cuda"])
+    saved = copy.copy(state["optimizer"])
+    saved["param_groups"] = [dict(group) for group in saved["param_groups"]]
+    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=False):
+        if "capturable" in own:  # depends on the device, which may be another one than when saved
+            group["capturable"] = own["capturable"]
+    optimizer.load_state_dict(saved)
+    if scheduler is not None:
+        scheduler.load_state_dict(state["scheduler"])
+
+
+def _restore_learned(learned: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    expected, got = _formats(learned), _formats(saved)
+    if got != expected:
+        differing = [n for n in expected | got if got.get(n) != expected.get(n)]
+        first = differing[0]
+        raise ValueError(
+            f"the checkpoint is of another model: {len(differing)} tensors differ, such as "
+            f"{first!r}: got {got.get(first)}, expected {expected.get(first)}"
         )
     with torch.no_grad():
         for name, tensor in learned.items():
-            tensor.copy_(state["learned"][name])
+            tensor.copy_(saved[name])
 
 
-def _says(tensor: tuple[list[int], torch.dtype] | None) -> str:
-    return "none" if tensor is None else f"{tensor[0]} {tensor[1]}"
+def _formats(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}

@@ -1,8 +1,8 @@
-"""Work of fixed shapes, traced once and compiled: on the CPU, where calling it is what takes time.
+"""Compiling work of fixed shapes, which removes the cost of calling operators on the CPU.
 
-What a small network's meta-gradient computes takes less time than PyTorch takes to call the
-thousands of operators that compute it. Traced through, autograd and vmap included, they are one
-graph, which `torch.compile`'s compiler fuses into few kernels.
+In the meta-gradient of a small network, PyTorch's overhead for thousands of operators exceeds their
+arithmetic. Traced through autograd and vmap they form one graph, which `torch.compile`'s backend
+fuses into a few kernels.
 """
 
 from collections.abc import Callable
@@ -17,27 +17,27 @@ from imaml_ext._tracing import T, recording
 
 
 def compiled(function: Callable[[], T], warmup: Callable[[], Any]) -> Callable[[], T]:
-    """`function`, compiled; a `Capture`. The tensors that it reads are read anew in each call.
+    """`function`, compiled; a `Capture`. Every call reads the current values of its tensors.
 
-    It must not write them, and what it returns must be a pytree whose numbers do not change.
-    Compiling takes from seconds to minutes and needs a C++ compiler; torch keeps the result in its
-    cache, so that the next process is done sooner. It is compiled anew when the number of threads,
-    autocast or another global setting of torch changes.
+    `function` must not write tensors that exist before the call, and must return a pytree; numbers
+    in it are frozen. Compiling takes from seconds to minutes and needs a C++ compiler; torch caches
+    the result on disk. It recompiles when the number of threads, autocast or another global setting
+    of torch changes.
 
     Args:
-        function, warmup: as in `Capture`; nothing is warmed_up.
+        function, warmup: as in `Capture`; `warmup` is not called.
 
     Raises:
-        RuntimeError: it cannot be traced or compiled; the message says why.
+        RuntimeError: it cannot be traced or compiled; the message has the cause.
     """
-    # A second to import, which only a caller of this function is to pay for.
+    # Imported here because it takes a second.
     from torch.fx.experimental.proxy_tensor import make_fx
 
     result: Any = None
 
     def tensors() -> list[Tensor]:
         nonlocal result
-        with _Blind():
+        with _NoValueReads():
             result = function()
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
@@ -45,7 +45,7 @@ def compiled(function: Callable[[], T], warmup: Callable[[], Any]) -> Callable[[
         graph = make_fx(tensors)()
     read = _lift_tensors(graph)
     operands = [tensor.detach() for tensor in read]
-    # One C++ function: called from Python, the small kernels would take longer than they run.
+    # One C++ function, since calling small kernels from Python takes longer than running them.
     options: Any = {"cpp_wrapper": True}
     run: Any = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
     with torch.no_grad():
@@ -56,32 +56,32 @@ def compiled(function: Callable[[], T], warmup: Callable[[], Any]) -> Callable[[
         for tensor, operand in zip(read, operands, strict=True):
             if tensor.data_ptr() != operand.data_ptr():
                 raise RuntimeError(
-                    f"a tensor of shape {list(tensor.shape)} has other memory than when it was "
-                    "recorded, as after .data = or .to(): write it in place, or record anew"
+                    f"a tensor of shape {list(tensor.shape)} was reallocated after recording, for "
+                    "example by .data = or .to(); write it in place, or record again"
                 )
         with torch.no_grad():
-            found = iter(run(*operands))
-        values = [next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            outputs = iter(run(*operands))
+        values = [next(outputs) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return cast(T, pytree.tree_unflatten(values, structure))
 
     return replay
 
 
-class _Blind(TorchFunctionMode):
-    """Nothing looks at a value: of a tensor that exists already tracing would make a constant."""
+class _NoValueReads(TorchFunctionMode):
+    """Refuse to read values of tensors, which tracing would silently turn into constants."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function in _LOOKS:
+        if function in _VALUE_READS:
             raise RuntimeError(
-                f"{getattr(function, '__name__', function)} looks at a value: what is decided by "
-                "it would be decided for every replay"
+                f"{getattr(function, '__name__', function)} reads the value of a tensor, which "
+                "would be the same in every replay; compute with tensors instead"
             )
         return function(*args, **(kwargs or {}))
 
 
-_LOOKS = {
+_VALUE_READS = {
     *(torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__),
     *(torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__),
     *(torch.equal, torch.Tensor.equal, torch.allclose, torch.Tensor.allclose, torch.is_nonzero),
@@ -89,7 +89,7 @@ _LOOKS = {
 
 
 def _lift_tensors(graph: fx.GraphModule) -> list[Tensor]:
-    """Make inputs of the tensors that the graph holds: as constants they could be folded."""
+    """Turn the graph's constant tensors, which could be folded, into inputs; return them."""
     tensors: dict[str, Tensor] = {}
     inputs: dict[str, fx.Node] = {}
     first = next(iter(graph.graph.nodes))

@@ -1,6 +1,6 @@
-"""A meta-step as a function of tensors alone: dealing, meta-gradient, decision and update.
+"""A meta-step decided on the device: sampling, meta-gradient, acceptance and update.
 
-Nothing in it is decided on the host, so the host can run ahead, and the step be recorded.
+The host reads no tensor, so it can run ahead, and the step can be recorded.
 """
 
 import warnings
@@ -12,18 +12,17 @@ from torch import Tensor
 
 from imaml_ext.data.tasks import RecordableSource, TaskBatch, TaskSource
 from imaml_ext.methods.base import Method
-from imaml_ext.problem.layout import Params
 from imaml_ext.training.capture import Capture, no_capture
 from imaml_ext.training.distributed import Group
 from imaml_ext.training.evaluation import Metric
 from imaml_ext.training.record import measure
 from imaml_ext.training.snapshot import Snapshot
 
-_MOST_RECORDINGS = 8  # of one training; what changes more often is not worth recording
+_MAX_RECORDINGS = 8  # per training; settings that change more often are not worth recording
 
 
 def why_not_on_device(optimizer: torch.optim.Optimizer) -> str | None:
-    """Why the optimizer's step needs the host, and what to do about it; None if it does not."""
+    """Why the optimizer's step needs the host, with the remedy; None if it does not."""
     name = type(optimizer).__name__
     for group in optimizer.param_groups:
         if "capturable" in group:
@@ -37,21 +36,18 @@ def why_not_on_device(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 class DeviceStep:
-    """One meta-step of `method` on a batch of `source`, applied unless it is to be refused.
+    """One meta-step of `method` on a batch of `source`, applied unless it is refused.
 
-    A step whose tasks all fail is not applied. With `nonfinite="propagate"` one with any task that
-    fails is not, nor is any step after it, until `clear_refused`. Parameters and the optimizer's
-    state then keep their values; the state has to be there, so the optimizer must have made a step.
+    A step whose tasks all fail is not applied. With `nonfinite="propagate"` a step with any failed
+    task is refused, and every step after it, until `clear_refused`. Parameters and optimizer state
+    then keep their values. The state must exist: the optimizer must have made a step before.
 
     Args:
-        optimizer: of which `why_not_on_device` says nothing. Its learning rates may change between
-            steps.
-        rows: steps whose records are kept.
-        capture: how to record the step. What cannot be recorded is run as it is, with a warning.
-        group: the processes that share the tasks; `source` deals this one's.
-
-    Attributes:
+        optimizer: accepted by `why_not_on_device`. Its learning rates may change between steps.
         names: of a record's entries.
+        rows: number of latest steps whose records are kept.
+        capture: how to record the step. If recording fails, steps run unrecorded, with a warning.
+        group: the processes that share the tasks; `source` samples this process's.
     """
 
     def __init__(
@@ -70,56 +66,63 @@ class DeviceStep:
         self.metrics, self.names, self.rows = dict(metrics), names, rows
         self._group = group
         self._theta = next(iter(method.params.values()))
-        self._number = self._new(torch.int64)
-        self._refused = self._new(torch.bool)
-        self._rates = [self._new(torch.float32) for _ in optimizer.param_groups]
-        self._records = self._new(torch.float64, rows, len(names))
-        self._batch: TaskBatch | None = None  # what a source that is not recordable dealt
-        self._next = 0  # the number that the device will find
+        self._step_number = self._zeros(torch.int64)
+        self._refused = self._zeros(torch.bool)
+        self._rates = [self._zeros(torch.float32) for _ in optimizer.param_groups]
+        self._records = self._zeros(torch.float64, rows, len(names))
+        self._batch: TaskBatch | None = None  # of a source that is not recordable
+        self._next = 0  # the host's copy of _step_number
         self._capture = capture
         self._recordings = 0
-        self._recorded_of: list[Any] | None = None
-        self._perform: Callable[[], None] = self._step
+        self._recorded_objects: list[Any] = []
+        self._run: Callable[[], None] = self._step
 
-    def is_of(
+    def matches(
         self,
         method: Method,
         source: TaskSource,
         optimizer: torch.optim.Optimizer,
         metrics: dict[str, Metric],
     ) -> bool:
+        """Whether these are the objects that this step was made of."""
         same = method is self.method and source is self.source and optimizer is self.optimizer
         return same and metrics == self.metrics
 
-    def run(self, number: int) -> None:
-        """Make the meta-step of this number. Nothing synchronises, but for recording it."""
+    def run(self, step: int) -> None:
+        """Make the meta-step of this number. Only recording synchronises."""
         with torch.cuda.device_of(self._theta):
-            if number != self._next:
-                self._number.fill_(number)
+            if step != self._next:
+                self._step_number.fill_(step)
             for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
                 rate.fill_(group["lr"])
             if not isinstance(self.source, RecordableSource):
-                self._take(self.source.sample(number))
-            if self._capture is not no_capture and self._is_new():
+                self._copy_batch(self.source.sample(step))
+            if self._capture is not no_capture and self._must_record():
                 self._record()
-            self._perform()
-        self._next = number + 1
+            self._run()
+        self._next = step + 1
 
-    def read(self, numbers: range) -> list[dict[str, float]]:
-        """The records of these steps, the latest of all. Waits for the device."""
+    def read(self, steps: range) -> list[dict[str, float]]:
+        """The records of these steps, which must be the latest. Waits for the device."""
         table = self._records.tolist()
-        return [dict(zip(self.names, table[n % self.rows], strict=True)) for n in numbers]
+        return [dict(zip(self.names, table[n % self.rows], strict=True)) for n in steps]
 
     def clear_refused(self) -> None:
-        """Apply steps again, after one was refused."""
+        """Apply steps again after a refusal."""
         self._refused.zero_()
 
     def _step(self) -> None:
-        gradients, record = self._measure()
+        batch = self._batch
+        if isinstance(self.source, RecordableSource):
+            batch = self.source.sample(self._step_number)
+        assert batch is not None
+        out = self.method.meta_gradient(batch)
+        gradients, entries = measure(self.method, out, batch, self.metrics, self._group)
         with torch.no_grad():
-            row = self._number % self.rows
+            record = torch.stack([entries[name] for name in self.names])
+            row = self._step_number % self.rows
             self._records.index_copy_(0, row[None], record[None])
-            failed = record[self.names.index("failed")]
+            failed = entries["failed"]
             if self.method.nonfinite == "propagate":
                 self._refused.logical_or_(failed > 0)
             applied = (failed < 1) & ~self._refused
@@ -128,13 +131,13 @@ class DeviceStep:
             before = Snapshot(self._updated())
             self._update()
             before.restore(unless=applied)
-            self._number.add_(1)
+            self._step_number.add_(1)
 
     def _warm_up(self) -> None:
-        """The step, after which everything that it writes is as it was."""
+        """Run the step, and restore everything that it writes."""
         learned = self.method.learned().values()
         gradients = [tensor.grad for tensor in learned]
-        before = Snapshot([*self._updated(), self._records, self._refused, self._number])
+        before = Snapshot([*self._updated(), self._records, self._refused, self._step_number])
         try:
             self._step()
         finally:
@@ -142,19 +145,8 @@ class DeviceStep:
             for tensor, gradient in zip(learned, gradients, strict=True):
                 tensor.grad = gradient
 
-    def _measure(self) -> tuple[Params, Tensor]:
-        """Gradients by name, and the record."""
-        if isinstance(self.source, RecordableSource):
-            batch = self.source.sample(self._number)
-        else:
-            assert self._batch is not None
-            batch = self._batch
-        out = self.method.meta_gradient(batch)
-        gradients, summary = measure(self.method, out, batch, self.metrics, self._group)
-        return gradients, torch.stack([summary[name] for name in self.names])
-
     def _update(self) -> None:
-        """The optimizer's step, at learning rates that are read on the device."""
+        """The optimizer's step, with learning rates that are read on the device."""
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         try:
@@ -166,53 +158,52 @@ class DeviceStep:
                 group["lr"] = lr
 
     def _updated(self) -> list[Tensor]:
-        """What the optimizer writes: its parameters and its state."""
+        """The tensors that the optimizer writes: its parameters and its state."""
         groups, states = self.optimizer.param_groups, self.optimizer.state.values()
         return [
             *(tensor for group in groups for tensor in group["params"]),
             *(value for state in states for value in state.values() if isinstance(value, Tensor)),
         ]
 
-    def _take(self, batch: TaskBatch) -> None:
+    def _copy_batch(self, batch: TaskBatch) -> None:
         if self._batch is None:
             self._batch = batch.clone()
             return
         try:
             self._batch.copy_(batch)
         except ValueError as error:
-            self._give_up(str(error))
+            self._stop_recording(str(error))
             self._batch = batch
 
-    def _is_new(self) -> bool:
-        """Whether anything that a recording holds fast is another object than it was then."""
+    def _must_record(self) -> bool:
+        """Whether any object that a recording refers to was replaced since the last one."""
         now = [*self._updated(), *self.method.learned().values(), *vars(self.method).values()]
         if isinstance(self.source, RecordableSource):
             now += vars(self.source).values()
         for group in self.optimizer.param_groups:
             now += (value for name, value in group.items() if name not in ("params", "lr"))
-        then, self._recorded_of = self._recorded_of, now
-        if then is None or len(then) != len(now):
-            return True
-        return any(a is not b for a, b in zip(then, now, strict=True))
+        recorded, self._recorded_objects = self._recorded_objects, now
+        return [*map(id, recorded)] != [*map(id, now)]
 
     def _record(self) -> None:
         self._recordings += 1
-        if self._recordings > _MOST_RECORDINGS:
-            self._give_up("what it is made of changes again and again, as betas in a scheduler do")
+        if self._recordings > _MAX_RECORDINGS:
+            self._stop_recording(
+                "settings change too often, such as betas that a scheduler sets; only the learning "
+                "rate may change in every step"
+            )
             return
-        self._perform = self._step  # frees the memory of a former recording
+        self._run = self._step  # frees the memory of the last recording
         try:
-            self._perform = self._capture(self._step, self._warm_up)
+            self._run = self._capture(self._step, self._warm_up)
         except RuntimeError as error:
-            self._give_up(str(error))
+            self._stop_recording(str(error))
 
-    def _give_up(self, reason: str) -> None:
+    def _stop_recording(self, reason: str) -> None:
         for tensor in self.method.learned().values():
             tensor.grad = None
-        self._perform, self._capture = self._step, no_capture
-        warnings.warn(
-            f"meta-steps are run without recording them: {reason.splitlines()[0]}", stacklevel=5
-        )
+        self._run, self._capture = self._step, no_capture
+        warnings.warn(f"meta-steps are not recorded: {reason.splitlines()[0]}", stacklevel=5)
 
-    def _new(self, dtype: torch.dtype, *shape: int) -> Tensor:
+    def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._theta.device)

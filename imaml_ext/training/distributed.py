@@ -1,8 +1,8 @@
-"""The tasks of a meta-step shared by the processes of `torch.distributed`.
+"""Data parallelism over tasks, with `torch.distributed`.
 
-A batch of B tasks over N processes: each deals its own B / N and computes their meta-gradient; one
-all-reduce of D numbers and a few gives every process the mean over all B, whatever B is. Each then
-makes the same update.
+Each of N processes samples its shard of B / N tasks and computes their meta-gradient. One
+all-reduce of D numbers and a few more gives every process the mean over all B, and each makes the
+same update.
 """
 
 import gc
@@ -21,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from imaml_ext.data.tasks import ShardableSource, TaskBatch, TaskSource
+from imaml_ext.methods.base import Method
 from imaml_ext.problem.layout import Params
+from imaml_ext.problem.module_loss import ModuleLoss
 
 Group = dist.ProcessGroup
 
@@ -32,7 +34,7 @@ def is_launched() -> bool:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Of a process that torchrun started: its own GPU, unless one is named."""
+    """Under torchrun the GPU of the local rank, unless `device` has an index; else `device`."""
     if device.type == "cuda" and device.index is None and is_launched():
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
@@ -40,82 +42,84 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Group | None]:
-    """The processes that torchrun started, with NCCL on CUDA and gloo elsewhere; else None.
+    """The group of the processes that torchrun started, or None without torchrun.
 
-    Nothing is to refer to the group when Python ends, so call it in a function: gloo's threads end
-    with the group, and one that still lets go of a tensor at that moment would abort the process.
+    Uses NCCL on CUDA, gloo elsewhere. Call it in a function, so that nothing refers to the group
+    when Python exits: gloo's threads end with the group, and one that releases a tensor during
+    Python's exit aborts the process.
 
     Args:
-        device: that this process computes on.
+        device: of this process's computations.
     """
     if not is_launched():
         yield None
         return
-    # Its functions would hold, as default arguments, the group that is there when it is imported.
+    # Imported later, its functions would hold the group as a default argument.
     importlib.import_module("torch.distributed.nn")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, own, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    # torchrun may keep its store when it starts the processes again: without a name of their own
-    # they could find the addresses of those that died.
-    store = dist.PrefixStore(_roll_call(store, own, size), store)  # type: ignore[attr-defined]
+    # torchrun may keep its store when it restarts the processes: without a prefix of their own they
+    # could find the addresses of processes that died.
+    store = dist.PrefixStore(_agree_on_prefix(store, own, size), store)  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=own, world_size=size)
     yield dist.group.WORLD
-    dist.destroy_process_group()  # not after an error: the others may never get there
+    dist.destroy_process_group()  # not after an error: other ranks may never join
     gc.collect()  # a device step is in a reference cycle, and refers to the group
 
 
 def rank(group: Group | None) -> int:
-    """Of this process; 0 where there is one alone."""
+    """The rank of this process, 0 without a group."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def shard(source: TaskSource, group: Group | None) -> TaskSource:
-    """A source that deals this process's tasks of each batch: consecutive ones, B / N or one more.
+    """A source of this process's shard of each batch: B / N consecutive tasks, or one more.
 
-    A source that is not divisible deals the whole batch, of which the share is kept.
+    A source that is not a `ShardableSource` samples the whole batch, of which the rows are taken.
     """
     if group is None:
         return source
     if isinstance(source, ShardableSource):
-        return source.shard(_range(source.tasks, group))
-    return _Share(source, group)
+        return source.shard(_tasks_of_rank(source.tasks, group))
+    return _RowsOfBatch(source, group)
 
 
-class _Share:
+class _RowsOfBatch:
     def __init__(self, source: TaskSource, group: Group) -> None:
         self.source, self.group = source, group
 
     def sample(self, step: int) -> TaskBatch:
         batch = self.source.sample(step)
-        return batch.rows(_range(len(batch), self.group))
+        return batch.rows(_tasks_of_rank(len(batch), self.group))
 
 
-def _range(tasks: int, group: Group) -> range:
+def _tasks_of_rank(tasks: int, group: Group) -> range:
     size, own = group.size(), rank(group)
     if tasks < size:
-        raise ValueError(f"{tasks} tasks cannot be shared by {size} processes: each needs one")
+        raise ValueError(f"each process needs a task, got {tasks} tasks for {size} processes")
     return range(own * tasks // size, (own + 1) * tasks // size)
 
 
 def average(
-    gradients: Params, summary: Mapping[str, Tensor], tasks: int, group: Group
+    gradients: Params, record: Mapping[str, Tensor], tasks: int, group: Group
 ) -> tuple[Params, dict[str, Tensor]]:
-    """What one process with the tasks of all would have, to rounding; one all-reduce.
+    """The gradients and record of the tasks of all processes, to rounding, by one all-reduce.
 
     Args:
-        gradients: means over this process's tasks, without those that failed if these are skipped.
-        summary: 0-d; means over the tasks that did not fail, and the share that did, "failed".
-        tasks: this process's.
+        gradients: means over this process's tasks, or over those that did not fail.
+        record: 0-d; means over the tasks that did not fail, and "failed", the fraction that did.
+        tasks: number of this process's tasks.
 
     Raises:
-        ConnectionError: another process is gone.
+        ConnectionError: another process has died.
     """
     like = next(iter(gradients.values()))
-    failed = summary["failed"].to(like.dtype)
+    failed = record["failed"].to(like.dtype)
     used = torch.round((1 - failed) * tasks)
-    means = torch.stack([value for name, value in summary.items() if name != "failed"])
+    names = [name for name in record if name != "failed"]
+    means = torch.stack([record[name] for name in names])
     sums = [
         *(gradient.flatten() * used for gradient in gradients.values()),
         torch.where(used > 0, means.to(like.dtype) * used, 0.0),
@@ -123,73 +127,79 @@ def average(
         torch.full_like(used, tasks)[None],
     ]
     buffer = torch.cat(sums)
-    with _reaching_the_others(group):
+    with _naming_lost_peers(group):
         dist.all_reduce(buffer, group=group)
-    used, whole = buffer[-2], buffer[-1]
+    used, all_tasks = buffer[-2], buffer[-1]
     parts = (buffer[:-2] / used).split([part.numel() for part in sums[:-2]])
     averaged = {
         name: part.view_as(gradient)
         for (name, gradient), part in zip(gradients.items(), parts[:-1], strict=True)
     }
-    names = [name for name in summary if name != "failed"]
-    record = dict(zip(names, parts[-1].double(), strict=True))
-    # The sum over the processes may overflow where no task failed.
+    total = dict(zip(names, parts[-1].double(), strict=True))
+    # The sum over the processes may overflow though no task failed.
     finite = torch.stack([part.isfinite().all() for part in parts[:-1]]).all()
-    failed = 1 - (used / whole).double()
-    return averaged, record | {"failed": torch.where(finite, failed, 1.0)}
+    failed = 1 - (used / all_tasks).double()
+    return averaged, total | {"failed": torch.where(finite, failed, 1.0)}
 
 
 def check_same(number: int, what: str, group: Group) -> None:
-    """Raises ValueError where a process has another number than rank 0."""
+    """Raise ValueError if this process's number differs from rank 0's."""
     first = torch.tensor([number], device=_device_of(group))
-    with _reaching_the_others(group):
+    with _naming_lost_peers(group):
         dist.broadcast(first, group=group, group_src=0)
     if first.item() != number:
-        raise ValueError(f"rank {rank(group)}: {what} {number}, but {int(first)} on rank 0")
+        raise ValueError(f"{what} {number} on rank {rank(group)}, but {int(first)} on rank 0")
 
 
-def broadcast_parameters(tensors: Mapping[str, Tensor], group: Group) -> None:
-    """Overwrite the tensors of every process by those of rank 0."""
-    with torch.no_grad(), _reaching_the_others(group):
-        for tensor in tensors.values():
+def broadcast_parameters(method: Method, group: Group) -> None:
+    """Overwrite what the method learns, and its models' other tensors, by those of rank 0."""
+    tensors = list(method.learned().values())
+    for loss in (method.loss, method.query_loss):
+        if isinstance(loss, ModuleLoss):
+            tensors += [*loss.model.parameters(), *loss.model.buffers()]
+    with torch.no_grad(), _naming_lost_peers(group):
+        for tensor in tensors:
             value = tensor.contiguous()
             dist.broadcast(value, group=group, group_src=0)
             tensor.copy_(value)
 
 
 @contextmanager
-def _reaching_the_others(group: Group) -> Iterator[None]:
+def _naming_lost_peers(group: Group) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error).splitlines()[0]
-        raise ConnectionError(f"rank {rank(group)} cannot reach the others: {said}") from error
+        message = str(error).splitlines()[0]
+        raise ConnectionError(
+            f"rank {rank(group)} has lost the connection to other ranks: {message}"
+        ) from error
 
 
-def _roll_call(store: Any, own: int, size: int) -> str:
-    """A name that these processes agree on, and no other ones have.
+def _agree_on_prefix(store: Any, own: int, size: int) -> str:
+    """A name that these processes, and no earlier ones, agree on.
 
-    Rank 0 lists who is there, and the name is that of the list; it holds once everyone on the list
-    has confirmed it. One that was started again has another token, and is waited for.
+    Each process publishes a random token. Rank 0 publishes the list of tokens, whose hash is the
+    name; it is valid once every process on the list has confirmed it. A process that was restarted
+    has a new token, and the list is made again.
     """
-    token, moment = uuid.uuid4().hex[:16], timedelta(seconds=1)
-    store.set(f"here {own}", token)
+    token, timeout = uuid.uuid4().hex[:16], timedelta(seconds=1)
+    store.set(f"token {own}", token)
     while True:
         if own == 0:
-            present = [store.get(f"here {other}").decode() for other in range(size)]
-            store.set("roll", ",".join(present))
-        roll = store.get("roll").decode()
-        if roll.split(",")[own : own + 1] != [token]:
+            tokens = [store.get(f"token {other}").decode() for other in range(size)]
+            store.set("tokens", ",".join(tokens))
+        listed = store.get("tokens").decode()
+        if listed.split(",")[own : own + 1] != [token]:
             time.sleep(0.05)
             continue
-        name = hashlib.sha256(roll.encode()).hexdigest()[:16]
+        name = hashlib.sha256(listed.encode()).hexdigest()[:16]
         store.set(f"{name} {own}", "")
         try:
             if own == 0:
-                store.wait([f"{name} {other}" for other in range(size)], moment)
+                store.wait([f"{name} {other}" for other in range(size)], timeout)
                 store.set(name, "")
-            store.wait([name], moment)
-        except RuntimeError:  # someone on the list is gone
+            store.wait([name], timeout)
+        except RuntimeError:  # a process on the list has died
             continue
         return name
 

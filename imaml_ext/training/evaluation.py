@@ -1,4 +1,4 @@
-"""How well a method adapts to tasks: means over many of them, with intervals."""
+"""Evaluating a method on many tasks: means of metrics, with confidence intervals."""
 
 import math
 from collections.abc import Callable
@@ -19,12 +19,12 @@ SupportMetric = Callable[[Params, Any, Any], Tensor]  # (phi, support, query) ->
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over tasks, with intervals.
+    """Means over tasks, with confidence intervals.
 
     Attributes:
-        mean: of each metric, by name, in the metric's units: `accuracy` is a share, not percent.
+        mean: of each metric, by name, in its units: `accuracy` is in [0, 1], not in percent.
         ci95: half-widths of their 95% intervals, `1.96 std / sqrt(tasks)`.
-        tasks: how many.
+        tasks: number of tasks.
     """
 
     mean: dict[str, float]
@@ -41,13 +41,13 @@ def evaluate(
     tasks: int,
     support_metrics: dict[str, SupportMetric] | None = None,
 ) -> Evaluation:
-    """Adapt to `tasks` tasks of `source` (its steps 0, 1, ...) and judge on their query sets.
+    """Adapt to `tasks` tasks of `source` (its steps 0, 1, ...), and evaluate on their query sets.
 
     Args:
-        method: adapts, by `method.adapt`; nothing is learned.
-        source: deals the tasks, any number at a time.
+        method: adapts by `method.adapt`; nothing is learned.
+        source: samples the tasks, any number at a time.
         metrics: `(phi, query) -> 0-d tensor` for one task, by name, such as a loss or `accuracy`.
-        tasks: how many to count; of the last batch no more than are wanted.
+        tasks: number of tasks; excess tasks of the last batch are not counted.
         support_metrics: `(phi, support, query) -> 0-d tensor` for one task; reported as
             "support_NAME".
 
@@ -79,7 +79,7 @@ def evaluate(
 
 
 def accuracy(outputs: Callable[[Params, Any], Tensor]) -> Metric:
-    """Share of a task's examples whose largest output is at the label, in [0, 1].
+    """Fraction of a task's examples whose largest output is at the label, in [0, 1].
 
     Args:
         outputs: maps (params, x) to [N, classes], as `module_loss(...).outputs` does.
@@ -96,7 +96,7 @@ def accuracy(outputs: Callable[[Params, Any], Tensor]) -> Metric:
 
 
 def support_accuracy(outputs: Callable[[Params, Any, Any], Tensor]) -> SupportMetric:
-    """As `accuracy`, of outputs for query examples that have seen the support examples.
+    """As `accuracy`, for outputs that depend on the support examples.
 
     Args:
         outputs: maps (params, support x, query x) to [N, classes], as a `SupportStatistics` does.

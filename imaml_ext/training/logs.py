@@ -1,4 +1,4 @@
-"""Where the records of a training go: a file of JSON lines, TensorBoard. Each gives a `Log`."""
+"""Logs of a training: a file of JSON lines, or TensorBoard."""
 
 import errno
 import json
@@ -12,30 +12,30 @@ from typing import Any
 from imaml_ext._io import named_in_errors, write_atomically
 
 Record = dict[str, float]
-Log = Callable[[str, Record], None]  # "train" or "val", and the record of a step or validation
+Log = Callable[[str, Record], None]  # called with "train" or "val", and the record
 
 
 @contextmanager
 def json_lines(
     path: Path, history: Sequence[Record], validation: Sequence[Record]
 ) -> Iterator[Log]:
-    """One JSON object a line, as {"split": "train", "step": 1, "loss": ...}; null: not finite.
+    """A log with one JSON object per line: {"split": "train", "step": 1, "loss": ...}.
 
-    The file begins with the records of the run so far, and loses what an interrupted one wrote
-    after its last checkpoint.
+    Non-finite values are null. The file is rewritten from the records so far, which drops lines
+    that an interrupted run wrote after its last checkpoint.
 
     Args:
         path: of the file.
-        history, validation: records so far, as a `Trainer` has them.
+        history, validation: records so far, from a `Trainer`.
 
     Raises:
-        OSError: the file cannot be written to.
+        OSError: the file cannot be written.
     """
     past = [("train", record) for record in history] + [("val", record) for record in validation]
-    past.sort(key=lambda line: line[1]["step"])  # is stable: a step before its validation
+    past.sort(key=lambda line: line[1]["step"])  # stable: a step comes before its validation
     text = "".join(_line(split, record) for split, record in past)
     write_atomically(path, lambda file: file.write(text.encode()))
-    with path.open("ab", buffering=0) as file:  # each line is there at once, or fails at once
+    with path.open("ab", buffering=0) as file:  # a line is written at once, or fails at once
 
         def log(split: str, record: Record) -> None:
             line = _line(split, record).encode()
@@ -48,11 +48,11 @@ def json_lines(
 
 @contextmanager
 def tensorboard(folder: Path, steps: int) -> Iterator[Log]:
-    """Scalars such as "train/loss" by meta-step; what was written after step `steps` is hidden.
+    """A TensorBoard log of scalars such as "train/loss"; events after step `steps` are purged.
 
     Args:
         folder: of TensorBoard's files.
-        steps: meta-steps made so far.
+        steps: number of meta-steps made so far.
 
     Raises:
         ValueError: the package tensorboard is not installed.

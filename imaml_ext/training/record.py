@@ -1,7 +1,6 @@
-"""What is recorded of a meta-step."""
+"""The record of a meta-step: means over its tasks, available at once or later."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,28 +12,7 @@ from imaml_ext.problem.layout import Params
 from imaml_ext.solvers.solution import Status
 from imaml_ext.training.distributed import Group, average
 from imaml_ext.training.evaluation import Metric, per_task
-
-
-def summarise(
-    method: Method, out: MetaGradient, batch: TaskBatch, metrics: dict[str, Metric]
-) -> dict[str, Tensor]:
-    """Means over the tasks that did not fail, and the share that did, "failed"; 0-d float64."""
-    phi = method.with_shared(out.adapted)
-    values = {
-        "loss": out.query_loss,
-        "support_loss": out.support_loss,
-        **{name: per_task(m, phi, batch.query) for name, m in metrics.items()},
-        "inner_residual": out.inner.residual,
-    }
-    if out.linear is not None:
-        values["linear_residual"] = out.linear.residual
-        values["negative_curvature"] = out.linear.status == Status.NEGATIVE_CURVATURE
-    failed = out.failed
-    means = {
-        name: torch.where(failed, 0, v.double()).sum() / (~failed).sum()
-        for name, v in values.items()
-    }
-    return means | {"failed": failed.double().mean()}
+from imaml_ext.training.snapshot import ScheduleSnapshot
 
 
 def measure(
@@ -44,44 +22,60 @@ def measure(
     metrics: dict[str, Metric],
     group: Group | None,
 ) -> tuple[Params, dict[str, Tensor]]:
-    """Gradients by name and a summary, of the batches of all processes of the group together."""
-    summary = summarise(method, out, batch, metrics)
+    """Gradients by name, and the record as 0-d float64 tensors; averaged over the group.
+
+    The record has means over the tasks that did not fail, and "failed", the fraction that did.
+    """
+    phi = method.with_shared(out.adapted)
+    values = {
+        "loss": out.query_loss,
+        "support_loss": out.support_loss,
+        **{name: per_task(metric, phi, batch.query) for name, metric in metrics.items()},
+        "inner_residual": out.inner.residual,
+    }
+    if out.linear is not None:
+        values["linear_residual"] = out.linear.residual
+        values["negative_curvature"] = out.linear.status == Status.NEGATIVE_CURVATURE
+    failed = out.failed
+    record = {
+        name: torch.where(failed, 0, value.double()).sum() / (~failed).sum()
+        for name, value in values.items()
+    }
+    record["failed"] = failed.double().mean()
     if group is None:
-        return out.named(), summary
-    return average(out.named(), summary, len(out.query_loss), group)
+        return out.named(), record
+    return average(out.named(), record, len(out.query_loss), group)
 
 
 class DeferredRecord(Mapping[str, float]):
-    """The record of a step that may still run: looking at it waits.
+    """The record of a step that may still be running; accessing it waits for the device.
 
     Args:
-        read: fills `filled`, or `error` where the step was refused.
-        begun: the trainer's seconds before the step.
-        schedule, rates: the scheduler's state and the learning rates before the step.
+        read: sets `record`, or `error` if the step was refused.
+        start: the trainer's seconds before the step.
+        schedule: as before the step.
     """
 
-    def __init__(
-        self, read: Callable[[], None], begun: float, schedule: dict[str, Any], rates: list[Any]
-    ) -> None:
-        self.read, self.begun, self.schedule, self.rates = read, begun, schedule, rates
-        self.filled: dict[str, float] | None = None
-        self.error: Exception = LookupError("forgotten when a checkpoint was loaded")
+    def __init__(self, read: Callable[[], None], start: float, schedule: ScheduleSnapshot) -> None:
+        self.read, self.start, self.schedule = read, start, schedule
+        self.record: dict[str, float] | None = None
+        self.error: Exception = LookupError("the record was dropped when a checkpoint was loaded")
 
     def __getitem__(self, name: str) -> float:
-        return self._looked_at()[name]
+        return self._wait()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._looked_at())
+        return iter(self._wait())
 
     def __len__(self) -> int:
-        return len(self._looked_at())
+        return len(self._wait())
 
     def __repr__(self) -> str:
-        return repr(self._looked_at())
+        return repr(self._wait())
 
-    def _looked_at(self) -> dict[str, float]:
-        if self.filled is None:
+    def _wait(self) -> dict[str, float]:
+        if self.record is None:
             self.read()
-        if self.filled is None:
+        if self.record is None:
             raise self.error
-        return self.filled
+        return self.record

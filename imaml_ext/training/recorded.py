@@ -13,21 +13,20 @@ from imaml_ext.training.compiled import compiled
 
 
 class RecordedMetaGradient:
-    """A meta-gradient, recorded once for batches of one shape; call it with a batch.
+    """A meta-gradient recorded once for batches of one shape; call it with a batch.
 
-    The result is the recording's own memory: the next call overwrites it, so clone what is to be
-    kept. theta and tensors of lam are read anew in each call; they may be updated in place, as
-    optimizers do, but not replaced. Plain numbers, such as a float lam, are as they were when it
-    was recorded, and so is whether the model was in training mode.
+    The next call overwrites the result: clone what you keep. Every call reads the current values of
+    theta and of lam's tensors; they may be updated in place, as optimizers do, but not replaced.
+    Plain numbers, such as a float lam, and the model's training mode are frozen.
 
     Args:
         meta_gradient: `method.meta_gradient`, or any function of a batch that calls
-            `implicit_meta_grad`; nothing in it may synchronise.
-        batch: of the shapes that all will have.
+            `implicit_meta_grad`; it must not synchronise.
+        batch: an example; all batches must have its shapes.
         capture: how to record; default `cuda_graph` on CUDA, `compiled` on the CPU.
 
     Raises:
-        RuntimeError: it cannot be recorded; the message says why.
+        RuntimeError: it cannot be recorded; the message has the cause.
     """
 
     def __init__(
@@ -52,10 +51,10 @@ class RecordedMetaGradient:
             self._replay = capture(function, function)
 
     def __call__(self, batch: TaskBatch) -> MetaGradient:
-        """The meta-gradient of the batch, in the recording's memory. Nothing synchronises.
+        """The meta-gradient of the batch, in the recording's memory. Does not synchronise.
 
         Raises:
-            ValueError: the batch is of other shapes than the one recorded.
+            ValueError: the shapes of the batch differ from the recorded ones.
         """
         with self._lock:
             self._batch.copy_(batch)

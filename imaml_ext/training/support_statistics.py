@@ -1,4 +1,4 @@
-"""Outputs with batch norm's statistics of the support set."""
+"""Outputs of a model whose batch norms use the statistics of the support set."""
 
 import copy
 
@@ -10,13 +10,13 @@ from imaml_ext.problem.layout import Params
 
 
 class SupportStatistics:
-    """A model's outputs for query examples, batch norm having seen the support examples alone.
+    """A model's outputs for query examples, with batch norm statistics of the support examples.
 
-    `outputs(params, support_x, query_x)`, for one task, maps [S, ...] and [N, ...] to [N, ...]; the
-    output for a query example does not depend on the others, as it would with their statistics.
+    `outputs(params, support_x, query_x)`, for one task, maps [S, ...] and [N, ...] to [N, ...]. The
+    output for a query example does not depend on the other query examples.
 
     Args:
-        model: its batch norms normalise by the batch that they are given. It is not changed.
+        model: its batch norms use batch statistics. It is copied, not changed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,20 +38,20 @@ class SupportStatistics:
 
 
 class _SupportNorm(nn.Module):
-    """Batch norm by the statistics of the first `count` examples, under the same names."""
+    """Batch norm with the statistics of the first `count` examples; same parameter names."""
 
     count: int
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__()
         self.eps = norm.eps
-        self.weight, self.bias = norm.weight, norm.bias  # None where it is not affine
+        self.weight, self.bias = norm.weight, norm.bias  # None if not affine
 
     def forward(self, x: Tensor) -> Tensor:
-        others = [0, *range(2, x.dim())]
-        seen = x[: self.count]
-        mean = seen.mean(others, keepdim=True)
-        scale = (seen.var(others, correction=0, keepdim=True) + self.eps).rsqrt()
+        axes = [0, *range(2, x.dim())]
+        support = x[: self.count]
+        mean = support.mean(axes, keepdim=True)
+        scale = (support.var(axes, correction=0, keepdim=True) + self.eps).rsqrt()
         per_channel = (1, -1) + (1,) * (x.dim() - 2)
         if self.weight is not None:
             scale = scale * self.weight.view(per_channel)

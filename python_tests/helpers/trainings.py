@@ -1,4 +1,4 @@
-"""Small trainings, decided on the host or on the device, and whether they are the same."""
+"""Small trainings, decided on the host or on the device, and their comparison."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from imaml_ext.data import Sinusoid
 from imaml_ext.experiments.models import mlp
 
 
-def make_method(device, kind=IMAML, **settings):
+def make_method(device, kind=IMAML, *, dtype=torch.float64, **settings):
     torch.manual_seed(0)
-    model = mlp(1, 12, 1).to(device, torch.float64)
+    model = mlp(1, 12, 1).to(device, dtype)
     loss = module_loss(model, nn.functional.mse_loss)
     if kind is IMAML:
         settings = {"lam": 1.0, "linear": ConjugateGradient(max_iter=3), **settings}
@@ -25,7 +25,7 @@ def sinusoid(device, tasks=6, **settings):
 
 
 def on_the_device(optimizer, params, **settings):
-    """An optimizer of this class whose steps a GPU decides by itself; elsewhere as it comes."""
+    """An optimizer that is capturable, or for SGD fused, on CUDA."""
     params = list(params)
     name = "fused" if optimizer is torch.optim.SGD else "capturable"
     return optimizer(params, **settings, **{name: True} if params[0].is_cuda else {})
@@ -41,12 +41,12 @@ def make_trainer(
         scheduler=torch.optim.lr_scheduler.StepLR(adam, 3, decay), capture=capture, **settings,
     )  # fmt: skip
     if capture is None:
-        trainer.capture = None  # on CUDA too
+        trainer.capture = None  # the default is another on CUDA
     return trainer
 
 
 def state_of(trainer):
-    """What is learned, and what the optimizer remembers."""
+    """Copies of the learned tensors and of the optimizer's state."""
     learned = [t.detach().clone() for t in trainer.method.learned().values()]
     states = trainer.optimizer.state.values()
     return learned + [v.clone() for s in states for v in s.values() if isinstance(v, torch.Tensor)]
@@ -69,33 +69,29 @@ def assert_same_training(got, expected, rtol=1e-5):
     assert rates[0] == rates[1]
 
 
-class Poisoned:
-    """Sinusoids, but for some tasks of some steps. Takes the step as an int only."""
+class WithNan:
+    """Sinusoids with NaN targets in some tasks of some steps. Takes the step only as an int."""
 
     def __init__(self, device, steps, tasks):
-        self.good, self.steps, self.poisoned = (
-            sinusoid(device),
-            steps,
-            tasks,
-        )
+        self.finite, self.steps, self.nan_tasks = sinusoid(device), steps, tasks
 
     def sample(self, step):
         assert isinstance(step, int)
-        batch = self.good.sample(step)
+        batch = self.finite.sample(step)
         if step in self.steps:
-            batch.support[1][self.poisoned] = torch.nan
+            batch.support[1][self.nan_tasks] = torch.nan
         return batch
 
 
-class PoisonedOnTheDevice:
-    """Sinusoids, but for all tasks of one step, which may be a tensor."""
+class RecordableWithNan:
+    """Sinusoids with NaN targets in all tasks of one step, which may be a tensor."""
 
     recordable = True
 
     def __init__(self, device, step):
-        self.good, self.step = sinusoid(device), torch.tensor(step, device=device)
+        self.finite, self.step = sinusoid(device), torch.tensor(step, device=device)
 
     def sample(self, step):
-        batch = self.good.sample(step)
+        batch = self.finite.sample(step)
         x, y = batch.support
         return TaskBatch((x, torch.where(self.step == step, torch.nan, y)), batch.query)
