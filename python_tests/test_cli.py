@@ -202,7 +202,7 @@ def fails(arguments, capsys):
         (["train", "--lam", "-1"], "lam must be positive and finite, got -1.0"),
         (["train", "--lam", "nan"], "lam must be positive and finite, got nan"),
         (["train", "--inner-lr", "0"], "lr must be positive and finite, got 0.0"),
-        (["train", "--inner-steps", "-1"], "steps must not be negative"),
+        (["train", "--inner-steps", "-1"], "steps must be at least 0, got -1"),
         (["train", "--cg-steps", "0"], "max_iter must be at least 1"),
         (["train", "--tasks", "0"], "tasks must be at least 1"),
         (["train", "--meta-steps", "0"], "--meta-steps must be finite and at least 1, got 0"),

@@ -17,7 +17,7 @@ _VMAP = "cannot be vmapped by PyTorch"
 _VALUE = "depends on the value of a tensor, which differs between tasks"
 _SHARED = "writes to a tensor that all tasks share"
 
-# What PyTorch says, and what it means; group 1 is the operator.
+# Messages of PyTorch and their meaning; group 1 is the operator.
 _FAILURES = [
     (r"derivative for '?([\w:.]+)'? is not implemented", _TWICE),
     (r"marked with @once_differentiable(?:: ([\w:.]+))?", _TWICE),
@@ -110,9 +110,9 @@ _MARK = once_differentiable(lambda ctx: None).__code__
 def check_differentiable_twice(outputs: Tensor, inputs: Tensor) -> None:
     """Raises RuntimeError where a second derivative would silently be zero or wrong.
 
-    Weight norm's treats the norm as a constant (torch 2.13). What lies behind a Function marked
-    once_differentiable looks unused to a gradient that is asked for by its inputs, and inside vmap
-    the mark is lost altogether.
+    That of weight norm treats the norm as a constant (torch 2.13). The backward pass of a Function
+    marked once_differentiable is not connected to the inputs, so that a derivative by them is zero
+    instead of an error; inside vmap the mark is lost altogether.
 
     At most `_MOST_NODES` nodes of the graph are visited: torch frees nodes that Python has seen
     recursively, and tens of thousands of them overflow the stack.

@@ -13,7 +13,7 @@ from imaml_ext.solvers.solution import Solution, Status
 class InnerSolver(ABC):
     """Solves the inner problems of a batch, starting from `phi = theta`.
 
-    The implicit gradient depends on phi alone, so a solver may compute it in any way.
+    The implicit gradient depends only on phi, so a solver may compute it in any way.
 
     Attributes:
         tol: a task has converged when `‖∇G_i‖ <= tol` (delta of the paper's Algorithm 2). None:

@@ -78,8 +78,8 @@ class MINRES(LinearSolver):
             x = torch.where(moves[:, None], x + _scaled(w_new, cos_new * eta), x)
             eta = torch.where(moves, -sin_new * eta, eta)
             steps += moves
-            arrived = moves & (eta * eta <= tol2)
-            status = torch.where(arrived, Status.CONVERGED, status)
+            converged = moves & (eta * eta <= tol2)
+            status = torch.where(converged, Status.CONVERGED, status)
             # With beta_new = 0 the Krylov space is exhausted, and sin_new = 0 made eta 0.
             v_old, v, beta = v, _scaled(rest, 1 / beta_new), beta_new
             w_old, w = w, w_new
