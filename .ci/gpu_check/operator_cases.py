@@ -1,7 +1,7 @@
-"""Operands for each operator of the extension, by its name.
+"""Test cases for every operator of the extension, by its name.
 
-A case is a label and what the operator takes, by the names in its schema (what a schema does not
-name is not passed); tensors are float64 on the CPU. A new operator needs an entry in CASES.
+A case is a label and the operator's arguments by the names in its schema (others are not passed);
+tensors are float64 on the CPU. A new operator needs an entry in CASES.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,11 +18,11 @@ Cases = Callable[[list[int]], Iterator[Case]]  # given the numbers of parameters
 SHARED = {"lam", "theta"}  # the same for all rows
 ALWAYS_DOUBLE = {"rr", "rz", "tol2", "curvature", "beta"}  # of operators on rows
 ROWS = 5
-LONG = 10_000  # rows for which not every combination is tried: the host would take too long
+LONG = 10_000  # from this length on, not all combinations are tried: too slow on the host
 
 
 class Draw:
-    """Random numbers that are the same in every run."""
+    """Reproducible random numbers."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -48,7 +48,7 @@ def cg_step(dims: list[int]) -> Iterator[Case]:
 
 
 def cg_step_operands(draw: Draw, dim: int, lam: Tensor, preconditioned: bool) -> dict[str, Any]:
-    """Rows that run, converge, meet negative curvature, stay frozen, and are not finite."""
+    """Rows that continue, converge, meet negative curvature, are frozen, and are not finite."""
     x, r = draw.normal(ROWS, dim), draw.normal(ROWS, dim)
     inverse = draw.positive(ROWS, dim) if preconditioned else None
     p = r.clone() if inverse is None else inverse * r
@@ -120,7 +120,7 @@ def row_dot(dims: list[int]) -> Iterator[Case]:
         yield f"D={dim}", {"a": a, "b": a + 0.5 * draw.normal(ROWS, dim)}
 
 
-# Images [B, N, H, W, C] and a kernel, with strides and padding: conv4's layers, and odd ones.
+# Images [B, N, H, W, C], kernel, strides and padding: conv4's layers, and unusual shapes.
 WINDOWS = (
     ((3, 5, 28, 28, 1), (64, 3, 3), (2, 2, 1, 1)),
     ((3, 5, 14, 14, 64), (64, 3, 3), (2, 2, 1, 1)),
@@ -131,7 +131,7 @@ Window = tuple[tuple[int, ...], tuple[int, int, int], tuple[int, int, int, int]]
 
 
 def windows() -> Iterator[tuple[str, Draw, Window, tuple[int, int], dict[str, int]]]:
-    """Label, random numbers, the window, the size of the output, and the numbers of a schema."""
+    """Label, random numbers, the window, the output size, and the schema's integers by name."""
     for window in WINDOWS:
         (_, _, height, width, _), (_, kernel_h, kernel_w), numbers = window
         stride_h, stride_w, pad_h, pad_w = numbers
@@ -183,7 +183,7 @@ NORMS = ((3, 2, 1), (3, 130, 33), (2, 980, 64))  # [B, R, C]
 
 
 def norms(seed: int) -> Iterator[tuple[str, Draw, dict[str, Tensor]]]:
-    """Outputs are at least 1e-4 away from 0, where rounding would decide what a ReLU does."""
+    """Outputs differ from 0 by at least 1e-4, so that rounding does not decide about the ReLU."""
     for shape in NORMS:
         draw = Draw(seed)
         gamma, beta = draw.positive(shape[0], shape[2]), draw.normal(shape[0], shape[2])
