@@ -1,6 +1,6 @@
-# Decides whether to build the CUDA kernels, with the nvcc that build_backend/imaml_cuda.py finds. Sets
-# IMAML_HAS_CUDA, and enables the CUDA language for CMAKE_CUDA_ARCHITECTURES. Does not depend on the
-# machine's GPU.
+# Decides whether to build the CUDA kernels, with the nvcc that build_backend/imaml_cuda.py finds.
+# Sets IMAML_HAS_CUDA, and enables the CUDA language for CMAKE_CUDA_ARCHITECTURES. Does not depend on
+# the machine's GPU.
 set(IMAML_HAS_CUDA OFF)
 set(IMAML_LACKS_NVCC OFF CACHE INTERNAL "CUDA kernels were requested, but there is no nvcc; read by setup.py")
 string(TOLOWER "${IMAML_CUDA}" _wanted)

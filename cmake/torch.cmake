@@ -1,5 +1,5 @@
 # Finds torch's headers and libraries without importing torch. Not with find_package(Torch), whose
-# Caffe2Config requires a complete CUDA toolkit: the stable ABI needs only the headers and libtorch.so.
+# Caffe2Config requires a complete CUDA toolkit: the stable ABI needs only headers and libtorch.so.
 find_package(Python 3.10 COMPONENTS Interpreter Development.Module REQUIRED)
 execute_process(
   COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/torch_info.py" "${IMAML_TORCH_DIR}"

@@ -1,5 +1,5 @@
-// The schema of every operator. All take contiguous float32 or float64 tensors. imaml_ext/ops/rows.py
-// documents the operators on rows; shapes of the others are below.
+// The schema of every operator. All take contiguous float32 or float64 tensors.
+// imaml_ext/ops/rows.py documents the operators on rows; shapes of the others are below.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(imaml, m) {
@@ -17,9 +17,10 @@ STABLE_TORCH_LIBRARY(imaml, m) {
   m.def("prox_norms(Tensor phi, Tensor grad, Tensor theta, Tensor lam) -> Tensor");
   m.def("row_dot(Tensor a, Tensor b) -> Tensor");
 
-  // Layers with one set of weights per task: images [B, N, H, W, C], weights [B, O, C, kH, kW], bias
-  // [B, O]; the output is [B, N, H', W', O] with H' = (H + 2 pad_h - kH) / stride_h + 1. Direct
-  // convolutions run on the CPU only. patches are [B, N H' W', C kH kW]; conv_shape.h defines them.
+  // Layers with one set of weights per task: images [B, N, H, W, C], weights [B, O, C, kH, kW],
+  // bias [B, O]; the output is [B, N, H', W', O] with H' = (H + 2 pad_h - kH) / stride_h + 1.
+  // Direct convolutions run on the CPU only. patches are [B, N H' W', C kH kW]; conv_shape.h
+  // defines them.
   m.def(
       "conv(Tensor x, Tensor w, Tensor? bias, int stride_h, int stride_w, int pad_h, int pad_w) -> "
       "Tensor");

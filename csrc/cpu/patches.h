@@ -9,9 +9,9 @@ namespace imaml::cpu {
 using std::int64_t;
 
 // Calls visit(index in the patches, index in the image) for every element of one image's patches.
-// The latter is -1 outside the image.
+// The latter is -1 outside the image. `s` is passed by value, so stores cannot alias it.
 template <typename Visit>
-IMAML_INLINE void for_patches(const ConvShape& s, const Visit& visit) {
+IMAML_INLINE void for_patches(const ConvShape s, const Visit& visit) {
   for (int64_t i = 0; i < s.out_h; ++i)
     for (int64_t j = 0; j < s.out_w; ++j)
       for (int64_t c = 0; c < s.channels; ++c)

@@ -20,7 +20,7 @@
 namespace imaml::cuda {
 
 constexpr int kMaxCluster = 1 << (kClusterSizes - 1);
-constexpr int kPortableCluster = 8;  // available on every device that has clusters
+constexpr int kPortableCluster = 8;            // available on every device that has clusters
 constexpr int64_t kDefaultShared = 48 * 1024;  // bytes that need no opt-in
 
 #if defined(__CUDACC__)

@@ -51,7 +51,7 @@ Range range_at(const Problem<T>& problem, int64_t j) {
 
 template <typename T>
 void check_updates(const Problem<T>& problem, Rule rule, const State<T>& before,
-                 const State<T>& got) {
+                   const State<T>& got) {
   for (int64_t row = 0; row < problem.rows; ++row)
     if (problem.dim > 0 && !problem.is_updated(row * problem.dim))
       expect(only(problem, got, row).same(only(problem, before, row)), "a frozen row has changed");

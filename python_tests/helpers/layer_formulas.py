@@ -1,4 +1,4 @@
-"""What each operator of the layers computes; see `row_formulas.py`."""
+"""The operators of the layers in plain float64 torch, with error bounds; see `row_formulas.py`."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from row_formulas import Rounding, size_of
 
 
 def images_first(t):
-    return t.permute(0, 1, 4, 2, 3)  # [B, N, H, W, C] as torch wants it
+    return t.permute(0, 1, 4, 2, 3)  # [B, N, C, H, W] from [B, N, H, W, C]
 
 
 def images_last(t):
@@ -14,8 +14,8 @@ def images_last(t):
 
 
 def _per_task(one, left, right, *, spreads):
-    """`one(left_i, right_i)` of every task; of a task whose `spreads` is not finite nothing is
-    foretold: it meets zeros outside of the image, which may count or not."""
+    """`one(left_i, right_i)` for every task. The slack is infinite for tasks whose `spreads` is not
+    finite, since a padding zero may or may not multiply it."""
     value, sizes = [], []
     for a, b in zip(left, right, strict=True):
         value.append(one(a.double(), b.double()))
@@ -102,8 +102,8 @@ def batch_norm(o):
     center = mean(x)
     variance = mean((x - center) ** 2)
     scale = 1 / (variance + o["eps"]).sqrt()
-    away = (x - x[:, :1]).abs().amax(1, keepdim=True)
-    share = 8 * rounding.eps * (1 + away * away / (variance + o["eps"]))
+    offset = (x - x[:, :1]).abs().amax(1, keepdim=True)
+    share = 8 * rounding.eps * (1 + offset * offset / (variance + o["eps"]))
     share = torch.where((share > 0.1) | (scale > rounding.max / 16), torch.inf, share)
     center_slack = rounding.slack(x.abs().amax(1, keepdim=True))
     y = (x - center) * scale * gamma + beta
@@ -116,14 +116,14 @@ def batch_norm(o):
     unsure = share.isinf() | (scale * size_of(gamma) > rounding.max / 16) | center_slack.isinf()
     slack = torch.where(unsure | slack.isnan(), torch.inf, slack)
     scale_slack = torch.where(share.isinf() | share.isnan(), torch.inf, share * scale)
-    bad = ~x.isfinite().all(1, keepdim=True)  # the channel has no statistics at all
+    bad = ~x.isfinite().all(1, keepdim=True)  # the channel is NaN
     nothing = torch.full_like(center, torch.nan)
     y, slack = torch.where(bad, torch.nan, y), slack.masked_fill(bad, 0)
     positive = y.relu(), slack
     return {
         "result": (y, slack),
         "positive": positive if o["relu"] else (y.new_empty(0), y.new_empty(0)),
-        # An infinite mean may come out as NaN: what counts is that it is not finite.
+        # An infinite mean may be computed as NaN, so only its not being finite is checked.
         "mean": _squeezed(torch.where(bad, nothing, center), center_slack.masked_fill(bad, -1)),
         "scale": _squeezed(torch.where(bad, nothing, scale), scale_slack.masked_fill(bad, 0)),
     }
@@ -134,7 +134,7 @@ def _squeezed(value, slack):
 
 
 class Normalised:
-    """What the two backwards share: h, P u, and which slopes relu lets pass, with sizes."""
+    """h, P u and the derivative of relu, shared by both derivatives, with magnitudes."""
 
     def __init__(self, o):
         self.rounding = Rounding(o["x"].dtype)
@@ -152,7 +152,7 @@ class Normalised:
         odd = torch.stack(
             [(~t.isfinite()).any(1, keepdim=True).expand_as(self.scale) for t in tensors]
         ).any(0)
-        overflows = self.size > self.rounding.max / 16  # and 0 times such an h is NaN
+        overflows = self.size > self.rounding.max / 16  # 0 times such an h is NaN
         unsure = overflows | near if o["relu"] else overflows
         self.unsure = odd | unsure.any(1, keepdim=True)
 
@@ -163,7 +163,7 @@ class Normalised:
         return u + mean(u) + mean(self.size * u) * self.size
 
     def expected(self, value, size, *others):
-        """Value and slack; others: further intermediate sizes that must not overflow."""
+        """Value and slack. `others`: further intermediate magnitudes that must not overflow."""
         slack = self.rounding.slack(size, 64)
         for other in others:
             slack = slack + torch.where(other > self.rounding.max / 16, torch.inf, 0.0)
@@ -214,11 +214,11 @@ def batch_norm_double_backward(o):
         + factor_size * mean(n.size * size_of(g)) * pa_size
         + factor_size * mean(size_of(a) * pg_size) * n.size
     )
-    # A factor of P g, P a or h that is below the dtype's smallest number is 0.
-    vanishing = (pg_size + pa_size + n.size) * n.rounding.tiny / n.rounding.eps
+    # A factor of P g, P a or h may underflow to 0.
+    underflow = (pg_size + pa_size + n.size) * n.rounding.tiny / n.rounding.eps
     return {
         "result": n.expected(to_g, to_g_size, *others),
-        "to_x": n.expected(to_x, to_x_size * size_of(n.scale) + vanishing, to_x_size, *others),
+        "to_x": n.expected(to_x, to_x_size * size_of(n.scale) + underflow, to_x_size, *others),
         "to_gamma": _squeezed(
             *n.expected(
                 n.rows * n.scale * mean(a * pg),

@@ -1,4 +1,4 @@
-"""Calls of every operator, and what fits: written down here once more, apart from the checks."""
+"""Random calls of every operator, and which calls are valid, independent of the checks in C++."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from imaml_ext import ops
 
 FLOATS = (torch.float32, torch.float64)
-KINDS = {"d": torch.float64, "i": torch.int32}  # "t" is the operator's own
+KINDS = {"d": torch.float64, "i": torch.int32}  # "t" is the dtype of the call
 
 
 @dataclass(frozen=True)
 class Operator:
-    """Operands as "NAME:SIZES:KIND", sizes by letters, "*" written, "?" may be absent."""
+    """Operands as "NAME:SIZES:KIND", one letter per size; "*" is written, "?" is optional."""
 
     operands: str
-    results: tuple[str, ...] = ()  # as formulas name them
+    results: tuple[str, ...] = ()  # by the names in the formulas
     sizes: str = "rows"
-    empty: bool = True  # may there be no elements?
+    empty: bool = True  # whether operands may be empty
 
     def parsed(self):
         for operand in self.operands.split():
@@ -64,7 +64,7 @@ OPERATORS = {
 
 @dataclass(repr=False)
 class Call(Tensors):
-    """An operator, its tensors, and the numbers it takes beside them."""
+    """An operator, its tensors, and its numbers."""
 
     operator: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -78,11 +78,8 @@ class Call(Tensors):
 
     def __call__(self):
         arguments = self.by_name | self.numbers
-        by_keyword = getattr(ops, self.operator)
-        if OPERATORS[self.operator].sizes == "rows":
-            out = by_keyword(**arguments)
-        else:
-            out = getattr(torch.ops.imaml, self.operator)(**arguments)
+        on_rows = OPERATORS[self.operator].sizes == "rows"
+        out = getattr(ops if on_rows else torch.ops.imaml, self.operator)(**arguments)
         if self.operator == "prox_norms":
             return (torch.stack(out, 1),)
         return out if isinstance(out, tuple) else (out,)
@@ -120,7 +117,7 @@ def sizes_of(draw, kind):
     return size | {"R": size["N"] * size["P"] * size["Q"], "E": size["C"] * size["K"] * size["M"]}
 
 
-# None that float32 does not hold.
+# Representable in float32.
 NEAR_ONE = st.floats(-2, 2, width=32, allow_subnormal=False)
 FACTORS = st.one_of(sampled(0.0, -0.5, 1.0, 1e-12), NEAR_ONE)
 ODD_FACTORS = st.one_of(FACTORS, sampled(torch.nan, torch.inf, -torch.inf, 1e300, -1e300))
@@ -153,7 +150,7 @@ def numbers_of(draw, operator, size):
 
 @st.composite
 def calls(draw, operator, device="cpu"):
-    """Calls that fit, values aside."""
+    """Valid calls with arbitrary values."""
     spec, dtype = OPERATORS[operator], draw(sampled(*FLOATS))
     size = draw(sizes_of(spec.sizes))
     tensors = {}
@@ -165,7 +162,7 @@ def calls(draw, operator, device="cpu"):
             codes = torch.Generator().manual_seed(draw(seeds))
             bound, fill = (6, 0) if name == "status" else (3, 1)
             value = torch.randint(-1 + fill, bound, shape, generator=codes, dtype=torch.int32)
-            keep = torch.rand(shape, generator=codes) < 0.7  # most rows run
+            keep = torch.rand(shape, generator=codes) < 0.7  # most rows are RUNNING
             tensors[name] = torch.where(keep, 0, value).to(device, torch.int32)
         else:
             tensors[name] = filled(
@@ -181,14 +178,14 @@ def calls(draw, operator, device="cpu"):
         make_consistent(tensors, draw)
     if "scale" in tensors:
         tensors["scale"].abs_()
-    for name in may_lie_apart(operator):
+    for name in contiguous_per_task(operator):
         if draw(st.booleans()):
-            tensors[name] = apart(tensors[name], draw(sampled("rows", "shared")))
+            tensors[name] = with_gaps(tensors[name], draw(sampled("rows", "shared")))
     return Call(tensors, operator=operator, numbers=numbers)
 
 
 def make_consistent(tensors, draw):
-    """p is random, or a direction of a positive system; r·r and r·z are what they are called."""
+    """p is random or has positive curvature; rr and rz are r·r and r·z."""
     if draw(st.booleans()):
         tensors["hp"].copy_(tensors["p"] * draw(sampled(2.0, 0.0, -1.0)))
         tensors["lam"].abs_()
@@ -203,16 +200,16 @@ def make_consistent(tensors, draw):
         tensors["rz"].copy_((squares * tensors["inverse"].double()).sum(1))
 
 
-def may_lie_apart(operator):
-    """Operands of which each task's part is contiguous, no more."""
+def contiguous_per_task(operator):
+    """Operands that need be contiguous within each task only."""
     if OPERATORS[operator].sizes == "rows":
         return ()
     names = [name for name, *_ in OPERATORS[operator].parsed()]
     return [name for name in names if name in ("w", "gamma", "beta", "b", "c")]
 
 
-def apart(w, how):
-    """Parameters as they come from rows of parameters, or the same for all tasks."""
+def with_gaps(w, how):
+    """Slices of rows of parameters, or the same parameters for all tasks."""
     if how == "shared":
         return w[:1].expand(w.shape)
     rows = torch.full((len(w), w[0].numel() + 3), 7.0, dtype=w.dtype)
@@ -220,8 +217,8 @@ def apart(w, how):
     return rows[:, 1:-2].unflatten(1, w.shape[1:])
 
 
-def fits(call):
-    """Whether the call may be answered, by what is documented of its operator."""
+def is_valid(call):
+    """Whether the call is valid according to the documentation of its operator."""
     spec, numbers, size = OPERATORS[call.operator], call.numbers, {}
     present = {n: t for n, t in call.by_name.items() if t is not None}
     dtypes = {
@@ -248,7 +245,7 @@ def fits(call):
         for letter, length in zip(letters, t.shape, strict=True):
             if letter != "L" and size.setdefault(letter, length) != length:
                 return False
-        whole = t[0] if name in may_lie_apart(call.operator) else t
+        whole = t[0] if name in contiguous_per_task(call.operator) else t
         if not whole.is_contiguous():
             return False
     if "lam" in present and len(present["lam"]) not in (1, size["D"]):
@@ -263,10 +260,10 @@ def fits(call):
     }
     if not rules.get(call.operator, lambda: True)():
         return False
-    return (spec.sizes != "images" or window_fits(size, numbers)) and not overlapping(call)
+    return (spec.sizes != "images" or window_is_valid(size, numbers)) and not overlapping(call)
 
 
-def window_fits(size, numbers):
+def window_is_valid(size, numbers):
     size = size | {"H": numbers.get("in_h", size.get("H")), "W": numbers.get("in_w", size.get("W"))}
     size |= {
         "K": numbers.get("kernel_h", size.get("K")),
@@ -280,7 +277,7 @@ def window_fits(size, numbers):
         room = size[side] + 2 * pad - size[kernel]
         if room < 0 or size.setdefault(out, room // stride + 1) != room // stride + 1:
             return False
-    if "E" not in size:  # what convolves makes no rows
+    if "E" not in size:  # a direct convolution, without patches
         return size["P"] * size["Q"] < 2**50
     rows, columns = size["P"] * size["Q"], size["K"] * size["M"]
     return size["R"] % rows == 0 and size["E"] % columns == 0

@@ -1,8 +1,8 @@
-"""What each operator on rows computes, in plain float64 torch, and by how much it may be off.
+"""The operators on rows in plain float64 torch, with error bounds.
 
-A formula takes the operands by name and gives, for every result and every written operand, the
-value and its slack: a bound of the rounding errors, from the size of the terms that were added;
-infinite where the elements' dtype overflows or a decision hangs on rounding.
+A formula takes the operands by name and returns, for every result and every written operand, the
+value and its slack: a bound on the rounding error, from the magnitudes of the summed terms;
+infinite where the dtype overflows or rounding decides about the result.
 """
 
 import torch
@@ -11,24 +11,24 @@ from imaml_ext.solvers.solution import Status
 
 
 class Rounding:
-    """Bounds for one element dtype."""
+    """Error bounds for one dtype."""
 
     def __init__(self, dtype):
         info = torch.finfo(dtype)
         self.eps, self.max, self.tiny = info.eps, info.max, info.tiny
 
     def holds(self, number):
-        """Whether a number neither overflows nor vanishes in the dtype."""
+        """Whether a number neither overflows nor underflows in the dtype."""
         return number == 0 or self.tiny <= abs(number) <= self.max / 16
 
     def slack(self, size, factor=16):
-        """For a result whose terms add up to `size`."""
+        """For a result whose terms have magnitudes that sum to `size`."""
         slack = factor * (self.eps * size + self.tiny)
         return torch.where(size > self.max / 16, torch.inf, slack.nan_to_num(torch.inf))
 
 
 def size_of(t):
-    """Magnitudes; 0 where a value is not finite, for it spreads by itself."""
+    """Magnitudes; 0 where a value is not finite, since it makes the result non-finite anyway."""
     t = t.double()
     return torch.where(t.isfinite(), t.abs(), 0.0)
 
@@ -38,14 +38,14 @@ def number_size(value):
 
 
 def prox_gradient(o):
-    """g [B, D] and the size of its terms."""
+    """g [B, D] and the sum of the magnitudes of its terms."""
     phi, grad, theta, lam = (o[name].double() for name in ("phi", "grad", "theta", "lam"))
     size = size_of(grad) + size_of(lam) * (size_of(phi) + size_of(theta))
     return grad + lam * (phi - theta), size
 
 
 def only_running(o, expected, written):
-    """Rows that are not RUNNING keep what they had."""
+    """Rows that are not RUNNING do not change."""
     if o["status"] is not None:
         keep = (o["status"] != Status.RUNNING)[:, None]
         for name in written:
@@ -61,16 +61,16 @@ def prox_gd_(o):
     if o["velocity"] is not None:
         momentum = o["momentum"]
         old = o["velocity"].double()
-        along = momentum * old + g
-        along_size = number_size(momentum) * size_of(old) + size
-        slack = rounding.slack(along_size)
+        new = momentum * old + g
+        new_size = number_size(momentum) * size_of(old) + size
+        slack = rounding.slack(new_size)
         slack = slack.masked_fill(number_size(momentum) > rounding.max / 16, torch.inf)
-        expected["velocity"] = along, slack
-        step = g + momentum * along if o["nesterov"] else along
-        step_size = size + number_size(momentum) * along_size if o["nesterov"] else along_size
+        expected["velocity"] = new, slack
+        step = g + momentum * new if o["nesterov"] else new
+        step_size = size + number_size(momentum) * new_size if o["nesterov"] else new_size
     phi = o["phi"].double()
     slack = rounding.slack(size_of(phi) + number_size(o["lr"]) * step_size)
-    # What overflows may meet a factor of 0.
+    # A factor of 0 may multiply a value that overflows.
     factor = max(number_size(o["lr"]), number_size(o["momentum"]))
     odd = (step_size > rounding.max / 16) | (factor > rounding.max / 16)
     slack = slack.masked_fill(odd, torch.inf)
@@ -101,7 +101,7 @@ def prox_adam_(o):
     unsure = (wide > below / 4) | (number_size(rate) > rounding.max / 16) | v_slack.isinf()
     finite = v.isfinite() & m.isfinite()
     slack = torch.where((finite & unsure) | slack.isnan(), torch.inf, slack)
-    # v may overflow, or a negative one have no root, where m is not finite: phi then is not either.
+    # Where m is not finite, v may overflow or be negative; phi is not finite then.
     expected = {
         "phi": (phi - rate * m / below, slack),
         "first_moment": (m, m_slack),
@@ -114,13 +114,13 @@ def prox_norms(o):
     rounding = Rounding(o["phi"].dtype)
     g, size = prox_gradient(o)
     phi, theta, lam = (o[name].double() for name in ("phi", "theta", "lam"))
-    away, away_size = phi - theta, size_of(phi) + size_of(theta)
-    norm2, penalty = g * g, lam * away * away
+    displacement, displacement_size = phi - theta, size_of(phi) + size_of(theta)
+    norm2, penalty = g * g, lam * displacement * displacement
     value = torch.stack([norm2.sum(1), penalty.sum(1)], 1)
     slacks = torch.stack(
         [
             (size * rounding.slack(size)).sum(1),
-            (size_of(lam) * away_size * rounding.slack(away_size)).sum(1),
+            (size_of(lam) * displacement_size * rounding.slack(displacement_size)).sum(1),
         ],
         1,
     )
@@ -138,7 +138,7 @@ def _sums_slack(slack):
 
 
 def cg_step_(o):
-    """Row by row, as the docstring of `ops.cg_step_` tells it."""
+    """Row by row, following the docstring of `ops.cg_step_`."""
     names = ["x", "r", "p", "rr", "status", "steps", "curvature", "beta"]
     names += [] if o["rz"] is None else ["rz"]
     expected = {name: (o[name].double().clone(), _zeros_like(o[name])) for name in names}
@@ -149,7 +149,7 @@ def cg_step_(o):
                 new.get(name, (None, torch.inf)) if new is not None else (None, torch.inf)
             )
             if value is None and new is not None and name not in new:
-                continue  # it stays
+                continue  # unchanged
             expected[name][1][row] = slack
             if value is not None:
                 expected[name][0][row] = value
@@ -161,7 +161,7 @@ def _zeros_like(t):
 
 
 def _cg_row(o, row):
-    """What changes, {name: (value, slack)}; None where nothing can be foretold."""
+    """The changes, {name: (value, slack)}; None if the result cannot be predicted."""
     if o["status"][row] != Status.RUNNING:
         return {"curvature": (0.0, 0.0), "beta": (0.0, 0.0)}
     rounding = Rounding(o["x"].dtype)
@@ -201,7 +201,7 @@ def _cg_row(o, row):
     alpha = rz / curvature
     if not alpha.isfinite():
         return cleared
-    share = (slack / curvature).abs() + rounding.eps  # of alpha that is not sure
+    share = (slack / curvature).abs() + rounding.eps  # relative error of alpha
     if share > 0.01 or not rounding.holds(alpha):
         return None
     new_x, new_r = x + alpha * p, r - alpha * ap

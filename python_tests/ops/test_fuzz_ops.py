@@ -1,7 +1,7 @@
-"""Whatever an operator is called with: the formula's values, or an error and nothing written.
+"""Random calls: valid ones give the values of the formulas, others raise and write nothing.
 
-`row_formulas.py` and `layer_formulas.py` are the oracle; `operator_calls.py` says what fits, so
-that neither a refusal too many nor one too few goes unnoticed.
+`row_formulas.py` and `layer_formulas.py` are the oracle; `operator_calls.py` decides which calls
+are valid, so wrong refusals and missing refusals are both detected.
 """
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from fuzz import memory, sampled, tried
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from operator_calls import OPERATORS, Call, calls, fits
+from operator_calls import OPERATORS, Call, calls, is_valid
 
 import imaml_ext
 from imaml_ext import ops
@@ -30,14 +30,14 @@ def assert_formula(call, expected, results):
     for name, tensor in got.items():
         (value, slack), actual = expected[name], tensor.double()
         assert tensor.shape == value.shape, name
-        # A slack of -1: not finite, one way or another.
+        # A slack of -1: any value that is not finite.
         same = (actual == value) | (actual.isnan() & value.isnan())
         same = torch.where(slack < 0, ~actual.isfinite(), same)
         right = same | slack.isinf() | ((actual - value).abs() <= slack)
         assert right.all(), f"{name}: {actual[~right][:3]}, not {value[~right][:3]}"
 
 
-def check_fitting(call):
+def check_valid(call):
     expected = call.expected()
     call.remember()
     results = call()
@@ -59,15 +59,15 @@ DEVICES = [
 
 
 @pytest.mark.parametrize(("operator", "device"), DEVICES)
-def test_what_fits_gives_the_formula_and_writes_nothing_else(operator, device):
+def test_a_valid_call_gives_the_formula_and_writes_nothing_else(operator, device):
     @given(calls(operator, device))
     def check(call):
-        check_fitting(call)
+        check_valid(call)
 
     check()
 
 
-# ---- what does not fit -----------------------------------------------------------------------
+# ---- invalid calls ---------------------------------------------------------------------------
 
 WRONG_NUMBERS = {
     "cg_step_": {},
@@ -85,13 +85,13 @@ WINDOWS = {
 
 
 @st.composite
-def spoiled(draw, operator):
-    """A call that fits, but for one or two things."""
+def corrupted(draw, operator):
+    """A valid call with one or two random changes, most of them invalid."""
     call = draw(calls(operator))
     for _ in range(draw(st.integers(1, 2))):
         wrong = WRONG_NUMBERS.get(operator) or {n: WINDOWS[n] for n in call.numbers if n in WINDOWS}
         ways = ["dtype", "shape", "layout", "memory", "device", "huge"]
-        ways += ["memory"] * 3 * operator.endswith("_")  # what is written must lie apart
+        ways += ["memory"] * 3 * operator.endswith("_")  # written operands must not overlap others
         ways += ["number"] * 3 * bool(wrong) + ["absent"] * ("?" in OPERATORS[operator].operands)
         way = draw(st.sampled_from(ways))
         if way == "number":
@@ -104,13 +104,13 @@ def spoiled(draw, operator):
             continue
         small = [n for n, t in call.by_name.items() if t is not None and t.numel() < 2**20]
         if not small:
-            break  # the only one is huge already
+            break  # the only operand is already huge
         name = draw(st.sampled_from(small))
-        call.by_name[name] = SPOIL[way](draw, call, name)
+        call.by_name[name] = CORRUPT[way](draw, call, name)
     return call
 
 
-def spoil_shape(draw, call, name):
+def corrupt_shape(draw, call, name):
     t = call.by_name[name]
     how = draw(sampled("row", "drop", "flat", "front", "back", "none"))
     if how in ("row", "drop", "none") and t.dim():
@@ -121,7 +121,7 @@ def spoil_shape(draw, call, name):
     return {"flat": t.reshape(-1), "front": t[None]}.get(how, t[..., None]).contiguous()
 
 
-def spoil_layout(draw, call, name):
+def corrupt_layout(draw, call, name):
     t = call.by_name[name]
     if not t.dim():
         return t
@@ -136,8 +136,8 @@ def spoil_layout(draw, call, name):
     return t.movedim(at, 0)
 
 
-def spoil_memory(draw, call, name):
-    """The operand lies on another one's memory, from one of its first elements on."""
+def corrupt_memory(draw, call, name):
+    """The operand shares the memory of another one, from one of its first elements on."""
     t = call.by_name[name]
     others = {
         n: o for n, o in call.by_name.items()
@@ -154,13 +154,13 @@ def spoil_memory(draw, call, name):
     return room.view(t.dtype).view(t.shape)
 
 
-SPOIL = {
+CORRUPT = {
     "dtype": lambda draw, call, name: torch.empty_like(
         call.by_name[name], dtype=draw(sampled(*OTHERS))
     ).fill_(1),
-    "shape": spoil_shape,
-    "layout": spoil_layout,
-    "memory": spoil_memory,
+    "shape": corrupt_shape,
+    "layout": corrupt_layout,
+    "memory": corrupt_memory,
     "device": lambda draw, call, name: call.by_name[name].to("meta"),
     "huge": lambda draw, call, name: (
         call.by_name[name].new_zeros(()).expand([2**31] * draw(st.integers(1, 2)))
@@ -168,10 +168,10 @@ SPOIL = {
 }
 
 
-def check_spoiled(call):
+def check_corrupted(call):
     assume(any(t is not None and t.device.type != "meta" for t in call.by_name.values()))
-    if fits(call):
-        return check_fitting(call)
+    if is_valid(call):
+        return check_valid(call)
     call.remember()
     with pytest.raises((RuntimeError, ValueError, TypeError)) as refusal:
         call()
@@ -182,48 +182,48 @@ def check_spoiled(call):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_what_does_not_fit_is_refused_by_name_and_nothing_is_written(operator):
-    @given(spoiled(operator))
+def test_an_invalid_call_is_refused_by_name_and_writes_nothing(operator):
+    @given(corrupted(operator))
     def check(call):
-        check_spoiled(call)
+        check_corrupted(call)
 
     check()
 
 
 @pytest.mark.parametrize("number", [2**31, 2**61, 2**62, 2**63 - 1])
 @pytest.mark.parametrize("name", ["stride_h", "stride_w", "pad_h", "pad_w", "in_h", "in_w"])
-def test_places_that_overflow_are_refused(name, number):
-    # Strides of 2^63 - 1 once wrote outside of the result.
+def test_sizes_whose_indices_would_overflow_are_refused(name, number):
+    # Strides of 2^63 - 1 once wrote outside the result.
     g, w = torch.rand(1, 1, 1, 1, 1), torch.rand(1, 1, 1, 1, 1)
     window = {"in_h": 5, "in_w": 5, "stride_h": 5, "stride_w": 5, "pad_h": 0, "pad_w": 0}
     with pytest.raises(RuntimeError, match=r"conv_data_gradient: .* below 2\^31"):
         torch.ops.imaml.conv_data_gradient(g, w, **(window | {name: number}))
 
 
-def test_patches_of_more_values_than_can_be_counted_are_refused():
+def test_patches_of_more_than_2_to_63_values_are_refused():
     x, most = torch.rand(1, 1, 1, 1, 2), 2**31 - 1
-    with pytest.raises(RuntimeError, match=r"^patches: sizes are too large"):
+    with pytest.raises(RuntimeError, match=r"^patches: patches have 2\^63 or more values"):
         torch.ops.imaml.patches(x, most, most, 1, 1, most, most)
-    with pytest.raises(RuntimeError, match=r"^patches_transpose: sizes are too large"):
+    with pytest.raises(RuntimeError, match=r"^patches_transpose: patches have 2\^63"):
         torch.ops.imaml.patches_transpose(x[0, 0], 1, 1, most, most, 1, 1, most, most)
 
 
-def test_a_result_that_no_memory_holds_is_refused_by_name():
+def test_a_result_that_cannot_be_allocated_is_refused_by_name():
     x, w = torch.rand(1, 1, 2, 2, 1), torch.rand(1, 1, 1, 2, 2)
     with pytest.raises(RuntimeError, match=r"^conv: cannot allocate a result of shape \[1, 1, "):
         torch.ops.imaml.conv(x, w, None, 1, 1, 2**31 - 1, 2**31 - 1)
 
 
-# ---- without memory --------------------------------------------------------------------------
+# ---- meta tensors ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_on_meta_results_have_the_shapes_that_they_have_in_memory(operator):
+def test_meta_results_have_the_shapes_of_real_results(operator):
     @given(calls(operator))
     def check(call):
-        apart = {n: None if t is None else t.to("meta") for n, t in call.by_name.items()}
-        shapes = [(t.shape, t.dtype) for t in Call(apart, operator=operator, numbers=call.numbers)()
-                  if t is not None]  # fmt: skip
+        on_meta = {n: None if t is None else t.to("meta") for n, t in call.by_name.items()}
+        results = Call(on_meta, operator=operator, numbers=call.numbers)()
+        shapes = [(t.shape, t.dtype) for t in results if t is not None]
         assert shapes == [(t.shape, t.dtype) for t in call() if t is not None]
         tried[operator] += 1
 
@@ -232,7 +232,7 @@ def test_on_meta_results_have_the_shapes_that_they_have_in_memory(operator):
 
 @given(st.integers(0, 2**31), st.integers(0, 2**29))
 @example(2**31, 2**29)
-def test_rows_without_memory_may_be_of_any_number_and_size(rows, dim):
+def test_meta_rows_may_have_any_number_and_size(rows, dim):
     a = torch.empty(rows, dim, device="meta")
     assert ops.row_dot(a, a).shape == (rows,)
     norms = ops.prox_norms(a, a, a.new_empty(dim), a.new_empty(1))
