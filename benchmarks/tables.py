@@ -53,7 +53,7 @@ more.
 INSTALLS = """
 ## What installs where
 
-Written by `nox -- benchmarks/results/installs.jsonl`: for each row a fresh environment,
+Written by `.ci/matrix --out benchmarks/results/installs.jsonl`: for each row a fresh environment,
 the install, and a training with what was installed, outside the source folder. Seconds are those of
 the install, the compilation included, on a busy machine; each row's versions and build are in the
 file.
