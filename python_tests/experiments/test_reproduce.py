@@ -57,7 +57,7 @@ def test_the_closed_form_of_figure_2a_is_the_derivative(figure_2a):
 
 @pytest.mark.slow
 def test_the_costs_of_table_1_grow_with_kappa_as_in_the_paper(monkeypatch):
-    monkeypatch.setattr(table1, "KAPPAS", (10, 40))
+    monkeypatch.setattr(table1, "KAPPAS", (5, 20))
     monkeypatch.setattr(table1, "DIM", 30)
     records = list(table1.measure(settings()))
     assert all(record["error"] <= table1.ERROR for record in records)

@@ -53,7 +53,7 @@ def assert_same(got, expected):
 
 @pytest.mark.slow
 def test_a_training_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path):
-    steps = ["--meta-steps", str(20 * KILLS)]
+    steps = ["--meta-steps", str(12 * KILLS)]
     done = run("-m", "imaml_ext", "train", *QUICK, *steps, "--out", tmp_path / "undisturbed")
     assert done.returncode == 0, done.stderr
     killed = run(
