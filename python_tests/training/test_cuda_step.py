@@ -1,4 +1,4 @@
-"""What only a GPU can tell: steps, recordings and failed recordings on CUDA."""
+"""Tests that need a GPU: steps, recordings and failed recordings on CUDA."""
 
 import subprocess
 import sys
@@ -15,18 +15,18 @@ from imaml_ext.training.capture import cuda_graph, no_capture
 @pytest.fixture
 def cuda(device):
     if device.type != "cuda":
-        pytest.skip("about CUDA")
+        pytest.skip("tests CUDA")
     return device
 
 
 @pytest.fixture
 def synchronising_raises(cuda):
-    """A context in which whatever waits for the device raises."""
+    """A context in which waiting for the device raises."""
 
     class Context:
         def __enter__(self):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the mode is a prototype
+                warnings.simplefilter("ignore")  # the mode is a prototype
                 torch.cuda.set_sync_debug_mode("error")
 
         def __exit__(self, *_):
@@ -46,13 +46,13 @@ def test_a_step_on_cuda_does_not_synchronise(kind, cuda, synchronising_raises):
     assert len(trainer.history) == 7
 
 
-def test_on_cuda_the_default_is_to_record(cuda):
+def test_on_cuda_steps_are_recorded_by_default(cuda):
     trainer = Trainer(make_method(cuda), sinusoid(cuda))
     assert trainer.capture is cuda_graph
     assert trainer.optimizer.param_groups[0]["capturable"]
 
 
-def test_an_inner_solver_that_looks_falls_back_on_cuda(cuda):
+def test_an_inner_solver_that_reads_values_runs_unrecorded_on_cuda(cuda):
     def solve(problem):
         phi = problem.start()
         if phi.sum().item() > -1e9:
@@ -63,14 +63,14 @@ def test_an_inner_solver_that_looks_falls_back_on_cuda(cuda):
     method.inner = External(solve)
     trainer = make_trainer(cuda, cuda_graph, method=method)
     trainer.step()
-    with pytest.warns(UserWarning, match="run without recording them: .*synchroniz"):
+    with pytest.warns(UserWarning, match="meta-steps are not recorded: .*synchroniz"):
         trainer.step()
     trainer.step()
     assert all(record["failed"] == 0 for record in trainer.history)
 
 
-def test_a_dense_strength_on_cuda_is_trained_recorded_or_not(cuda):
-    # Whether the Cholesky factor can be captured is for the library that computes it to say.
+def test_a_dense_strength_is_trained_on_cuda_recorded_or_not(cuda):
+    # Whether the Cholesky factor can be captured depends on the library that computes it.
     def make(capture):
         method = make_method(cuda)
         strength = ProximalStrength(method.params, form="dense")
@@ -83,13 +83,13 @@ def test_a_dense_strength_on_cuda_is_trained_recorded_or_not(cuda):
         for _ in range(5):
             trainer.step()
     assert len(caught) <= 1
-    assert all("run without recording them" in str(w.message) for w in caught)
+    assert all("meta-steps are not recorded" in str(w.message) for w in caught)
     for _ in range(5):
         expected.step()
     assert_same_training(trainer, expected)
 
 
-def test_random_numbers_in_a_recording_go_on_as_without_one(cuda):
+def test_random_numbers_of_a_recording_are_those_of_unrecorded_steps(cuda):
     def train(capture):
         torch.manual_seed(0)
         model = torch.nn.Sequential(
@@ -110,7 +110,7 @@ def test_random_numbers_in_a_recording_go_on_as_without_one(cuda):
 
 AFTER_A_FAILURE = """
 import torch
-from imaml_ext.recording import cuda_graph
+from imaml_ext.training.capture import cuda_graph
 
 x = torch.zeros(3, device="cuda")
 stream = torch.cuda.current_stream()
@@ -123,21 +123,21 @@ try:
 except RuntimeError as error:
     assert "captur" in str(error), error
 else:
-    raise AssertionError("it was captured")
+    raise AssertionError("the synchronisation was captured")
 assert torch.cuda.current_stream() == stream
 torch.rand(3, device="cuda")
 pool = torch.cuda.MemPool()
-del pool  # ends the process if the allocator takes itself to be capturing
+del pool  # aborts the process if the allocator is still in capture mode
 replay = cuda_graph(lambda: x.add_(1), lambda: None)
 for _ in range(4):
     replay()
 assert x.tolist() == [4, 4, 4]
-print("went on")
+print("recovered")
 """
 
 
-def test_after_a_capture_that_fails_on_cuda_everything_goes_on(cuda):
+def test_after_a_failed_capture_cuda_works_as_before(cuda):
     found = subprocess.run(
         [sys.executable, "-c", AFTER_A_FAILURE], capture_output=True, text=True, check=False
     )
-    assert found.stdout == "went on\n", found.stderr
+    assert found.stdout == "recovered\n", found.stderr

@@ -1,4 +1,4 @@
-"""Records where people look for them: a file of JSON lines, and TensorBoard if asked for."""
+"""Logs of records: a file of JSON lines, and TensorBoard on request."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ def test_a_training_writes_a_line_for_each_step_and_validation(tmp_path):
     assert found[2].keys() == {"split", "step", "seconds", "loss"}
 
 
-def test_what_was_written_after_the_last_checkpoint_is_written_again(tmp_path):
+def test_lines_after_the_last_checkpoint_are_replaced(tmp_path):
     assert main([*QUICK, "--meta-steps", "3", "--validations", "1", "--out", str(tmp_path)]) == 0
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"split": "train", "step": 4, "loss": 99.0}\n{"split": "tra')  # and killed
@@ -38,7 +38,7 @@ def test_what_was_written_after_the_last_checkpoint_is_written_again(tmp_path):
     assert all(line.get("loss") != 99 for line in lines(tmp_path))
 
 
-def test_what_is_not_finite_is_null(tmp_path):
+def test_non_finite_values_are_null(tmp_path):
     path = tmp_path / "log.jsonl"
     with json_lines(path, [], []) as log:
         log("train", {"step": 1, "loss": float("nan"), "failed": 1.0})
@@ -56,8 +56,8 @@ def test_a_trainer_logs_to_any_function():
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
 )
-@pytest.mark.filterwarnings("ignore")  # tensorboard's own
-def test_tensorboard_sees_one_line_of_steps_though_the_run_was_resumed(tmp_path):
+@pytest.mark.filterwarnings("ignore")  # warnings of tensorboard itself
+def test_tensorboard_shows_each_step_once_after_a_resumed_run(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = [*QUICK, "--validations", "1", "--tensorboard", "--out", str(tmp_path)]
@@ -71,9 +71,9 @@ def test_tensorboard_sees_one_line_of_steps_though_the_run_was_resumed(tmp_path)
     assert [scalar.value for scalar in scalars] == pytest.approx(expected)
 
 
-def test_without_tensorboard_it_is_said_what_to_install(tmp_path, capsys, monkeypatch):
+def test_the_error_without_tensorboard_names_the_package(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     run = [*QUICK, "--meta-steps", "2", "--tensorboard", "--out", str(tmp_path)]
     assert main(run) == 1
-    said = capsys.readouterr().err
-    assert said == "imaml-ext: error: --tensorboard needs the package: pip install tensorboard\n"
+    error = capsys.readouterr().err
+    assert error == "imaml-ext: error: --tensorboard needs the package: pip install tensorboard\n"

@@ -1,4 +1,4 @@
-"""A recorded meta-gradient is that of the batch it is called with."""
+"""A recorded meta-gradient equals the eager one of the batch that it is called with."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +18,7 @@ from imaml_ext import (
 from imaml_ext.data import Sinusoid
 from imaml_ext.training.capture import cuda_graph, no_capture
 
-# ---- a meta-gradient -------------------------------------------------------------------------
+# ---- A meta-gradient -------------------------------------------------------------------------
 
 
 def test_a_recorded_meta_gradient_follows_the_batch_and_theta(device, capture):
@@ -40,7 +40,7 @@ def test_a_recorded_meta_gradient_follows_the_batch_and_theta(device, capture):
                 tensor.mul_(0.9)
 
 
-def test_a_recorded_meta_gradient_is_of_any_function_of_a_batch(device, capture):
+def test_any_function_of_a_batch_can_be_recorded(device, capture):
     method = make_method(device)
 
     def meta_gradient(batch):
@@ -61,15 +61,15 @@ def test_a_batch_of_another_shape_is_refused_and_nothing_is_written(device, capt
     batch = source.sample(0)
     recorded = RecordedMetaGradient(method.meta_gradient, batch, capture=capture)
     before = [t.clone() for t in recorded(batch).params.values()]
-    with pytest.raises(ValueError, match=r"the batch must be of .*\[5, 10, 1\].* got .*\[4, 10, 1"):
+    with pytest.raises(ValueError, match=r"the batch must have .*\[5, 10, 1\].* got .*\[4, 10, 1"):
         recorded(sinusoid(device, 4).sample(1))
     other = source.sample(1)
-    with pytest.raises(ValueError, match="the batch must be of"):
+    with pytest.raises(ValueError, match="the batch must have"):
         recorded(TaskBatch(other.support, (other.query[0], other.query[1].float())))
     assert_close(recorded(batch).params.values(), before, rtol=0, atol=0)
 
 
-def test_a_dense_strength_that_cannot_be_recorded_says_so(device):
+def test_the_error_of_a_failed_recording_has_the_cause(device):
     method = make_method(device)
     size = method.layout.dim
     method.lam = 2 * torch.eye(size, dtype=torch.float64, device=device)
@@ -84,25 +84,25 @@ def test_a_cuda_graph_needs_cuda():
         RecordedMetaGradient(method.meta_gradient, batch, capture=cuda_graph)
 
 
-# ---- the order of things around a CUDA graph --------------------------------------------------
+# ---- The calls of torch.cuda around a capture -------------------------------------------------
 
 
-class CudaOnPaper:
-    """torch.cuda's part in recording, written down.
+class FakeCuda:
+    """A fake of the parts of torch.cuda that a recording calls, with a log of the calls.
 
     Args:
-        ends_late: whether a capture that fails leaves the allocator to whoever began it, as up to
-            torch 2.11, or ends that before it raises.
+        ends_late: whether a failed capture leaves the allocator in capture mode, as up to torch
+            2.11, or ends that before it raises.
     """
 
     def __init__(self, monkeypatch, ends_late=True):
         self.log, self.current, self.mode, self.ends_late = [], "caller", 0, ends_late
         self.allocates_to, self.generator_captures, self.random = None, False, 7
-        paper = self
+        fake = self
 
         class Stream:
             def wait_stream(self, other):
-                paper.log.append(f"{self.name} waits")
+                fake.log.append(f"{self.name} waits")
 
             def __init__(self, name="side"):
                 self.name = name
@@ -112,14 +112,14 @@ class CudaOnPaper:
                 self.stream = stream
 
             def __enter__(self):
-                self.before, paper.current = paper.current, self.stream.name
+                self.before, fake.current = fake.current, self.stream.name
 
             def __exit__(self, *_):
-                paper.current = self.before
+                fake.current = self.before
 
         class Graph:
             def replay(self):
-                paper.log.append("replay")
+                fake.log.append("replay")
 
         class Capture(Within):
             def __init__(self, graph, pool="its own", stream=None):
@@ -128,22 +128,24 @@ class CudaOnPaper:
 
             def __enter__(self):
                 super().__enter__()
-                paper.log.append("begin")
-                paper.allocates_to, paper.generator_captures = self.pool, True
+                fake.log.append("begin")
+                fake.allocates_to, fake.generator_captures = self.pool, True
 
             def __exit__(self, kind, *_):
-                if kind is not None:  # as torch: the stream stays, and this error hides the cause
-                    if not paper.ends_late:
-                        paper.allocates_to = None
+                if (
+                    kind is not None
+                ):  # as in torch, the stream stays set, and this error hides the cause
+                    if not fake.ends_late:
+                        fake.allocates_to = None
                     raise RuntimeError("operation failed due to a previous error during capture")
                 super().__exit__()
-                paper.log.append("end")
-                paper.allocates_to, paper.generator_captures = None, False
+                fake.log.append("end")
+                fake.allocates_to, fake.generator_captures = None, False
 
         def end_allocation(device, pool):
-            if paper.allocates_to != pool:
+            if fake.allocates_to != pool:
                 raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
-            paper.allocates_to = None
+            fake.allocates_to = None
 
         fakes = {
             "Stream": Stream,
@@ -169,66 +171,66 @@ class CudaOnPaper:
         zeros = torch.zeros
         monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **kw: zeros(*size, **kw))
 
-    def is_left_as_it_was(self):
-        at_rest = self.allocates_to is None and not self.generator_captures
-        return at_rest and (self.current, self.mode, self.random) == ("caller", 0, 7)
+    def is_restored(self):
+        idle = self.allocates_to is None and not self.generator_captures
+        return idle and (self.current, self.mode, self.random) == ("caller", 0, 7)
 
 
 def test_a_cuda_graph_is_warmed_up_on_its_stream_then_captured(monkeypatch):
-    paper = CudaOnPaper(monkeypatch)
+    fake = FakeCuda(monkeypatch)
 
     def warmup():
-        paper.random += 1
+        fake.random += 1
         assert _tracing.is_recording()
-        paper.log.append(f"warmup on {paper.current}, {paper.mode}")
+        fake.log.append(f"warmup on {fake.current}, {fake.mode}")
 
     def function():
-        assert paper.random == 7
+        assert fake.random == 7
         assert _tracing.is_recording()
-        paper.log.append(f"run on {paper.current}, into {paper.allocates_to}")
+        fake.log.append(f"run on {fake.current}, into {fake.allocates_to}")
         return "result"
 
     replay = cuda_graph(function, warmup)
     warmed_up = ["warmup on side, 0"] * 2 + ["warmup on side, error"]
     around = ["side waits", *warmed_up, "caller waits"]
     around += ["begin", "run on side, into (0, 5)", "end"]
-    assert paper.log == around
+    assert fake.log == around
     assert not _tracing.is_recording()
     assert replay() == "result"
-    assert paper.log == [*around, "replay"]
-    assert paper.is_left_as_it_was()
+    assert fake.log == [*around, "replay"]
+    assert fake.is_restored()
 
 
 @pytest.mark.parametrize("ends_late", [True, False], ids=["torch 2.11", "torch 2.13"])
-def test_a_capture_that_fails_says_why_and_leaves_no_trace(ends_late, monkeypatch):
-    paper = CudaOnPaper(monkeypatch, ends_late)
+def test_a_failed_capture_raises_its_cause_and_restores_the_state(ends_late, monkeypatch):
+    fake = FakeCuda(monkeypatch, ends_late)
 
     def fails():
         raise RuntimeError("the cause")
 
     with pytest.raises(RuntimeError, match=r"^the cause$"):
         cuda_graph(fails, lambda: None)
-    assert paper.is_left_as_it_was()
-    # Where torch has ended the allocation itself, releasing its pool is torch's too.
+    assert fake.is_restored()
+    # If torch ends the allocation itself, it releases the pool too.
     released = ["release (3, (0, 5))"] if ends_late else []
-    assert paper.log == ["side waits", "caller waits", "begin", *released, "begin", "end"]
+    assert fake.log == ["side waits", "caller waits", "begin", *released, "begin", "end"]
     assert not _tracing.is_recording()
 
 
-def test_a_rehearsal_that_fails_says_why_and_is_waited_for(monkeypatch):
-    paper = CudaOnPaper(monkeypatch)
+def test_a_failed_warm_up_raises_its_cause_and_is_waited_for(monkeypatch):
+    fake = FakeCuda(monkeypatch)
 
     def fails():
-        paper.random += 1
+        fake.random += 1
         raise RuntimeError("the cause")
 
     with pytest.raises(RuntimeError, match=r"^the cause$"):
         cuda_graph(lambda: None, fails)
-    assert paper.log == ["side waits", "caller waits"]
-    assert paper.is_left_as_it_was()
+    assert fake.log == ["side waits", "caller waits"]
+    assert fake.is_restored()
 
 
-# ---- compiled, on the CPU ---------------------------------------------------------------------
+# ---- Compiled, on the CPU ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +240,7 @@ def compiled_and_eager():
     return RecordedMetaGradient(method.meta_gradient, source.sample(0)), method, source
 
 
-def test_a_compiled_meta_gradient_is_the_eager_one(compiled_and_eager):
+def test_a_compiled_meta_gradient_equals_the_eager_one(compiled_and_eager):
     compiled, method, source = compiled_and_eager
     theta = [t.detach().clone() for t in method.learned().values()]
     for step in range(1, 3):
@@ -253,7 +255,7 @@ def test_a_compiled_meta_gradient_is_the_eager_one(compiled_and_eager):
         )
         assert torch.equal(got.linear.status, expected.linear.status)
         assert torch.equal(got.linear.steps, expected.linear.steps)
-        with torch.no_grad():  # theta and lam are read anew
+        with torch.no_grad():  # calls read the current theta and lam
             for tensor in method.learned().values():
                 tensor.mul_(0.9)
     with torch.no_grad():
@@ -261,7 +263,7 @@ def test_a_compiled_meta_gradient_is_the_eager_one(compiled_and_eager):
             tensor.copy_(value)
 
 
-def test_compiled_training_is_eager_training(compiled_and_eager):
+def test_compiled_training_equals_eager_training(compiled_and_eager):
     compiled, method, source = compiled_and_eager
     theta = [t.detach().clone() for t in method.learned().values()]
     runs = []
@@ -277,7 +279,7 @@ def test_compiled_training_is_eager_training(compiled_and_eager):
     assert_close(*runs, rtol=1e-7, atol=1e-10)
 
 
-def test_a_compiled_meta_gradient_says_per_task_what_failed(compiled_and_eager):
+def test_a_compiled_meta_gradient_reports_failed_tasks(compiled_and_eager):
     compiled, _, source = compiled_and_eager
     batch = source.sample(1)
     batch.support[1][2] = torch.inf
@@ -287,7 +289,7 @@ def test_a_compiled_meta_gradient_says_per_task_what_failed(compiled_and_eager):
 
 
 @pytest.mark.parametrize(
-    "look",
+    "read",
     [
         lambda batch, theta: float(theta.sum()),
         lambda batch, theta: theta.flatten()[0].item(),
@@ -298,15 +300,15 @@ def test_a_compiled_meta_gradient_says_per_task_what_failed(compiled_and_eager):
     ],
     ids=["float", "item", "tolist", "numpy", "bool", "equal"],
 )
-def test_what_looks_at_a_value_is_not_compiled(look):
-    # Of a tensor that exists already tracing would make a constant without a word.
+def test_a_function_that_reads_values_is_not_compiled(read):
+    # Tracing would silently turn the value of an existing tensor into a constant.
     method, source = make_method("cpu"), sinusoid("cpu", 2)
 
     def meta_gradient(batch):
-        look(batch, next(iter(method.params.values())).detach())
+        read(batch, next(iter(method.params.values())).detach())
         return method.meta_gradient(batch)
 
-    with pytest.raises(RuntimeError, match="looks at a value"):
+    with pytest.raises(RuntimeError, match="reads the value of a tensor"):
         RecordedMetaGradient(meta_gradient, source.sample(0))
 
 
@@ -317,13 +319,13 @@ def test_random_probes_are_not_compiled():
         RecordedMetaGradient(method.meta_gradient, source.sample(0))
 
 
-def test_a_parameter_with_other_memory_is_refused(compiled_and_eager):
+def test_a_reallocated_parameter_is_refused(compiled_and_eager):
     compiled, method, source = compiled_and_eager
     parameter = next(iter(method.params.values()))
     memory = parameter.data
     parameter.data = memory.clone()
     try:
-        with pytest.raises(RuntimeError, match="other memory than when it was recorded"):
+        with pytest.raises(RuntimeError, match="was reallocated after recording"):
             compiled(source.sample(1))
     finally:
         parameter.data = memory
@@ -339,7 +341,7 @@ def test_threads_do_not_mix_their_batches(compiled_and_eager):
     assert_close(got, [expected[k % 8] for k in range(200)])
 
 
-def test_a_given_meta_gradient_is_for_the_cpu_alone(device):
+def test_a_given_meta_gradient_is_for_the_cpu_only(device):
     method, source = make_method(device), sinusoid(device, 2)
     if device.type == "cpu":
         Trainer(method, source, meta_gradient=method.meta_gradient)

@@ -1,10 +1,10 @@
-"""Tensors get back what they held, bit for bit, in as many operators for many as for few."""
+"""Snapshots restore tensors bit for bit, and learning rate schedules."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from imaml_ext.training.snapshot import Snapshot
+from imaml_ext.training.snapshot import ScheduleSnapshot, Snapshot
 
 
 def awkward_tensors(device):
@@ -34,7 +34,7 @@ def overwrite(tensors):
 
 
 @pytest.mark.parametrize("unless", [None, False, True])
-def test_tensors_get_back_what_they_held_unless_they_are_to_keep_what_they_hold(unless, device):
+def test_values_are_restored_bit_for_bit_unless_the_condition_holds(unless, device):
     tensors = awkward_tensors(device)
     before = [bits(t) for t in tensors]
     snapshot = Snapshot(tensors)
@@ -45,7 +45,7 @@ def test_tensors_get_back_what_they_held_unless_they_are_to_keep_what_they_hold(
     assert [bits(t) for t in tensors] == (after if unless else before)
 
 
-def test_a_value_that_is_not_finite_does_not_reach_the_others(device):
+def test_a_non_finite_value_does_not_affect_others(device):
     tensor = torch.tensor([1.0, 2.0], device=device)
     snapshot = Snapshot([tensor])
     tensor.copy_(torch.tensor([torch.nan, 3.0]))
@@ -58,7 +58,7 @@ def test_a_value_that_is_not_finite_does_not_reach_the_others(device):
 
 
 class Operators(TorchDispatchMode):
-    """Counts those that are not views."""
+    """Counts operators that are not views."""
 
     count = 0
 
@@ -75,5 +75,26 @@ def test_the_number_of_operators_does_not_depend_on_the_number_of_tensors():
         with Operators() as operators:
             Snapshot(tensors).restore(unless=torch.tensor(True))
         counts.append(operators.count)
-    # Of each dtype: joined before and after, chosen, written.
+    # For each of two dtypes: joined before and after, selected, written.
     assert counts == [8, 8]
+
+
+@pytest.mark.parametrize("tensor_rate", [False, True])
+def test_a_schedule_continues_as_if_the_steps_in_between_had_not_been_made(tensor_rate):
+    def rates(extra_steps):
+        weight = torch.ones(1, requires_grad=True)
+        lr = torch.tensor(1.0) if tensor_rate else 1.0
+        adam = torch.optim.Adam([weight], lr=lr, capturable=False)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(adam, 0.5)
+        found = []
+        for step in range(4):
+            adam.step()
+            snapshot = ScheduleSnapshot(adam, scheduler)
+            for _ in range(extra_steps * step):
+                scheduler.step()
+            snapshot.restore()
+            found.append(float(adam.param_groups[0]["lr"]))
+            scheduler.step()
+        return found
+
+    assert rates(extra_steps=2) == rates(extra_steps=0) == [1, 0.5, 0.25, 0.125]
