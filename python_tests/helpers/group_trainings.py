@@ -1,4 +1,4 @@
-"""Trainings that processes of torch.distributed share; run as a script, one of the processes.
+"""Trainings of a process group. As a script, it runs them and saves this rank's results:
 
 torchrun --standalone --nproc-per-node N group_trainings.py FOLDER
 """
@@ -21,36 +21,36 @@ from imaml_ext.training.trainer import NonfiniteError
 
 CPU = torch.device("cpu")
 STEPS = 6
-TASKS = 7  # which neither 2 nor 3 processes can share evenly
+TASKS = 7  # not divisible by 2 or 3 processes
 
 
-class Fixed:
-    """Sinusoids, some of them poisoned. Not divisible."""
+class WholeBatches:
+    """Sinusoids with NaN targets in some tasks of some steps; not shardable."""
 
     def __init__(self, steps=(), tasks=()):
-        self.good, self.steps, self.tasks = sinusoid(CPU, TASKS), steps, list(tasks)
+        self.finite, self.steps, self.nan_tasks = sinusoid(CPU, TASKS), steps, list(tasks)
 
     def sample(self, step):
-        batch = self.good.sample(step)
+        batch = self.finite.sample(step)
         if step in self.steps:
-            batch.support[1][self.tasks] = torch.nan
+            batch.support[1][self.nan_tasks] = torch.nan
         return batch
 
 
 def learned_strength(group):
     method = make_method(CPU)
     method.lam = ProximalStrength(method.params, 1.0, form="tensor")
-    return make_trainer(CPU, source=Fixed(), method=method, process_group=group)
+    return make_trainer(CPU, source=WholeBatches(), method=method, process_group=group)
 
 
 def with_lbfgs(group):
     method = make_method(CPU)
     optimizer = torch.optim.LBFGS(method.learned().values(), lr=0.1, max_iter=3)
-    return Trainer(method, Fixed(), optimizer, process_group=group)
+    return Trainer(method, WholeBatches(), optimizer, process_group=group)
 
 
-def from_other_starts(group):
-    """Each process begins elsewhere; rank 0's start is what counts."""
+def from_different_starts(group):
+    """The ranks start from different parameters, of which rank 0's are used."""
     method = make_method(CPU)
     if group is not None:
         with torch.no_grad():
@@ -60,7 +60,7 @@ def from_other_starts(group):
 
 
 def with_a_frozen_body(group):
-    """Each process has a body of its own, which is not learned; rank 0's is what counts."""
+    """The ranks have different frozen parameters, of which rank 0's are used."""
     torch.manual_seed(rank(group))
     model = mlp(1, 12, 1).to(torch.float64)
     head = {n: p for n, p in model.named_parameters() if n.startswith("2.")}
@@ -68,30 +68,35 @@ def with_a_frozen_body(group):
     return make_trainer(CPU, source=sinusoid(CPU, TASKS), method=method, process_group=group)
 
 
-def skipping(steps, tasks):
+def omitting(steps, tasks):
     def make(group):
         method = make_method(CPU, nonfinite="omit")
-        return make_trainer(CPU, source=Fixed(steps, tasks), method=method, process_group=group)
+        return make_trainer(
+            CPU, source=WholeBatches(steps, tasks), method=method, process_group=group
+        )
 
     return make
 
 
 TRAININGS = {
-    "a divisible source": lambda group: make_trainer(
+    "a shardable source": lambda group: make_trainer(
         CPU, source=sinusoid(CPU, TASKS), process_group=group
     ),
-    "a source that deals whole batches": lambda group: make_trainer(
-        CPU, source=Fixed(), process_group=group
+    "a source of whole batches": lambda group: make_trainer(
+        CPU, source=WholeBatches(), process_group=group
     ),
-    "some tasks fail": skipping([2, 4], [1, 6]),
-    "all tasks of a process fail": skipping([2], [0, 1, 2, 3]),
-    "all tasks fail": skipping([3], range(TASKS)),
+    "some tasks fail": omitting([2, 4], [1, 6]),
+    "all tasks of a process fail": omitting([2], [0, 1, 2, 3]),
+    "all tasks fail": omitting([3], range(TASKS)),
     "a learned strength": learned_strength,
     "a learned step size": lambda group: make_trainer(
-        CPU, source=Fixed(), method=make_method(CPU, MAML, learn_lr=True), process_group=group
+        CPU,
+        source=WholeBatches(),
+        method=make_method(CPU, MAML, learn_lr=True),
+        process_group=group,
     ),
-    "an optimizer that asks again": with_lbfgs,
-    "other starts": from_other_starts,
+    "an optimizer with a closure": with_lbfgs,
+    "different starts": from_different_starts,
     "a frozen body": with_a_frozen_body,
     "decided on the device": lambda group: make_trainer(
         CPU, no_capture, source=sinusoid(CPU, TASKS), process_group=group, read_every=4
@@ -108,8 +113,8 @@ def trained(make, group):
 
 
 def refused(group):
-    """Where a step is refused, what is said, and whether nothing changed."""
-    trainer = make_trainer(CPU, source=Fixed([3], [5]), process_group=group)
+    """The step that is refused, the message, and whether the state is unchanged."""
+    trainer = make_trainer(CPU, source=WholeBatches([3], [5]), process_group=group)
     for _ in range(3):
         trainer.step()
     before = state_of(trainer)
@@ -118,7 +123,7 @@ def refused(group):
     except NonfiniteError as error:
         unchanged = all(map(torch.equal, before, state_of(trainer)))
         return {"steps": trainer.steps, "message": str(error), "unchanged": unchanged}
-    raise AssertionError("the poisoned step was applied")
+    raise AssertionError("a step with a NaN task was applied")
 
 
 def main():
@@ -132,8 +137,8 @@ def main():
 
 
 def threads():
-    """Names of this process's; one that has ended may be listed for a moment."""
-    time.sleep(0.5)
+    """The names of this process's threads."""
+    time.sleep(0.5)  # a thread that has ended may still be listed for a moment
     return [thread.read_text().strip() for thread in Path("/proc/self/task").glob("*/comm")]
 
 

@@ -1,11 +1,11 @@
-"""Processes that meet, reduce, and end at once: do they end well?
+"""Processes that exit right after an all-reduce: does gloo abort them?
 
     python leaving.py TRIALS [kept]
 
-In each trial 3 forks of this process share a group of gloo, whose threads are slowed down: one that
-has to let go of a tensor while Python ends aborts its process. With "kept" something still refers
-to the group then, to see that it happens. Prints one JSON object: how many ended, and how many of
-them not well.
+In each trial 3 forks of this process form a gloo group, whose threads are slowed down: a thread
+that releases a tensor while Python exits aborts its process. With "kept" a global variable refers
+to the group, to show that it happens. Prints one JSON object: how many processes exited, and how
+many of them failed.
 """
 
 import json
@@ -42,7 +42,7 @@ def reduce(keep):
 
 
 def slow_down(name):
-    """Threads of this name run where no others want to."""
+    """Let threads of this name run only when nothing else does."""
     threads = [
         t for t in Path("/proc/self/task").iterdir() if (t / "comm").read_text() == name + "\n"
     ]
@@ -52,7 +52,7 @@ def slow_down(name):
 
 
 def leave(trials, keep):
-    """The exit statuses. A process of its own holds the store, as torchrun does."""
+    """Run the trials and return the exit statuses. A separate process holds the store."""
     with subprocess.Popen(
         [sys.executable, "-c", STORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as store:
@@ -61,22 +61,22 @@ def leave(trials, keep):
             "TORCHELASTIC_RUN_ID": "leaving", "TORCHELASTIC_USE_AGENT_STORE": "True",
             "WORLD_SIZE": str(SIZE),
         }  # fmt: skip
-        ends = []
+        statuses = []
         for _ in range(trials):
             children = []
             for rank in range(SIZE):
                 child = os.fork()
                 if child == 0:
-                    signal.alarm(60)  # where another one failed
+                    signal.alarm(60)  # in case another one failed
                     os.environ["RANK"] = str(rank)
                     reduce(keep)
                     sys.exit()
                 children.append(child)
-            ends += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            statuses += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         store.stdin.close()
-    return ends
+    return statuses
 
 
 if __name__ == "__main__":
-    ends = leave(int(sys.argv[1]), "kept" in sys.argv[2:])
-    print(json.dumps({"ended": len(ends), "not well": sum(end != 0 for end in ends)}))
+    statuses = leave(int(sys.argv[1]), "kept" in sys.argv[2:])
+    print(json.dumps({"exited": len(statuses), "failed": sum(s != 0 for s in statuses)}))

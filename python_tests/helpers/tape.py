@@ -1,4 +1,4 @@
-"""CUDA graphs for the CPU: the operators of a function are written down, and run again later."""
+"""A stand-in for CUDA graphs on the CPU, which records and replays operators."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,11 +14,10 @@ from imaml_ext._tracing import recording
 class Tape:
     """A `Capture` that keeps what CUDA graphs keep: operators, memory, and numbers from the host.
 
-    Recording leaves memory as it was, as if nothing had run.
+    Recording restores the memory that it writes.
 
     Args:
-        refuses: an operator that cannot be recorded: there the recording breaks off, with what a
-            CUDA library would say.
+        refuses: an operator that raises the error of a CUDA library when it is recorded.
     """
 
     def __init__(self, refuses: Any = None) -> None:
@@ -28,32 +27,32 @@ class Tape:
     def __call__(self, function: Callable[[], Any], warmup: Callable[[], Any]) -> Callable:
         with recording():
             warmup()
-            writing = _Writing(self.refuses)
+            recorder = _Recorder(self.refuses)
             try:
-                with writing:
+                with recorder:
                     result = function()
             finally:
-                for storage, content in writing.before.values():
+                for storage, content in recorder.before.values():
                     storage.copy_(content)
         self.recordings += 1
 
         def replay() -> Any:
             self.replays += 1
             with torch.no_grad():
-                for call in writing.calls:
+                for call in recorder.calls:
                     _run_again(*call)
             return pytree.tree_map(lambda leaf: leaf, result)
 
         return replay
 
 
-class _Writing(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):
     def __init__(self, refuses: Any) -> None:
         super().__init__()
         self.refuses = refuses
         self.calls: list[tuple] = []
-        self.before: dict[int, tuple] = {}  # what was there before, and was written
-        self._own: set[int] = set()
+        self.before: dict[int, tuple] = {}  # contents of written memory
+        self._created: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -61,11 +60,11 @@ class _Writing(TorchDispatchMode):
             raise RuntimeError(f"cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR in {func}\n(more)")
         for tensor in _written(func, args, kwargs):
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._own | self.before.keys():
+            if storage._cdata not in self._created | self.before.keys():
                 self.before[storage._cdata] = (storage, storage.clone())
         known = {_memory(t) for t in _tensors((args, kwargs))}
         out = func(*args, **kwargs)
-        self._own |= {_memory(t) for t in _tensors(out)} - known
+        self._created |= {_memory(t) for t in _tensors(out)} - known
         self.calls.append((func, args, kwargs, out))
         return out
 
@@ -74,7 +73,7 @@ def _run_again(func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if not func._schema.is_mutable:
         inputs = {_memory(t) for t in _tensors((args, kwargs))}
         if all(_memory(t) in inputs for t in _tensors(out)):
-            return  # a view of what is there
+            return  # a view of existing memory
     again = func(*args, **kwargs)
     for old, new in zip(_tensors(out), _tensors(again), strict=True):
         if _memory(old) != _memory(new):

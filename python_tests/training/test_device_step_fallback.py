@@ -1,4 +1,4 @@
-"""A step that cannot be recorded, or decided on the device: a warning, and the same training."""
+"""Steps that cannot be recorded or decided on the device: a warning, and the same training."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Trainings that are killed, and places that cannot be written to."""
+"""Trainings that are killed, and folders that cannot be written to."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from imaml_ext._io import locked
 from imaml_ext.cli import main
 from imaml_ext.training.checkpoint import load_checkpoint
 
-HERE = Path(__file__).parents[1] / "helpers"  # where there are no sources to be imported
+HERE = Path(__file__).parents[1] / "helpers"  # has no imaml_ext that would be imported instead
 QUICK = ["--tasks", "3", "--inner-steps", "1", "--cg-steps", "2", "--eval-tasks", "2"]
 QUICK += ["--device", "cpu", "--validations", "3"]
 KILLS = int(os.environ.get("IMAML_TEST_KILLS", "10"))
 
 
 def run(*arguments):
-    """In another process, where nothing turns warnings into errors."""
+    """Run Python in another process, where warnings are not errors."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
@@ -30,7 +30,7 @@ def run(*arguments):
 
 
 def without_times(value):
-    """Of records and states, nested in dicts and lists."""
+    """A copy of nested dicts and lists without the entries "seconds"."""
     if isinstance(value, dict):
         return {k: without_times(v) for k, v in value.items() if k != "seconds"}
     return [without_times(v) for v in value] if isinstance(value, list) else value
@@ -52,9 +52,9 @@ def assert_same(got, expected):
 
 
 @pytest.mark.slow
-def test_a_training_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path):
+def test_a_training_killed_at_any_moment_ends_like_an_uninterrupted_one(tmp_path):
     steps = ["--meta-steps", str(12 * KILLS)]
-    done = run("-m", "imaml_ext", "train", *QUICK, *steps, "--out", tmp_path / "undisturbed")
+    done = run("-m", "imaml_ext", "train", *QUICK, *steps, "--out", tmp_path / "uninterrupted")
     assert done.returncode == 0, done.stderr
     killed = run(
         "killing.py", tmp_path / "killed", 0, KILLS,
@@ -66,25 +66,25 @@ def test_a_training_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_
     assert counts["in a write"] == KILLS // 5
     got, expected = (
         load_checkpoint(tmp_path / name / "checkpoint.pt", training=True)
-        for name in ("killed", "undisturbed")
+        for name in ("killed", "uninterrupted")
     )
     assert_same(without_times(got), without_times(expected))
     got, expected = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("killed", "undisturbed")
+        for name in ("killed", "uninterrupted")
     )
     assert without_times(got) == without_times(expected)
     assert not list((tmp_path / "killed").glob("*unfinished*"))
 
 
-# ---- where it cannot be written --------------------------------------------------------------
+# ---- Folders that cannot be written to -------------------------------------------------------
 
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+def test_a_folder_that_cannot_be_created_is_an_error_of_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["train", *QUICK, "--out", str(tmp_path / "file" / "run")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
@@ -93,15 +93,15 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
 def test_two_trainings_in_one_folder_are_refused(tmp_path, capsys):
     with locked(tmp_path):
         assert main(["train", *QUICK, "--meta-steps", "2", "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.endswith(f"another process is at work in {tmp_path}\n")
+    assert capsys.readouterr().err.endswith(f"another process is using {tmp_path}\n")
     assert main(["train", *QUICK, "--meta-steps", "2", "--out", str(tmp_path)]) == 0
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Runs `imaml-ext ARGUMENTS` where FOLDER is a full disk of so many kB; its exit and errors."""
+    """A function that runs imaml-ext with a disk of some kB mounted; returns status and errors."""
     if shutil.which("unshare") is None:
-        pytest.skip("there is no unshare, to mount a small disk")
+        pytest.skip("unshare, which mounts a small disk, is not installed")
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -118,17 +118,17 @@ def small_disk(tmp_path):
         )  # fmt: skip
         if done.returncode == 77 or "unshare failed" in done.stderr:
             pytest.skip("a disk cannot be mounted here")
-        progress = ("step/s", "s/step")
+        progress = ("step/s", "s/step", "resuming from")
         lines = [line for line in done.stderr.splitlines() if not any(u in line for u in progress)]
-        return done.returncode, [line for line in lines if line and "resuming" not in line]
+        return done.returncode, [line for line in lines if line]
 
     return run_on
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spare", [0, 4, 20, 36, 40])
-def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(spare, tmp_path, small_disk):
-    """What is spare ends in the log, at the start or in the middle of a checkpoint, or after it."""
+def test_a_full_disk_is_an_error_of_one_line_and_keeps_the_checkpoint(spare, tmp_path, small_disk):
+    """The disk fills in the log, at the start or in the middle of a checkpoint, or after it."""
     before, out = tmp_path / "before" / "run", tmp_path / "disk" / "run"
     assert main(["train", *QUICK, "--meta-steps", "5", "--out", str(before)]) == 0
     size = sum(-(-len(content) // 4096) * 4 for content in files(before).values())
@@ -146,7 +146,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(spare, tmp_p
 
 
 @pytest.mark.slow
-def test_a_disk_that_may_only_be_read_is_one_line(tmp_path, small_disk):
+def test_a_read_only_disk_is_an_error_of_one_line(tmp_path, small_disk):
     out = tmp_path / "disk" / "run"
     code, errors = small_disk(100, "train", *QUICK, "--out", out, options="ro")
     assert code == 1
