@@ -1,4 +1,4 @@
-"""The command line, as a user and as a script meet it."""
+"""The command line: what it trains, prints and refuses."""
 
 import argparse
 import json
@@ -49,7 +49,7 @@ def test_compiled_training_ends_where_eager_training_does(tmp_path, capsys):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_what_cannot_be_compiled_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+def test_a_failed_compilation_is_reported_in_one_line(tmp_path, capsys, monkeypatch):
     def refuse(*_):
         raise RuntimeError("no C++ compiler\nand many lines more")
 
@@ -58,7 +58,7 @@ def test_what_cannot_be_compiled_is_said_in_one_line(tmp_path, capsys, monkeypat
     assert capsys.readouterr().err == "imaml-ext: error: --compile: no C++ compiler\n"
 
 
-def test_an_interrupted_run_resumes_to_where_an_undisturbed_one_ends(tmp_path, capsys, monkeypatch):
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, capsys, monkeypatch):
     def train(out, *more):
         return main(["train", "--device", "cpu", "--out", str(tmp_path / out), "--json", *more])
 
@@ -69,7 +69,7 @@ def test_an_interrupted_run_resumes_to_where_an_undisturbed_one_ends(tmp_path, c
 
     def interrupted_step(trainer):
         if trainer.steps == 1:
-            os.kill(os.getpid(), signal.SIGINT)  # while the second step is being made
+            os.kill(os.getpid(), signal.SIGINT)  # during the second step
         return step(trainer)
 
     monkeypatch.setattr(Trainer, "step", interrupted_step)
@@ -124,7 +124,7 @@ def test_evaluation_can_adapt_differently(tmp_path, capsys):
     assert last_json(capsys)["loss"] != loss
 
 
-def test_a_run_that_is_done_is_evaluated_again_when_resumed(tmp_path, capsys):
+def test_resuming_a_finished_run_evaluates_it_again(tmp_path, capsys):
     out = ["--device", "cpu", "--out", str(tmp_path), "--eval-tasks", "5", "--json"]
     assert main(["train", *QUICK, *out]) == 0
     loss = last_json(capsys)["loss"]
@@ -136,7 +136,7 @@ def test_a_run_that_is_done_is_evaluated_again_when_resumed(tmp_path, capsys):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.empty", lambda *_, device: None)  # there may be none
+    monkeypatch.setattr("torch.empty", lambda *_, device: None)  # works without a GPU
 
 
 @pytest.fixture
@@ -147,26 +147,28 @@ def cpu_build(monkeypatch):
 AUTO = argparse.Namespace(device="auto")
 
 
-def test_auto_takes_the_gpu_where_there_are_kernels_for_it(gpu, monkeypatch, capsys):
+def test_auto_chooses_the_gpu_if_the_build_has_kernels(gpu, monkeypatch, capsys):
     monkeypatch.setattr(cli, "build_info", lambda: {"cuda": "13.0"})
     assert cli._device(AUTO).type == "cuda"
     assert capsys.readouterr().err == ""
 
 
-def test_a_gpu_that_a_cpu_build_cannot_use_is_mentioned_once(gpu, cpu_build, monkeypatch, capsys):
-    said = r"imaml-ext: the GPU is not used: .* without CUDA kernels: reinstall .*`pip install .*\n"
+def test_an_unused_gpu_is_reported_once(gpu, cpu_build, monkeypatch, capsys):
+    notice = (
+        r"imaml-ext: the GPU is not used: .* without CUDA kernels: reinstall .*`pip install .*\n"
+    )
     assert cli._device(AUTO).type == "cpu"
     captured = capsys.readouterr()
-    assert re.fullmatch(said, captured.err)
+    assert re.fullmatch(notice, captured.err)
     assert captured.out == ""
     monkeypatch.setattr(cli, "is_launched", lambda: True)
-    for rank, expected in (("0", said), ("1", "")):
+    for rank, expected in (("0", notice), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         assert cli._device(AUTO).type == "cpu"
         assert re.fullmatch(expected, capsys.readouterr().err)
 
 
-def test_without_a_gpu_or_where_the_cpu_is_asked_for_nothing_is_said(
+def test_choosing_the_cpu_without_a_gpu_or_on_request_prints_nothing(
     gpu, cpu_build, monkeypatch, capsys
 ):
     assert cli._device(argparse.Namespace(device="cpu")).type == "cpu"
@@ -175,12 +177,12 @@ def test_without_a_gpu_or_where_the_cpu_is_asked_for_nothing_is_said(
     assert capsys.readouterr().err == ""
 
 
-def test_a_gpu_that_is_insisted_on_is_an_error_with_the_remedy(gpu, cpu_build):
+def test_requesting_a_gpu_that_a_cpu_build_cannot_use_is_an_error_with_the_remedy(gpu, cpu_build):
     with pytest.raises(ValueError, match=r"^--device cuda: .*reinstall .*`pip install "):
         cli._device(argparse.Namespace(device="cuda"))
 
 
-def test_a_checkpoint_that_the_command_line_did_not_write_is_refused(tmp_path, capsys):
+def test_a_checkpoint_not_written_by_the_command_line_is_refused(tmp_path, capsys):
     trainer = build(PRESETS["sinusoid"]).trainer()
     trainer.save(tmp_path / "c.pt", {"mine": 1})
     assert "was not written by imaml-ext" in fails(["eval", str(tmp_path / "c.pt")], capsys)
@@ -214,12 +216,14 @@ def fails(arguments, capsys):
         (["train", "--method", "maml", "--learn-lam", "scalar"], "learn_lam is for imaml"),
         (["train", "--method", "maml", "--inner", "adam"], "inner is for imaml"),
         (["train", "--method", "fomaml", "--learn-lr"], "learn_lr needs a second-order method"),
-        (["train", "--learn-lr"], "learn_lr is for MAML"),
+        (["train", "--learn-lr"], "learn_lr is for maml"),
         (["train", "--resume"], "no checkpoint at"),
         (["eval", "nowhere.pt"], "no checkpoint at nowhere.pt"),
     ],
 )
-def test_bad_arguments_are_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+def test_bad_arguments_fail_in_one_line_and_write_nothing(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert message in fails(arguments, capsys)
     assert not list(tmp_path.iterdir())
@@ -239,26 +243,26 @@ def test_a_resumed_run_keeps_its_settings(tmp_path, capsys):
     assert main(["train", *out, "--resume", "--meta-steps", "6", "--eval-tasks", "2"]) == 0
 
 
-def test_an_unwritable_folder_is_one_line(tmp_path, capsys):
+def test_an_unwritable_folder_fails_in_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = ["--out", str(tmp_path / "file" / "run")]
     assert "Not a directory" in fails(["train", *QUICK, *out], capsys)
 
 
-def test_a_run_that_explodes_is_saved_before_it_and_says_which_tasks(tmp_path, capsys, monkeypatch):
+def test_a_nonfinite_step_is_refused_and_the_state_before_it_saved(tmp_path, capsys, monkeypatch):
     out = ["--device", "cpu", "--out", str(tmp_path), "--eval-tasks", "5", "--json"]
-    deal = Sinusoid.sample
+    sample = Sinusoid.sample
 
-    def deal_infinity(source, step):
-        batch = deal(source, step)
+    def sample_infinity(source, step):
+        batch = sample(source, step)
         if step == 2 and source.shot == 10 and source.tasks == 3:
             batch.support[1][1] = torch.inf
         return batch
 
-    monkeypatch.setattr(Sinusoid, "sample", deal_infinity)
-    said = fails(["train", *QUICK, *out], capsys)
-    assert "meta-step 2: the meta-gradient is not finite" in said
-    assert "NONFINITE: 1 of 3 tasks: 1 (" in said
+    monkeypatch.setattr(Sinusoid, "sample", sample_infinity)
+    message = fails(["train", *QUICK, *out], capsys)
+    assert "meta-step 2: the meta-gradient is not finite" in message
+    assert "NONFINITE: 1 of 3 tasks: 1 (" in message
     state = load_checkpoint(tmp_path / "checkpoint.pt", training=True)
     assert state["steps"] == 2
     assert all(tensor.isfinite().all() for tensor in state["learned"].values())

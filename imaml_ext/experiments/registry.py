@@ -49,34 +49,25 @@ def _omniglot(root: str | Path, download: bool) -> Images:
     return load_omniglot(root, download=download).split()
 
 
-def _mini_imagenet(root: str | Path, download: bool) -> Images:
-    _no_download("mini-imagenet", download)
-    return load_mini_imagenet(root)
+def _local(load: Callable[[str | Path], Images]) -> Callable[[str | Path, bool], Images]:
+    def images(root: str | Path, download: bool) -> Images:
+        if download:
+            raise ValueError("--download is for omniglot: the others have no public archive")
+        return load(root)
+
+    return images
 
 
-def _tiny_imagenet(root: str | Path, download: bool) -> Images:
-    _no_download("tiny-imagenet", download)
-    return load_tiny_imagenet(root)
-
-
-def _no_download(dataset: str, download: bool) -> None:
-    if download:
-        raise ValueError(f"--download is for omniglot: {dataset} has no public archive")
-
+_natural = partial(conv4, channels=3, filters=32, pool=True)
 
 DATASETS = {
     "sinusoid": Dataset(lambda way: mlp(1, 40, 40, 1)),
     "omniglot": Dataset(conv4, _omniglot, rotate=True),
     "mini-imagenet": Dataset(
-        partial(conv4, channels=3, filters=32, image=84, pool=True),
-        _mini_imagenet,
-        eval_tasks_at_once=4,
+        partial(_natural, image=84), _local(load_mini_imagenet), eval_tasks_at_once=4
     ),
-    "tiny-imagenet": Dataset(
-        partial(conv4, channels=3, filters=32, image=32, pool=True), _tiny_imagenet
-    ),
+    "tiny-imagenet": Dataset(partial(_natural, image=32), _local(load_tiny_imagenet)),
 }
-
 
 INNER: dict[str, Callable[[Config], InnerSolver]] = {
     "gd": lambda c: GradientDescent(lr=c.inner_lr, steps=c.inner_steps),
@@ -90,12 +81,8 @@ INNER: dict[str, Callable[[Config], InnerSolver]] = {
 }
 
 
-def _linear(config: Config) -> dict[str, Any]:
-    return {
-        "max_iter": config.cg_steps,
-        "damping": config.damping,
-        "curvature": config.curvature,
-    }
+def _linear(c: Config) -> dict[str, Any]:
+    return {"max_iter": c.cg_steps, "damping": c.damping, "curvature": c.curvature}
 
 
 LINEAR: dict[str, Callable[[Config], LinearSolver]] = {
@@ -109,7 +96,9 @@ LINEAR: dict[str, Callable[[Config], LinearSolver]] = {
 
 def _implicit(config: Config, loss: ModuleLoss) -> Method:
     if config.learn_lr:
-        raise ValueError("learn_lr is for MAML: the implicit gradient does not see the step size")
+        raise ValueError(
+            "learn_lr is for maml: the implicit gradient does not depend on the step size"
+        )
     params = dict(loss.model.named_parameters())
     lam: float | ProximalStrength = config.lam
     if config.learn_lam != "no":
