@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from filelock import FileLock, Timeout
-
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Call `write(file)` on a temporary file in the same folder, sync it, and rename it to `path`.
@@ -67,6 +65,9 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     Raises:
         OSError: another process holds the lock, or the folder cannot be created or written to.
     """
+    # Imported late: it imports much that `import imaml_ext` does without.
+    from filelock import FileLock, Timeout
+
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", blocking=wait)
     try:

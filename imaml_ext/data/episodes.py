@@ -22,7 +22,7 @@ class ImageEpisodes:
             [classes, images per class, channels, H, W].
         way: number of classes in a task.
         shot, query: images per class in the support and the query set.
-        tasks: B.
+        tasks: number of tasks in a batch, B.
         seed: determines the tasks.
         rotate: rotate each class of a task by 0, 90, 180 or 270 degrees, at random.
         dtype: of the sampled images, which are scaled to [0, 1].

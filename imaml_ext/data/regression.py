@@ -20,7 +20,7 @@ class Sinusoid:
 
     Args:
         shot, query: number of points in the support and the query set.
-        tasks: B.
+        tasks: number of tasks in a batch, B.
         seed: determines the tasks.
         device, dtype: of the sampled tensors.
 
