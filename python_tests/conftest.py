@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 from fuzz import tried
+from matplotlib.figure import Figure
 from tape import Tape
 
 import imaml_ext
@@ -84,6 +85,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _skip_rendering(request, monkeypatch):
+    """Rendering its figures is most of the time of a small training."""
+    if "renders" not in request.keywords:
+        monkeypatch.setattr(Figure, "tight_layout", lambda figure: None)
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(b"not drawn"))
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ def last_json(capsys):
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
+@pytest.mark.renders
 def test_train_and_eval_agree(tmp_path, capsys):
     assert main(["train", *QUICK, "--device", "cpu", "--out", str(tmp_path / "run"), "--json"]) == 0
     trained = last_json(capsys)

@@ -90,6 +90,7 @@ def test_in_figure_2b_only_the_memory_of_maml_grows(monkeypatch, omniglot_root):
     assert bytes_of["maml", 12] > bytes_of["imaml", 12] + 200 * 2**20
 
 
+@pytest.mark.renders
 def test_a_study_is_measured_and_drawn_again_without_measuring(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sinusoid, "INNER_STEPS", (1, 2))
     command = ["reproduce", "sinusoid", "--out", str(tmp_path), "--device", "cpu", "--json"]

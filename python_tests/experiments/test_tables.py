@@ -53,6 +53,7 @@ def lines(folder):
     return [json.loads(x) for x in (folder / "results" / "table2.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.renders
 def test_a_table_grows_cell_by_cell(tmp_path, capsys, few_classes, monkeypatch):
     monkeypatch.setattr(tables, "_TRAINED", 3)
     quick = ["--meta-steps", "3"]  # enough to be tested

@@ -155,9 +155,9 @@ def test_a_learned_strength_beats_every_fixed_one_on_held_out_tasks():
         loss = module_loss(model, nn.functional.mse_loss)
         newton = HessianFree(steps=1, linear=ConjugateGradient(max_iter=10), damping=0.0)
         method = IMAML(loss, params, lam=lam, inner=newton, linear=ConjugateGradient(max_iter=10))
-        optimizer = torch.optim.Adam(method.learned().values(), lr=0.1)
+        optimizer = torch.optim.Adam(method.learned().values(), lr=0.15)
         trainer = Trainer(method, Relevance(50, seed=0), optimizer)
-        for _ in range(60):
+        for _ in range(40):
             trainer.step()
         return evaluate(method, Relevance(1000, seed=1), {"loss": loss}, tasks=1000).mean["loss"]
 

@@ -93,6 +93,7 @@ def compiled_and_eager():
     return RecordedMetaGradient(method.meta_gradient, source.sample(0)), method, source
 
 
+@pytest.mark.slow
 def test_a_compiled_meta_gradient_equals_the_eager_one(compiled_and_eager):
     compiled, method, source = compiled_and_eager
     theta = [t.detach().clone() for t in method.learned().values()]
@@ -116,6 +117,7 @@ def test_a_compiled_meta_gradient_equals_the_eager_one(compiled_and_eager):
             tensor.copy_(value)
 
 
+@pytest.mark.slow
 def test_compiled_training_equals_eager_training(compiled_and_eager):
     compiled, method, source = compiled_and_eager
     theta = [t.detach().clone() for t in method.learned().values()]
