@@ -54,6 +54,7 @@ def test_fits_show_the_model_before_and_after_adaptation(figures, tmp_path):
             torch.testing.assert_close(y.float(), want[:, 0].detach())
 
 
+@pytest.mark.renders
 def test_a_saved_plot_is_a_png(tmp_path):
     figure, _ = plots.panels(1)
     path = plots.save(figure, tmp_path / "folder" / "x.png")

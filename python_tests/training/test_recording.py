@@ -134,6 +134,7 @@ def test_compiled_training_equals_eager_training(compiled_and_eager):
     assert_close(*runs, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_compiled_meta_gradient_reports_failed_tasks(compiled_and_eager):
     compiled, _, source = compiled_and_eager
     batch = source.sample(1)
