@@ -175,6 +175,7 @@ def test_random_probes_are_not_compiled():
         RecordedMetaGradient(method.meta_gradient, source.sample(0))
 
 
+@pytest.mark.slow
 def test_a_reallocated_parameter_is_refused(compiled_and_eager):
     compiled, method, source = compiled_and_eager
     parameter = next(iter(method.params.values()))
@@ -188,6 +189,7 @@ def test_a_reallocated_parameter_is_refused(compiled_and_eager):
     compiled(source.sample(1))
 
 
+@pytest.mark.slow
 def test_threads_do_not_mix_their_batches(compiled_and_eager):
     compiled, _, source = compiled_and_eager
     batches = [source.sample(step) for step in range(8)]
