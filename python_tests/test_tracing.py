@@ -36,6 +36,10 @@ SOLVERS = {
     "minres": lambda n: MINRES(max_iter=n, rtol=1e-9),
     "neumann": lambda n: NeumannSeries(max_iter=n, lr=0.1, rtol=1e-9),
 }
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("hessian-free", "lbfgs") else name
+    for name in SOLVERS
+]
 LINEAR = ("cg", "minres", "neumann")
 
 
@@ -88,7 +92,7 @@ def solved():
     return solve
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_long_solve_ends_at_the_first_poll_after_all_tasks_are_done(
     name, solved, on_an_accelerator
 ):
@@ -104,7 +108,7 @@ def test_a_long_solve_ends_at_the_first_poll_after_all_tasks_are_done(
         assert torch.equal(getattr(got, field), getattr(never, field)), field
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_solve_of_64_iterations_reads_no_values(name, solved, on_an_accelerator):
     _, made, read = solved(name, 64)
     assert made >= 64
@@ -112,7 +116,7 @@ def test_a_solve_of_64_iterations_reads_no_values(name, solved, on_an_accelerato
     assert solved(name, 65)[2] == 1
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_on_the_cpu_a_solve_polls_before_every_iteration_unless_recorded(name, solved):
     got, made, read = solved(name, 140)
     needed = int(got.steps.max())

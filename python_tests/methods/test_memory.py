@@ -36,6 +36,7 @@ def peak_of(device, curvature, inner_steps, cg_steps):
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_peak_memory_does_not_grow_with_inner_or_cg_steps(curvature, device):
     base = peak_of(device, curvature, 1, 1)

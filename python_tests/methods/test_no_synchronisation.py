@@ -113,7 +113,7 @@ def test_adapt_and_its_backward_do_not_synchronise():
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "omit"])
-@pytest.mark.parametrize("dataset", ["sinusoid", "images"])
+@pytest.mark.parametrize("dataset", ["sinusoid", pytest.param("images", marks=pytest.mark.slow)])
 def test_a_meta_step_does_not_synchronise_from_sampling_to_the_update(
     dataset, nonfinite, monkeypatch
 ):

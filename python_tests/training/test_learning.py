@@ -24,7 +24,11 @@ from imaml_ext.experiments.models import mlp
 
 @pytest.mark.parametrize(
     ("optimizer", "lr"),
-    [(torch.optim.SGD, 1e-2), (torch.optim.Adam, 5e-3), (torch.optim.RMSprop, 3e-3)],
+    [
+        (torch.optim.Adam, 5e-3),
+        pytest.param(torch.optim.SGD, 1e-2, marks=pytest.mark.slow),
+        pytest.param(torch.optim.RMSprop, 3e-3, marks=pytest.mark.slow),
+    ],
 )
 def test_training_lowers_the_loss_on_unseen_tasks(optimizer, lr, device):
     torch.manual_seed(0)
@@ -95,7 +99,9 @@ class Newton(torch.optim.Optimizer):
         (lambda p: torch.optim.LBFGS(p, max_iter=20, line_search_fn="strong_wolfe"), 3),
         (lambda p: on_the_device(torch.optim.SGD, p, lr=0.3, momentum=0.8), 120),
         (lambda p: on_the_device(torch.optim.SGD, p, lr=1.0), 80),
-        (lambda p: on_the_device(torch.optim.Adam, p, lr=0.05), 220),
+        pytest.param(
+            lambda p: on_the_device(torch.optim.Adam, p, lr=0.05), 220, marks=pytest.mark.slow
+        ),
     ],
     ids=["newton", "lbfgs", "momentum", "sgd", "adam"],
 )
@@ -146,6 +152,7 @@ class Relevance:
         return TaskBatch((x[:, :n], y[:, :n]), (x[:, n:], y[:, n:]))
 
 
+@pytest.mark.slow
 def test_a_learned_strength_beats_every_fixed_one_on_held_out_tasks():
     def held_out_loss(form, initial):
         model = nn.Linear(8, 1, bias=False)
