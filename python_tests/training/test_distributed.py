@@ -203,7 +203,7 @@ def test_an_existing_run_is_not_resumed_without_being_asked(tmp_path):
     before = (tmp_path / "checkpoint.pt", b"of another run")
     before[0].write_bytes(before[1])
     _, error = torchrun(2, *TRAIN, "--out", tmp_path, restarts=1).communicate(timeout=300)
-    assert "checkpoint.pt exists: add --resume" in error
+    assert "checkpoint.pt exists: resume it with --resume" in error
     assert before[0].read_bytes() == before[1]
 
 
