@@ -18,7 +18,7 @@ def query_loss(problem, task, phi):
 
 
 def derivative(function, at, direction):
-    """Of `function` along `direction`, by Richardson extrapolation of central differences."""
+    """Of `function` along `direction`, by Richardson extrapolation: to order h^4."""
 
     def central(h):
         return (function(at + h * direction) - function(at - h * direction)) / (2 * h)

@@ -4,6 +4,7 @@
 
 import pytest
 import torch
+from method_problems import derivative
 from problems import classification, regression
 
 from imaml_ext import (
@@ -93,37 +94,29 @@ def test_the_meta_gradient_agrees_with_finite_differences_of_the_bilevel_objecti
         problem.loss, problem.params, problem.support, problem.query, lam=lam, **EXACT
     )
 
-    def difference(value, direction, along):
-        # Richardson extrapolation of central differences: the error is of order h^4.
-        def central(h):
-            up, down = along(value + h * direction), along(value - h * direction)
-            return (up - down) / (2 * h)
-
-        return (4 * central(1e-3) - central(2e-3)) / 3
-
     def along(values, directions, of):  # the derivative along one random direction in all of them
-        return difference(
-            torch.zeros((), dtype=torch.float64, device=device), 1.0,
+        return derivative(
             lambda h: of({name: t + h * directions[name] for name, t in values.items()}),
+            torch.zeros((), dtype=torch.float64, device=device), 1.0,
         )  # fmt: skip
 
     directions = {name: torch.randn_like(t) for name, t in problem.params.items()}
     want = along(problem.params, directions, lambda params: objective(params, lam))
     assert relative(sum((got.params[n] * d).sum() for n, d in directions.items()), want) < 1e-7
     if form == "float":
-        want = difference(lam, 1.0, lambda value: objective(problem.params, value))
+        want = derivative(lambda value: objective(problem.params, value), lam, 1.0)
         with_tensor = implicit_meta_grad(
             problem.loss, problem.params, problem.support, problem.query,
             lam=torch.tensor(lam, dtype=torch.float64, device=device), **EXACT,
         )  # fmt: skip
         assert relative(with_tensor.lam, want) < 1e-7
     elif form == "0-d":
-        want = difference(lam, 1.0, lambda value: objective(problem.params, value))
+        want = derivative(lambda value: objective(problem.params, value), lam, 1.0)
         assert relative(got.lam, want) < 1e-7
     elif form == "dense":
         direction = torch.randn_like(lam)
         direction = direction + direction.T
-        want = difference(lam, direction, lambda value: objective(problem.params, value))
+        want = derivative(lambda value: objective(problem.params, value), lam, direction)
         assert relative((got.lam * direction).sum(), want) < 1e-7
     else:
         directions = {name: torch.randn_like(t) for name, t in lam.items()}

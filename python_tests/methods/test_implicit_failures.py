@@ -4,7 +4,14 @@ import pytest
 import torch
 from problems import regression
 
-from imaml_ext import ConjugateGradient, GradientDescent, Status, adapt, implicit_meta_grad
+from imaml_ext import (
+    ConjugateGradient,
+    GradientDescent,
+    Status,
+    adapt,
+    implicit_meta_grad,
+    module_loss,
+)
 
 
 def test_negative_curvature_in_the_first_iteration_gives_the_first_order_gradient(device):
@@ -164,8 +171,6 @@ BAD = [
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
 def test_bad_input_is_rejected_in_one_line(change, error, message):
     model = torch.nn.Linear(2, 1)
-    from imaml_ext import module_loss
-
     arguments = {
         "loss": module_loss(model, torch.nn.functional.mse_loss),
         "params": dict(model.named_parameters()),
