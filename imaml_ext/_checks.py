@@ -6,7 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-_WORDS = {"(0, inf)": "positive and finite", "[0, inf)": "finite and non-negative"}
+_WORDS = {
+    "(0, inf)": "positive and finite",
+    "[0, inf)": "finite and non-negative",
+    "[1, inf)": "finite and at least 1",
+}
 
 
 def check_integer(name: str, value: Any, minimum: int | None = None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from imaml_ext._checks import check_range
 from imaml_ext._version import __version__
 from imaml_ext.experiments import plots
 from imaml_ext.experiments.build import build
@@ -32,7 +33,10 @@ from imaml_ext.training.trainer import NonfiniteError
 _EVAL_SETTINGS = [
     "method", "shot", "eval_query", "lam", "inner", "inner_lr", "inner_steps", "eval_proximal",
 ]  # fmt: skip
-_LEAST = {"validations": 1, "eval_tasks": 1, "meta_steps": 1, "save_every": 0, "budget": 0}
+_RANGES = {
+    "validations": "[1, inf)", "eval_tasks": "[1, inf)", "meta_steps": "[1, inf)",
+    "save_every": "[0, inf)", "budget": "[0, inf)",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,10 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if is_launched() and options.run is not _train:
             raise ValueError("torchrun is supported for train only")
-        for name, least in _LEAST.items():
-            value = vars(options).get(name)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{flag(name)} must be finite and at least {least}, got {value}")
+        for name, interval in _RANGES.items():
+            if (value := vars(options).get(name)) is not None:
+                check_range(flag(name), value, interval)
         options.run(options)
     except (ValueError, TypeError, OSError, NonfiniteError) as error:
         print(f"imaml-ext: error: {error}", file=sys.stderr)

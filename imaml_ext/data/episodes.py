@@ -5,6 +5,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from imaml_ext._checks import check_integer
 from imaml_ext._random import random_bits
 from imaml_ext.data.tasks import TaskBatch
 
@@ -28,6 +29,7 @@ class ImageEpisodes:
         dtype: of the sampled images, which are scaled to [0, 1].
 
     Raises:
+        TypeError: a size is not an integer.
         ValueError: more ways than classes, shot + query above the images per class, a size below 1,
             or `images` of another dtype or shape.
     """
@@ -52,8 +54,7 @@ class ImageEpisodes:
                 f" got {images.dtype} {list(images.shape)}"
             )
         for name, value in (("way", way), ("shot", shot), ("query", query), ("tasks", tasks)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_integer(name, value, minimum=1)
         if way > images.shape[0]:
             raise ValueError(f"way={way}, but there are {images.shape[0]} classes")
         if shot + query > images.shape[1]:

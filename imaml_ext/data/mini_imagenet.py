@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from imaml_ext._checks import check_integer
 from imaml_ext.data.cache import decoded_once
 
 _LISTS = {
@@ -62,13 +63,13 @@ def load_mini_imagenet(root: str | Path, *, images_per_class: int = 600) -> dict
 
     Raises:
         FileNotFoundError: `root` has neither of these layouts.
+        TypeError: `images_per_class` is not an integer.
         ValueError: a class is missing or has too few images; a list is malformed or differs from
             the published split; an image is missing, or cannot be decoded.
 
     Source: Vinyals et al. 2016; the split, Ravi, Larochelle 2017.
     """
-    if images_per_class < 1:
-        raise ValueError(f"images_per_class must be at least 1, got {images_per_class}")
+    check_integer("images_per_class", images_per_class, minimum=1)
     base = Path(root)
     if (base / "mini-imagenet").is_dir():
         base /= "mini-imagenet"

@@ -6,6 +6,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from imaml_ext._checks import check_integer
 from imaml_ext._random import uniform
 from imaml_ext.data.tasks import TaskBatch
 
@@ -25,7 +26,7 @@ class Sinusoid:
         device, dtype: of the sampled tensors.
 
     Raises:
-        ValueError: a size is below 1.
+        TypeError, ValueError: a size is not an integer or below 1.
 
     Source: Finn, Abbeel, Levine 2017, section 5.1.
     """
@@ -43,8 +44,7 @@ class Sinusoid:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         for name, value in (("shot", shot), ("query", query), ("tasks", tasks)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_integer(name, value, minimum=1)
         self.shot, self.query, self.tasks, self.seed = shot, query, tasks, seed
         self.task_indices = range(tasks)
         self.device, self.dtype = torch.device(device), dtype

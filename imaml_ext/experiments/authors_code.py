@@ -3,15 +3,16 @@
 For comparison only. Source: https://github.com/aravindr93/imaml_dev.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from imaml_ext.problem.objective import Matvec
+from imaml_ext.problem.lam import LamOperator
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner.base import unverified
 from imaml_ext.solvers.inner.gradient_descent import GradientDescent
+from imaml_ext.solvers.linear.base import LinearSystem
 from imaml_ext.solvers.linear.cg import ConjugateGradient
 from imaml_ext.solvers.solution import Solution
 
@@ -35,15 +36,10 @@ class AuthorsCodeCG(ConjugateGradient):
     """Solve `(2 I + H / (lam + 10)) g = v` in place of the paper's `(I + H / lam) g = v`. Then g is
     nearly `v / 2`, the direction of first-order MAML. Arguments as in `ConjugateGradient`."""
 
-    def solve(
-        self,
-        matvec: Matvec,
-        b: Tensor,
-        lam: float | Tensor = 0.0,
-        *,
-        second_moment: Tensor | None = None,
-    ) -> Solution:
-        shifted = lam + 10
-        solution = super().solve(matvec, b, 2 * shifted, second_moment=second_moment)
+    def _solve(self, system: LinearSystem) -> Solution:
+        lam = system.lam.values
+        other = copy(system)
+        other.lam = LamOperator(2 * (lam + 10))
+        solution = super()._solve(other)
         # The caller multiplies x by lam to get g. The Lanczos data is of another system.
-        return replace(solution, value=solution.value * (shifted / lam), lanczos=None)
+        return replace(solution, value=solution.value * ((lam + 10) / lam), lanczos=None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from imaml_ext._checks import check_choice
 from imaml_ext.data import ImageEpisodes, Sinusoid
 from imaml_ext.data.tasks import TaskSource
 from imaml_ext.experiments.config import Config
@@ -126,8 +127,7 @@ def build(
         FileNotFoundError, ValueError: the data is missing or not usable, or a setting is invalid.
     """
     for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise ValueError(f"{name} must be one of {choices}, got {getattr(config, name)!r}")
+        check_choice(name, getattr(config, name), choices)
     Budget(config.meta_steps, config.minutes)  # raises before the data is loaded
     dataset = DATASETS[config.dataset]
     images = dataset.images(data, download) if dataset.images else None

@@ -1,9 +1,9 @@
 """The cells of the paper's tables, as data."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from imaml_ext._checks import check_choice
 from imaml_ext.experiments.config import Config
 
 # A cell is a row (a method) in a column (a kind of task), in one variant of the settings: "paper",
@@ -125,21 +125,16 @@ def cell(table: str, column: str, row: str, variant: str = "ours") -> Cell:
     Raises:
         ValueError: there is no such table, column, row or variant, or the row lacks the variant.
     """
-    _check_choice("table", table, TABLES)
-    _check_choice("column", column, TABLES[table].columns)
-    _check_choice("row", row, ROWS)
-    _check_choice("variant", variant, VARIANTS)
+    check_choice("table", table, TABLES)
+    check_choice("column", column, TABLES[table].columns)
+    check_choice("row", row, ROWS)
+    check_choice("variant", variant, VARIANTS)
     settings = {"ours": _ours, "paper": _paper, "authors_code": _authors_code}[variant]
     train = replace(
         Config(dataset=TABLES[table].dataset), **_TASKS[column], **settings(table, column, row)
     )
     changes = _changes(table, column, row, variant)
     return Cell(table, column, row, variant, train, changes, TABLES[table].figure(row, column))
-
-
-def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    if value not in (names := list(choices)):
-        raise ValueError(f"{name} must be one of {names}, got {value!r}")
 
 
 def _paper(table: str, column: str, row: str) -> dict[str, Any]:

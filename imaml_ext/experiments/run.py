@@ -16,6 +16,7 @@ from tqdm import tqdm
 from imaml_ext._io import locked, remove_unfinished
 from imaml_ext.experiments.build import Experiment
 from imaml_ext.experiments.config import Config
+from imaml_ext.experiments.flags import flag
 from imaml_ext.training.checkpoint import load_checkpoint
 from imaml_ext.training.distributed import is_launched, rank
 from imaml_ext.training.logs import Record, json_lines, tensorboard
@@ -68,7 +69,7 @@ def resumed_config(checkpoint: Path, settings: dict[str, Any]) -> Config:
     saved = saved_config(load_checkpoint(checkpoint), checkpoint)
     for name, value in settings.items():
         if name not in _MAY_CHANGE and getattr(saved, name) != value:
-            allowed = ", ".join(f"--{other.replace('_', '-')}" for other in _MAY_CHANGE)
+            allowed = ", ".join(map(flag, _MAY_CHANGE))
             raise ValueError(
                 f"{checkpoint} was trained with {name}={getattr(saved, name)}, got {value}: "
                 f"a resumed run can change only {allowed}; use another folder for a new run"

@@ -1,0 +1,1 @@
+"""Meta-learning methods: from a batch of tasks to its meta-gradient."""

@@ -23,6 +23,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from imaml_ext._checks import check_choice
 from imaml_ext.ops.batch_norm import batch_norm, batch_norm_relu
 from imaml_ext.ops.batching import call_with_tasks
 from imaml_ext.ops.conv import Pair, direct_conv2d, patches_conv2d
@@ -37,8 +38,7 @@ def task_layers(device: torch.device) -> AbstractContextManager[Any]:
     name = os.environ.get("IMAML_LAYERS") or {"cpu": "direct", "cuda": "patches"}.get(device.type)
     if name is None or name == "torch":
         return nullcontext()
-    if name not in _FORMS:
-        raise ValueError(f"IMAML_LAYERS must be torch, {' or '.join(_FORMS)}, got {name!r}")
+    check_choice("IMAML_LAYERS", name, ("torch", *_FORMS))
     if name == "direct" and device.type != "cpu":
         raise ValueError(f"IMAML_LAYERS=direct needs CPU tensors, the parameters are on {device}")
     return _TaskLayers(_FORMS[name])

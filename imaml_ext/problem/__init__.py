@@ -1,0 +1,1 @@
+"""The inner problems: parameters, losses, the proximal term, and products with curvature."""

@@ -1,0 +1,1 @@
+"""Inner and linear solvers, and the solutions that they return."""

@@ -1,6 +1,6 @@
 """How long a training lasts and how much of that is spent."""
 
-import math
+from imaml_ext._checks import check_integer, check_range
 
 
 class Budget:
@@ -16,14 +16,14 @@ class Budget:
         progress: 0 at the start, at least 1 at the end; stays 0 without a limit.
 
     Raises:
+        TypeError: `steps` is not an integer, or `minutes` not a number.
         ValueError: `steps` is below 1, or `minutes` is negative or not finite.
     """
 
     def __init__(self, steps: int | None = None, minutes: float = 0.0) -> None:
-        if steps is not None and steps < 1:
-            raise ValueError(f"the number of meta-steps must be at least 1, got {steps}")
-        if not (math.isfinite(minutes) and minutes >= 0):
-            raise ValueError(f"minutes must be finite and not negative, got {minutes}")
+        if steps is not None:
+            check_integer("steps", steps, minimum=1)
+        check_range("minutes", minutes, "[0, inf)")
         self.steps = steps
         self.minutes = minutes
         self.progress = 0.0

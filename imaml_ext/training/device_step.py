@@ -75,7 +75,7 @@ class DeviceStep:
         self._capture = capture
         self._recordings = 0
         self._recorded_objects: list[Any] = []
-        self._run: Callable[[], None] = self._step
+        self._replay: Callable[[], None] | None = None
 
     def matches(
         self,
@@ -99,7 +99,7 @@ class DeviceStep:
                 self._copy_batch(self.source.sample(step))
             if self._capture is not no_capture and self._must_record():
                 self._record()
-            self._run()
+            (self._replay or self._step)()
         self._next = step + 1
 
     def read(self, steps: range) -> list[dict[str, float]]:
@@ -193,16 +193,16 @@ class DeviceStep:
                 "rate may change in every step"
             )
             return
-        self._run = self._step  # frees the memory of the last recording
+        self._replay = None  # frees the memory of the last recording
         try:
-            self._run = self._capture(self._step, self._warm_up)
+            self._replay = self._capture(self._step, self._warm_up)
         except RuntimeError as error:
             self._stop_recording(str(error))
 
     def _stop_recording(self, reason: str) -> None:
         for tensor in self.method.learned().values():
             tensor.grad = None
-        self._run, self._capture = self._step, no_capture
+        self._replay, self._capture = None, no_capture
         warnings.warn(f"meta-steps are not recorded: {reason.splitlines()[0]}", stacklevel=5)
 
     def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:

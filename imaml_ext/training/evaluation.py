@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from imaml_ext._checks import check_integer
 from imaml_ext.data.tasks import TaskSource
 from imaml_ext.methods.base import Method
 from imaml_ext.problem.layout import Params
@@ -52,10 +53,10 @@ def evaluate(
             "support_NAME".
 
     Raises:
+        TypeError: tasks is not an integer.
         ValueError: tasks is below 1, or a batch does not fit the parameters.
     """
-    if tasks < 1:
-        raise ValueError(f"tasks must be at least 1, got {tasks}")
+    check_integer("tasks", tasks, minimum=1)
     values: dict[str, list[Tensor]] = {name: [] for name in metrics}
     values |= {f"support_{name}": [] for name in support_metrics or {}}
     seen, step = 0, 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from imaml_ext._checks import check_integer
 from imaml_ext.data.tasks import TaskBatch, TaskSource
 from imaml_ext.methods.base import Method
 from imaml_ext.methods.meta_gradient import MetaGradient
@@ -80,8 +81,7 @@ class Trainer:
         log: Log | None = None,
         process_group: Group | None = None,
     ) -> None:
-        if read_every < 1:
-            raise ValueError(f"read_every must be at least 1, got {read_every}")
+        check_integer("read_every", read_every, minimum=1)
         on_cuda = is_on_cuda(method)
         if meta_gradient is not None and (on_cuda or capture is not None):
             raise ValueError(

@@ -33,9 +33,9 @@ def test_progress_is_the_larger_share_of_the_limits(limits, steps, seconds, prog
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"steps": 0}, "meta-steps must be at least 1, got 0"),
-        ({"minutes": -1.0}, "minutes must be finite and not negative, got -1.0"),
-        ({"minutes": math.nan}, "minutes must be finite and not negative, got nan"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"minutes": -1.0}, "minutes must be finite and non-negative, got -1.0"),
+        ({"minutes": math.nan}, "minutes must be finite and non-negative, got nan"),
     ],
 )
 def test_limits_that_are_none_are_refused(limits, message):

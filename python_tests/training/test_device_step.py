@@ -5,6 +5,8 @@ tensors that were replaced instead of written, with their old values.
 """
 
 import copy
+import gc
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -326,3 +328,22 @@ def test_fused_sgd_is_decided_on_the_device(momentum, device):
             trainer.step()
     assert trainers[0]._device_step is not None
     assert_same_training(*trainers)
+
+
+@pytest.mark.parametrize("kind", [cuda_graph, no_capture])
+def test_a_device_step_is_freed_without_the_collector(kind, device, capture):
+    # It holds the recording's memory and the process group.
+    capture = capture if kind is cuda_graph else no_capture
+    make_trainer(device)  # the first optimizer of a process keeps its caller's frame
+    gc.collect()
+    gc.disable()
+    try:
+        trainer = make_trainer(device, capture)
+        for _ in range(3):
+            trainer.step()
+        trainer.read()
+        freed = [weakref.ref(trainer), weakref.ref(trainer._device_step)]
+        del trainer
+        assert [reference() for reference in freed] == [None, None]
+    finally:
+        gc.enable()
