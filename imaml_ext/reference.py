@@ -2,10 +2,10 @@
 
 Slow, and shares no code with the library. For tests and benchmarks only.
 
-Source: Rajeswaran, Finn, Kakade, Levine 2019, Algorithms 1 and 2.
+Source: Rajeswaran, Finn, Kakade, Levine 2019, Algorithm 2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,19 +70,3 @@ def implicit_meta_gradient(
         lambda p: hessian_vector_product(loss, phi, support, p) + lam * p, v, cg_steps
     )
     return lam * x, -x * (phi - theta)
-
-
-def meta_step(
-    loss: Loss,
-    theta: Tensor,
-    tasks: Sequence[tuple[Any, Any]],
-    lam: Tensor,
-    outer_lr: float,
-    **settings: Any,
-) -> Tensor:
-    """One step of Algorithm 1: theta after a step along the mean meta-gradient of the tasks."""
-    gradients = [
-        implicit_meta_gradient(loss, theta, support, query, lam, **settings)[0]
-        for support, query in tasks
-    ]
-    return theta - outer_lr * torch.stack(gradients).mean(0)

@@ -2,8 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "bindings/layers.h"
-#include "bindings/rows.h"
+#include "bindings/layer_operators.h"
+#include "bindings/row_operators.h"
 #include "cpu/batch_norm.h"
 #include "cpu/conv.h"
 #include "cpu/patches.h"

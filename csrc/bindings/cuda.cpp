@@ -2,8 +2,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include "bindings/layers.h"
-#include "bindings/rows.h"
+#include "bindings/layer_operators.h"
+#include "bindings/row_operators.h"
 #include "cuda/launch.h"
 
 // Defined in libtorch_cuda. Weak, so that the extension also loads under a CPU build of torch.
