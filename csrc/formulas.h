@@ -25,8 +25,8 @@ enum Status : std::int32_t {
 };
 
 // One CG iteration on `rows` independent systems (H_i + diag(lam) + damping I) x_i = b_i, with
-// hp = H p already computed. All buffers are contiguous: [rows, dim] down to `inverse`, but for
-// lam, then [rows].
+// hp = H p already computed. All buffers are contiguous: [rows, dim] down to `inverse`,
+// except lam; then [rows].
 template <typename T>
 struct CgArgs {
   T* x;
@@ -92,7 +92,7 @@ struct CgNorms {
 };
 
 enum CgAction : std::int32_t {
-  kFreeze,        // leave the row as it is
+  kFreeze,        // leave the row unchanged
   kAdvance,       // x += alpha p, r -= alpha Ap
   kProximalStep,  // x += r / lam: the solution step of lam alone, without H
   kClear,         // x = 0: the row is not finite

@@ -152,7 +152,7 @@ def _train_in(group: Group | None, device: torch.device, options: argparse.Names
     start = time.perf_counter()
     out = options.out or Path("runs") / f"{options.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint = out / "checkpoint.pt"
-    # torchrun repeats its command after a failure; the first time there is nothing to resume.
+    # torchrun repeats its command after a failure; the first time there is no checkpoint.
     resume = options.resume and (group is None or checkpoint.exists())
     if resume:
         config = resumed_config(checkpoint, {"dataset": options.dataset, **given_settings(options)})
@@ -194,7 +194,7 @@ def _report(
     options: argparse.Namespace, result: Evaluation, start: float, *, steps: int, checkpoint: Path,
     written: list[Path],
 ) -> None:  # fmt: skip
-    """Print the figures, accuracies in percent; `start`: the command's."""
+    """Print the figures, accuracies in percent. `start`: when the command started."""
     mean, ci95 = result.mean, result.ci95
     figures: dict[str, Any] = {}
     if "accuracy" in mean:

@@ -102,7 +102,7 @@ class Checker {
     return operand("lam", t, {kAny});
   }
 
-  // An operand with a dtype of its own.
+  // An operand with a fixed dtype.
   const Checker& typed(const char* name, const Tensor& t, Sizes sizes, ScalarType type) const {
     shaped(name, t, sizes);
     if (t.scalar_type() != type)

@@ -26,7 +26,7 @@ class Capture(Protocol):
     """A way to record work of fixed shapes: `cuda_graph`, `compiled` or `no_capture`."""
 
     def __call__(self, function: Callable[[], T], warmup: Callable[[], Any]) -> Callable[[], T]:
-        """A function each call of which does what `function` does, and returns what it returns.
+        """Return a function equivalent to `function`: the same effects and the same result.
 
         Args:
             function: what to record.
@@ -81,7 +81,7 @@ def _warm_up(work: Callable[[], Any], stream: torch.cuda.Stream) -> None:
 def _captured(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Any, T]:
     caller, cause = torch.cuda.current_stream(), None
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    torch.clear_autocast_cache()  # of casts in the warm-up's memory, which will be freed
+    torch.clear_autocast_cache()  # its casts are in the warm-up's memory, which will be freed
     gc.collect()  # destroying a CUDA graph during a capture may invalidate it
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream):
@@ -96,7 +96,7 @@ def _captured(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Any
         # Ending a failed capture raises as well, which hides the cause.
         raise RuntimeError(str(cause or error)) from error
     finally:
-        torch.clear_autocast_cache()  # of casts in the graph's memory
+        torch.clear_autocast_cache()  # its casts are in the graph's memory
 
 
 def _leave_capture(pool: Any, stream: torch.cuda.Stream) -> None:

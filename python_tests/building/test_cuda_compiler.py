@@ -88,14 +88,14 @@ def place(kind, tmp_path, monkeypatch):
     if kind == "build environment":
         monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site")])
         return tmp_path / "site" / "nvidia" / "cu13" / "bin"
-    if kind == "beside torch":
+    if kind == "next to torch":
         return tmp_path / "nvidia" / "cu13" / "bin"
     return tmp_path / "toolkits" / kind / "bin"
 
 
 PLACES = [
     "CUDACXX", "CUDA_HOME", "CUDA_PATH", "PATH", "cuda", "cuda-13.2", "cuda-13.0",
-    "build environment", "beside torch",
+    "build environment", "next to torch",
 ]  # fmt: skip
 
 

@@ -147,16 +147,16 @@ def test_a_part_that_fails_or_lacks_time_does_not_stop_the_other_parts(run, chec
 def test_the_summary_is_written_before_a_stage_ends(run, tmp_path):
     seen = []
 
-    def looking(step):
+    def reading(step):
         seen.append(json.loads((tmp_path / "summary.json").read_text())["stages"])
 
-    run(("first", passing, 0, 60), ("second", looking, 0, 60))
+    run(("first", passing, 0, 60), ("second", reading, 0, 60))
     assert [(r["name"], r["outcome"]) for r in seen[0]] == [
         ("first", "passed"), ("second", "running"),
     ]  # fmt: skip
 
 
-def test_of_a_long_output_the_beginning_and_the_end_are_logged(run, check, tmp_path):
+def test_the_beginning_and_the_end_of_a_long_output_are_logged(run, check, tmp_path):
     limit = check("runner").LOGGED
     code = f"print('first'); print('x' * {2 * limit}); print('last')"
     run(("loud", lambda step: python(step, code, tmp_path), 0, 60))

@@ -1,4 +1,4 @@
-"""Experiments: what a Config gives, and adapting it differently in evaluation."""
+"""Experiments: what a Config builds, and adapting it differently in evaluation."""
 
 import dataclasses
 
@@ -84,7 +84,7 @@ def test_names_stand_for_methods_and_solvers(settings, kinds):
 
 
 @pytest.mark.parametrize("name", list(CHOICES))
-def test_an_unknown_name_is_refused_with_the_names_that_exist(name):
+def test_an_unknown_name_is_refused_and_the_known_names_are_listed(name):
     config = dataclasses.replace(PRESETS["sinusoid"], **{name: "abacus"})
     with pytest.raises(ValueError, match=f"{name} must be one of .*, got 'abacus'"):
         build(config)

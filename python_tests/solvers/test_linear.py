@@ -226,7 +226,7 @@ def test_the_jacobi_estimate_does_not_depend_on_the_batch(device):
     torch.testing.assert_close(whole.value[2:3], alone.value, rtol=1e-12, atol=0)
 
 
-# ---- a solver of the user's
+# ---- a user's own solver
 
 
 class Richardson(LinearSolver):

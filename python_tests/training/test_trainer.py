@@ -1,4 +1,4 @@
-"""The outer loop: what is learned, and that steps with non-finite tasks are refused."""
+"""The outer loop: which tensors are learned, and that steps with non-finite tasks are refused."""
 
 import pytest
 import torch
