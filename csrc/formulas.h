@@ -180,8 +180,8 @@ IMAML_INLINE T cg_take_step(const CgStep& step, T alpha, T p, T ap, T lam, T& x,
 }
 
 // Element `at` of z. In beta p + z a compiler may contract either product into the sum, but only
-// contracting beta p makes M = I give the bits of no preconditioner. The intrinsics enforce it for
-// nvcc, and GCC contracts the first product, so beta p must stand first.
+// contracting beta p makes M = I give the same bits as no preconditioner. The intrinsics enforce it
+// for nvcc, and GCC contracts the first product, so beta p must come first.
 template <bool kPreconditioned, typename T>
 IMAML_INLINE T cg_z(const T* inverse, std::int64_t at, T r) {
   if constexpr (!kPreconditioned) {

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", help="download the data set if it is missing")
     add("--out", type=Path, help="folder of the run; None: runs/DATASET-TIME")
     add("--resume", action="store_true",
-        help="resume from OUT/checkpoint.pt; under torchrun, start if there is none")  # fmt: skip
+        help="resume from OUT/checkpoint.pt; under torchrun, start a new run if it is missing")  # fmt: skip
     add("--compile", action="store_true", help="compile the meta-gradient; CPU only")
     add("--validations", type=int, default=20, help="number of validations during the run")
     add("--save-every", type=float, default=60.0, metavar="SECONDS",
@@ -100,15 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(study)
     add("--out", type=Path, default=Path("results"), help="folder of STUDY.jsonl and the plots")
     add("--seed", type=int, default=0, help="seed of the tasks and models")
-    add("--meta-steps", type=int, help="length of each training; None: the study's own")
+    add("--meta-steps", type=int, help="meta-steps of each training; None: the study's default")
     add("--draw-only", action="store_true", help="draw from OUT/STUDY.jsonl without measuring")
     add = study.add_argument_group(f"cells of a table ({', '.join(TABLES)})").add_argument
     columns = sorted({column for table in TABLES.values() for column in table.columns})
     add("--cells", nargs="+", choices=columns, help="columns; None: all")
     add("--methods", nargs="+", choices=list(ROWS), help="rows; None: all")
-    add("--variant", choices=VARIANTS, default="ours", help="whose settings to use")
+    add("--variant", choices=VARIANTS, default="ours", help="which settings to use")
     add("--budget", type=float, default=0.0, metavar="MINUTES",
-        help="training time of each cell, over all runs; 0: meta-steps alone")  # fmt: skip
+        help="training time of each cell, over all runs; 0: no limit")  # fmt: skip
     add("--runs", type=Path, default=Path("runs"), help="folder of the checkpoints")
     return parser
 

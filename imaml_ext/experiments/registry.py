@@ -1,4 +1,4 @@
-"""What the names in a `Config` stand for: data sets, methods and solvers."""
+"""What the names in a `Config` refer to: data sets, methods and solvers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -78,8 +78,8 @@ class LamOperator:
 def flatten_lam(layout: Layout, lam: Any) -> Tensor:
     """The `values` of a `LamOperator`, from the form that users pass; differentiable.
 
-    Values are checked on the CPU only, since on CUDA that would synchronise: there the tasks become
-    NONFINITE instead.
+    Values are checked on the CPU only, since on CUDA that would synchronise; invalid values on CUDA
+    make the tasks NONFINITE.
 
     Raises:
         TypeError, ValueError: lam has an unknown form or shape, or is not positive (definite),

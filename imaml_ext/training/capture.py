@@ -1,6 +1,6 @@
 """Recording work of fixed shapes as a CUDA graph, which removes the cost of launching kernels.
 
-A replay launches the recorded kernels on the same memory. Values that came from the host are
+A replay launches the recorded kernels on the same memory. Values from the host are
 frozen; whatever changes between replays must be a tensor that is written in place.
 
 Source: torch's notes on CUDA graphs, "Whole-network capture".

@@ -126,7 +126,7 @@ class Trainer:
         record or `history` is accessed, or after `read_every` steps.
 
         If the method omits non-finite tasks and all of them are, nothing is applied. On the host,
-        an optimizer that evaluates more than once in a step, such as L-BFGS, sees the same batch
+        an optimizer that evaluates more than once in a step, such as L-BFGS, uses the same batch
         each time; the record describes the first evaluation.
 
         Raises:
@@ -323,7 +323,7 @@ class Trainer:
         """Resume from a checkpoint; on the CPU, bit for bit as if training had not stopped.
 
         Torch's random state, which dropout uses, is restored too. In a process group the ranks
-        other than 0 are seeded anew.
+        other than 0 are reseeded.
 
         Args:
             path: of a checkpoint that `save` wrote.

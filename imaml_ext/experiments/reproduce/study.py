@@ -19,12 +19,12 @@ class Settings:
     """The options of `imaml-ext reproduce` that a study may use.
 
     Attributes:
-        meta_steps: length of each training, if the study trains; None: the study's own.
+        meta_steps: of each training, if the study trains; None: the study's default.
         eval_tasks: tasks of each evaluation.
         out: folder of the records, plots and models.
         cells, methods: columns and rows of a table; None: all.
-        variant: whose settings a table uses.
-        budget: minutes of training for each cell, over all runs; 0: meta-steps alone.
+        variant: which settings a table uses.
+        budget: minutes of training for each cell, over all runs; 0: no limit.
         runs: folder of the cells' checkpoints.
     """
 

@@ -25,7 +25,7 @@ from imaml_ext.training.evaluation import Evaluation
 from imaml_ext.training.trainer import NonfiniteError
 
 _VALIDATIONS = 8
-_SIDE_TASKS = 200  # tasks of every evaluation but the main one
+_SIDE_TASKS = 200  # tasks of every evaluation except the main one
 _TRAINED = 100  # meta-steps; a shorter run is a timing and is not tested
 
 
