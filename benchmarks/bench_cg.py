@@ -5,7 +5,8 @@ computed beforehand and are the same for all, so that only the work between them
 fraction of copy bandwidth assumes 7 passes over memory per iteration, the minimum, and a copy of
 the same footprint. TorchOpt and linear_operator also request the product with the initial guess
 0, and receive zeros. On CUDA, several copies of the operands are used in turn, so that they are not
-in the cache; imaml_ext and plain PyTorch are also timed as CUDA graphs, because launches may dominate.
+in the cache; imaml_ext and plain PyTorch are also timed as CUDA graphs, because launches may
+dominate.
 """
 
 import warnings

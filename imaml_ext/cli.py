@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", help="download the data set if it is missing")
     add("--out", type=Path, help="folder of the run; None: runs/DATASET-TIME")
     add("--resume", action="store_true",
-        help="resume from OUT/checkpoint.pt; under torchrun, start a new run if it is missing")  # fmt: skip
+        help="resume from OUT/checkpoint.pt; under torchrun, start if it is missing")  # fmt: skip
     add("--compile", action="store_true", help="compile the meta-gradient; CPU only")
     add("--validations", type=int, default=20, help="number of validations during the run")
     add("--save-every", type=float, default=60.0, metavar="SECONDS",
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", choices=list(ROWS), help="rows; None: all")
     add("--variant", choices=VARIANTS, default="ours", help="which settings to use")
     add("--budget", type=float, default=0.0, metavar="MINUTES",
-        help="training time of each cell, over all runs; 0: no limit")  # fmt: skip
+        help="training time of each cell, over all runs; 0: no time limit")  # fmt: skip
     add("--runs", type=Path, default=Path("runs"), help="folder of the checkpoints")
     return parser
 
@@ -203,7 +203,7 @@ def _report(
             figures[f"{prefix}ci95"] = 100 * ci95[f"{prefix}accuracy"]
         print("accuracy  {accuracy:.2f} ± {ci95:.2f} % (95%)".format(**figures))
         print("          {support_accuracy:.2f} ± {support_ci95:.2f} % with".format(**figures),
-              "batch norm's statistics of the support set alone")  # fmt: skip
+              "batch norm statistics of the support set alone")  # fmt: skip
     figures |= {"loss": mean["loss"], "loss_ci95": ci95["loss"]}
     print("loss      {loss:.4f} ± {loss_ci95:.4f} (95%)".format(**figures))
     print(f"on        {result.tasks} unseen tasks, after {steps} meta-steps")

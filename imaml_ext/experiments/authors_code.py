@@ -45,5 +45,5 @@ class AuthorsCodeCG(ConjugateGradient):
     ) -> Solution:
         shifted = lam + 10
         solution = super().solve(matvec, b, 2 * shifted, second_moment=second_moment)
-        # The caller multiplies x by lam to get g. The Lanczos data belongs to another system.
+        # The caller multiplies x by lam to get g. The Lanczos data is of another system.
         return replace(solution, value=solution.value * (shifted / lam), lanczos=None)

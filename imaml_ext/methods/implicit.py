@@ -82,7 +82,7 @@ def implicit_meta_grad(
         gradient with respect to Λ; `inner` and `linear` report on the solves of each task.
 
     Raises:
-        TypeError, ValueError: an argument is invalid; the message states the reason.
+        TypeError, ValueError: an argument is invalid.
         RuntimeError: under `torch.inference_mode`, where nothing can be differentiated.
 
     Source: Rajeswaran, Finn, Kakade, Levine 2019, equation 6 and Algorithm 2.
@@ -238,7 +238,7 @@ class _Adapt(torch.autograd.Function):
 
 
 def _current_autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
-    """A function that returns a context with the autocast state of now."""
+    """A function that returns a context with the current autocast state."""
     if not torch.amp.is_autocast_available(device):
         return nullcontext
     return partial(

@@ -41,8 +41,8 @@ class Layout:
                 )
             if names.setdefault(id(tensor), name) != name:
                 raise ValueError(
-                    f"{label}[{name!r}] is {label}[{names[id(tensor)]!r}]: pass a tied tensor "
-                    "once, as dict(model.named_parameters()) does"
+                    f"{label}[{name!r}] is the same tensor as {label}[{names[id(tensor)]!r}]: "
+                    "pass a tied tensor once, as dict(model.named_parameters()) does"
                 )
             if tensor.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"{label}[{name!r}] must be float32 or float64, got {tensor.dtype}")

@@ -1,7 +1,7 @@
 """Recording work of fixed shapes as a CUDA graph, which removes the cost of launching kernels.
 
-A replay launches the recorded kernels on the same memory. Values from the host are
-frozen; whatever changes between replays must be a tensor that is written in place.
+A replay launches the recorded kernels on the same memory. Values from the host are frozen; whatever
+changes between replays must be a tensor that is written in place.
 
 Source: torch's notes on CUDA graphs, "Whole-network capture".
 """
@@ -103,7 +103,7 @@ def _leave_capture(pool: Any, stream: torch.cuda.Stream) -> None:
     """Reset the state that torch 2.10, and in part later versions, leave after a failed capture.
 
     The allocator remains in capture mode, and aborts the process when a memory pool is destroyed;
-    the default generator refuses to draw.
+    the default generator raises an error.
     """
     with suppress(RuntimeError):  # already done by torch
         device = torch.cuda.current_device()

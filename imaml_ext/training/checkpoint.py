@@ -35,7 +35,7 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    buffer = io.BytesIO()  # on a full disk torch.save itself raises other errors than OSError
+    buffer = io.BytesIO()  # on a full disk torch.save itself raises errors other than OSError
     torch.save({"format": _FORMAT, "version": _VERSION, **state}, buffer)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 

@@ -112,7 +112,7 @@ def test_a_stopped_command_can_save_its_results(check, tmp_path, monkeypatch):
     assert (tmp_path / "saved").exists()
 
 
-def test_a_stage_for_which_too_little_time_is_left_is_left_out(run):
+def test_a_stage_is_left_out_if_too_little_time_is_left(run):
     records = run(("long", passing, 120, 600), ("short", passing, 10, 600), minutes=1.0)
     assert records["long"]["outcome"] == "left out"
     assert records["long"]["reason"].endswith("s are left, it needs about 120")

@@ -24,7 +24,7 @@ class Settings:
         out: folder of the records, plots and models.
         cells, methods: columns and rows of a table; None: all.
         variant: which settings a table uses.
-        budget: minutes of training for each cell, over all runs; 0: no limit.
+        budget: minutes of training for each cell, over all runs; 0: no time limit.
         runs: folder of the cells' checkpoints.
     """
 
