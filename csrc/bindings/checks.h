@@ -188,7 +188,7 @@ void dispatch(const Tensor& t, const Body& body) {
     body(double{});
 }
 
-// An uninitialised tensor. Replaces torch's error, a C++ trace, by one line.
+// An uninitialised tensor. Replaces torch's error, a C++ trace, with one line.
 inline Tensor new_result(const char* op, const Tensor& like, Sizes sizes) {
   try {
     return torch::stable::new_empty(like, sizes);

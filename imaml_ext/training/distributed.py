@@ -136,7 +136,7 @@ def average(
         for (name, gradient), part in zip(gradients.items(), parts[:-1], strict=True)
     }
     total = dict(zip(names, parts[-1].double(), strict=True))
-    # The sum over the processes may overflow though no task failed.
+    # The sum over the processes may overflow although no task failed.
     finite = torch.stack([part.isfinite().all() for part in parts[:-1]]).all()
     failed = 1 - (used / all_tasks).double()
     return averaged, total | {"failed": torch.where(finite, failed, 1.0)}

@@ -291,7 +291,7 @@ class Trainer:
         """Restore what `state_dict` returned; records of pending steps are dropped.
 
         Raises:
-            Exception: the state does not fit this trainer. Nothing has changed.
+            Exception: the state does not match this trainer. Nothing has changed.
         """
         steps, seconds = state["steps"], state["seconds"]
         history, validation = list(state["history"]), list(state["validation"])

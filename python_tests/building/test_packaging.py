@@ -83,7 +83,7 @@ def test_the_sdist_has_the_tracked_files_except_results_and_tools(sources, backe
     assert not stale.exists()
 
 
-def test_the_wheel_has_the_modules_and_their_types_only(sources, backend):
+def test_the_wheel_has_only_the_modules_and_their_types(sources, backend):
     shutil.copy2(ROOT / "python_tests" / "conftest.py", sources / "imaml_ext" / "unwanted.txt")
     built = build(sources, "setup.py", "--quiet", "build_py", "--build-lib", "lib")
     assert built.returncode == 0, built.stderr

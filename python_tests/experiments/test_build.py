@@ -44,7 +44,7 @@ def test_without_the_proximal_term_imaml_adapts_by_plain_descent():
         assert not torch.allclose(phi, with_term.method.adapt(support)[name])
 
 
-def test_other_adaptation_keeps_the_learned_tensors():
+def test_changed_adaptation_settings_keep_the_learned_tensors():
     one = build(dataclasses.replace(PRESETS["sinusoid"], learn_lam="scalar"))
     with torch.no_grad():
         for tensor in one.method.hyperparameters().values():
@@ -72,7 +72,7 @@ def test_other_adaptation_keeps_the_learned_tensors():
     ],
     ids=str,
 )
-def test_names_stand_for_methods_and_solvers(settings, kinds):
+def test_names_refer_to_methods_and_solvers(settings, kinds):
     config = dataclasses.replace(PRESETS["sinusoid"], cg_steps=3, damping=0.5, **settings)
     method = build(config).method
     linear = getattr(method, "linear", None)

@@ -46,7 +46,7 @@ def test_gradients_flow_through_both_directions():
         ([torch.zeros(7)], TypeError, "phi must map names to tensors"),
     ],
 )  # fmt: skip
-def test_tensors_that_do_not_fit_are_rejected(params, error, message):
+def test_mismatched_tensors_are_rejected(params, error, message):
     with pytest.raises(error, match=message):
         Layout(PARAMS).flatten(params, "phi")
 

@@ -254,7 +254,7 @@ def test_a_subclass_implements_only_its_iteration(form):
     assert got.residual[2].isnan()
 
 
-def test_a_subclass_gets_the_second_moment_and_checked_arguments():
+def test_a_subclass_receives_the_second_moment_and_checked_arguments():
     systems = []
 
     class Recording(Richardson):

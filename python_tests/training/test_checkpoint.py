@@ -196,7 +196,7 @@ def test_random_damage_is_refused_or_harmless_and_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"text"])
-def test_a_foreign_file_is_refused(content, tmp_path):
+def test_an_unrelated_file_is_refused(content, tmp_path):
     path = tmp_path / "c.pt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"c.pt is truncated or not a checkpoint"):
@@ -204,7 +204,7 @@ def test_a_foreign_file_is_refused(content, tmp_path):
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), {"steps": 1}])
-def test_a_file_of_torch_that_is_not_a_checkpoint_is_refused(content, tmp_path):
+def test_a_torch_file_that_is_not_a_checkpoint_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"c\.pt is not a checkpoint of imaml_ext"):
         load_checkpoint(tmp_path / "c.pt")
