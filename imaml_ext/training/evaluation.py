@@ -52,7 +52,7 @@ def evaluate(
             "support_NAME".
 
     Raises:
-        ValueError: tasks is below 1, or a batch does not match the parameters.
+        ValueError: tasks is below 1, or a batch does not fit the parameters.
     """
     if tasks < 1:
         raise ValueError(f"tasks must be at least 1, got {tasks}")
