@@ -1,7 +1,7 @@
 """Installs imaml_ext in every supported way, each in a fresh environment, and uses the result.
 
     nox -l                                        # the sessions
-    nox -k "uv and not cuda"                      # those whose names contain a text
+    nox -k "uv and not cuda"                      # those whose names match
     nox -- benchmarks/results/installs.jsonl      # also append a JSON line for each session
 
 Each session installs a copy of the sources. Outside of them, it checks what the package reports
@@ -93,7 +93,7 @@ class Environment:
         return self.run("uv", "pip", *arguments)
 
     def install(self, installer: Callable[..., str], *what: str) -> None:
-        """Install what is given, and use it."""
+        """Install these requirements, and use the result."""
         with self.timed("install"):
             installer("install", *what)
         self.use()
@@ -126,7 +126,7 @@ def last_json(output: str) -> dict[str, Any]:
 
 
 def unshared(namespace: str, *script: str) -> list[str]:
-    """The prefix of a command in a namespace of its own."""
+    """A command prefix that creates a new namespace."""
     for options in ([namespace], ["-r", namespace]):
         prefix = ["unshare", *options, *script]
         with contextlib.suppress(OSError):
@@ -153,7 +153,7 @@ print(json.dumps({
 
 
 def hide_nvcc() -> list[str]:
-    """The prefix of a command that finds no nvcc: it sees empty folders in place of toolkits."""
+    """A command prefix that hides nvcc: empty folders are mounted over the toolkits."""
     toolkits = {path.resolve() for path in Path("/usr/local").glob("cuda*") if path.is_dir()}
     on_path = [Path(d) / "nvcc" for d in os.environ["PATH"].split(os.pathsep)]
     files = {path.resolve() for path in on_path if path.is_file()}
@@ -193,7 +193,7 @@ def from_wheelhouse(e: Environment) -> list[str]:
 
 def editable(e: Environment) -> None:
     e.install(e.pip, "-e", str(e.source))
-    os.chdir(e.source)  # which the session leaves at its end
+    os.chdir(e.source)  # the session changes back at its end
     e.use()
 
 
@@ -214,7 +214,7 @@ def without_nvcc(e: Environment) -> None:
     e.install(e.pip, str(e.source))
 
 
-# Runs Python in a terminal of its own, and prints what the terminal shows.
+# Runs Python in a new terminal, and prints the terminal's output.
 TERMINAL = """
 import os, pty, sys
 sys.exit(os.waitstatus_to_exitcode(pty.spawn([sys.executable, *sys.argv[1:]])))
@@ -222,7 +222,7 @@ sys.exit(os.waitstatus_to_exitcode(pty.spawn([sys.executable, *sys.argv[1:]])))
 
 
 def without_nvcc_or_network(e: Environment) -> None:
-    """CPU kernels only. The terminal says why, although pip captures the build's output."""
+    """CPU kernels only. The terminal shows the reason, although pip captures the build's output."""
     arguments = from_wheelhouse(e)
     e.prefix += hide_nvcc()
     with e.timed("install"):
@@ -285,17 +285,17 @@ ROWS = [
     # The CPU builds at the ends of the range.
     Row("3.11", "2.10.0+cpu", "pip"),
     Row("3.11", "2.15.0+cpu", "pip"),
-    # A GPU's driver without the CUDA toolkit: NVIDIA's compiler is a build requirement.
+    # A GPU driver without the CUDA toolkit: NVIDIA's compiler is a build requirement.
     Row("3.11", "2.14.1", "pip, no nvcc", "cuda"),
     Row("3.11", "2.14.1", "pip, no nvcc, no network"),
-    # No torch: the installer brings it, and the build requires it.
+    # No torch: the build requires it, and the installer installs it.
     Row("3.11", "", "uv"),
     Row("3.11", "", "pip"),
 ]
 
 
 def copy_sources(target: Path) -> None:
-    """What git tracks, or would."""
+    """Copy the files that git tracks, and those that it does not ignore."""
     listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():

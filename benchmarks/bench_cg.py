@@ -3,9 +3,10 @@
 Times a fixed number of iterations on [B, D] systems `(H + lam I) x = b`. The products with H are
 computed beforehand and are the same for all, so that only the work between them is timed. The
 fraction of copy bandwidth assumes 7 passes over memory per iteration, the minimum, and a copy of
-the same footprint. TorchOpt and linear_operator also ask for the product with the initial guess 0,
-and get zeros. On CUDA, several copies of the operands are used in turn, so that they are not in the
-cache; imaml_ext and plain PyTorch are also timed as CUDA graphs, because launches may dominate.
+the same footprint. TorchOpt and linear_operator also request the product with the initial guess
+0, and receive zeros. On CUDA, several copies of the operands are used in turn, so that they are not
+in the cache; imaml_ext and plain PyTorch are also timed as CUDA graphs, because launches may
+dominate.
 """
 
 import warnings

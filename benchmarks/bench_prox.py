@@ -74,7 +74,7 @@ class Problem:
 
 
 class Candidate(Protocol):
-    """A way to make the step; `prepare` goes back to the start, `phi` is read after the step."""
+    """An implementation of the step; `prepare` resets the operands, `phi` is read afterwards."""
 
     def prepare(self) -> None: ...
 

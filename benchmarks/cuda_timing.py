@@ -51,7 +51,7 @@ class Captured:
         count: number of calls in a replay.
 
     Raises:
-        RuntimeError: it cannot be captured; the message says why.
+        RuntimeError: it cannot be captured; the message has the cause.
     """
 
     def __init__(self, call: Implementation) -> None:

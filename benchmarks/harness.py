@@ -50,7 +50,7 @@ def leave_out(implementations: Implementations, without: list[str]) -> Implement
     kept = {}
     for name, call in implementations.items():
         if name != ours and any(text in name for text in without):
-            print(f"left out, as asked: {name}", file=sys.stderr)
+            print(f"left out, as requested: {name}", file=sys.stderr)
         else:
             kept[name] = call
     return kept

@@ -253,7 +253,7 @@ def installs(lines: list[Result]) -> str:
             [
                 line.get("python", row["python"]),
                 line.get("torch", row["torch"] or "none"),
-                row["way"] + built + ("" if row["torch"] else ", which brings torch"),
+                row["way"] + built + ("" if row["torch"] else ", which installs torch"),
                 "CPU and CUDA" if row["kernels"] == "cuda" else "CPU",
                 f"**{line['outcome']}**" if line["reason"] else line["outcome"],
                 "" if seconds is None else f"{seconds:.0f}",
@@ -294,7 +294,7 @@ BODIES = {
 PAGES = {"inner": inner, "package": package}
 
 
-def make(results: list[Result], matrix: list[Result] | None = None) -> str:
+def make(results: list[Result], installations: list[Result] | None = None) -> str:
     """The page: for each benchmark and setting, the results on the CPU and on CUDA."""
     text = HEADER
     for benchmark, title in TITLES.items():
@@ -313,14 +313,14 @@ def make(results: list[Result], matrix: list[Result] | None = None) -> str:
                     text += f"\n{label}: not measured.\n"
     for benchmark, page in PAGES.items():
         text += "".join(page(result) for result in results if result["benchmark"] == benchmark)
-    return text + (installs(matrix) if matrix else "")
+    return text + (installs(installations) if installations else "")
 
 
 def committed(folder: Path = HERE) -> list[Result]:
     return [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
 
 
-def committed_matrix(folder: Path = HERE) -> list[Result]:
+def committed_installs(folder: Path = HERE) -> list[Result]:
     text = (folder / "results" / "installs.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
@@ -341,7 +341,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = HERE.parent) -> No
     if chosen.add is not None:
         add(chosen.add, folder / "results")
     results = committed(folder)
-    (folder / "README.md").write_text(make(results, committed_matrix(folder)))
+    (folder / "README.md").write_text(make(results, committed_installs(folder)))
     readme.write_text(readme_rows.replaced(readme.read_text(), results))
 
 

@@ -25,8 +25,8 @@ enum Status : std::int32_t {
 };
 
 // One CG iteration on `rows` independent systems (H_i + diag(lam) + damping I) x_i = b_i, with
-// hp = H p already computed. All buffers are contiguous: [rows, dim] down to `inverse`, but for
-// lam, then [rows].
+// hp = H p already computed. All buffers are contiguous: [rows, dim] down to `inverse`,
+// except lam; then [rows].
 template <typename T>
 struct CgArgs {
   T* x;
@@ -92,7 +92,7 @@ struct CgNorms {
 };
 
 enum CgAction : std::int32_t {
-  kFreeze,        // leave the row as it is
+  kFreeze,        // leave the row unchanged
   kAdvance,       // x += alpha p, r -= alpha Ap
   kProximalStep,  // x += r / lam: the solution step of lam alone, without H
   kClear,         // x = 0: the row is not finite
@@ -180,8 +180,8 @@ IMAML_INLINE T cg_take_step(const CgStep& step, T alpha, T p, T ap, T lam, T& x,
 }
 
 // Element `at` of z. In beta p + z a compiler may contract either product into the sum, but only
-// contracting beta p makes M = I give the bits of no preconditioner. The intrinsics enforce it for
-// nvcc, and GCC contracts the first product, so beta p must stand first.
+// contracting beta p makes M = I give the same bits as no preconditioner. The intrinsics enforce it
+// for nvcc, and GCC contracts the first product, so beta p must come first.
 template <bool kPreconditioned, typename T>
 IMAML_INLINE T cg_z(const T* inverse, std::int64_t at, T r) {
   if constexpr (!kPreconditioned) {

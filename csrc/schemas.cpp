@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(imaml, m) {
 
   // x, g, a and the first result [B, R, C], the others [B, C]; norm_formulas.h has the formulas.
   // batch_norm returns y, max(y, 0) (empty without relu), the mean and 1 / sqrt(variance + eps).
-  // w, gamma, beta, b and c need be contiguous within each task only.
+  // w, gamma, beta, b and c need only be contiguous within each task.
   m.def(
       "batch_norm(Tensor x, Tensor gamma, Tensor beta, float eps, bool relu) -> (Tensor, Tensor, "
       "Tensor, Tensor)");

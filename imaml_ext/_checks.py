@@ -1,4 +1,4 @@
-"""Checks of arguments. Messages have the name, what was expected and what was got."""
+"""Checks of arguments. Messages state the name, what was expected and what was given."""
 
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real

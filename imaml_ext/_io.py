@@ -65,7 +65,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     Raises:
         OSError: another process holds the lock, or the folder cannot be created or written to.
     """
-    # Imported late: it imports much that `import imaml_ext` does without.
+    # Imported late: it imports many modules that `import imaml_ext` does not need.
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)

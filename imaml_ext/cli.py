@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", help="download the data set if it is missing")
     add("--out", type=Path, help="folder of the run; None: runs/DATASET-TIME")
     add("--resume", action="store_true",
-        help="resume from OUT/checkpoint.pt; under torchrun, start if there is none")  # fmt: skip
+        help="resume from OUT/checkpoint.pt; under torchrun, start if it is missing")  # fmt: skip
     add("--compile", action="store_true", help="compile the meta-gradient; CPU only")
     add("--validations", type=int, default=20, help="number of validations during the run")
     add("--save-every", type=float, default=60.0, metavar="SECONDS",
@@ -103,15 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(study)
     add("--out", type=Path, default=Path("results"), help="folder of STUDY.jsonl and the plots")
     add("--seed", type=int, default=0, help="seed of the tasks and models")
-    add("--meta-steps", type=int, help="length of each training; None: the study's own")
+    add("--meta-steps", type=int, help="meta-steps of each training; None: the study's default")
     add("--draw-only", action="store_true", help="draw from OUT/STUDY.jsonl without measuring")
     add = study.add_argument_group(f"cells of a table ({', '.join(TABLES)})").add_argument
     columns = sorted({column for table in TABLES.values() for column in table.columns})
     add("--cells", nargs="+", choices=columns, help="columns; None: all")
     add("--methods", nargs="+", choices=list(ROWS), help="rows; None: all")
-    add("--variant", choices=VARIANTS, default="ours", help="whose settings to use")
+    add("--variant", choices=VARIANTS, default="ours", help="which settings to use")
     add("--budget", type=float, default=0.0, metavar="MINUTES",
-        help="training time of each cell, over all runs; 0: meta-steps alone")  # fmt: skip
+        help="training time of each cell, over all runs; 0: no time limit")  # fmt: skip
     add("--runs", type=Path, default=Path("runs"), help="folder of the checkpoints")
     return parser
 
@@ -155,7 +155,7 @@ def _train_in(group: Group | None, device: torch.device, options: argparse.Names
     start = time.perf_counter()
     out = options.out or Path("runs") / f"{options.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint = out / "checkpoint.pt"
-    # torchrun repeats its command after a failure; the first time there is nothing to resume.
+    # torchrun repeats its command after a failure; the first time there is no checkpoint.
     resume = options.resume and (group is None or checkpoint.exists())
     if resume:
         config = resumed_config(checkpoint, {"dataset": options.dataset, **given_settings(options)})
@@ -197,7 +197,7 @@ def _report(
     options: argparse.Namespace, result: Evaluation, start: float, *, steps: int, checkpoint: Path,
     written: list[Path],
 ) -> None:  # fmt: skip
-    """Print the figures, accuracies in percent; `start`: the command's."""
+    """Print the figures, accuracies in percent. `start`: when the command started."""
     mean, ci95 = result.mean, result.ci95
     figures: dict[str, Any] = {}
     if "accuracy" in mean:
@@ -206,7 +206,7 @@ def _report(
             figures[f"{prefix}ci95"] = 100 * ci95[f"{prefix}accuracy"]
         print("accuracy  {accuracy:.2f} ± {ci95:.2f} % (95%)".format(**figures))
         print("          {support_accuracy:.2f} ± {support_ci95:.2f} % with".format(**figures),
-              "batch norm's statistics of the support set alone")  # fmt: skip
+              "batch norm statistics of the support set alone")  # fmt: skip
     figures |= {"loss": mean["loss"], "loss_ci95": ci95["loss"]}
     print("loss      {loss:.4f} ± {loss_ci95:.4f} (95%)".format(**figures))
     print(f"on        {result.tasks} unseen tasks, after {steps} meta-steps")

@@ -101,6 +101,20 @@ def test_relative_links_resolve(page):
             assert anchor in anchors(file), target
 
 
+FOLDERS = (".ci", "benchmarks", "build_backend", "csrc", "docs", "imaml_ext", "python_tests")
+SOURCES = [*ROOT.glob("*.py"), *(path for f in FOLDERS for path in (ROOT / f).rglob("*.*"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_source_files_that_a_page_names_exist(page):
+    if page.name == "CHANGELOG.md":
+        pytest.skip("names files of earlier versions")
+    names = re.findall(r"(?<![*\w])[\w./-]+\.(?:py|cpp|cuh?)\b", page.read_text("utf-8"))
+    paths = [str(path) for path in SOURCES]
+    missing = {name for name in names if not any(path.endswith(f"/{name}") for path in paths)}
+    assert {name for name in missing if "NAME" not in name} == set()
+
+
 def test_the_index_lists_every_guide():
     linked = re.findall(
         r"^- \[.*?\]\((.*?\.md)\)", (DOCS / "README.md").read_text("utf-8"), re.MULTILINE

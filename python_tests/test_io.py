@@ -57,7 +57,7 @@ write_atomically(sys.argv[2], write)
 """
 
 
-def test_what_killed_writers_leave_is_removed_and_nothing_else(tmp_path):
+def test_only_the_files_of_killed_writers_are_removed(tmp_path):
     path, other = tmp_path / "a[1].pt", tmp_path / "a1.pt"
     path.write_bytes(b"old")
     for target in (path, other):

@@ -80,7 +80,7 @@ def training(device: torch.device, *, dense: bool = False) -> str:
         warnings.simplefilter("always")
         got = trained(device, dense=dense, record=True)
     messages = "; ".join(str(warning.message) for warning in warned)
-    # A factorisation may not be capturable; then a warning says that the steps run eagerly.
+    # A factorisation may not be capturable; then a warning states that the steps run eagerly.
     assert dense or not messages, messages
     want = trained(device, dense=dense, record=False)
     return ", and warn: ".join(filter(None, [agreed(relative(got, want), 1e-4), messages]))

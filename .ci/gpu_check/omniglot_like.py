@@ -11,7 +11,7 @@ CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 
 
 def write_omniglot_like(root: Path) -> None:
-    """Archives as torchvision's; all drawings of a character are the same random image."""
+    """Archives like torchvision's; all drawings of a character are the same random image."""
     folder = root / "omniglot-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)

@@ -48,7 +48,7 @@ def info(place: Place, step: Step) -> None:
             step.found[program] = output.strip().splitlines()[-1]
     step.found |= last_json(step.command(PYTHON, "-c", ABOUT_DEVICE, cwd=place.work))
     if not place.rehearse and "device" not in step.found:
-        raise Failed(f"torch {step.found['torch']} sees no GPU")
+        raise Failed(f"torch {step.found['torch']} finds no GPU")
 
 
 def build(place: Place, step: Step) -> None:
@@ -58,7 +58,7 @@ def build(place: Place, step: Step) -> None:
     if not place.rehearse:
         about = last_json(step.command(PYTHON, "-c", ABOUT_DEVICE, cwd=place.work))
         if "capability" not in about:
-            raise Failed(f"torch {about['torch']} sees no GPU to build for")
+            raise Failed(f"torch {about['torch']} finds no GPU to build for")
         settings = {"IMAML_CUDA": "on", "TORCH_CUDA_ARCH_LIST": about["capability"]}
     pip = [PYTHON, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
     pip += ["--no-cache-dir", "--disable-pip-version-check", "--target", str(place.site)]

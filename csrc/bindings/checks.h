@@ -102,7 +102,7 @@ class Checker {
     return operand("lam", t, {kAny});
   }
 
-  // An operand with a dtype of its own.
+  // An operand with a fixed dtype.
   const Checker& typed(const char* name, const Tensor& t, Sizes sizes, ScalarType type) const {
     shaped(name, t, sizes);
     if (t.scalar_type() != type)
@@ -188,7 +188,7 @@ void dispatch(const Tensor& t, const Body& body) {
     body(double{});
 }
 
-// An uninitialised tensor. Replaces torch's error, a C++ trace, by one line.
+// An uninitialised tensor. Replaces torch's error, a C++ trace, with one line.
 inline Tensor new_result(const char* op, const Tensor& like, Sizes sizes) {
   try {
     return torch::stable::new_empty(like, sizes);

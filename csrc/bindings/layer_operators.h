@@ -1,4 +1,4 @@
-// The operators of the layers, for either device; see rows.h. Only the CPU has direct convolutions:
+// The operators of the layers, for either device; see row_operators.h. Only the CPU has direct convolutions:
 // on CUDA a convolution is a matrix product with patches.
 #pragma once
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
 // The Python module imaml_ext._C. Loading it runs the static initialisers that register the
-// operators. Python sees only build information and the occupancy of cg_step_; no tensors.
+// operators. It exposes only build information and the occupancy of cg_step_, no tensors.
 #include <pybind11/pybind11.h>
 
 #include "cpu/row_kernels.h"

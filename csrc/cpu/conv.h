@@ -4,8 +4,8 @@
 //   dx[b,n,q,c] = sum over taps t, filters o of  g[b,n,target(q,t),o] w[b,o,c,t]
 //   dw[b,o,c,t] = sum over images n, pixels p of  x[b,n,source(p,t),c] g[b,n,p,o]
 //
-// But for the bias all three are linear in each operand, and each is a derivative of the others: a
-// network can be differentiated to any order with them.
+// Except for the bias, all three are linear in each operand, and each is a derivative of the
+// others: a network can be differentiated to any order with them.
 //
 // No column matrix is built: a tile of kTileRows pixels by kTileLanes outputs stays in registers
 // and gathers its pixels through pointers; pixels outside the image point to zeros. A few pixels at

@@ -39,7 +39,7 @@ IMAML_INLINE int64_t cg_share_length(int64_t dim, int shares) {
   return warps * kWarp;
 }
 
-// How a row is divided. No blocks: three launches.
+// How a row is divided. 0 blocks: three launches.
 struct CgForm {
   int shares;
   int blocks;

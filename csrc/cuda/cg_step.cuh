@@ -9,12 +9,13 @@
 //   one launch, with a cluster of 1 to 16 blocks per row (cg_cluster.cuh): 4 reads and 3 writes per
 //     element, the minimum; M^-1 is a fifth read;
 //   three launches (cg_launches.cuh): 8 reads and 3 writes per element; M^-1 adds two reads.
-// The row's length and the device decide which, never the batch. Clusters need compute capability
-// 9.0 and hold rows of up to 462,848 floats there; a single block holds a short row on any device.
+// The row's length and the device determine which, never the batch. Clusters need compute
+// capability 9.0 and hold rows of up to 462,848 floats there; a single block holds a short row on
+// any device.
 //
-// The batch decides how many blocks a row gets, so that all rows run at the same time if possible,
-// but it does not change any bit. Nothing is read back to the host, and there are no atomics: the
-// same input gives the same bits on the same kind of device.
+// The batch determines how many blocks a row gets, so that all rows run at the same time if
+// possible, but it does not change any bit. Nothing is read back to the host, and there are no
+// atomics: the same input gives the same bits on the same kind of device.
 #pragma once
 #include "cuda/cg_cluster.cuh"
 #include "cuda/cg_launches.cuh"

@@ -138,7 +138,7 @@ inline bool clusters_are_off() {
 }
 
 // How many clusters of `blocks` blocks, each with `shared_bytes` of dynamic shared memory, the
-// current device can run at the same time; 0 if it cannot launch one. Answers are cached. Never
+// current device can run at the same time; 0 if it cannot launch one. Results are cached. Never
 // synchronises: legal during graph capture.
 inline int cluster_capacity(const void* kernel, int blocks, int64_t shared_bytes) {
   static std::mutex mutex;
@@ -153,7 +153,7 @@ inline int cluster_capacity(const void* kernel, int blocks, int64_t shared_bytes
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                            cudaSharedmemCarveoutMaxShared);
     entry->second = query_cluster_capacity(kernel, device, blocks, shared_bytes);
-    cudaGetLastError();  // a refusal is a valid answer: keep it out of the next launch's status
+    cudaGetLastError();  // a refusal is a valid result: clear it, as above
   }
   return entry->second;
 }

@@ -41,7 +41,7 @@ struct BlockCoord {
   __device__ static int64_t stride(int64_t blocks) { return blocks * kThreads; }
 };
 
-// Replaces value[k] by its sum over the threads of the block with the same number modulo kLanes
+// Replaces value[k] with its sum over the threads of the block with the same number modulo kLanes
 // (with one lane, over all threads), in a fixed order. `warp_sum` is shared memory for N * kWarps *
 // kLanes doubles.
 template <int kLanes = 1, int N>

@@ -1,5 +1,5 @@
 // row_dot and prox_norms: N sums per row, in float64, in one launch for short rows and two for
-// long.
+// long ones.
 //
 // Bound by memory: each operand is read once. A block sums its part of a row; one block per row
 // adds the parts in order. No atomics: the same input gives the same bits.

@@ -15,7 +15,7 @@ _SEVERAL = re.compile(r"^    (\w+(?:, \w+)+): (.*)$")
 _CODE = re.compile(r"(?<!\[)`(\w+(?:\.\w+)*)`")
 
 
-def one_name_an_entry(docstring: str) -> str:
+def one_name_per_entry(docstring: str) -> str:
     lines: list[str] = []
     entry: list[list[str]] = []  # one copy of the entry for each name
     inside = False
@@ -63,7 +63,7 @@ class Names(griffe.Extension):
             near = {thing.name, *thing.members}
             if thing.parent is not None and thing.parent.is_class:
                 near |= {thing.parent.name, *thing.parent.members}
-            text = one_name_an_entry(thing.docstring.value)
+            text = one_name_per_entry(thing.docstring.value)
             thing.docstring.value = _CODE.sub(lambda code: self._link(code, near), text)
         for member in thing.members.values():
             if not member.is_alias:

@@ -51,7 +51,7 @@ def load_mini_imagenet(root: str | Path, *, images_per_class: int = 600) -> dict
     class; the three tensors are slices of that memory-mapped file.
 
     Args:
-        root: a folder that holds, itself or in a subfolder `mini-imagenet`, one of
+        root: a folder that contains, itself or in a subfolder `mini-imagenet`, one of
 
             - `images/NAME`, and the lists `train.csv`, `val.csv` and `test.csv` of Ravi &
               Larochelle (columns `filename,label`), whose order is kept;
@@ -185,6 +185,6 @@ def _pixels(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    except Exception as error:  # Pillow raises anything for a broken file
+    except Exception as error:  # Pillow can raise any exception for a broken file
         raise ValueError(f"{path} cannot be decoded ({error}); replace the image") from error
     return np.asarray(small).transpose(2, 0, 1)

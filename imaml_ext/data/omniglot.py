@@ -64,7 +64,7 @@ def load_omniglot(root: str | Path, *, download: bool = False) -> Omniglot:
     """Read Omniglot from `root`. The first call decodes it into the user's cache folder.
 
     Args:
-        root: folder that holds `omniglot-py`.
+        root: folder that contains `omniglot-py`.
         download: download missing archives through torchvision.
 
     Raises:
@@ -115,7 +115,7 @@ class _Drawing:
     Attributes:
         name: "ALPHABET/CHARACTER/DRAWING.png".
         mark: changes with the content.
-        container: the folder or archive that holds it.
+        container: the folder or archive that contains it.
         read: returns its bytes.
     """
 
@@ -135,7 +135,7 @@ class _Drawing:
             # Without convert("L"), LANCZOS on the 1-bit image would silently be NEAREST.
             with Image.open(io.BytesIO(self.read())) as image:
                 small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-        except Exception as error:  # Pillow and zipfile raise anything for a broken file
+        except Exception as error:  # broken files can raise any exception
             raise ValueError(
                 f"{self.container}: {self.name} cannot be decoded ({error})"
             ) from error

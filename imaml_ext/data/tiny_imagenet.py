@@ -30,10 +30,10 @@ def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
     The first call decodes them in half a minute, into a file in the user's cache folder.
 
     Args:
-        root: folder that holds `tiny_imagenet_fewshot.npz`.
+        root: folder that contains `tiny_imagenet_fewshot.npz`.
 
     Raises:
-        FileNotFoundError: `root` does not hold the file.
+        FileNotFoundError: `root` does not contain the file.
         ValueError: the file is damaged, or does not have the arrays above.
     """
     path = Path(root) / _FILE
@@ -43,7 +43,7 @@ def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
         with path.open("rb") as file, np.load(file) as arrays:
             split, offset = arrays["split"], arrays["offset"]
             scan, header = arrays["scan"].tobytes(), arrays["header"].tobytes()
-    except Exception as error:  # NumPy and zipfile raise anything for a broken file
+    except Exception as error:  # broken files can raise any exception
         raise ValueError(f"{path} is truncated or not {_FILE} ({error})") from error
     if offset.ndim != 2 or split.shape != offset.shape[:1]:
         raise ValueError(
@@ -60,7 +60,7 @@ def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
                 try:
                     image = Image.open(io.BytesIO(header + scan[start:end] + _END))
                     pixels = np.asarray(image.convert("RGB"))
-                except Exception as error:  # Pillow raises anything for a broken image
+                except Exception as error:  # Pillow can raise any exception for a broken image
                     raise ValueError(f"{path}: an image cannot be decoded ({error})") from error
                 if pixels.shape != (_SIDE, _SIDE, 3):
                     raise ValueError(f"{path}: an image is {pixels.shape}, expected 32x32 RGB")

@@ -1,4 +1,4 @@
-"""From a Config to its model, method, task sources and trainer."""
+"""Builds the model, method, task sources and trainer of a Config."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -33,11 +33,11 @@ from imaml_ext.training.trainer import Trainer, is_on_cuda
 
 @dataclass(frozen=True)
 class Experiment:
-    """A Config with everything that it names.
+    """A Config and the objects that it specifies.
 
     Attributes:
-        sources: of "train", "val" and "test"; their classes, if any, are disjoint.
-        support_metrics: with batch norm's statistics of the support set.
+        sources: by split, "train", "val" and "test"; their classes, if any, are disjoint.
+        support_metrics: with batch norm statistics of the support set.
     """
 
     config: Config
@@ -55,7 +55,7 @@ class Experiment:
             process_group: as in `Trainer`.
 
         Raises:
-            ValueError: a setting does not go with the group or the device.
+            ValueError: a setting is incompatible with the group or the device.
         """
         config, on_cuda, source = self.config, is_on_cuda(self.method), self.sources["train"]
         if process_group is not None and config.minutes:

@@ -7,7 +7,7 @@ from imaml_ext._checks import check_choice
 from imaml_ext.experiments.config import Config
 
 # A cell is a row (a method) in a column (a kind of task), in one variant of the settings: "paper",
-# as published; "authors_code", as the authors' release does it; "ours", chosen on validation
+# as published; "authors_code", as in the authors' release; "ours", chosen on validation
 # classes for training on two CPU cores.
 
 ROWS = {

@@ -12,7 +12,7 @@ Decay = Literal["constant", "linear"]
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment. The command line makes its flags and their help from the fields.
+    """One experiment. The command-line flags and their help are generated from the fields.
 
     The values that `dataset`, `method`, `inner` and `linear` can have are the keys of the
     dictionaries in `registry`.

@@ -20,7 +20,7 @@ def flag(name: str) -> str:
 def add_settings(
     parser: argparse.ArgumentParser, title: str, names: Sequence[str], *, with_presets: bool
 ) -> None:
-    """Add a group of flags for these fields. Those that are not given leave no attribute."""
+    """Add a group of flags for these fields. Flags that are not given set no attribute."""
     group, hints = parser.add_argument_group(title), get_type_hints(Config, include_extras=True)
     for name in names:
         (text,) = hints[name].__metadata__

@@ -1,4 +1,4 @@
-"""Plots of a training, and what all plots share."""
+"""Plots of a training, and helpers for all plots."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def save(figure: Any, path: Path) -> Path:
 
 
 def of_training(experiment: Experiment, trainer: Trainer, folder: Path) -> list[Path]:
-    """Plot the learning curves and, of a model for sinusoids, its fits. Returns the files."""
+    """Plot the learning curves and, for sinusoids, the model's fits. Returns the files."""
     curves = folder / "learning_curves.png"
     written = [learning_curves(trainer.history, trainer.validation, curves)]
     if experiment.config.dataset == "sinusoid":

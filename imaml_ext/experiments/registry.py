@@ -1,4 +1,4 @@
-"""What the names in a `Config` stand for: data sets, methods and solvers."""
+"""What the names in a `Config` refer to: data sets, methods and solvers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ Images = dict[str, Tensor]  # uint8 [classes, images, ...] of train, val and tes
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where tasks come from, and the network for them.
+    """A data set, and the network for it.
 
     Args:
-        network: makes the network for a number of classes.
+        network: builds the network for a number of classes.
         images: loads the images under a root folder, and may download them; None: sinusoids.
         eval_tasks_at_once: tasks per batch in evaluation, as many as memory allows.
         rotate: whether images rotated by 90, 180 and 270 degrees are training classes too.

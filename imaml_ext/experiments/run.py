@@ -64,7 +64,7 @@ def resumed_config(checkpoint: Path, settings: dict[str, Any]) -> Config:
 
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint` and `saved_config`, or a setting differs
-            that a resumed run has to keep.
+            that a resumed run must keep.
     """
     saved = saved_config(load_checkpoint(checkpoint), checkpoint)
     for name, value in settings.items():
@@ -90,7 +90,7 @@ def train_to_end(
     name: str = "",
     how_to_resume: str = "repeat the command",
 ) -> None:
-    """Train until the trainer's budget is spent, and save the state on the way and at the end.
+    """Train until the trainer's budget is spent; save the state periodically and at the end.
 
     Writes metrics.jsonl, one line per meta-step and validation, next to the checkpoint, and
     TensorBoard's files on request. With a process group, rank 0 writes and validates.
@@ -105,7 +105,7 @@ def train_to_end(
         how_to_resume: for the message of `Interrupted`.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; the meta-step was completed and the state saved.
+        Interrupted: after SIGINT or SIGTERM; the meta-step was completed and the state saved.
         NonfiniteError: a meta-step was refused; the state before it is saved.
         OSError: the folder is not writable, or another process trains there.
         FileNotFoundError, ValueError: as `Trainer.load`.
@@ -156,7 +156,7 @@ def train_to_end(
 
 
 class _StopSignals:
-    """Context in which the first SIGINT or SIGTERM is only noted, in `signal`; 0 before it."""
+    """Context in which the first SIGINT or SIGTERM is only recorded, in `signal`; 0 before it."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -170,7 +170,7 @@ class _StopSignals:
 
     def _note(self, number: int, _: object) -> None:
         self.signal = number
-        if not is_launched():  # torchrun repeats the signal that its process gets too
+        if not is_launched():  # torchrun forwards a signal that this process also receives
             self._restore()  # so that a second one stops the process
 
     def _restore(self) -> None:

@@ -55,7 +55,7 @@ class Method(ABC):
         """The mean gradient of the query loss over the batch's tasks; nothing is updated.
 
         Raises:
-            TypeError, ValueError: the batch does not fit the parameters; see each message.
+            TypeError, ValueError: the batch does not match the parameters.
         """
 
     @abstractmethod

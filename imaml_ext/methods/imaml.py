@@ -32,7 +32,7 @@ class IMAML(Method):
         adapt_proximal: whether `adapt`, which evaluation uses, keeps the proximal term.
 
     Raises:
-        TypeError, ValueError: `params`, `shared` or `lam` does not fit.
+        TypeError, ValueError: `params`, `shared` or `lam` is invalid.
 
     Source: Rajeswaran, Finn, Kakade, Levine 2019, Algorithms 1 and 2.
     """

@@ -62,15 +62,15 @@ def implicit_meta_grad(
     Args:
         loss: `(params, data) -> scalar` for one task; see `module_loss`.
         params: theta, {name: tensor}, float32 or float64.
-        support, query: pytrees of [B, ...] tensors; `loss` gets one task's slice of them.
+        support, query: pytrees of [B, ...] tensors; `loss` receives one task's slice of them.
         lam: proximal strength: a positive float, a 0-d tensor, a dict with, for each parameter, a
             0-d tensor or a tensor of its shape, or one symmetric positive definite [D, D] tensor,
             where D counts all parameters in the order of `params`.
         inner: inner solver; default `GradientDescent(lr=0.1, steps=16)`.
         linear: linear solver; default `ConjugateGradient(max_iter=5)`.
         query_loss: evaluated at phi on the query set, instead of `loss`.
-        shared: {name: tensor}, learned but not adapted, such as ANIL's body. The losses get them
-            together with phi, and `out.shared` has their gradients. Exact only with
+        shared: {name: tensor}, learned but not adapted, such as ANIL's body. The losses receive
+            them together with phi, and `out.shared` has their gradients. Exact only with
             `curvature="hessian"`.
         adapted: use these phi, {name: [B, ...]}, and skip the inner solve.
         nonfinite: effect of a task with a non-finite loss, gradient or solve. "propagate": the mean
@@ -79,10 +79,10 @@ def implicit_meta_grad(
 
     Returns:
         `params` is the mean over tasks of `Λ x_i`, where `(H_i + Λ) x_i = v_i`; `lam` is the
-        gradient by Λ; `inner` and `linear` report on the solves of each task.
+        gradient with respect to Λ; `inner` and `linear` report on the solves of each task.
 
     Raises:
-        TypeError, ValueError: the arguments do not fit; see each message.
+        TypeError, ValueError: an argument is invalid.
         RuntimeError: under `torch.inference_mode`, where nothing can be differentiated.
 
     Source: Rajeswaran, Finn, Kakade, Levine 2019, equation 6 and Algorithm 2.
@@ -238,7 +238,7 @@ class _Adapt(torch.autograd.Function):
 
 
 def _current_autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
-    """A function that returns a context with the autocast state of now."""
+    """A function that returns a context with the current autocast state."""
     if not torch.amp.is_autocast_available(device):
         return nullcontext
     return partial(
@@ -279,7 +279,7 @@ def _without_overflow(solution: Solution, displacement: Tensor, lam: LamOperator
 def _pull_back(
     x: Tensor, phi: Tensor, problem: Proximal, ok: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients by theta and Λ: weighted sums over the tasks that are ok, [B] bool.
+    """The gradients of theta and Λ: weighted sums over the tasks that are ok, [B] bool.
 
     Weights are applied before the sum, which may overflow where the mean does not.
     """

@@ -1,7 +1,7 @@
 """The methods that the paper compares with: MAML, its first-order variants, and Reptile.
 
 The inner steps act on the [B, D] rows of all tasks, and the derivatives of the tasks' query losses,
-each by its own row of theta, are one backward pass.
+each with respect to its own row of theta, are one backward pass.
 """
 
 from collections.abc import Mapping

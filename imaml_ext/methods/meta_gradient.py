@@ -26,10 +26,10 @@ class MetaGradient:
         adapted: phi, {name: [B, ...]}.
         inner: the inner solve. `residual` is `‖∇G_i(phi_i)‖` and `error_estimate` estimates
             `‖phi_i - phi_i*‖`, delta of the paper's Algorithm 2. The estimate needs the curvature
-            of G_i: it is missing with `curvature="ggn"`, whose smallest eigenvalue is at least that
-            of Λ even at a saddle point, and from a method without a linear solve.
+            of G_i: it is not available with `curvature="ggn"`, whose smallest eigenvalue is at
+            least that of Λ even at a saddle point, or from a method without a linear solve.
         linear: the linear solve; None from a method without one.
-        hyperparameters: gradients of what else is learned: "log_lr", or "lam.NAME" of a
+        hyperparameters: gradients of the other learned tensors: "log_lr", or "lam.NAME" of a
             `ProximalStrength`.
     """
 
@@ -43,7 +43,7 @@ class MetaGradient:
     hyperparameters: Params = field(default_factory=dict)
 
     def named(self) -> Params:
-        """Every gradient by name: parameters by their own, lam as "lam" or "lam.NAME"."""
+        """Every gradient by name: parameters under their own names, lam as "lam" or "lam.NAME"."""
         if isinstance(self.lam, Mapping):
             lam = {f"lam.{name}": gradient for name, gradient in self.lam.items()}
         else:
@@ -57,7 +57,7 @@ class MetaGradient:
         return failed_tasks(self.query_loss, *solves)
 
     def describe(self) -> str:
-        """Which solves have which status, and what to do, in one line. Synchronises on CUDA."""
+        """The statuses of each solve, with remedies, in one line. Synchronises on CUDA."""
         text = f"Inner solve: {self.inner.describe()}"
         solves = [self.inner]
         if self.linear is not None:
@@ -82,7 +82,7 @@ class ImplicitMetaGradient(MetaGradient):
             `MetaGradient`.
         linear: the linear solve; `error_estimate` estimates `‖x_i - x_i*‖`, delta' of Algorithm 2,
             for the system that was solved, damping included.
-        shared: gradients by the shared parameters, {name: tensor}.
+        shared: gradients of the shared parameters, {name: tensor}.
     """
 
     linear: Solution

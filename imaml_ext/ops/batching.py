@@ -1,4 +1,4 @@
-"""Operands of an operator under vmap, with the dimension of the tasks in front."""
+"""Operands of an operator under vmap, with the task dimension first."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,19 +9,19 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 
 def call_with_tasks(function: Callable[..., Any], *operands: Tensor | None) -> Any:
-    """`function(*operands)`, called outside vmap, with the task dimension of each operand in front.
+    """`function(*operands)`, called outside vmap, with the task dimension of each operand first.
 
     Does what `torch.autograd.Function.vmap` does, whose dispatch costs more than a small layer.
     """
     level: Any = _functorch.maybe_current_level()
     with retrieve_current_functorch_interpreter().lower():
-        result = function(*(None if t is None else tasks_in_front(t) for t in operands))
+        result = function(*(None if t is None else tasks_first(t) for t in operands))
     if isinstance(result, tuple):
         return tuple(_functorch._add_batch_dim(t, 0, level) for t in result)
     return _functorch._add_batch_dim(result, 0, level)
 
 
-def tasks_in_front(batched: Tensor) -> Tensor:
+def tasks_first(batched: Tensor) -> Tensor:
     return _functorch.get_unwrapped(batched).movedim(_functorch.maybe_get_bdim(batched), 0)
 
 

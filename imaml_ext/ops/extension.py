@@ -53,7 +53,7 @@ WITHOUT_CUDA = (
 
 
 def _refuse_cuda() -> torch.library.Library:
-    """Makes every operator raise `WITHOUT_CUDA` on CUDA tensors, for as long as the result lives.
+    """Makes every operator raise `WITHOUT_CUDA` on CUDA tensors, while the result is alive.
 
     The dispatcher's own message lists all backends and no remedy.
     """

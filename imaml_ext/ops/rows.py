@@ -77,9 +77,9 @@ def cg_step_(
     With `Ap = hp + Λp + damping p` and z = r, or z = M⁻¹r with a preconditioner M:
     `alpha = r·z / p·Ap`, `x += alpha p`, `r -= alpha Ap`, `beta = r·z / old r·z`, `p = z + beta p`.
     Only rows with status RUNNING are updated. A row becomes CONVERGED when `r·r <= tol2`, also with
-    a preconditioner; NEGATIVE_CURVATURE when `p·Ap <= eps |p| |Ap|`, where x stays as it is, except
-    in the first step: `x += r / Λ` where Λ > 0; NONFINITE, with x = 0, when a sum is not finite or
-    `r·z` is not positive.
+    a preconditioner; NEGATIVE_CURVATURE when `p·Ap <= eps |p| |Ap|`, where x does not change,
+    except in the first step: `x += r / Λ` where Λ > 0; NONFINITE, with x = 0, when a sum is not
+    finite or `r·z` is not positive.
 
     Args:
         x, r, p: iterate, residual and direction, [B, D]; written. Before the first step p = z.

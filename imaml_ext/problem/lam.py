@@ -1,4 +1,4 @@
-"""Λ, the proximal strength: the forms in which users give it, and the operator made from them."""
+"""Λ, the proximal strength: the forms that users pass, and the operator built from them."""
 
 import math
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class LamOperator:
     Attributes:
         values: [1] for a scalar, [D] for a diagonal, [D, D] for a dense matrix.
         is_dense: whether it is a dense matrix.
-        fused: what the kernels are given, [1] or [D]; 0 for a dense matrix.
+        fused: the values for the kernels, [1] or [D]; 0 for a dense matrix.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -76,10 +76,10 @@ class LamOperator:
 
 
 def flatten_lam(layout: Layout, lam: Any) -> Tensor:
-    """The `values` of a `LamOperator`, from the form that users give; differentiable.
+    """The `values` of a `LamOperator`, from the form that users pass; differentiable.
 
-    Values are checked on the CPU only, since on CUDA that would synchronise: there the tasks become
-    NONFINITE instead.
+    Values are checked on the CPU only, since on CUDA that would synchronise; invalid values on CUDA
+    make the tasks NONFINITE.
 
     Raises:
         TypeError, ValueError: lam has an unknown form or shape, or is not positive (definite),
@@ -124,7 +124,7 @@ def _flatten_one(layout: Layout, name: str, lam: Tensor) -> Tensor:
 
 
 def unflatten_lam_gradient(layout: Layout, lam: Lam, gradient: Tensor) -> Any:
-    """The gradient by lam in the user's form, from that by `flatten_lam`; None for a float."""
+    """The gradient of lam in the user's form, from that of its `values`; None for a float."""
     if isinstance(lam, Mapping):
         parts = layout.unflatten(gradient)
         return {name: parts[name].sum() if not t.dim() else parts[name] for name, t in lam.items()}
@@ -161,7 +161,7 @@ class ProximalStrength(nn.Module):
     Args:
         params: theta, {name: tensor}.
         initial: Λ is initially this multiple of the identity.
-        form: one number in all ("scalar"), one per parameter tensor ("tensor"), one per scalar
+        form: one number ("scalar"), one per parameter tensor ("tensor"), one per scalar
             parameter ("diagonal"), or a matrix [D, D] ("dense", D(D+1)/2 numbers: for small D).
 
     Raises:
@@ -194,7 +194,7 @@ class ProximalStrength(nn.Module):
             self.log = nn.Parameter(torch.diag(full(0.5 * math.log(0.999 * initial), layout.dim)))
 
     def forward(self) -> Lam:
-        """Λ in a form that `implicit_meta_grad` takes."""
+        """Λ in a form that `implicit_meta_grad` accepts."""
         if isinstance(self.log, nn.ParameterList):
             return {name: _exp(log) for name, log in zip(self._names, self.log, strict=True)}
         if self.form == "scalar":

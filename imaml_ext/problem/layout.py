@@ -1,4 +1,4 @@
-"""The parameter layout: named tensors as flat rows. No other module knows names and shapes."""
+"""The parameter layout: named tensors as flat rows. No other module handles names and shapes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,14 +20,16 @@ class Layout:
     Raises:
         TypeError: `params` is not a mapping of names to float32 or float64 tensors.
         ValueError: there are no parameters or all are empty, they differ in dtype or device, two
-            names have the same tensor, or a parameter of a lazy module has no shape yet.
+            names refer to the same tensor, or a parameter of a lazy module has no shape yet.
     """
 
     def __init__(self, params: Mapping[str, Tensor], label: str = "params") -> None:
         if not isinstance(params, Mapping) or not all(
             isinstance(t, Tensor) for t in params.values()
         ):
-            raise TypeError(f"{label} must map names to tensors, as dict(model.named_parameters())")
+            raise TypeError(
+                f"{label} must map names to tensors: pass dict(model.named_parameters())"
+            )
         if not params:
             raise ValueError(f"{label} is empty: there is nothing to adapt")
         first_name, first = next(iter(params.items()))
@@ -39,8 +41,8 @@ class Layout:
                 )
             if names.setdefault(id(tensor), name) != name:
                 raise ValueError(
-                    f"{label}[{name!r}] is {label}[{names[id(tensor)]!r}]: pass a tied tensor "
-                    "once, as dict(model.named_parameters()) does"
+                    f"{label}[{name!r}] is the same tensor as {label}[{names[id(tensor)]!r}]: "
+                    "pass a tied tensor once, as dict(model.named_parameters()) does"
                 )
             if tensor.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"{label}[{name!r}] must be float32 or float64, got {tensor.dtype}")

@@ -1,4 +1,4 @@
-"""A loss made of a module and a criterion."""
+"""A loss built from a module and a criterion."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ class ModuleLoss:
         outputs: Tensor = functional_call(self.model, params, (x,))
         for name, module, key, buffer, version in buffers:
             if module._buffers[key] is not buffer or _version(buffer) != version:
-                module._buffers[key] = buffer  # it may hold a tensor of vmap
+                module._buffers[key] = buffer  # it may hold a vmap tensor
                 raise ValueError(
                     f"{layer_name(name, module)} writes its buffer {key!r} in forward, which tasks "
                     "cannot share: call eval() if that prevents it, or return the new value"

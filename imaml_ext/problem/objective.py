@@ -42,10 +42,10 @@ class Objective:
         layout: parameter layout of the rows.
         data: pytree of [B, N, ...] tensors.
         label: name of the data in error messages.
-        shared: parameters common to all tasks, {name: tensor}; the loss gets them too.
+        shared: parameters common to all tasks, {name: tensor}; also passed to the loss.
 
     Raises:
-        TypeError: a leaf of the data is not a tensor, or its floating dtype is not the rows'.
+        TypeError: a leaf of the data is not a tensor, or its floating dtype differs from the rows'.
         ValueError: the data has no leaves, B or N is 0, or leading sizes or devices differ.
         RuntimeError: called inside a transform of `torch.func` or forward-mode differentiation.
     """
@@ -109,7 +109,7 @@ class Objective:
         """Context in which losses are computed and differentiated: precision, and error messages.
 
         Raises:
-            RuntimeError: with what to do, if PyTorch cannot batch or differentiate an operator.
+            RuntimeError: PyTorch cannot batch or differentiate an operator; with a remedy.
         """
         try:
             with one_precision(self.layout.device):
@@ -131,14 +131,14 @@ class Objective:
         )
 
     def _gauss_newton(self, rows: Tensor) -> Linearisation:
-        """`J' H_out J`: J of the outputs by the parameters, H_out of the criterion by the outputs.
+        """`J' H_out J`: the Jacobian of the outputs and the criterion's Hessian in the outputs.
 
-        J is applied by differentiating the linear function `u -> J' u` by u.
+        J is applied by differentiating the linear function `u -> J' u` with respect to u.
         Source: Schraudolph 2002.
         """
         if not isinstance(self.loss, ModuleLoss):
             raise TypeError(
-                "curvature='ggn' needs the model's outputs: make the loss with module_loss, "
+                "curvature='ggn' needs the model's outputs: build the loss with module_loss, "
                 "or use curvature='hessian'"
             )
         x, y = self.loss.pair(self.data)

@@ -37,7 +37,7 @@ class Proximal:
 
     @property
     def layout(self) -> Layout:
-        """Names and shapes of the parameters: `unflatten` makes {name: [B, ...]} of phi [B, D]."""
+        """Names and shapes of the parameters: `unflatten` maps phi [B, D] to {name: [B, ...]}."""
         return self.objective.layout
 
     def start(self) -> Tensor:

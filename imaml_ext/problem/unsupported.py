@@ -32,7 +32,7 @@ _FAILURES = [
     (r"batched tensor as input while the running_mean", _SHARED),
 ]
 
-# Remedies by operator, then by failure; the first match counts.
+# Remedies by operator, then by failure; the first match is used.
 _REMEDIES = [
     (
         r"scaled_dot_product|flash_attention|efficient_attention|cudnn_attention",
@@ -76,7 +76,7 @@ def unsupported_layer_message(error: RuntimeError) -> str | None:
     what = f"{failure} ({operator})" if operator else failure
     remedy = next(text for pattern, text in _REMEDIES if re.search(pattern, what))
     message = f"{_innermost_layer(error.__traceback__) or 'the loss'} {what}: {remedy}"
-    if failure == _SHARED:  # it may also be a mistake about shapes
+    if failure == _SHARED:  # the shapes may also be wrong
         message += f" ({str(error).splitlines()[0]})"
     if failure in (_TWICE, _WRONG):
         message += ", or use a first-order method, FOMAML or Reptile"
@@ -111,10 +111,10 @@ def check_differentiable_twice(outputs: Tensor, inputs: Tensor) -> None:
     """Raises RuntimeError where a second derivative would silently be zero or wrong.
 
     That of weight norm treats the norm as a constant (torch 2.13). The backward pass of a Function
-    marked once_differentiable is not connected to the inputs, so that a derivative by them is zero
+    marked once_differentiable is not connected to the inputs, so that its derivative is zero
     instead of an error; inside vmap the mark is lost altogether.
 
-    At most `_MOST_NODES` nodes of the graph are visited: torch frees nodes that Python has seen
+    At most `_MOST_NODES` nodes of the graph are visited: torch frees nodes with Python wrappers
     recursively, and tens of thousands of them overflow the stack.
     """
     end: Any = torch.autograd.graph.get_gradient_edge(inputs).node

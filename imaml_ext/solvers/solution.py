@@ -52,8 +52,8 @@ class Lanczos:
         link: the off-diagonal, [max_iter - 1, B] float64.
         count: number of iterations whose curvature was measured, [B].
         scale: factor of each Ritz value, [B]; None for 1. With a preconditioner M the matrix is
-            that of M^-1/2 A M^-1/2, and the scale is the smallest entry of M: then `largest` is no
-            estimate, and `smallest` a conservative one.
+            that of M^-1/2 A M^-1/2, and the scale is the smallest entry of M: then `largest` is not
+            an estimate, and `smallest` a conservative one.
         shift: added to every Ritz value, for those of `A + shift I`.
     """
 
@@ -123,7 +123,7 @@ class Solution:
         residual: norm of the residual, [B] float64: the recurrence's `|r|` of a linear solve (with
             negative curvature in the first iteration, that before the fallback), `‖∇G_i(phi_i)‖` of
             an inner solve. NaN where the task is NONFINITE.
-        lanczos: curvature seen along the solve, of the matrix that `residual` refers to.
+        lanczos: curvature measured in the solve, of the matrix that `residual` refers to.
         second_moment: running mean of the squared gradients, [B, D], if the inner solver keeps one.
     """
 
@@ -136,7 +136,7 @@ class Solution:
 
     @property
     def error_estimate(self) -> Tensor:
-        """`residual / mu`, mu the smallest Ritz value: distance of `value` to the solution, [B].
+        """`residual / mu`, mu the smallest Ritz value: distance of `value` from the solution, [B].
 
         An estimate, not a bound, since mu is at least the smallest eigenvalue. The residual is
         taken to be at least its rounding error, `eps |A| |value|`. Infinite where mu <= 0; NaN
@@ -153,7 +153,7 @@ class Solution:
         return torch.where(mu <= 0, torch.inf, residual / mu)
 
     def describe(self) -> str:
-        """Which tasks have which status, and what to do, in one line. Synchronises on CUDA."""
+        """The tasks with each status, and remedies, in one line. Synchronises on CUDA."""
         status = self.status.tolist()
         parts = []
         for kind in Status:

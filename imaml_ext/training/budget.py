@@ -1,4 +1,4 @@
-"""How long a training lasts and how much of that is spent."""
+"""The length of a training, and how much of it has been spent."""
 
 from imaml_ext._checks import check_integer, check_range
 

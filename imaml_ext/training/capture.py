@@ -1,7 +1,7 @@
 """Recording work of fixed shapes as a CUDA graph, which removes the cost of launching kernels.
 
-A replay launches the recorded kernels on the same memory. Values that came from the host are
-frozen; whatever changes between replays must be a tensor that is written in place.
+A replay launches the recorded kernels on the same memory. Values from the host are frozen; whatever
+changes between replays must be a tensor that is written in place.
 
 Source: torch's notes on CUDA graphs, "Whole-network capture".
 """
@@ -26,7 +26,7 @@ class Capture(Protocol):
     """A way to record work of fixed shapes: `cuda_graph`, `compiled` or `no_capture`."""
 
     def __call__(self, function: Callable[[], T], warmup: Callable[[], Any]) -> Callable[[], T]:
-        """A function each call of which does what `function` does, and returns what it returns.
+        """Return a function equivalent to `function`: the same effects and the same result.
 
         Args:
             function: what to record.
@@ -81,7 +81,7 @@ def _warm_up(work: Callable[[], Any], stream: torch.cuda.Stream) -> None:
 def _captured(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Any, T]:
     caller, cause = torch.cuda.current_stream(), None
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    torch.clear_autocast_cache()  # of casts in the warm-up's memory, which will be freed
+    torch.clear_autocast_cache()  # its casts are in the warm-up's memory, which will be freed
     gc.collect()  # destroying a CUDA graph during a capture may invalidate it
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream):
@@ -96,14 +96,14 @@ def _captured(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Any
         # Ending a failed capture raises as well, which hides the cause.
         raise RuntimeError(str(cause or error)) from error
     finally:
-        torch.clear_autocast_cache()  # of casts in the graph's memory
+        torch.clear_autocast_cache()  # its casts are in the graph's memory
 
 
 def _leave_capture(pool: Any, stream: torch.cuda.Stream) -> None:
     """Reset the state that torch 2.10, and in part later versions, leave after a failed capture.
 
     The allocator remains in capture mode, and aborts the process when a memory pool is destroyed;
-    the default generator refuses to draw.
+    the default generator raises an error.
     """
     with suppress(RuntimeError):  # already done by torch
         device = torch.cuda.current_device()

@@ -35,7 +35,7 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    buffer = io.BytesIO()  # on a full disk torch.save itself raises other errors than OSError
+    buffer = io.BytesIO()  # on a full disk torch.save itself raises errors other than OSError
     torch.save({"format": _FORMAT, "version": _VERSION, **state}, buffer)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
@@ -58,7 +58,7 @@ def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, An
 
     Args:
         path: of the file.
-        training: whether the checkpoint must hold what resuming the training needs.
+        training: whether the checkpoint must contain what is needed to resume the training.
 
     Returns:
         "config" (JSON), "steps" and "learned" ({name: tensor}); unless `save_model` wrote it, also
@@ -66,8 +66,8 @@ def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, An
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is truncated, damaged, foreign, of another version, or a model without
-            the state of its training.
+        ValueError: the file is truncated, damaged, not a checkpoint, of another version, or a model
+            without the state of its training.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -79,7 +79,7 @@ def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, An
         raise ValueError(
             f"{path} holds Python objects other than tensors and plain values; it is not loaded"
         ) from error
-    except Exception as error:  # a damaged file can make torch and zipfile raise anything
+    except Exception as error:  # a damaged file can make torch and zipfile raise any exception
         raise ValueError(f"{path} is truncated or not a checkpoint") from error
     if damaged:
         raise ValueError(f"{path} is damaged: the checksum of {damaged} does not match")
@@ -91,7 +91,7 @@ def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, An
         )
     missing = (_MODEL | _TRAINING if training else _MODEL) - state.keys()
     if missing == _TRAINING:
-        raise ValueError(f"{path} is a model alone: it can be evaluated, not trained further")
+        raise ValueError(f"{path} contains only a model: it can be evaluated, not trained further")
     if missing:
         raise ValueError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
     return state
@@ -117,7 +117,7 @@ def loading_from(path: str | Path) -> Iterator[None]:
     """Turn any error into a ValueError of one line that starts with the path."""
     try:
         yield
-    except Exception as error:  # torch's own checks are incomplete, and raise anything
+    except Exception as error:  # torch's own checks are incomplete, and raise various exceptions
         message = str(error).partition("\n")[0]
         if not isinstance(error, ValueError):
             message = f"{type(error).__name__} while loading the state: {message}"
@@ -152,17 +152,17 @@ def restore_optimisation(
     """Undo what has changed since `optimisation_state` returned `state`.
 
     Raises:
-        Exception: the state is of other tensors, or of another optimizer or scheduler. Nothing has
-            changed.
+        Exception: the state belongs to other tensors, or to another optimizer or scheduler. Nothing
+            has changed.
     """
     if state["optimizer_class"] != type(optimizer).__name__:
         raise ValueError(
-            f"the checkpoint is of {state['optimizer_class']}, "
+            f"the checkpoint was written with {state['optimizer_class']}, "
             f"but the optimizer is {type(optimizer).__name__}"
         )
     expected = scheduler.state_dict() if scheduler else {}
     if state["scheduler"].keys() != expected.keys():
-        raise ValueError("the checkpoint is of another scheduler, or of none")
+        raise ValueError("the checkpoint was written with another scheduler, or without one")
     with undone_on_error(learned, optimizer, scheduler):
         _restore(state, learned, optimizer, scheduler)
 
@@ -193,7 +193,7 @@ def _restore(
     saved = copy.copy(state["optimizer"])
     saved["param_groups"] = [dict(group) for group in saved["param_groups"]]
     for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=False):
-        if "capturable" in own:  # depends on the device, which may be another one than when saved
+        if "capturable" in own:  # depends on the device, which may differ from that when saved
             group["capturable"] = own["capturable"]
     optimizer.load_state_dict(saved)
     if scheduler is not None:
@@ -206,7 +206,7 @@ def _restore_learned(learned: Mapping[str, Tensor], saved: Mapping[str, Tensor])
         differing = [n for n in expected | got if got.get(n) != expected.get(n)]
         first = differing[0]
         raise ValueError(
-            f"the checkpoint is of another model: {len(differing)} tensors differ, such as "
+            f"the checkpoint belongs to another model: {len(differing)} tensors differ, such as "
             f"{first!r}: got {got.get(first)}, expected {expected.get(first)}"
         )
     with torch.no_grad():

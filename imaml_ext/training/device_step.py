@@ -27,11 +27,11 @@ def why_not_on_device(optimizer: torch.optim.Optimizer) -> str | None:
     for group in optimizer.param_groups:
         if "capturable" in group:
             if not group["capturable"]:
-                return f"make {name} with capturable=True"
+                return f"create {name} with capturable=True"
         elif not isinstance(optimizer, torch.optim.SGD):
             return f"{name} is not capturable"
         elif not group["fused"]:
-            return f"make {name} with fused=True"
+            return f"create {name} with fused=True"
     return None
 
 
@@ -47,7 +47,7 @@ class DeviceStep:
         names: of a record's entries.
         rows: number of latest steps whose records are kept.
         capture: how to record the step. If recording fails, steps run unrecorded, with a warning.
-        group: the processes that share the tasks; `source` samples this process's.
+        group: the processes that share the tasks; `source` samples the shard of this process.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class DeviceStep:
         optimizer: torch.optim.Optimizer,
         metrics: dict[str, Metric],
     ) -> bool:
-        """Whether these are the objects that this step was made of."""
+        """Whether these are the objects that this step was built from."""
         same = method is self.method and source is self.source and optimizer is self.optimizer
         return same and metrics == self.metrics
 

@@ -58,7 +58,7 @@ def process_group(device: torch.device) -> Iterator[Group | None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, own, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    # torchrun may keep its store when it restarts the processes: without a prefix of their own they
+    # torchrun may keep its store when it restarts the processes: without a new prefix they
     # could find the addresses of processes that died.
     store = dist.PrefixStore(_agree_on_prefix(store, own, size), store)  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -103,7 +103,7 @@ def _tasks_of_rank(tasks: int, group: Group) -> range:
 def average(
     gradients: Params, record: Mapping[str, Tensor], tasks: int, group: Group
 ) -> tuple[Params, dict[str, Tensor]]:
-    """The gradients and record of the tasks of all processes, to rounding, by one all-reduce.
+    """The gradients and record of the tasks of all processes, up to rounding, by one all-reduce.
 
     Args:
         gradients: means over this process's tasks, or over those that did not fail.
@@ -134,7 +134,7 @@ def average(
         for (name, gradient), part in zip(gradients.items(), parts[:-1], strict=True)
     }
     total = dict(zip(names, parts[-1].double(), strict=True))
-    # The sum over the processes may overflow though no task failed.
+    # The sum over the processes may overflow although no task failed.
     finite = torch.stack([part.isfinite().all() for part in parts[:-1]]).all()
     failed = 1 - (used / all_tasks).double()
     return averaged, total | {"failed": torch.where(finite, failed, 1.0)}
@@ -150,7 +150,7 @@ def check_same(number: int, what: str, group: Group) -> None:
 
 
 def broadcast_parameters(method: Method, group: Group) -> None:
-    """Overwrite what the method learns, and its models' other tensors, by those of rank 0."""
+    """Overwrite the method's learned tensors, and its models' other tensors, with rank 0's."""
     tensors = list(method.learned().values())
     for loss in (method.loss, method.query_loss):
         if isinstance(loss, ModuleLoss):
@@ -178,7 +178,7 @@ def _agree_on_prefix(store: Any, own: int, size: int) -> str:
 
     Each process publishes a random token. Rank 0 publishes the list of tokens, whose hash is the
     name; it is valid once every process on the list has confirmed it. A process that was restarted
-    has a new token, and the list is made again.
+    has a new token, and the list is rebuilt.
     """
     token, timeout = uuid.uuid4().hex[:16], timedelta(seconds=1)
     store.set(f"token {own}", token)

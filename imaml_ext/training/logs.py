@@ -60,7 +60,7 @@ def tensorboard(folder: Path, steps: int) -> Iterator[Log]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("--tensorboard needs the package: pip install tensorboard") from error
+        raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard") from error
     with SummaryWriter(str(folder), purge_step=steps + 1) as writer:
 
         def log(split: str, record: Record) -> None:

@@ -38,20 +38,20 @@ class Trainer:
     optimizer, and what happens otherwise.
 
     Args:
-        method: holds what is learned.
+        method: holds the learned tensors.
         source: samples a batch for each step.
         optimizer: over the tensors of `method.learned()`; default Adam with lr 1e-3. On CUDA it
             should be capturable.
         scheduler: of the optimizer's learning rate, stepped with it.
         metrics: reported with the loss, by name; evaluated on the query set at phi.
-        meta_gradient: replaces `method.meta_gradient`, for example by a `RecordedMetaGradient` of
-            it; on the CPU only.
+        meta_gradient: replaces `method.meta_gradient`, for example with a `RecordedMetaGradient`
+            of it; on the CPU only.
         capture: how to record a meta-step; default `cuda_graph` on CUDA. With `no_capture` steps
             are decided on the device but not recorded. By default each step on the CPU is decided
             on the host.
         read_every: number of steps after which their records are read from the device.
         budget: updated with the steps and seconds spent; a learning-rate schedule may read it.
-        log: called with "train" or "val" and each record, in order, as soon as it is known.
+        log: called with "train" or "val" and each record, in order, as soon as it is available.
         process_group: of `torch.distributed`. Its processes share the tasks of each batch, start
             from rank 0's parameters (and the other tensors of a `module_loss` model), and train as
             one process with all the tasks would; see docs/distributed.md. On CUDA their meta-steps
@@ -126,8 +126,8 @@ class Trainer:
         record or `history` is accessed, or after `read_every` steps.
 
         If the method omits non-finite tasks and all of them are, nothing is applied. On the host,
-        an optimizer that evaluates more than once in a step, such as L-BFGS, sees the same batch
-        each time; the record is of the first evaluation.
+        an optimizer that evaluates more than once in a step, such as L-BFGS, uses the same batch
+        each time; the record describes the first evaluation.
 
         Raises:
             NonfiniteError: a task is not finite and the method does not omit such tasks. Neither
@@ -220,7 +220,7 @@ class Trainer:
         return record
 
     def _evaluate(self, batch: TaskBatch) -> Record:
-        """Fill the gradients of what is learned, and return the record of the batch."""
+        """Fill the gradients of the learned tensors, and return the record of the batch."""
         out = (self.meta_gradient or self.method.meta_gradient)(batch)
         gradients, summary = measure(self.method, out, batch, self.metrics, self.process_group)
         numbers = torch.stack(list(summary.values())).tolist()
@@ -291,7 +291,7 @@ class Trainer:
         """Restore what `state_dict` returned; records of pending steps are dropped.
 
         Raises:
-            Exception: the state does not fit this trainer. Nothing has changed.
+            Exception: the state does not match this trainer. Nothing has changed.
         """
         steps, seconds = state["steps"], state["seconds"]
         history, validation = list(state["history"]), list(state["validation"])
@@ -323,14 +323,14 @@ class Trainer:
         """Resume from a checkpoint; on the CPU, bit for bit as if training had not stopped.
 
         Torch's random state, which dropout uses, is restored too. In a process group the ranks
-        other than 0 are seeded anew.
+        other than 0 are reseeded.
 
         Args:
             path: of a checkpoint that `save` wrote.
 
         Raises:
-            FileNotFoundError, ValueError: as `load_checkpoint`, or the checkpoint is of other
-                parameters, or of another optimizer or scheduler. Nothing has changed.
+            FileNotFoundError, ValueError: as `load_checkpoint`, or the checkpoint belongs
+                to other parameters, or to another optimizer or scheduler. Nothing has changed.
         """
         state = checkpoint.load_checkpoint(path, training=True)
         if self.process_group is not None:

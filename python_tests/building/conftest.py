@@ -1,4 +1,4 @@
-"""Imports of scripts that lie outside of the package, as the scripts themselves import."""
+"""Imports of scripts outside the package, with the import path that the scripts use."""
 
 import importlib
 from pathlib import Path

@@ -183,7 +183,7 @@ def test_scaling_fits_a_power_law_and_a_line(benchmark):
 
 def test_the_page_is_generated_from_the_committed_results(benchmark):
     tables = benchmark("tables")
-    page = tables.make(tables.committed(), tables.committed_matrix())
+    page = tables.make(tables.committed(), tables.committed_installs())
     assert (BENCHMARKS / "README.md").read_text() == page
 
 

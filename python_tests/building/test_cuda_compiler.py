@@ -88,19 +88,19 @@ def place(kind, tmp_path, monkeypatch):
     if kind == "build environment":
         monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site")])
         return tmp_path / "site" / "nvidia" / "cu13" / "bin"
-    if kind == "beside torch":
+    if kind == "next to torch":
         return tmp_path / "nvidia" / "cu13" / "bin"
     return tmp_path / "toolkits" / kind / "bin"
 
 
 PLACES = [
     "CUDACXX", "CUDA_HOME", "CUDA_PATH", "PATH", "cuda", "cuda-13.2", "cuda-13.0",
-    "build environment", "beside torch",
+    "build environment", "next to torch",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", PLACES)
-def test_a_working_nvcc_is_found_in_every_place(kind, compilers, tmp_path, monkeypatch, capfd):
+def test_a_working_nvcc_is_found_in_every_location(kind, compilers, tmp_path, monkeypatch, capfd):
     torch = fake_torch(tmp_path, "2.14.1", cuda="13.0")
     nvcc = fake_tool(place(kind, tmp_path, monkeypatch), "nvcc", WORKS)
     assert compilers.find_nvcc(torch) == nvcc
@@ -288,7 +288,7 @@ LACKS = "IMAML_LACKS_NVCC:INTERNAL=ON"
         ("yes", "13.0", "IMAML_CUDA must be auto, on or off, got 'yes'", False),
     ],
 )
-def test_without_nvcc_cmake_fails_if_imaml_cuda_is_on_and_else_records_it(
+def test_without_nvcc_cmake_fails_if_imaml_cuda_is_on_and_otherwise_records_it(
     wanted, cuda, error, lacks, tmp_path
 ):
     ran = configure(tmp_path, "", IMAML_CUDA=wanted, TORCH_cuda=cuda)

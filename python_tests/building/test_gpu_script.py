@@ -112,7 +112,7 @@ def test_a_stopped_command_can_save_its_results(check, tmp_path, monkeypatch):
     assert (tmp_path / "saved").exists()
 
 
-def test_a_stage_for_which_too_little_time_is_left_is_left_out(run):
+def test_a_stage_is_left_out_if_too_little_time_is_left(run):
     records = run(("long", passing, 120, 600), ("short", passing, 10, 600), minutes=1.0)
     assert records["long"]["outcome"] == "left out"
     assert records["long"]["reason"].endswith("s are left, it needs about 120")
@@ -147,16 +147,16 @@ def test_a_part_that_fails_or_lacks_time_does_not_stop_the_other_parts(run, chec
 def test_the_summary_is_written_before_a_stage_ends(run, tmp_path):
     seen = []
 
-    def looking(step):
+    def reading(step):
         seen.append(json.loads((tmp_path / "summary.json").read_text())["stages"])
 
-    run(("first", passing, 0, 60), ("second", looking, 0, 60))
+    run(("first", passing, 0, 60), ("second", reading, 0, 60))
     assert [(r["name"], r["outcome"]) for r in seen[0]] == [
         ("first", "passed"), ("second", "running"),
     ]  # fmt: skip
 
 
-def test_of_a_long_output_the_beginning_and_the_end_are_logged(run, check, tmp_path):
+def test_the_beginning_and_the_end_of_a_long_output_are_logged(run, check, tmp_path):
     limit = check("runner").LOGGED
     code = f"print('first'); print('x' * {2 * limit}); print('last')"
     run(("loud", lambda step: python(step, code, tmp_path), 0, 60))

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs
 
 
 def tracked():
-    """What git tracks, or would."""
+    """The files that git tracks, and those that it does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True,
@@ -52,7 +52,7 @@ def backend(monkeypatch):
 
 
 def build(sources, *command, **variables):
-    """Without a terminal, on which it would say what is looked for here on stderr."""
+    """Without a terminal, to which messages would go instead of stderr."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=sources, env=os.environ | variables, capture_output=True, text=True,
@@ -83,7 +83,7 @@ def test_the_sdist_has_the_tracked_files_except_results_and_tools(sources, backe
     assert not stale.exists()
 
 
-def test_the_wheel_has_the_modules_and_their_types_only(sources, backend):
+def test_the_wheel_has_only_the_modules_and_their_types(sources, backend):
     shutil.copy2(ROOT / "python_tests" / "conftest.py", sources / "imaml_ext" / "unwanted.txt")
     built = build(sources, "setup.py", "--quiet", "build_py", "--build-lib", "lib")
     assert built.returncode == 0, built.stderr
@@ -132,7 +132,7 @@ def test_old_or_missing_tools_are_required(backend, tmp_path, monkeypatch):
 
 @pytest.fixture
 def tools(backend, tmp_path):
-    """Variables of an environment whose cmake fails, and which has all else."""
+    """Variables of an environment whose cmake fails and that lacks nothing else."""
     fake_tool(tmp_path / "bin", "ninja", ["echo 1.11.1"])
     fake_tool(
         tmp_path / "bin", "cmake",
@@ -155,9 +155,7 @@ def tools(backend, tmp_path):
         ({"IMAML_TORCH_DIR": "/nowhere"}, "IMAML_TORCH_DIR=/nowhere is no torch package"),
     ],
 )
-def test_a_build_that_cannot_be_ends_with_one_line_and_no_traceback(
-    change, message, sources, tools
-):
+def test_an_impossible_build_ends_with_one_line_and_no_traceback(change, message, sources, tools):
     built = build(sources, "setup.py", "build_ext", **tools | change)
     assert built.returncode == 1
     assert message in built.stderr

@@ -82,7 +82,7 @@ def test_every_copy_of_the_operands_is_used_once_in_a_sample(benchmark, clock, m
     rotated = timing.Rotated(calls)
     assert timing.cuda_seconds(rotated, CUDA, short=True) == pytest.approx(3e-3)
     assert [call.made for call in calls] == [1, 1, 1]
-    monkeypatch.setattr(timing, "cuda_graph", lambda function, rehearse: function)
+    monkeypatch.setattr(timing, "cuda_graph", lambda function, warmup: function)
     graph = timing.Captured(rotated)
     assert timing.cuda_seconds(graph, CUDA, short=True) == pytest.approx(3e-3)
     assert [call.made for call in calls] == [2, 2, 2]
@@ -119,7 +119,7 @@ def test_the_time_of_jax_includes_waiting_for_the_result(benchmark, clock, monke
 def test_a_call_that_cannot_be_captured_is_reported(benchmark, monkeypatch, capsys):
     timing = benchmark("cuda_timing")
 
-    def refuse(function, rehearse):
+    def refuse(function, warmup):
         raise RuntimeError("it synchronises\nat length")
 
     monkeypatch.setattr(timing, "cuda_graph", refuse)
@@ -127,7 +127,7 @@ def test_a_call_that_cannot_be_captured_is_reported(benchmark, monkeypatch, caps
     assert "left out, cannot be captured: some way: it synchronises\n" in capsys.readouterr().err
 
 
-def test_calls_on_cuda_are_prepared_once_a_turn_and_timed_by_events(benchmark, clock):
+def test_calls_on_cuda_are_prepared_once_per_turn_and_timed_by_events(benchmark, clock):
     calls = {"fast": counted(clock, 1.0), "slow": counted(clock, 100.0)}
     prepared = []
     times = benchmark("harness").time_in_turn(

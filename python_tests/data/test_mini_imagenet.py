@@ -202,7 +202,7 @@ def test_a_changed_image_is_decoded_again(in_folders):
     assert load(in_folders)["test"][0, 0, :, 0, 0].tolist() == list(colour(0, 4))
 
 
-def test_another_order_has_another_cache_file(listed, cache):
+def test_a_different_order_has_a_different_cache_file(listed, cache):
     load(listed)
     wnid = FIRST["train"]
     replace(

@@ -73,14 +73,14 @@ def test_other_pixels_under_the_same_names_are_not_taken_from_the_cache(root):
     assert not torch.equal(load_omniglot(root).images, first.images)
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(root, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_causes_a_warning(root, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="is not cached and will be decoded again"):
         assert load_omniglot(root).images.shape == (5, 20, 28, 28)
 
 
-def test_ink_is_high(root):
+def test_ink_has_high_values(root):
     # 10% of each drawing is ink, drawn black on white in the archive
     assert 0.05 < load_omniglot(root).images.double().mean() / 255 < 0.15
 
@@ -99,7 +99,7 @@ def test_a_truncated_archive_is_named(root):
         load_omniglot(root)
 
 
-def test_a_foreign_archive_is_refused_and_nothing_is_cached(root, tmp_path):
+def test_an_unrelated_archive_is_refused_and_nothing_is_cached(root, tmp_path):
     archive = root / "omniglot-py" / "images_background.zip"
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("readme.txt", "not Omniglot")
@@ -156,7 +156,7 @@ def test_the_split_is_disjoint_and_does_not_depend_on_the_machine(omniglot_root)
 def test_random_damage_is_refused_or_harmless(root):
     archive = root / "omniglot-py" / "images_background.zip"
     refused = count_refused_mutations(archive, lambda: load_omniglot(root))
-    assert 0.2 * MUTATIONS < refused < MUTATIONS  # some change nothing that is read
+    assert 0.2 * MUTATIONS < refused < MUTATIONS  # some mutations are in parts that are not read
 
 
 def test_no_name_in_an_archive_writes_outside_the_cache(root, tmp_path):

@@ -1,4 +1,4 @@
-"""Experiments: what a Config gives, and adapting it differently in evaluation."""
+"""Experiments: what a Config builds, and adapting it differently in evaluation."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_without_the_proximal_term_imaml_adapts_by_plain_descent():
         assert not torch.allclose(phi, with_term.method.adapt(support)[name])
 
 
-def test_other_adaptation_keeps_the_learned_tensors():
+def test_changed_adaptation_settings_keep_the_learned_tensors():
     one = build(dataclasses.replace(PRESETS["sinusoid"], learn_lam="scalar"))
     with torch.no_grad():
         for tensor in one.method.hyperparameters().values():
@@ -72,7 +72,7 @@ def test_other_adaptation_keeps_the_learned_tensors():
     ],
     ids=str,
 )
-def test_names_stand_for_methods_and_solvers(settings, kinds):
+def test_names_refer_to_methods_and_solvers(settings, kinds):
     config = dataclasses.replace(PRESETS["sinusoid"], cg_steps=3, damping=0.5, **settings)
     method = build(config).method
     linear = getattr(method, "linear", None)
@@ -84,7 +84,7 @@ def test_names_stand_for_methods_and_solvers(settings, kinds):
 
 
 @pytest.mark.parametrize("name", list(CHOICES))
-def test_an_unknown_name_is_refused_with_the_names_that_exist(name):
+def test_an_unknown_name_is_refused_and_the_known_names_are_listed(name):
     config = dataclasses.replace(PRESETS["sinusoid"], **{name: "abacus"})
     with pytest.raises(ValueError, match=f"{name} must be one of .*, got 'abacus'"):
         build(config)

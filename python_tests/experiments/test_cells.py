@@ -28,7 +28,7 @@ def test_every_cell_of_table_2_has_settings_in_every_variant_that_exists():
         assert one.test.eval_query == shot
 
 
-def test_the_papers_settings():
+def test_the_paper_variant_has_the_papers_settings():
     one = cell("table2", "20w5s", "imaml-gd", "paper").train
     assert (one.lam, one.inner_lr, one.inner_steps, one.cg_steps) == (2.0, 0.1, 25, 5)
     assert (one.tasks, one.query, one.meta_lr, one.decay) == (32, 5, 1e-3, "constant")

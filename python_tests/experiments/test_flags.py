@@ -1,4 +1,4 @@
-"""The command-line flags that are made from the fields of Config."""
+"""The command-line flags generated from the fields of Config."""
 
 import argparse
 import dataclasses

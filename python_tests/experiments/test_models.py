@@ -15,7 +15,7 @@ from imaml_ext.experiments.models import conv4
         ({"channels": 3, "filters": 32, "image": 32, "pool": True}, 3, 32 * 2 * 2),
     ],
 )
-def test_conv4_is_the_papers(settings, channels, features):
+def test_conv4_is_the_papers_network(settings, channels, features):
     model = conv4(5, **settings)
     image = settings.get("image", 28)
     assert model(torch.rand(7, channels, image, image)).shape == (7, 5)

@@ -133,7 +133,7 @@ def test_missing_measurements_are_reported_in_one_line(study, tmp_path, capsys):
         assert "no measurements at" in capsys.readouterr().err
     (tmp_path / f"{study}.jsonl").write_text("{}\n")
     assert main(arguments) == 1
-    assert "does not hold measurements" in capsys.readouterr().err
+    assert "does not contain measurements" in capsys.readouterr().err
 
 
 def test_an_incomplete_line_is_reported_before_anything_is_measured(tmp_path, capsys):

@@ -80,7 +80,7 @@ def checkpoint(tmp_path):
     return tmp_path / "c.pt"
 
 
-def test_a_resumed_run_can_change_its_length_alone(checkpoint):
+def test_a_resumed_run_can_change_only_its_length(checkpoint):
     config = resumed_config(checkpoint, {"meta_steps": 5, "nonfinite": "omit", "inner_steps": 1})
     assert (config.meta_steps, config.nonfinite, config.tasks) == (5, "omit", 2)
     for name, value in {"inner_steps": 3, "dataset": "omniglot", "seed": 1}.items():

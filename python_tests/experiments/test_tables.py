@@ -149,7 +149,7 @@ def test_a_cell_that_fails_is_reported_and_the_others_are_trained(
 
 def test_a_short_run_is_a_timing(tmp_path, capsys, few_classes):
     assert reproduce(tmp_path, "--methods", "maml", "--meta-steps", "2") == 0
-    assert "a timing: seconds a meta-step" in capsys.readouterr().out
+    assert "a timing: seconds per meta-step" in capsys.readouterr().out
     (record,) = lines(tmp_path)
     assert "accuracy" not in record
     assert "curve" not in record

@@ -194,7 +194,7 @@ def assert_near(got, expected, dtype, factor=1.0):
 
 
 def lam_like(problem, mean):
-    """The gradient by Λ, [D, D], in lam's form."""
+    """The gradient of Λ, [D, D], in lam's form."""
     if isinstance(problem.lam, dict):
         parts = Layout(problem.params).unflatten(mean.diagonal().to(problem.layout.dtype))
         return {n: t.sum() if problem.lam[n].dim() == 0 else t for n, t in parts.items()}

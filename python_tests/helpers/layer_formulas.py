@@ -123,7 +123,7 @@ def batch_norm(o):
     return {
         "result": (y, slack),
         "positive": positive if o["relu"] else (y.new_empty(0), y.new_empty(0)),
-        # An infinite mean may be computed as NaN, so only its not being finite is checked.
+        # An infinite mean may be computed as NaN, so it is only checked to be non-finite.
         "mean": _squeezed(torch.where(bad, nothing, center), center_slack.masked_fill(bad, -1)),
         "scale": _squeezed(torch.where(bad, nothing, scale), scale_slack.masked_fill(bad, 0)),
     }

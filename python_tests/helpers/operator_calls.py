@@ -201,7 +201,7 @@ def make_consistent(tensors, draw):
 
 
 def contiguous_per_task(operator):
-    """Operands that need be contiguous within each task only."""
+    """Operands that need only be contiguous within each task."""
     if OPERATORS[operator].sizes == "rows":
         return ()
     names = [name for name, *_ in OPERATORS[operator].parsed()]

@@ -41,7 +41,7 @@ def make_trainer(
         scheduler=torch.optim.lr_scheduler.StepLR(adam, 3, decay), capture=capture, **settings,
     )  # fmt: skip
     if capture is None:
-        trainer.capture = None  # the default is another on CUDA
+        trainer.capture = None  # the default differs on CUDA
     return trainer
 
 

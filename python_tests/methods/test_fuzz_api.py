@@ -250,7 +250,7 @@ WRONG = {
 @given(data=st.data())
 def test_invalid_arguments_are_rejected_in_one_line_and_nothing_is_written(argument, key, data):
     problem = data.draw(problems())
-    assume(problem.layout.dim > 1)  # or some of the wrong lams are valid
+    assume(problem.layout.dim > 1)  # otherwise some of the wrong lams are valid
     wrong = WRONG[argument][key]
     arguments = {
         "loss": problem.loss, "params": problem.params, "support": problem.support,
@@ -264,7 +264,7 @@ def test_invalid_arguments_are_rejected_in_one_line_and_nothing_is_written(argum
     elif argument == "adapted":
         wrong = wrong(problem)
     arguments[argument] = wrong
-    if (argument, key) == ("params", "half"):  # all, or the error would be about the data
+    if (argument, key) == ("params", "half"):  # all, otherwise the error would be about the data
         for name in ("support", "query"):
             arguments[name] = pytree.tree_map(half, arguments[name])
         arguments["lam"] = 1.0

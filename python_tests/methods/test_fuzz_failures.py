@@ -94,7 +94,7 @@ def test_a_nonfinite_task_is_reported_and_does_not_change_the_others(name, data)
 
 
 @given(st.data())
-def test_permuting_the_tasks_permutes_the_report_only(data):
+def test_permuting_the_tasks_permutes_only_the_report(data):
     problem = data.draw(problems())
     order = data.draw(st.permutations(range(problem.tasks)))
     bad, _ = with_nonfinite_data(data.draw, problem)

@@ -37,7 +37,9 @@ def test_cg_step_is_one_iteration(shape, diagonal, preconditioned, dtype, device
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_identity_as_preconditioner_gives_the_bits_of_none(shape, dtype, device):
+def test_the_identity_as_preconditioner_gives_the_same_bits_as_no_preconditioner(
+    shape, dtype, device
+):
     torch.manual_seed(1)
     arguments, state = cg_arguments(*shape, dtype, device)
     torch.manual_seed(1)

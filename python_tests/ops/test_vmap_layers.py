@@ -140,7 +140,7 @@ def launches(tasks, compute):
 
 
 @pytest.mark.parametrize(("compute", "most"), [("product", 90), ("gradient", 75)])
-def test_a_hessian_product_is_few_operators_for_any_number_of_tasks(compute, most, form):
+def test_a_hessian_product_takes_few_operators_for_any_number_of_tasks(compute, most, form):
     few, many = launches(2, compute), launches(16, compute)
     assert few == many
     assert many.total() <= most

@@ -82,7 +82,7 @@ def test_a_loss_in_half_precision_is_reported_in_float32(half, device):
     assert distance([out.params["w"]], [want.params["w"]]) < TOLERANCE[half]
 
 
-def test_the_gradient_by_a_dense_lam_is_computed_in_float32(problem, device):
+def test_the_gradient_of_a_dense_lam_is_computed_in_float32(problem, device):
     loss, model, support, query = problem
     params = dict(model.named_parameters())
     lam = torch.eye(sum(p.numel() for p in params.values()), device=device)

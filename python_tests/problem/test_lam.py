@@ -1,4 +1,4 @@
-"""Λ in every form against the dense matrix that it stands for."""
+"""Λ in every form against the dense matrix that it represents."""
 
 import pytest
 import torch

@@ -46,7 +46,7 @@ def test_gradients_flow_through_both_directions():
         ([torch.zeros(7)], TypeError, "phi must map names to tensors"),
     ],
 )  # fmt: skip
-def test_tensors_that_do_not_fit_are_rejected(params, error, message):
+def test_mismatched_tensors_are_rejected(params, error, message):
     with pytest.raises(error, match=message):
         Layout(PARAMS).flatten(params, "phi")
 
@@ -59,7 +59,8 @@ def test_tensors_that_do_not_fit_are_rejected(params, error, message):
         ({"w": torch.zeros(2).half()}, TypeError, "must be float32 or float64"),
         ({"w": torch.zeros(2), "b": torch.zeros(2, device="meta")}, ValueError,
          r"params\['b'\] is torch.float32 on meta, but params\['w'\] is torch.float32 on cpu"),
-        (dict.fromkeys("ab", torch.zeros(2)), ValueError, r"params\['b'\] is params\['a'\]"),
+        (dict.fromkeys("ab", torch.zeros(2)), ValueError,
+         r"params\['b'\] is the same tensor as params\['a'\]"),
     ],
 )  # fmt: skip
 def test_parameters_without_a_layout_are_rejected(params, error, message):

@@ -93,7 +93,7 @@ def test_a_linear_loss_has_curvature_0_and_a_constant_loss_gradient_0():
     assert (constant[1] == 0).all()
 
 
-def test_no_grad_of_the_caller_has_no_effect(device):
+def test_the_callers_no_grad_has_no_effect(device):
     problem = regression(2, device)
     rows = rows_of(problem)
     objective = Objective(problem.loss, problem.layout, problem.support)
@@ -144,5 +144,5 @@ def test_data_that_is_not_a_pair_is_named(kind):
 def test_ggn_needs_the_models_outputs():
     layout = Layout({"w": torch.zeros(3)})
     objective = Objective(lambda p, x: p["w"] @ x, layout, torch.randn(2, 3))
-    with pytest.raises(TypeError, match="make the loss with module_loss"):
+    with pytest.raises(TypeError, match="build the loss with module_loss"):
         objective.linearise(torch.zeros(2, 3), "ggn")

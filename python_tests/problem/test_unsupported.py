@@ -250,6 +250,6 @@ ON_CUDA = [
 ]
 
 
-@pytest.mark.parametrize(("says", "remedy"), ON_CUDA)
-def test_the_messages_of_pytorch_on_cuda_are_recognised(says, remedy):
-    assert re.search(remedy, unsupported_layer_message(NotImplementedError(says)))
+@pytest.mark.parametrize(("message", "remedy"), ON_CUDA)
+def test_the_messages_of_pytorch_on_cuda_are_recognised(message, remedy):
+    assert re.search(remedy, unsupported_layer_message(NotImplementedError(message)))

@@ -226,7 +226,7 @@ def test_the_jacobi_estimate_does_not_depend_on_the_batch(device):
     torch.testing.assert_close(whole.value[2:3], alone.value, rtol=1e-12, atol=0)
 
 
-# ---- a solver of the user's
+# ---- a user's own solver
 
 
 class Richardson(LinearSolver):
@@ -254,7 +254,7 @@ def test_a_subclass_implements_only_its_iteration(form):
     assert got.residual[2].isnan()
 
 
-def test_a_subclass_gets_the_second_moment_and_checked_arguments():
+def test_a_subclass_receives_the_second_moment_and_checked_arguments():
     systems = []
 
     class Recording(Richardson):

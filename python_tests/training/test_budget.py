@@ -1,4 +1,4 @@
-"""Budgets: what counts as progress, and who keeps it up to date."""
+"""Budgets: what counts as progress, and when it is updated."""
 
 import gc
 import math
@@ -38,7 +38,7 @@ def test_progress_is_the_larger_share_of_the_limits(limits, steps, seconds, prog
         ({"minutes": math.nan}, "minutes must be finite and non-negative, got nan"),
     ],
 )
-def test_limits_that_are_none_are_refused(limits, message):
+def test_invalid_limits_are_refused(limits, message):
     with pytest.raises(ValueError, match=message):
         Budget(**limits)
 
@@ -73,7 +73,7 @@ def test_the_trainer_updates_the_budget_before_the_schedule_reads_it(tmp_path):
     assert resumed.optimizer.param_groups[0]["lr"] == 3 / 8
 
 
-def test_a_trainer_whose_schedule_reads_its_budget_is_freed_without_the_collector():
+def test_a_trainer_whose_schedule_reads_its_budget_is_freed_without_garbage_collection():
     gc.collect()
     gc.disable()
     try:

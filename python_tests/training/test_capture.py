@@ -8,7 +8,7 @@ from imaml_ext.training.capture import cuda_graph
 
 
 class FakeCuda:
-    """A cuda of the parts of torch.cuda that a recording calls, with a log of the calls.
+    """A fake of the parts of torch.cuda that a recording calls, with a log of the calls.
 
     Args:
         ends_late: whether a failed capture leaves the allocator in capture mode, as up to torch

@@ -145,7 +145,7 @@ def test_a_model_is_smaller_and_enough_to_evaluate_but_not_to_resume(tmp_path):
     save_model(tmp_path / "model.pt", load_checkpoint(tmp_path / "whole.pt", training=True))
     assert load_checkpoint(tmp_path / "model.pt")["steps"] == 1
     assert (tmp_path / "model.pt").stat().st_size < (tmp_path / "whole.pt").stat().st_size
-    with pytest.raises(ValueError, match="is a model alone: it can be evaluated, not trained"):
+    with pytest.raises(ValueError, match="contains only a model: it can be evaluated, not trained"):
         trained().load(tmp_path / "model.pt")
 
 
@@ -196,7 +196,7 @@ def test_random_damage_is_refused_or_harmless_and_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"text"])
-def test_a_foreign_file_is_refused(content, tmp_path):
+def test_an_unrelated_file_is_refused(content, tmp_path):
     path = tmp_path / "c.pt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"c.pt is truncated or not a checkpoint"):
@@ -204,7 +204,7 @@ def test_a_foreign_file_is_refused(content, tmp_path):
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), {"steps": 1}])
-def test_a_file_of_torch_that_is_not_a_checkpoint_is_refused(content, tmp_path):
+def test_a_torch_file_that_is_not_a_checkpoint_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"c\.pt is not a checkpoint of imaml_ext"):
         load_checkpoint(tmp_path / "c.pt")
@@ -269,8 +269,8 @@ def other_scheduler():
     [
         (other_precision, r"another model: 4 tensors differ, .*torch.float32, expected .*float64"),
         (other_model, r"another model: 3 tensors .*'0.weight': got \[7, 1\] .*expected \[12, 1\]"),
-        (other_optimizer, "the checkpoint is of SGD, but the optimizer is Adam"),
-        (other_scheduler, "the checkpoint is of another scheduler, or of none"),
+        (other_optimizer, "the checkpoint was written with SGD, but the optimizer is Adam"),
+        (other_scheduler, "the checkpoint was written with another scheduler, or without one"),
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused_and_changes_nothing(make, message, tmp_path):
@@ -291,7 +291,7 @@ def test_a_model_is_restored_or_refused_with_the_path(tmp_path):
     restore(target.learned(), state, tmp_path / "c.pt")
     got, expected = target.learned(), trainer.method.learned()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
-    with pytest.raises(ValueError, match=r"c\.pt: the checkpoint is of another model"):
+    with pytest.raises(ValueError, match=r"c\.pt: the checkpoint belongs to another model"):
         restore(other_model().method.learned(), state, tmp_path / "c.pt")
 
 

@@ -104,7 +104,7 @@ def test_records_are_read_when_accessed_or_when_enough_are_pending(device, monke
 
 
 @pytest.mark.parametrize("record", [True, False], ids=["recorded", "no_capture"])
-def test_a_non_finite_step_is_refused_with_all_after_it(record, device, capture):
+def test_a_non_finite_step_is_refused_with_all_later_ones(record, device, capture):
     capture = capture if record else no_capture
     trainer = make_trainer(device, capture, source=WithNan(device, {5}, 2), read_every=4)
     expected = make_trainer(device)

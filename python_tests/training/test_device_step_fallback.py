@@ -82,8 +82,8 @@ def test_batches_of_another_shape_end_the_recording(device, capture):
 @pytest.mark.parametrize(
     ("make", "advice"),
     [
-        (lambda p: torch.optim.Adam(p, lr=0.01), "make Adam with capturable=True"),
-        (lambda p: torch.optim.SGD(p, lr=0.01), "make SGD with fused=True"),
+        (lambda p: torch.optim.Adam(p, lr=0.01), "create Adam with capturable=True"),
+        (lambda p: torch.optim.SGD(p, lr=0.01), "create SGD with fused=True"),
         (lambda p: torch.optim.LBFGS(p, lr=0.01), "LBFGS is not capturable"),
     ],
     ids=["adam", "sgd", "lbfgs"],

@@ -199,7 +199,7 @@ def test_ranks_that_are_killed_do_not_change_the_result(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_existing_run_is_not_resumed_without_being_asked(tmp_path):
+def test_an_existing_run_is_resumed_only_on_request(tmp_path):
     before = (tmp_path / "checkpoint.pt", b"of another run")
     before[0].write_bytes(before[1])
     _, error = torchrun(2, *TRAIN, "--out", tmp_path, restarts=1).communicate(timeout=300)

@@ -24,7 +24,7 @@ def test_the_mean_and_interval_are_over_the_first_tasks(device):
     assert got.ci95["loss"] == pytest.approx(1.96 * values.std(correction=0).item() / 20**0.5)
 
 
-def test_support_metrics_get_the_support_set(device):
+def test_support_metrics_receive_the_support_set(device):
     method = make_method(device)
     source = Sinusoid(tasks=3, device=device, dtype=torch.float64)
 

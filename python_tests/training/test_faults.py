@@ -84,7 +84,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_a_folder_that_cannot_be_created_is_an_error_of_one_line(tmp_path, capsys):
+def test_a_folder_that_cannot_be_created_is_a_one_line_error(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["train", *QUICK, "--out", str(tmp_path / "file" / "run")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
@@ -127,7 +127,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spare", [0, 4, 20, 36, 40])
-def test_a_full_disk_is_an_error_of_one_line_and_keeps_the_checkpoint(spare, tmp_path, small_disk):
+def test_a_full_disk_is_a_one_line_error_and_keeps_the_checkpoint(spare, tmp_path, small_disk):
     """The disk fills in the log, at the start or in the middle of a checkpoint, or after it."""
     before, out = tmp_path / "before" / "run", tmp_path / "disk" / "run"
     assert main(["train", *QUICK, "--meta-steps", "5", "--out", str(before)]) == 0
@@ -146,7 +146,7 @@ def test_a_full_disk_is_an_error_of_one_line_and_keeps_the_checkpoint(spare, tmp
 
 
 @pytest.mark.slow
-def test_a_read_only_disk_is_an_error_of_one_line(tmp_path, small_disk):
+def test_a_read_only_disk_is_a_one_line_error(tmp_path, small_disk):
     out = tmp_path / "disk" / "run"
     code, errors = small_disk(100, "train", *QUICK, "--out", out, options="ro")
     assert code == 1

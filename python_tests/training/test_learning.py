@@ -130,7 +130,7 @@ def test_any_optimizer_finds_the_same_optimum(make, steps, device):
 
 
 class Relevance:
-    """Regression tasks whose weights vary in the first half of the features, hardly in the rest.
+    """Regression tasks whose weights vary mainly in the first half of the features.
 
     theta can learn the common weights, and lam how far the weights of a task are from them.
     """

@@ -76,4 +76,4 @@ def test_the_error_without_tensorboard_names_the_package(tmp_path, capsys, monke
     run = [*QUICK, "--meta-steps", "2", "--tensorboard", "--out", str(tmp_path)]
     assert main(run) == 1
     error = capsys.readouterr().err
-    assert error == "imaml-ext: error: --tensorboard needs the package: pip install tensorboard\n"
+    assert error == "imaml-ext: error: --tensorboard needs TensorBoard: pip install tensorboard\n"

@@ -199,7 +199,7 @@ def test_threads_do_not_mix_their_batches(compiled_and_eager):
     assert_close(got, [expected[k % 8] for k in range(200)])
 
 
-def test_a_given_meta_gradient_is_for_the_cpu_only(device):
+def test_a_meta_gradient_argument_is_accepted_on_the_cpu_only(device):
     method, source = make_method(device), sinusoid(device, 2)
     if device.type == "cpu":
         Trainer(method, source, meta_gradient=method.meta_gradient)

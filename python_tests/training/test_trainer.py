@@ -1,4 +1,4 @@
-"""The outer loop: what is learned, and that steps with non-finite tasks are refused."""
+"""The outer loop: which tensors are learned, and that steps with non-finite tasks are refused."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_an_optimizer_that_moved_before_the_refusal_is_restored():
     assert not trainer.optimizer.state_dict()["state"]
 
 
-def test_metrics_get_the_shared_parameters():
+def test_metrics_receive_the_shared_parameters():
     psi = torch.tensor([2.0], requires_grad=True)
     w = torch.zeros(1, requires_grad=True)
 

@@ -146,7 +146,7 @@ def summary(records: list[Record]) -> Record:
                 pairs = zip(record[f"{what}_bound"], record[f"{what}_error"], strict=True)
                 ratios = [bound / error for bound, error in pairs if error > 1e-12]
                 if ratios:
-                    figures[name][f"certificate / error of {what}"] = [min(ratios), max(ratios)]
+                    figures[name][f"estimate / error of {what}"] = [min(ratios), max(ratios)]
     return figures
 
 

@@ -85,7 +85,7 @@ def one_point(name: str, inner_steps: int, cg_steps: int, settings: Settings) ->
     FOMAML(loss, params, inner=GradientDescent(lr=LR, steps=1)).meta_gradient(batch)
     if device.type == "cuda":
         peak = peak_bytes(lambda: method.meta_gradient(batch), device)
-    release_free_memory()  # or the meta-gradient would reuse it
+    release_free_memory()  # otherwise the meta-gradient would reuse it
     before = resident_bytes("VmRSS")
     start = time.perf_counter()
     out = method.meta_gradient(batch)

@@ -19,12 +19,12 @@ class Settings:
     """The options of `imaml-ext reproduce` that a study may use.
 
     Attributes:
-        meta_steps: length of each training, if the study trains; None: the study's own.
+        meta_steps: of each training, if the study trains; None: the study's default.
         eval_tasks: tasks of each evaluation.
         out: folder of the records, plots and models.
         cells, methods: columns and rows of a table; None: all.
-        variant: whose settings a table uses.
-        budget: minutes of training for each cell, over all runs; 0: meta-steps alone.
+        variant: which settings a table uses.
+        budget: minutes of training for each cell, over all runs; 0: no time limit.
         runs: folder of the cells' checkpoints.
     """
 
@@ -53,9 +53,9 @@ class Study:
     Attributes:
         question: the question that it answers.
         measure: yields records.
-        draw: writes plots, and the like, into a folder, from records alone; returns the paths.
+        draw: writes plots and other files into a folder, from records alone; returns the paths.
         summary: figures to print, from records alone.
-        select: the records that `draw` and `summary` get, out of all that were ever appended.
+        select: chooses the records for `draw` and `summary` from all that were appended.
         may_be_empty: whether `draw` works without records.
     """
 
@@ -91,7 +91,7 @@ def read(study: Study, lines: Path) -> list[Record]:
     try:
         return study.select(read_lines(lines))
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{lines} does not hold measurements of this study") from error
+        raise ValueError(f"{lines} does not contain measurements of this study") from error
 
 
 def read_lines(lines: Path) -> list[Record]:

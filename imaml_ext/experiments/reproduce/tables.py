@@ -25,7 +25,7 @@ from imaml_ext.training.evaluation import Evaluation
 from imaml_ext.training.trainer import NonfiniteError
 
 _VALIDATIONS = 8
-_SIDE_TASKS = 200  # tasks of every evaluation but the main one
+_SIDE_TASKS = 200  # tasks of every evaluation except the main one
 _TRAINED = 100  # meta-steps; a shorter run is a timing and is not tested
 
 
@@ -73,7 +73,7 @@ def _cells(table: str, settings: Settings) -> list[Cell]:
 
 
 def _repeats(record: Record, old: Record, tasks: int) -> bool:
-    """Whether an old record is of this training, tested on so many tasks, if at all."""
+    """Whether an old record has this training and, if it was tested, this number of tasks."""
     same = all(old.get(name) == value for name, value in record.items())
     return same and old.get("test_tasks", tasks) == tasks
 
@@ -83,7 +83,7 @@ def _measure(one: Cell, config: Config, settings: Settings) -> Record:
     checkpoint = settings.runs / f"{one.name}-seed{config.seed}-{length}" / "checkpoint.pt"
     resume = checkpoint.exists()
     if resume:
-        resumed_config(checkpoint, vars(config))  # raises if it is of other settings
+        resumed_config(checkpoint, vars(config))  # raises if its settings differ
     experiment = build(config, data=settings.data, device=settings.device)
     trainer = experiment.trainer()
     train_to_end(
@@ -128,7 +128,7 @@ def _percent(prefix: str, result: Evaluation) -> Record:
 
 
 def _keep_if_best(one: Cell, checkpoint: Path, accuracy: float, out: Path) -> None:
-    """Keep the column's best model, by validation: the test classes must not decide."""
+    """Keep the column's best model by validation accuracy; test classes must not select it."""
     others = [r for r in read_lines(out / f"{one.table}.jsonl") if r["column"] == one.column]
     if accuracy > max((r["val_accuracy"] for r in others if "accuracy" in r), default=0.0):
         state = load_checkpoint(checkpoint)
@@ -154,7 +154,7 @@ def summary(records: list[Record]) -> Record:
             figures[f"{name}, failed"] = {"why": record["failed"]}
         elif "accuracy" not in record:
             each = record["seconds"] / record["meta_steps"]
-            figures[f"{name}, a timing"] = {"seconds a meta-step": each}
+            figures[f"{name}, a timing"] = {"seconds per meta-step": each}
         else:
             of_cell = {"accuracy": record["accuracy"], "ci95": record["ci95"]}
             if record["published"]:

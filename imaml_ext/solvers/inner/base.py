@@ -1,4 +1,4 @@
-"""The interface of inner solvers, and what they share."""
+"""The interface of inner solvers, and their common helpers."""
 
 from abc import ABC, abstractmethod
 
@@ -34,12 +34,15 @@ class InnerSolver(ABC):
 
         Returns:
             `value` is phi [B, D]. `residual` may be NaN and a task RUNNING: the caller, which
-            computes the gradient at phi anyway, completes both.
+            computes the gradient at phi anyway, sets both.
         """
 
 
 def update_status(status: Tensor, residual: Tensor, tol: float | None) -> Tensor:
-    """RUNNING tasks become CONVERGED if `residual <= tol`; any task NONFINITE if it is not."""
+    """RUNNING tasks become CONVERGED if `residual <= tol`.
+
+    Any task becomes NONFINITE if its residual is not finite.
+    """
     if tol is not None:
         converged = (status == Status.RUNNING) & (residual <= tol)
         status = torch.where(converged, Status.CONVERGED, status)

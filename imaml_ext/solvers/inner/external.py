@@ -16,7 +16,7 @@ from imaml_ext.solvers.solution import Solution
 class External(InnerSolver):
     """phi from any Python function, such as another library's solver, which is not differentiated.
 
-    The implicit gradient depends only on phi. The report measures it: `residual` is
+    The implicit gradient depends only on phi. The report measures its quality: `residual` is
     `‖∇G_i(phi_i)‖`, and a task that does not reach `tol` is MAX_ITER, not CONVERGED.
 
     Args:

@@ -1,4 +1,4 @@
-"""Linear solvers for `(H_i + Λ + damping I) x_i = b_i`: the system, and what all of them share."""
+"""Linear solvers for `(H_i + Λ + damping I) x_i = b_i`: the system and the base class."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from imaml_ext.solvers.solution import Solution, Status
 
 
 class LinearSystem:
-    """`(H_i + Λ + damping I) x_i = b_i` for every row i; what a `LinearSolver` gets to solve.
+    """`(H_i + Λ + damping I) x_i = b_i` for every row i, as passed to a `LinearSolver`.
 
     Args:
         matvec: maps [B, D] to [B, D], row i by `H_i`.
@@ -24,7 +24,7 @@ class LinearSystem:
         second_moment: of the inner solver's gradients, [B, D]; None if it kept none.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, or what matvec returns does not.
+        TypeError, ValueError: an argument, or a result of matvec, is invalid.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class LinearSystem:
 class LinearSolver(ABC):
     """Settings of the linear solve `(H + Λ + damping I) x = v` of a meta-gradient.
 
-    A subclass implements `_solve(system)`: it gets a checked `LinearSystem` and returns a
-    `Solution`, in no_grad mode.
+    A subclass implements `_solve(system)`, which receives a checked `LinearSystem` and returns a
+    `Solution`; it runs under `torch.no_grad`.
 
     Args:
         max_iter: maximum number of products with H.
         rtol, atol: a task stops when `|r| <= max(atol, rtol |v|)`, or `|r| <= eps |v|`, below which
-            a recurrence computes rounding errors.
+            a recurrence only computes rounding errors.
         damping: added to the diagonal.
         curvature: what H is: "hessian", the Hessian of the support loss, or "ggn", its generalised
             Gauss-Newton matrix, positive semi-definite for the usual losses, for which the loss
@@ -106,7 +106,7 @@ class LinearSolver(ABC):
         *,
         second_moment: Tensor | None = None,
     ) -> Solution:
-        """Solve for every row of b [B, D], from x = 0, each with its own stopping.
+        """Solve for every row of b [B, D], from x = 0; each row stops independently.
 
         On an accelerator a solve of more than 64 iterations synchronises every 64, to stop when all
         rows are done; never while being recorded.
@@ -118,11 +118,11 @@ class LinearSolver(ABC):
             second_moment: of the inner solver's gradients, [B, D], if it kept one.
 
         Returns:
-            `value` is x [B, D], `residual` is `|r|` [B], and `lanczos` the curvature seen, if the
+            `value` is x [B, D], `residual` is `|r|` [B], and `lanczos` the curvature, if the
             solver measures it. A row that is not finite is NONFINITE and its value is 0.
 
         Raises:
-            TypeError, ValueError: the arguments do not fit.
+            TypeError, ValueError: an argument is invalid.
         """
         system = LinearSystem(matvec, b, lam, self.damping, second_moment)
         with torch.no_grad():

@@ -68,7 +68,7 @@ def conjugate_gradient(
 ) -> Solution:
     """Solve `(H_i + Λ + damping I) x_i = b_i` for every row i, H_i symmetric.
 
-    Each row has its own stopping and is frozen once done. Besides the product with H, an iteration
+    Each row stops independently and is frozen once done. Besides the product with H, an iteration
     is one fused kernel. On CUDA up to 64 iterations do not synchronise; a longer solve synchronises
     every 64, to stop when all rows are done, but never while being recorded.
 
@@ -80,10 +80,10 @@ def conjugate_gradient(
         damping: added to the diagonal.
         max_iter: maximum number of iterations.
         rtol, atol: a row stops when `|r| <= max(atol, rtol |b|)`, or `|r| <= eps |b|`, below which
-            the recurrence computes rounding errors.
+            the recurrence only computes rounding errors.
         x0: initial x, [B, D]; default 0.
         preconditioner: diagonal of M, positive, [D] or [B, D]. The less the eigenvalues of
-            M^-1 (H + Λ) are spread, the fewer iterations. Stopping is by `|r|` all the same.
+            M^-1 (H + Λ) are spread, the fewer iterations. The stopping criterion is still `|r|`.
 
     Returns:
         `value` is x and `residual` the recurrence's `|r|`. A row with `b = 0` is CONVERGED in 0
@@ -93,7 +93,7 @@ def conjugate_gradient(
         float64 without scaling: float64 entries beyond 1e±150 overflow or underflow.
 
     Raises:
-        TypeError, ValueError: `b`, `lam`, `x0` or a setting does not fit, or `matvec` did not
+        TypeError, ValueError: `b`, `lam`, `x0` or a setting is invalid, or `matvec` did not
             return [B, D] like `b`.
 
     Source: Hestenes, Stiefel 1952, "Methods of conjugate gradients for solving linear systems".
@@ -137,7 +137,7 @@ def _iterate(
             x, r, p, hp, system.lam.fused, damping=system.damping, rr=rr, tol2=tol2, status=status,
             steps=steps, curvature=curvature[k], beta=beta[k], inverse=inverse, rz=rz,
         )  # fmt: skip
-        del hp  # or it would be in memory together with the next one
+        del hp  # otherwise it would be in memory with the next one
     negative = status == Status.NEGATIVE_CURVATURE
     if system.lam.is_dense:  # for a diagonal Λ the kernel has done it
         at_once = negative & (steps == 0)
@@ -157,7 +157,7 @@ def _inverse(preconditioner: Tensor, b: Tensor) -> Tensor:
 
 
 def _preconditioner(system: LinearSystem, diagonal: Tensor) -> Tensor:
-    """`|d| + Λ + damping`, 1 where that is no usable divisor, from H's diagonal d, [B, D]."""
+    """`|d| + Λ + damping`, 1 where that cannot be a divisor, from H's diagonal d, [B, D]."""
     diagonal = diagonal.abs() + system.lam.diagonal() + system.damping
     tiny = torch.finfo(diagonal.dtype).tiny
     return torch.where((diagonal > tiny) & (diagonal < 1 / tiny), diagonal, 1.0)
@@ -179,7 +179,7 @@ def _jacobi_diagonal(system: LinearSystem, probes: int) -> Tensor:
 
 
 def _adam_diagonal(system: LinearSystem) -> Tensor:
-    """`c sqrt(second moment)`, with c so that its curvature along b is that of H, [B, D]."""
+    """`c sqrt(second moment)`, with c such that its curvature along b is that of H, [B, D]."""
     if system.second_moment is None:
         raise ValueError(
             "preconditioner='adam' needs the second moment of the inner solver: "
