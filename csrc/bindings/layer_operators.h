@@ -1,5 +1,5 @@
-// The operators of the layers, for either device; see row_operators.h. Only the CPU has direct convolutions:
-// on CUDA a convolution is a matrix product with patches.
+// The operators of the layers, for either device; see row_operators.h. Only the CPU has direct
+// convolutions: on CUDA a convolution is a matrix product with patches.
 #pragma once
 #include <torch/csrc/stable/library.h>
 
