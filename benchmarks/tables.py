@@ -25,6 +25,9 @@ noisy machine the ratios are more reliable than the times. On CUDA, short times 
 least 20 calls between two events. Benchmarks of vector work then use operands that are not in the
 cache, and also time CUDA graphs, because launches can take longer than the work itself.
 
+The *lean loop* is `imaml_ext/reference.py`, one task at a time. The *authors' loop* is structured
+like the iMAML authors' code, with the paper's equations.
+
 To repeat a benchmark, run the command below its table in this folder. `pip install '.[bench]'`
 installs the libraries that it compares with.
 """
@@ -58,10 +61,10 @@ ones above, because the times of two processes differ by more than this.
 INSTALLS = """
 ## Tested installations
 
-Measured by `nox -- benchmarks/results/installs.jsonl`. For each row, it installs the
-package into a new environment and runs a training outside the source folder. The seconds are those
-of the installation, including compilation, on a busy machine. The file also has the versions and
-the build of each row.
+Measured by `nox -- benchmarks/results/installs.jsonl`. For each row, nox installs the package into
+a new environment and runs a training outside the source folder. The seconds are those of the
+installation, including compilation, on a busy machine. The file also has the versions and the
+build of each row.
 
 {rows}
 {notes}

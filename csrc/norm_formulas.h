@@ -152,7 +152,7 @@ IMAML_INLINE T norm_scale(double mean_offset, double mean_offset2, double eps) {
   return static_cast<T>(1 / std::sqrt(variance + eps));
 }
 
-// `g` is the gradient behind relu.
+// `g` is a result of relu_grad.
 template <typename T, typename Add>
 IMAML_INLINE void norm_backward_terms(T h, T g, const Add& add) {
   add(0, static_cast<double>(g));

@@ -1,7 +1,9 @@
 """README, docs/ and the API reference: the code runs, links resolve, docstrings are complete."""
 
+import dataclasses
 import enum
 import inspect
+import json
 import pydoc
 import re
 from collections import Counter
@@ -9,10 +11,16 @@ from pathlib import Path
 from typing import get_origin
 
 import pytest
+import torch
 
 import imaml_ext
 import imaml_ext.data
 import imaml_ext.solvers.inner
+from imaml_ext.experiments.build import build
+from imaml_ext.experiments.models import conv4
+from imaml_ext.experiments.presets import PRESETS
+from imaml_ext.experiments.registry import DATASETS
+from imaml_ext.experiments.run import train_to_end
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -66,6 +74,40 @@ def test_the_code_of_the_readme_runs(capsys):
     assert "of 16 tasks" in description
     assert error.startswith("tensor([")
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+
+# ---- the table of metrics.jsonl ----------------------------------------------------------------
+
+
+def entries_of_lines():
+    """{entry: the lines that have it}, from the table of records."""
+    section = (DOCS / "api" / "training.md").read_text("utf-8").partition("## Records")[2]
+    return dict(re.findall(r"^\| `(\w+)` \| ([\w, ]+) \|", section, re.MULTILINE))
+
+
+@pytest.mark.parametrize("dataset", ["sinusoid", "omniglot"])
+@pytest.mark.parametrize("method", ["imaml", "fomaml"])
+def test_metrics_jsonl_has_the_entries_in_the_table_of_records(
+    dataset, method, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(conv4.__kwdefaults__, "filters", 4)  # a narrow network is fast
+    images = torch.randint(256, (5, 4, 28, 28), dtype=torch.uint8)
+    small = dataclasses.replace(
+        DATASETS["omniglot"], images=lambda *_: dict.fromkeys(("train", "val", "test"), images)
+    )
+    monkeypatch.setitem(DATASETS, "omniglot", small)
+    config = dataclasses.replace(
+        PRESETS[dataset], method=method, meta_steps=2, tasks=2, query=1, inner_steps=1, cg_steps=1
+    )
+    experiment = build(config)
+    trainer = experiment.trainer()
+    train_to_end(experiment, trainer, tmp_path / "checkpoint.pt", validations=1, validation_tasks=2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in lines] == ["train", "train", "val"]
+    for line in lines:
+        included = {"all", line["split"], method, "images" if dataset == "omniglot" else ""}
+        table = entries_of_lines().items()
+        assert set(line) == {name for name, which in table if set(which.split(", ")) <= included}
 
 
 # ---- links and versions ------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 //
 // Needs compute capability 9.0; a cluster of one block runs everywhere. Cluster c consists of the
 // blocks c * blocks ... c * blocks + blocks - 1, which are the blocks of a row (BlockCoord). A
-// kernel launched in clusters uses no shared memory but dynamic_shared().
+// kernel launched in clusters uses no shared memory other than dynamic_shared().
 #pragma once
 #include "cuda/device.cuh"
 #include "cuda/launch.h"

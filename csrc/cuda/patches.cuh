@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
     const auto [c, tap] = by.taps(column);
     const auto [i, j] = by.out_w(pixel);
     const auto [a, b] = by.kernel_w(tap);
-    // Unsigned: coordinates before the image wrap to beyond it.
+    // Unsigned: negative coordinates wrap around to values beyond the image.
     const std::uint32_t h = i * by.stride_h.d + a - by.pad_h, w = j * by.stride_w.d + b - by.pad_w;
     out[element] =
         h < by.in_h && w < by.in_w.d ? image[(h * by.in_w.d + w) * by.channels.d + c] : T(0);

@@ -87,17 +87,18 @@ void check(const NormProblem<T>& problem, const NormResults<T>& got) {
       if (!x.finite)
         for (const auto* statistics : {&got.mean, &got.scale})
           expect(!std::isfinite((*statistics)[problem.index(task, channel)]),
-                 "x is not finite, its mean or scale is");
+                 "x is not finite, but its mean or scale is");
       for (int64_t row = 0; row < problem.shape.rows; ++row) {
         const T y = got.y[problem.index(task, row, channel)];
         const T positive = got.positive[problem.index(task, row, channel)];
         if (problem.relu)
           expect(std::isnan(y) ? std::isnan(positive) : positive == std::max(y, T(0)), "max(y, 0)");
         if (!x.finite)
-          expect(!std::isfinite(got.y[problem.index(task, row, channel)]), "x is not finite, y is");
+          expect(!std::isfinite(got.y[problem.index(task, row, channel)]),
+                 "x is not finite, but y is");
         else if (!g.finite && !problem.relu)
           expect(!std::isfinite(got.dx[problem.index(task, row, channel)]),
-                 "g is not finite, dx is");
+                 "g is not finite, but dx is");
       }
     }
 }

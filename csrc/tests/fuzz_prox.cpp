@@ -64,7 +64,7 @@ void check_updates(const Problem<T>& problem, Rule rule, const State<T>& before,
     if (gradient.moderate && buffers.moderate)
       check_move(problem, rule, before, got, j, "step");
     else if (!gradient.finite)
-      expect(!std::isfinite(got.phi[at(j)]), "a gradient is not finite, its result is");
+      expect(!std::isfinite(got.phi[at(j)]), "a gradient is not finite, but its result is");
   }
 }
 
@@ -123,7 +123,8 @@ void fuzz_row_sums(Draw& draw) {
       }
       if (all.moderate) check_sums(problem, row, got);
       if (!all.finite)
-        expect(!std::isfinite(got.norms[at(2 * row)]), "a gradient is not finite, its result is");
+        expect(!std::isfinite(got.norms[at(2 * row)]),
+               "a gradient is not finite, but its result is");
     }
   };
   const int64_t row = rows > 0 ? draw.from(0, rows - 1) : 0;

@@ -1,8 +1,8 @@
 """The operators on rows, one row per task, as Python functions.
 
-Operators whose name ends in `_` write their arguments; none is differentiable. All take contiguous
-float32 or float64 tensors, run on the CPU and on CUDA, never synchronise, and give the same bits
-for the same input on the same device.
+Operators whose name ends in `_` modify arguments in place; none is differentiable. All take
+contiguous float32 or float64 tensors, run on the CPU and on CUDA, never synchronise, and give the
+same bits for the same input on the same device.
 """
 
 import torch

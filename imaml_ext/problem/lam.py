@@ -67,7 +67,7 @@ class LamOperator:
         return finite & symmetric & definite
 
     def gradient(self, x: Tensor, displacement: Tensor) -> Tensor:
-        """`-Σ_i x_i (phi_i - theta)'`, restricted to Λ's form: as `values`, from two [B, D]."""
+        """`-Σ_i x_i (phi_i - theta)'` in the form of `values`; x and displacement are [B, D]."""
         if self.is_dense:
             product = _matmul(x.T, displacement)
             return -0.5 * (product + product.T)

@@ -58,7 +58,7 @@ _REMEDIES = [
     (_WRONG, "use other operators"),
     (_ONCE, "use operators that PyTorch differentiates"),
     (_TWICE, "use operators that PyTorch differentiates twice"),
-    (_VMAP, "use operators that PyTorch vmaps"),
+    (_VMAP, "use operators that PyTorch can vmap"),
     (_VALUE, "use torch.where"),
     (_SHARED, "track no running statistics, call eval(), or write to a new tensor"),
 ]
@@ -111,8 +111,8 @@ def check_differentiable_twice(outputs: Tensor, inputs: Tensor) -> None:
     """Raises RuntimeError where a second derivative would silently be zero or wrong.
 
     That of weight norm treats the norm as a constant (torch 2.13). The backward pass of a Function
-    marked once_differentiable is not connected to the inputs, so that its derivative is zero
-    instead of an error; inside vmap the mark is lost altogether.
+    marked once_differentiable is not connected to the inputs, so that its derivative is zero and
+    no error is raised; inside vmap the mark is lost.
 
     At most `_MOST_NODES` nodes of the graph are visited: torch frees nodes with Python wrappers
     recursively, and tens of thousands of them overflow the stack.

@@ -165,7 +165,7 @@ class Solution:
 
 
 def counted(tasks: list[int], total: int) -> str:
-    """Such as "2 of 16 tasks: 3, 7"; at most 8 of them are listed."""
+    """A text such as "2 of 16 tasks: 3, 7", with at most 8 tasks listed."""
     shown = ", ".join(map(str, tasks[:8])) + (", ..." if len(tasks) > 8 else "")
     return f"{len(tasks)} of {total} tasks: {shown}"
 
@@ -175,5 +175,5 @@ pytree.register_dataclass(Solution)
 
 
 def all_done(status: Tensor, step: int) -> bool:
-    """Whether no task is RUNNING; False if it may not be read before this step (from 0)."""
+    """Whether no task is RUNNING; False if the status may not be read at this step (from 0)."""
     return may_poll(status, step) and not bool((status == Status.RUNNING).any())

@@ -35,7 +35,7 @@ TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-7}
 
 
 def convex(params, data):
-    """Smooth, weakly strongly convex, and a function of every parameter."""
+    """Smooth, strongly convex with a small modulus, and dependent on every parameter."""
     at = torch.cat([t.reshape(-1) for t in params.values()])
     (x, y), weight = data["pair"], data["weight"]
     z = (x[:, : at.numel()] * at).sum(1) - y

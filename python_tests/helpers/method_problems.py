@@ -1,4 +1,4 @@
-"""A problem with what a method is made of, and derivatives of objectives."""
+"""A problem with its parameters and batch, and finite differences of objectives."""
 
 from problems import regression
 

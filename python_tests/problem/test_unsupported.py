@@ -111,7 +111,7 @@ UNBATCHED = {
     "LSTM": (lambda: nn.LSTM(4, 4, batch_first=True), "write the recurrence as a loop"),
     "GRU": (lambda: nn.GRU(4, 4, batch_first=True), "write the recurrence as a loop"),
     "RNN": (lambda: nn.RNN(4, 4, batch_first=True), "write the recurrence as a loop"),
-    "Own": (lambda: Own(Unbatched), "use operators that PyTorch vmaps"),
+    "Own": (lambda: Own(Unbatched), "use operators that PyTorch can vmap"),
 }
 
 

@@ -14,7 +14,7 @@ from imaml_ext.solvers.solution import Solution
 
 @dataclass(frozen=True)
 class External(InnerSolver):
-    """phi from any Python function, such as another library's solver, which is not differentiated.
+    """phi from any Python function, which is not differentiated: for solvers of other libraries.
 
     The implicit gradient depends only on phi. The report measures its quality: `residual` is
     `‖∇G_i(phi_i)‖`, and a task that does not reach `tol` is MAX_ITER, not CONVERGED.

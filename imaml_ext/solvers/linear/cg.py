@@ -88,9 +88,9 @@ def conjugate_gradient(
     Returns:
         `value` is x and `residual` the recurrence's `|r|`. A row with `b = 0` is CONVERGED in 0
         steps. A row whose curvature `p·Ap` is not positive is NEGATIVE_CURVATURE and keeps the
-        previous iterate; in the first iteration, it is `x0 + Λ^-1 r`, the solution without H, where
-        Λ > 0. A row with a non-finite entry is NONFINITE and its value is 0. Norms are squared in
-        float64 without scaling: float64 entries beyond 1e±150 overflow or underflow.
+        previous iterate; in the first iteration, its value is `x0 + Λ^-1 r`, the solution without
+        H, where Λ > 0. A row with a non-finite entry is NONFINITE and its value is 0. Norms are
+        squared in float64 without scaling: float64 entries beyond 1e±150 overflow or underflow.
 
     Raises:
         TypeError, ValueError: `b`, `lam`, `x0` or a setting is invalid, or `matvec` did not
@@ -98,7 +98,7 @@ def conjugate_gradient(
 
     Source: Hestenes, Stiefel 1952, "Methods of conjugate gradients for solving linear systems".
     """
-    ConjugateGradient(max_iter, rtol, atol, damping)  # checks them
+    ConjugateGradient(max_iter, rtol, atol, damping)  # checks the settings
     system = LinearSystem(matvec, b, lam, damping)
     if x0 is not None:
         check_like("x0", x0, system.b)
@@ -137,9 +137,9 @@ def _iterate(
             x, r, p, hp, system.lam.fused, damping=system.damping, rr=rr, tol2=tol2, status=status,
             steps=steps, curvature=curvature[k], beta=beta[k], inverse=inverse, rz=rz,
         )  # fmt: skip
-        del hp  # otherwise it would be in memory with the next one
+        del hp  # otherwise it would stay in memory while the next one is computed
     negative = status == Status.NEGATIVE_CURVATURE
-    if system.lam.is_dense:  # for a diagonal Λ the kernel has done it
+    if system.lam.is_dense:  # for a scalar or diagonal Λ the kernel has done this
         at_once = negative & (steps == 0)
         x = torch.where(at_once[:, None], x + system.lam.solve(r), x)
     # Without parameters there is no largest entry, and nothing to scale.
@@ -167,7 +167,7 @@ def _jacobi_diagonal(system: LinearSystem, probes: int) -> Tensor:
     """An estimate of the diagonal of each `H_i`, [B, D]; a row does not depend on the others."""
     if is_tracing():
         raise RuntimeError(
-            "preconditioner='jacobi' cannot be compiled: its random probes overflow int64 there"
+            "preconditioner='jacobi' cannot be compiled: its random probes would overflow int64"
         )
     b = system.b
     total = torch.zeros_like(b)

@@ -20,8 +20,8 @@ class NeumannSeries(LinearSolver):
     """`x = lr (b + (I - lr A) b + ... + (I - lr A)^max_iter-1 b)`, with `A = H + Λ + damping I`.
 
     It converges if every eigenvalue of A lies in (0, 2 / lr), like gradient descent with that step
-    size, and more slowly than conjugate gradient. K terms at a solution equal back-propagation
-    through the last K inner steps of that size.
+    size, and more slowly than conjugate gradient. At a minimum of the inner objective, K terms
+    equal back-propagation through the last K inner steps of that size.
 
     `value` is x and `residual` is `|b - A x|`, which grows if lr is too large. A row whose
     curvature `r·Ar` is not positive is NEGATIVE_CURVATURE and keeps the previous sum; in the first
