@@ -1,6 +1,7 @@
 """Loads the compiled extension."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,10 +19,17 @@ def _load() -> ModuleType:
     try:
         import imaml_ext._C as _C
     except ImportError as error:
+        folder = Path(__file__).parents[2]
+        if isinstance(error, ModuleNotFoundError) and (folder / "setup.py").exists():
+            raise ImportError(
+                f"imaml_ext: Python imports the sources in {folder}, where the C++ extension is "
+                "not built: start it in another folder to import the installed package, or build "
+                "in place with `pip install -e .`"
+            ) from error
         raise ImportError(
             f"imaml_ext: cannot load the C++ extension ({error}). Build it against the torch of "
             f"this environment ({torch.__version__}; 2.10 or newer is required): run "
-            "`pip install .` in the source folder, or `pip install -e .` to import from there."
+            "`pip install .` in the source folder."
         ) from error
     built = _C.build_info()["version"]
     if built != __version__:

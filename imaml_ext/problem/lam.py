@@ -105,6 +105,7 @@ def flatten_lam(layout: Layout, lam: Any) -> Tensor:
     else:
         raise TypeError(
             f"lam must be a float, a tensor or a dict of tensors, got {type(lam).__name__}"
+            + (": call it to get its value" if isinstance(lam, nn.Module) else "")
         )
     if may_read_values(values) and not bool(LamOperator(values).is_positive_definite()):
         if values.dim() == 2:

@@ -14,6 +14,9 @@ class ModuleLoss:
     """`criterion(model(x), y)` as a function of the model's parameters, for one task."""
 
     def __init__(self, model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+        if isinstance(criterion, type):
+            name = criterion.__name__
+            raise TypeError(f"criterion must be a function, got the class {name}: pass {name}()")
         self.model = model
         self.criterion = criterion
 
@@ -63,11 +66,15 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor])
     Args:
         model: called with x, [N, ...] or a pytree of such tensors, as its one argument.
         criterion: maps the model's outputs and y to a 0-d tensor, such as
-            `torch.nn.functional.mse_loss`; `curvature="ggn"` differentiates it twice.
+            `torch.nn.functional.mse_loss` or `nn.MSELoss()`; `curvature="ggn"` differentiates it
+            twice.
 
     Returns:
         The loss; `loss.outputs(params, x)` are the model's outputs. Calling it raises a ValueError
         if forward writes a buffer, and a TypeError if the data are not a pair (x, y).
+
+    Raises:
+        TypeError: `criterion` is a class.
     """
     return ModuleLoss(model, criterion)
 

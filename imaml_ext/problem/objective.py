@@ -226,7 +226,10 @@ def _count_tasks(layout: Layout, data: Any, label: str) -> int:
             raise TypeError(f"{place} is {leaf.dtype}, the parameters are {layout.dtype}")
     sizes: list[int] = [leaf.shape[0] for leaf in leaves]
     if len(set(sizes)) > 1:
-        raise ValueError(f"{label}: every tensor must have the same leading size B, got {sizes}")
+        raise ValueError(
+            f"{label}: every tensor must have the same leading size B, the number of tasks, "
+            f"got {sizes}: stack the tasks; pad and mask examples where their numbers differ"
+        )
     return sizes[0]
 
 

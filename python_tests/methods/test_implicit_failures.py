@@ -7,6 +7,7 @@ from problems import regression
 from imaml_ext import (
     ConjugateGradient,
     GradientDescent,
+    ProximalStrength,
     Status,
     adapt,
     implicit_meta_grad,
@@ -124,6 +125,7 @@ BAD = [
         ValueError,
         "is torch.float64",
     ),
+    ({"lam": ProximalStrength({"w": torch.zeros(3)})}, TypeError, "ProximalStrength: call it to"),
     ({"lam": 0.0}, ValueError, "lam must be positive and finite, got 0.0"),
     ({"lam": -1.0}, ValueError, "lam must be positive"),
     ({"lam": float("nan")}, ValueError, "lam must be positive"),

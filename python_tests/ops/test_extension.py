@@ -52,6 +52,7 @@ def test_build_info_names_the_version():
     [
         ("raise ImportError('undefined symbol: x')", "pip install ."),
         ("def build_info(): return {'version': '0.0.0'}", "pip install --force-reinstall"),
+        (None, "start it in another folder"),  # the sources, not built in place
     ],
 )
 def test_a_missing_or_stale_extension_names_the_remedy(stub, message, tmp_path):
@@ -59,9 +60,13 @@ def test_a_missing_or_stale_extension_names_the_remedy(stub, message, tmp_path):
     shutil.copytree(imaml_ext.__path__[0] + "/ops", package / "ops")
     shutil.copy2(imaml_ext.__path__[0] + "/_version.py", package)
     (package / "__init__.py").write_text("")
-    (package / "_C.py").write_text(stub)
+    if stub is None:
+        (tmp_path / "setup.py").write_text("")
+    else:
+        (package / "_C.py").write_text(stub)
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)]"
     result = subprocess.run(
-        [sys.executable, "-c", "import imaml_ext.ops"],
+        [sys.executable, "-c", f"{code}; import imaml_ext.ops"],  # not one of an editable install
         cwd=tmp_path,
         capture_output=True,
         text=True,

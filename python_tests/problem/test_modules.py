@@ -288,3 +288,8 @@ def test_layers_that_track_statistics_in_training_mode_are_named():
         implicit_meta_grad(loss, params, points(), points(), lam=1.0)
     model.eval()
     implicit_meta_grad(loss, params, points(), points(), lam=1.0)
+
+
+def test_a_class_as_criterion_is_rejected():
+    with pytest.raises(TypeError, match=r"got the class MSELoss: pass MSELoss\(\)$"):
+        module_loss(nn.Linear(1, 1), nn.MSELoss)
