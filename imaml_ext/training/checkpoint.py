@@ -6,6 +6,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from imaml_ext._io import write_atomically
+from imaml_ext.methods.base import Method
 
 _FORMAT = "imaml_ext checkpoint"
 _VERSION = 1
@@ -124,80 +126,68 @@ def loading_from(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path}: {message}") from error
 
 
-Optimisation = tuple[Mapping[str, Tensor], Optimizer, LRScheduler | None]
-
-
-def optimisation_state(
-    learned: Mapping[str, Tensor], optimizer: Optimizer, scheduler: LRScheduler | None
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Optimisation:
     """What an optimizer's step changes, and the state of torch's random number generators."""
-    random = {"cpu": torch.get_rng_state()}
-    if any(tensor.is_cuda for tensor in learned.values()):
-        random["cuda"] = torch.cuda.get_rng_state()
-    return {
-        "learned": {name: tensor.detach() for name, tensor in learned.items()},
-        "optimizer_class": type(optimizer).__name__,
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict() if scheduler else {},
-        "random": random,
-    }
 
+    method: Method
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
 
-def restore_optimisation(
-    state: Mapping[str, Any],
-    learned: Mapping[str, Tensor],
-    optimizer: Optimizer,
-    scheduler: LRScheduler | None,
-) -> None:
-    """Undo what has changed since `optimisation_state` returned `state`.
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as in a checkpoint; refers to the tensors."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.method.layout.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
+        return {
+            "learned": {name: tensor.detach() for name, tensor in self.method.learned().items()},
+            "optimizer_class": type(self.optimizer).__name__,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+            "random": random,
+        }
 
-    Raises:
-        Exception: the state belongs to other tensors, or to another optimizer or scheduler. Nothing
-            has changed.
-    """
-    if state["optimizer_class"] != type(optimizer).__name__:
-        raise ValueError(
-            f"the checkpoint was written with {state['optimizer_class']}, "
-            f"but the optimizer is {type(optimizer).__name__}"
-        )
-    expected = scheduler.state_dict() if scheduler else {}
-    if state["scheduler"].keys() != expected.keys():
-        raise ValueError("the checkpoint was written with another scheduler, or without one")
-    with undone_on_error(learned, optimizer, scheduler):
-        _restore(state, learned, optimizer, scheduler)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo what has changed since `state_dict` returned `state`.
 
+        Raises:
+            Exception: the state belongs to other tensors, or to another optimizer or scheduler.
+                Nothing has changed.
+        """
+        expected = self.state_dict()
+        if state["optimizer_class"] != expected["optimizer_class"]:
+            raise ValueError(
+                f"the checkpoint was written with {state['optimizer_class']}, "
+                f"but the optimizer is {expected['optimizer_class']}"
+            )
+        if state["scheduler"].keys() != expected["scheduler"].keys():
+            raise ValueError("the checkpoint was written with another scheduler, or without one")
+        with self.undone_on_error():
+            self._load(state)
 
-@contextmanager
-def undone_on_error(
-    learned: Mapping[str, Tensor], optimizer: Optimizer, scheduler: LRScheduler | None
-) -> Iterator[None]:
-    """If the body raises an exception, restore the state from before it."""
-    before = copy.deepcopy(optimisation_state(learned, optimizer, scheduler))
-    try:
-        yield
-    except Exception:
-        _restore(before, learned, optimizer, scheduler)
-        raise
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """If the body raises an exception, restore the state from before it."""
+        before = copy.deepcopy(self.state_dict())
+        try:
+            yield
+        except Exception:
+            self._load(before)
+            raise
 
-
-def _restore(
-    state: Mapping[str, Any],
-    learned: Mapping[str, Tensor],
-    optimizer: Optimizer,
-    scheduler: LRScheduler | None,
-) -> None:
-    _restore_learned(learned, state["learned"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if "cuda" in state["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random"]["cuda"])
-    saved = copy.copy(state["optimizer"])
-    saved["param_groups"] = [dict(group) for group in saved["param_groups"]]
-    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=False):
-        if "capturable" in own:  # depends on the device, which may differ from that when saved
-            group["capturable"] = own["capturable"]
-    optimizer.load_state_dict(saved)
-    if scheduler is not None:
-        scheduler.load_state_dict(state["scheduler"])
+    def _load(self, state: Mapping[str, Any]) -> None:
+        _restore_learned(self.method.learned(), state["learned"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if "cuda" in state["random"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["random"]["cuda"])
+        saved = copy.copy(state["optimizer"])
+        saved["param_groups"] = [dict(group) for group in saved["param_groups"]]
+        for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=False):
+            if "capturable" in own:  # depends on the device, which may differ from that when saved
+                group["capturable"] = own["capturable"]
+        self.optimizer.load_state_dict(saved)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
 
 
 def _restore_learned(learned: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Trainer:
         process_group: Group | None = None,
     ) -> None:
         check_integer("read_every", read_every, minimum=1)
-        on_cuda = is_on_cuda(method)
+        on_cuda = method.layout.device.type == "cuda"
         if meta_gradient is not None and (on_cuda or capture is not None):
             raise ValueError(
                 "meta_gradient is for the CPU without a capture: otherwise whole meta-steps are "
@@ -157,12 +157,9 @@ class Trainer:
         """Count a step that began at `start`, and set the learning rates of the next one."""
         self.steps += 1
         self.seconds += time.perf_counter() - start
-        self._update_budget()
+        self.budget.update(steps=self.steps, seconds=self.seconds)
         if self.scheduler is not None:
             self.scheduler.step()
-
-    def _update_budget(self) -> None:
-        self.budget.update(steps=self.steps, seconds=self.seconds)
 
     def read(self) -> None:
         """Wait for the pending steps, and append their records to `history`.
@@ -178,12 +175,12 @@ class Trainer:
         first = self.steps - len(pending)
         records = self._device_step.read(range(first, self.steps))
         self.seconds += time.perf_counter() - start
-        self._update_budget()
+        self.budget.update(steps=self.steps, seconds=self.seconds)
         each = (self.seconds - pending[0].start) / len(pending)
         for number, (deferred, values) in enumerate(zip(pending, records, strict=True)):
             if values["failed"] > 0 and self.method.nonfinite == "propagate":
                 self.steps = first + number
-                self._update_budget()
+                self.budget.update(steps=self.steps, seconds=self.seconds)
                 deferred.schedule.restore()
                 self._device_step.clear_refused()
                 error = self._refusal(self.method.meta_gradient(self.source.sample(self.steps)))
@@ -210,10 +207,9 @@ class Trainer:
         def closure() -> float:
             return (evaluated.pop() if evaluated else self._evaluate(batch))["loss"]
 
-        undo: AbstractContextManager[None] = nullcontext()
-        if _needs_closure(self.optimizer):  # it moves the parameters before it evaluates again
-            undo = checkpoint.undone_on_error(*self._optimisation())
-        with undo:
+        # An optimizer that needs a closure moves the parameters before it evaluates again.
+        moves = _needs_closure(self.optimizer)
+        with self._optimisation.undone_on_error() if moves else nullcontext():
             self.optimizer.step(closure)
         if self.capture is not None:
             self._move_to_device(list(record))
@@ -284,7 +280,7 @@ class Trainer:
             "seconds": self.seconds,
             "history": list(self._history),
             "validation": list(self.validation),
-            **checkpoint.optimisation_state(*self._optimisation()),
+            **self._optimisation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -295,14 +291,15 @@ class Trainer:
         """
         steps, seconds = state["steps"], state["seconds"]
         history, validation = list(state["history"]), list(state["validation"])
-        checkpoint.restore_optimisation(state, *self._optimisation())
+        self._optimisation.load_state_dict(state)
         self._device_step, self._pending = None, []
         self.steps, self.seconds = steps, seconds
-        self._update_budget()
+        self.budget.update(steps=self.steps, seconds=self.seconds)
         self._history, self.validation = history, validation
 
+    @property
     def _optimisation(self) -> checkpoint.Optimisation:
-        return self.method.learned(), self.optimizer, self.scheduler
+        return checkpoint.Optimisation(self.method, self.optimizer, self.scheduler)
 
     def save(self, path: str | Path, config: dict[str, Any] | None = None) -> None:
         """Write `state_dict()` to a file, atomically. In a process group only rank 0 writes.
@@ -345,7 +342,3 @@ def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its step requires a closure, which it may call several times, as L-BFGS does."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def is_on_cuda(method: Method) -> bool:
-    return any(tensor.is_cuda for tensor in method.learned().values())
