@@ -1,22 +1,18 @@
 """Checkpoints: the state of a training as a dict of tensors and plain values, in one file."""
 
-import copy
 import io
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from imaml_ext._io import write_atomically
-from imaml_ext.methods.base import Method
+from imaml_ext.training.optimisation import restore_learned
 
 _FORMAT = "imaml_ext checkpoint"
 _VERSION = 1
@@ -111,7 +107,7 @@ def restore(learned: Mapping[str, Tensor], state: Mapping[str, Any], path: str |
         ValueError: names, shapes or dtypes differ; nothing is written.
     """
     with loading_from(path):
-        _restore_learned(learned, state["learned"])
+        restore_learned(learned, state["learned"])
 
 
 @contextmanager
@@ -124,85 +120,3 @@ def loading_from(path: str | Path) -> Iterator[None]:
         if not isinstance(error, ValueError):
             message = f"{type(error).__name__} while loading the state: {message}"
         raise ValueError(f"{path}: {message}") from error
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """What an optimizer's step changes, and the state of torch's random number generators."""
-
-    method: Method
-    optimizer: Optimizer
-    scheduler: LRScheduler | None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state, as in a checkpoint; refers to the tensors."""
-        random = {"cpu": torch.get_rng_state()}
-        if self.method.layout.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state()
-        return {
-            "learned": {name: tensor.detach() for name, tensor in self.method.learned().items()},
-            "optimizer_class": type(self.optimizer).__name__,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
-            "random": random,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo what has changed since `state_dict` returned `state`.
-
-        Raises:
-            Exception: the state belongs to other tensors, or to another optimizer or scheduler.
-                Nothing has changed.
-        """
-        expected = self.state_dict()
-        if state["optimizer_class"] != expected["optimizer_class"]:
-            raise ValueError(
-                f"the checkpoint was written with {state['optimizer_class']}, "
-                f"but the optimizer is {expected['optimizer_class']}"
-            )
-        if state["scheduler"].keys() != expected["scheduler"].keys():
-            raise ValueError("the checkpoint was written with another scheduler, or without one")
-        with self.undone_on_error():
-            self._load(state)
-
-    @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
-        """If the body raises an exception, restore the state from before it."""
-        before = copy.deepcopy(self.state_dict())
-        try:
-            yield
-        except Exception:
-            self._load(before)
-            raise
-
-    def _load(self, state: Mapping[str, Any]) -> None:
-        _restore_learned(self.method.learned(), state["learned"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if "cuda" in state["random"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["random"]["cuda"])
-        saved = copy.copy(state["optimizer"])
-        saved["param_groups"] = [dict(group) for group in saved["param_groups"]]
-        for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=False):
-            if "capturable" in own:  # depends on the device, which may differ from that when saved
-                group["capturable"] = own["capturable"]
-        self.optimizer.load_state_dict(saved)
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-
-
-def _restore_learned(learned: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    expected, got = _formats(learned), _formats(saved)
-    if got != expected:
-        differing = [n for n in expected | got if got.get(n) != expected.get(n)]
-        first = differing[0]
-        raise ValueError(
-            f"the checkpoint belongs to another model: {len(differing)} tensors differ, such as "
-            f"{first!r}: got {got.get(first)}, expected {expected.get(first)}"
-        )
-    with torch.no_grad():
-        for name, tensor in learned.items():
-            tensor.copy_(saved[name])
-
-
-def _formats(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"{list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}

@@ -1,11 +1,9 @@
 """The outer loop: meta-gradients into any `torch.optim` optimizer."""
 
-import inspect
 import json
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from imaml_ext.training.device_step import DeviceStep, why_not_on_device
 from imaml_ext.training.distributed import Group, broadcast_parameters, check_same, rank, shard
 from imaml_ext.training.evaluation import Metric, evaluate
 from imaml_ext.training.logs import Log, Record
+from imaml_ext.training.optimisation import Optimisation
 from imaml_ext.training.record import DeferredRecord, measure
 from imaml_ext.training.snapshot import ScheduleSnapshot
 
@@ -141,9 +140,7 @@ class Trainer:
         if self._device_step is None:
             values = self._step_on_host()
             self._advance(start)
-            record = {"step": self.steps, "seconds": self.seconds} | values
-            self._append(record)
-            return record
+            return self._keep("train", self.steps, self.seconds, values)
         schedule = ScheduleSnapshot(self.optimizer, self.scheduler)
         deferred = DeferredRecord(self.read, self.seconds, schedule)
         self._device_step.run(self.steps)
@@ -188,13 +185,15 @@ class Trainer:
                     refused.error = error
                 raise error
             seconds = pending[0].start + (number + 1) * each
-            deferred.record = {"step": first + number + 1, "seconds": seconds} | values
-            self._append(deferred.record)
+            deferred.record = self._keep("train", first + number + 1, seconds, values)
 
-    def _append(self, record: Record) -> None:
-        self._history.append(record)
+    def _keep(self, split: str, step: int, seconds: float, values: Record) -> Record:
+        """The record of a step or a validation, which is appended to the others and logged."""
+        record = {"step": step, "seconds": seconds} | values
+        (self._history if split == "train" else self.validation).append(record)
         if self.log is not None:
-            self.log("train", record)
+            self.log(split, record)
+        return record
 
     def _step_on_host(self) -> Record:
         """A step whose record is read before the update."""
@@ -207,10 +206,7 @@ class Trainer:
         def closure() -> float:
             return (evaluated.pop() if evaluated else self._evaluate(batch))["loss"]
 
-        # An optimizer that needs a closure moves the parameters before it evaluates again.
-        moves = _needs_closure(self.optimizer)
-        with self._optimisation.undone_on_error() if moves else nullcontext():
-            self.optimizer.step(closure)
+        self._optimisation.step(closure)
         if self.capture is not None:
             self._move_to_device(list(record))
         return record
@@ -242,9 +238,8 @@ class Trainer:
         )  # fmt: skip
 
     def _refusal(self, out: MetaGradient) -> NonfiniteError:
-        where = ""
-        if self.process_group is not None:
-            where = f"On rank {rank(self.process_group)} of {self.process_group.size()}: "
+        group = self.process_group
+        where = "" if group is None else f"On rank {rank(group)} of {group.size()}: "
         return NonfiniteError(
             f"meta-step {self.steps}: the meta-gradient is not finite, so it was not applied. "
             f"{where}{out.describe()}"
@@ -262,11 +257,7 @@ class Trainer:
         """
         self.read()
         means = evaluate(self.method, source, metrics, tasks=tasks).mean
-        record = {"step": self.steps, "seconds": self.seconds, **means}
-        self.validation.append(record)
-        if self.log is not None:
-            self.log("val", record)
-        return record
+        return self._keep("val", self.steps, self.seconds, means)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes in training, with torch's random state; refers to the tensors.
@@ -289,17 +280,17 @@ class Trainer:
         Raises:
             Exception: the state does not match this trainer. Nothing has changed.
         """
-        steps, seconds = state["steps"], state["seconds"]
-        history, validation = list(state["history"]), list(state["validation"])
+        counted = state["steps"], state["seconds"]
+        records = list(state["history"]), list(state["validation"])
         self._optimisation.load_state_dict(state)
         self._device_step, self._pending = None, []
-        self.steps, self.seconds = steps, seconds
+        self.steps, self.seconds = counted
+        self._history, self.validation = records
         self.budget.update(steps=self.steps, seconds=self.seconds)
-        self._history, self.validation = history, validation
 
     @property
-    def _optimisation(self) -> checkpoint.Optimisation:
-        return checkpoint.Optimisation(self.method, self.optimizer, self.scheduler)
+    def _optimisation(self) -> Optimisation:
+        return Optimisation(self.method, self.optimizer, self.scheduler)
 
     def save(self, path: str | Path, config: dict[str, Any] | None = None) -> None:
         """Write `state_dict()` to a file, atomically. In a process group only rank 0 writes.
@@ -336,9 +327,3 @@ class Trainer:
             self.load_state_dict(state)
         if rank(self.process_group) > 0:  # so that ranks draw different dropout masks
             torch.manual_seed(int(torch.randint(2**62, ())) + rank(self.process_group))
-
-
-def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step requires a closure, which it may call several times, as L-BFGS does."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
