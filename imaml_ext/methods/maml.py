@@ -125,26 +125,18 @@ class _Unrolled(Method):
     def _mean(
         self,
         problem: Proximal,
-        phi: Tensor,
-        support: tuple[Tensor, Tensor],
-        query_loss: Tensor,
-        *gradients: Tensor,
+        phi: Tensor,  # [B, D]
+        support: tuple[Tensor, Tensor],  # losses [B] and their gradients [B, D], at phi
+        query_loss: Tensor,  # [B]
+        *gradients: Tensor,  # of each task, by theta [B, D] and by each hyperparameter [B, 1]
     ) -> MetaGradient:
-        """The mean over the tasks, with a report.
-
-        Args:
-            phi: of each task, [B, D].
-            support: losses [B] and their gradients [B, D] at phi.
-            query_loss: at phi, [B].
-            gradients: meta-gradients of each task: by theta [B, D], by each hyperparameter [B, 1].
-        """
+        """The mean over the tasks, with a report."""
         layout, (support_loss, support_gradient) = problem.layout, support
         finite = torch.cat([t.isfinite() for t in (support_loss[:, None], *gradients)], 1).all(1)
         residual = torch.where(finite, problem.residual(phi, support_gradient), torch.nan)
         status = torch.full_like(new_status(problem), Status.MAX_ITER)
         status = update_status(status, residual, None)
-        steps = torch.full_like(status, self.inner.steps)
-        inner = Solution(phi, status, steps, residual)
+        inner = Solution(phi, status, torch.full_like(status, self.inner.steps), residual)
         ok = ~failed_tasks(query_loss, inner)
         weight = task_weight(ok, self.nonfinite, layout.dtype)
         # Weights before the sum, which may overflow where the mean does not.
