@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from imaml_ext._io import write_atomically
-from imaml_ext.training.optimisation import restore_learned
 
 _FORMAT = "imaml_ext checkpoint"
 _VERSION = 1
@@ -93,21 +91,6 @@ def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, An
     if missing:
         raise ValueError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
     return state
-
-
-def restore(learned: Mapping[str, Tensor], state: Mapping[str, Any], path: str | Path) -> None:
-    """Copy the learned tensors of a checkpoint into those of a method.
-
-    Args:
-        learned: written to; as from `Method.learned`.
-        state: from `load_checkpoint`.
-        path: for messages.
-
-    Raises:
-        ValueError: names, shapes or dtypes differ; nothing is written.
-    """
-    with loading_from(path):
-        restore_learned(learned, state["learned"])
 
 
 @contextmanager
