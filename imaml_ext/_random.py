@@ -53,16 +53,9 @@ def random_bits(
     return _shift_right(bits, 1).view(len(tasks), *shape)
 
 
-def uniform(
-    seed: int,
-    step: int | Tensor,
-    stream: int,
-    tasks: range,
-    shape: tuple[int, ...],
-    device: torch.device,
-) -> Tensor:
-    """Uniform in [0, 1), float64 [len(tasks), *shape]; from `random_bits`."""
-    return (random_bits(seed, step, stream, tasks, shape, device) >> 10).double() * 2.0**-53
+def uniform(bits: Tensor) -> Tensor:
+    """Uniform in [0, 1), float64, from `random_bits`."""
+    return (bits >> 10).double() * 2.0**-53
 
 
 def _mix(z: T) -> T:

@@ -60,7 +60,7 @@ def test_a_step_on_the_device_draws_the_same_bits(seed, step, stream, device):
 
 
 def test_uniform_is_uniform():
-    draws = uniform(0, 0, 0, range(100_000), (), CPU)
+    draws = uniform(random_bits(0, 0, 0, range(100_000), (), CPU))
     assert draws.min() >= 0
     assert draws.max() < 1
     # Kolmogorov-Smirnov, 0.1% level: 1.95 / sqrt(n)
