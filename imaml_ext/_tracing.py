@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 STRIDE = 64  # iterations between polls, which take far longer than one synchronisation
 
-_recording: ContextVar[bool] = ContextVar("recording", default=False)
-_tracing: ContextVar[bool] = ContextVar("tracing", default=False)
+# Whether the present recording traces the work; None outside of a recording.
+_traces: ContextVar[bool | None] = ContextVar("traces", default=None)
 
 
 def may_read_values(tensor: Tensor) -> bool:
@@ -43,12 +43,12 @@ def may_poll(status: Tensor, step: int) -> bool:
 
 def is_recording() -> bool:
     """Whether work is being recorded, or run as a warm-up of a recording."""
-    return _recording.get()
+    return _traces.get() is not None
 
 
 def is_tracing() -> bool:
     """Whether work is being recorded by tracing, where tensors have no values."""
-    return _tracing.get()
+    return _traces.get() is True
 
 
 @contextmanager
@@ -58,12 +58,11 @@ def recording(*, tracing: bool = False) -> Iterator[None]:
     Args:
         tracing: whether the work is traced for compilation instead of executed.
     """
-    tokens = _recording.set(True), _tracing.set(tracing or is_tracing())
+    token = _traces.set(tracing or is_tracing())
     try:
         yield
     finally:
-        _recording.reset(tokens[0])
-        _tracing.reset(tokens[1])
+        _traces.reset(token)
 
 
 def _on_accelerator(tensor: Tensor) -> bool:

@@ -25,9 +25,10 @@ from imaml_ext.experiments.reproduce import STUDIES
 from imaml_ext.experiments.reproduce.study import Settings, measure, read
 from imaml_ext.experiments.run import Interrupted, resumed_config, saved_config, train_to_end
 from imaml_ext.ops.extension import WITHOUT_CUDA, build_info
-from imaml_ext.training.checkpoint import load_checkpoint, restore
+from imaml_ext.training.checkpoint import load_checkpoint, loading_from
 from imaml_ext.training.distributed import Group, is_launched, own_device, process_group, rank
 from imaml_ext.training.evaluation import Evaluation
+from imaml_ext.training.optimisation import restore_learned
 from imaml_ext.training.trainer import NonfiniteError
 
 _EVAL_SETTINGS = [
@@ -188,7 +189,8 @@ def _eval(options: argparse.Namespace) -> None:
     state = load_checkpoint(options.checkpoint)
     config = dataclasses.replace(saved_config(state, options.checkpoint), **given_settings(options))
     experiment = build(config, data=options.data, device=_device(options))
-    restore(experiment.method.learned(), state, options.checkpoint)
+    with loading_from(options.checkpoint):
+        restore_learned(experiment.method.learned(), state["learned"])
     result = experiment.evaluate(options.split, options.eval_tasks)
     _report(options, result, start, steps=state["steps"], checkpoint=options.checkpoint, written=[])
 

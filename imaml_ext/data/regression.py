@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext._checks import check_integer
-from imaml_ext._random import uniform
+from imaml_ext._random import random_bits, uniform
 from imaml_ext.data.tasks import TaskBatch
 
 _TASK, _SUPPORT, _QUERY = range(3)  # streams of random numbers
@@ -69,4 +69,5 @@ class Sinusoid:
         return shard
 
     def _uniform(self, step: int | Tensor, stream: int, *shape: int) -> Tensor:
-        return uniform(self.seed, step, stream, self.task_indices, shape, self.device)
+        bits = random_bits(self.seed, step, stream, self.task_indices, shape, self.device)
+        return uniform(bits)

@@ -28,7 +28,7 @@ from imaml_ext.training.evaluation import (
 )
 from imaml_ext.training.recorded import RecordedMetaGradient
 from imaml_ext.training.support_statistics import SupportStatistics
-from imaml_ext.training.trainer import Trainer, is_on_cuda
+from imaml_ext.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Experiment:
         Raises:
             ValueError: a setting is incompatible with the group or the device.
         """
-        config, on_cuda, source = self.config, is_on_cuda(self.method), self.sources["train"]
+        config, source = self.config, self.sources["train"]
+        on_cuda = self.method.layout.device.type == "cuda"
         if process_group is not None and config.minutes:
             raise ValueError("minutes differ between processes: limit meta_steps instead")
         optimizer = torch.optim.Adam(

@@ -10,7 +10,7 @@ from torch import Tensor
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.base import Method, check_learned
 from imaml_ext.methods.implicit import implicit_meta_grad
-from imaml_ext.methods.meta_gradient import ImplicitMetaGradient, Nonfinite
+from imaml_ext.methods.meta_gradient import ImplicitMetaGradient, Nonfinite, named_lam
 from imaml_ext.methods.shared import check_shared
 from imaml_ext.problem.lam import Lam, ProximalStrength, flatten_lam
 from imaml_ext.problem.layout import Params
@@ -82,7 +82,8 @@ class IMAML(Method):
         learned = self.hyperparameters()
         if not isinstance(self.lam, ProximalStrength) or not learned:
             return out
-        gradients = torch.autograd.grad(_tensors(lam), list(learned.values()), _tensors(out.lam))
+        outputs, vectors = (list(named_lam(each).values()) for each in (lam, out.lam))
+        gradients = torch.autograd.grad(outputs, list(learned.values()), vectors)
         return replace(out, hyperparameters=dict(zip(learned, gradients, strict=True)))
 
     @torch.no_grad()
@@ -96,18 +97,10 @@ class IMAML(Method):
         return self.layout.unflatten(self.inner.solve(problem).value)
 
     def hyperparameters(self) -> Params:
-        tensors: Params = {}
-        if isinstance(self.lam, ProximalStrength):
-            tensors = {f"lam.{name}": p for name, p in self.lam.named_parameters()}
-        elif isinstance(self.lam, Tensor):
-            tensors = {"lam": self.lam}
-        elif isinstance(self.lam, Mapping):
-            tensors = {f"lam.{name}": tensor for name, tensor in self.lam.items()}
-        return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+        lam: Any = self.lam
+        if isinstance(lam, ProximalStrength):
+            lam = dict(lam.named_parameters())
+        return {name: tensor for name, tensor in named_lam(lam).items() if tensor.requires_grad}
 
     def _current_lam(self) -> Lam:
         return self.lam() if isinstance(self.lam, ProximalStrength) else self.lam
-
-
-def _tensors(lam: Any) -> list[Tensor]:
-    return [lam] if isinstance(lam, Tensor) else list(lam.values())

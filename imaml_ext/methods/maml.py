@@ -83,22 +83,9 @@ class _Unrolled(Method):
                 gradients = torch.autograd.grad(
                     losses.sum(), leaves, allow_unused=True, materialize_grads=True
                 )
-        finite = torch.cat([rows.isfinite() for rows in gradients], dim=1).all(1)
-        support_loss, inner = _report(problem, phi.detach(), self.inner.steps, finite)
-        ok = ~failed_tasks(losses.detach(), inner)
-        weight = task_weight(ok, self.nonfinite, self.layout.dtype)
-        # Weights before the sum, which may overflow where the mean does not.
-        means = [(torch.where(ok[:, None], rows, 0.0) * weight).sum(0) for rows in gradients]
-        return MetaGradient(
-            params=self.layout.unflatten(means[0]),
-            lam=None,
-            support_loss=support_loss,
-            query_loss=losses.detach(),
-            adapted=self.layout.unflatten(phi.detach()),
-            inner=inner,
-            linear=None,
-            hyperparameters={} if log_lr is None else {"log_lr": means[1][0]},
-        )
+        phi = phi.detach()
+        support = problem.objective.gradient(phi)
+        return self._mean(problem, phi, support, losses.detach(), *gradients)
 
     @torch.no_grad()
     def adapt(self, support: Any) -> Params:
@@ -134,6 +121,37 @@ class _Unrolled(Method):
                 gradient = gradient + momentum * velocity if nesterov else velocity
             phi = phi - lr * gradient
         return phi, velocity
+
+    def _mean(
+        self,
+        problem: Proximal,
+        phi: Tensor,  # [B, D]
+        support: tuple[Tensor, Tensor],  # losses [B] and their gradients [B, D], at phi
+        query_loss: Tensor,  # [B]
+        *gradients: Tensor,  # of each task, by theta [B, D] and by each hyperparameter [B, 1]
+    ) -> MetaGradient:
+        """The mean over the tasks, with a report."""
+        layout, (support_loss, support_gradient) = problem.layout, support
+        finite = torch.cat([t.isfinite() for t in (support_loss[:, None], *gradients)], 1).all(1)
+        residual = torch.where(finite, problem.residual(phi, support_gradient), torch.nan)
+        status = torch.full_like(new_status(problem), Status.MAX_ITER)
+        status = update_status(status, residual, None)
+        inner = Solution(phi, status, torch.full_like(status, self.inner.steps), residual)
+        ok = ~failed_tasks(query_loss, inner)
+        weight = task_weight(ok, self.nonfinite, layout.dtype)
+        # Weights before the sum, which may overflow where the mean does not.
+        means = [(torch.where(ok[:, None], rows, 0.0) * weight).sum(0) for rows in gradients]
+        learned = zip(self.hyperparameters(), means[1:], strict=True)
+        return MetaGradient(
+            params=layout.unflatten(means[0]),
+            lam=None,
+            support_loss=support_loss,
+            query_loss=query_loss,
+            adapted=layout.unflatten(phi),
+            inner=inner,
+            linear=None,
+            hyperparameters={name: mean[0] for name, mean in learned},
+        )
 
 
 class MAML(_Unrolled):
@@ -267,31 +285,5 @@ class Reptile(_FirstOrder):
         theta, phi, velocity = problem.theta, problem.start(), None
         for _ in range(self.inner.steps):
             phi, velocity = self._descend(next(turns), phi, theta, velocity, self.inner.lr, 1)
-        finite = phi.isfinite().all(1)
-        support_loss, inner = _report(problem, phi, self.inner.steps, finite)
-        losses = query_objective.losses(phi)
-        ok = ~failed_tasks(losses, inner)
-        weight = task_weight(ok, self.nonfinite, self.layout.dtype)
-        displacement = torch.where(ok[:, None], theta - phi, 0.0) * weight
-        return MetaGradient(
-            params=self.layout.unflatten(displacement.sum(0)),
-            lam=None,
-            support_loss=support_loss,
-            query_loss=losses,
-            adapted=self.layout.unflatten(phi),
-            inner=inner,
-            linear=None,
-        )
-
-
-def _report(problem: Proximal, phi: Tensor, steps: int, finite: Tensor) -> tuple[Tensor, Solution]:
-    """Support losses at phi, [B], and phi as a solution of the inner problem.
-
-    Args:
-        finite: tasks whose meta-gradient is finite, [B] bool.
-    """
-    losses, gradient = problem.objective.gradient(phi)
-    residual = problem.residual(phi, gradient)
-    residual = torch.where(losses.isfinite() & finite, residual, torch.nan)
-    status = update_status(torch.full_like(new_status(problem), Status.MAX_ITER), residual, None)
-    return losses, Solution(phi, status, torch.full_like(status, steps), residual)
+        support = problem.objective.gradient(phi)
+        return self._mean(problem, phi, support, query_objective.losses(phi), theta - phi)

@@ -44,33 +44,28 @@ class MetaGradient:
 
     def named(self) -> Params:
         """Every gradient by name: parameters under their own names, lam as "lam" or "lam.NAME"."""
-        if isinstance(self.lam, Mapping):
-            lam = {f"lam.{name}": gradient for name, gradient in self.lam.items()}
-        else:
-            lam = {} if self.lam is None else {"lam": self.lam}
-        return self.params | lam | self.hyperparameters
+        return self.params | named_lam(self.lam) | self.hyperparameters
 
     @property
     def failed(self) -> Tensor:
         """Tasks whose losses or solves are not finite, [B] bool."""
-        solves = (self.inner,) if self.linear is None else (self.inner, self.linear)
-        return failed_tasks(self.query_loss, *solves)
+        return failed_tasks(self.query_loss, *self._solves.values())
 
     def describe(self) -> str:
         """The statuses of each solve, with remedies, in one line. Synchronises on CUDA."""
-        text = f"Inner solve: {self.inner.describe()}"
-        solves = [self.inner]
-        if self.linear is not None:
-            text += f". Linear solve: {self.linear.describe()}"
-            solves.append(self.linear)
+        parts = [f"{name} solve: {solve.describe()}" for name, solve in self._solves.items()]
         # A query loss that is not finite fails its task even if no gradient of it was computed.
-        by_loss_alone = self.failed
-        for solve in solves:
-            by_loss_alone = by_loss_alone & (solve.status != Status.NONFINITE)
+        statuses = torch.stack([solve.status for solve in self._solves.values()])
+        by_loss_alone = self.failed & (statuses != Status.NONFINITE).all(0)
         tasks = by_loss_alone.nonzero()[:, 0].tolist()
         if tasks:
-            text += f". Query loss: NONFINITE: {counted(tasks, len(by_loss_alone))}"
-        return text
+            parts.append(f"Query loss: NONFINITE: {counted(tasks, len(by_loss_alone))}")
+        return ". ".join(parts)
+
+    @property
+    def _solves(self) -> dict[str, Solution]:
+        solves = {"Inner": self.inner, "Linear": self.linear}
+        return {name: solve for name, solve in solves.items() if solve is not None}
 
 
 @dataclass(frozen=True)
@@ -94,6 +89,13 @@ class ImplicitMetaGradient(MetaGradient):
 
 for _result in (MetaGradient, ImplicitMetaGradient):
     pytree.register_dataclass(_result)
+
+
+def named_lam(lam: Any) -> Params:
+    """The tensors of lam, or of its gradient, as "lam" or "lam.NAME"; none of a plain number."""
+    if isinstance(lam, Mapping):
+        return {f"lam.{name}": tensor for name, tensor in lam.items()}
+    return {"lam": lam} if isinstance(lam, Tensor) else {}
 
 
 def check_nonfinite(nonfinite: Nonfinite) -> None:

@@ -1,6 +1,5 @@
 """Checkpoints: the state of a training as a dict of tensors and plain values, in one file."""
 
-import copy
 import io
 import pickle
 import zipfile
@@ -10,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from imaml_ext._io import write_atomically
 
@@ -97,21 +93,6 @@ def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, An
     return state
 
 
-def restore(learned: Mapping[str, Tensor], state: Mapping[str, Any], path: str | Path) -> None:
-    """Copy the learned tensors of a checkpoint into those of a method.
-
-    Args:
-        learned: written to; as from `Method.learned`.
-        state: from `load_checkpoint`.
-        path: for messages.
-
-    Raises:
-        ValueError: names, shapes or dtypes differ; nothing is written.
-    """
-    with loading_from(path):
-        _restore_learned(learned, state["learned"])
-
-
 @contextmanager
 def loading_from(path: str | Path) -> Iterator[None]:
     """Turn any error into a ValueError of one line that starts with the path."""
@@ -122,97 +103,3 @@ def loading_from(path: str | Path) -> Iterator[None]:
         if not isinstance(error, ValueError):
             message = f"{type(error).__name__} while loading the state: {message}"
         raise ValueError(f"{path}: {message}") from error
-
-
-Optimisation = tuple[Mapping[str, Tensor], Optimizer, LRScheduler | None]
-
-
-def optimisation_state(
-    learned: Mapping[str, Tensor], optimizer: Optimizer, scheduler: LRScheduler | None
-) -> dict[str, Any]:
-    """What an optimizer's step changes, and the state of torch's random number generators."""
-    random = {"cpu": torch.get_rng_state()}
-    if any(tensor.is_cuda for tensor in learned.values()):
-        random["cuda"] = torch.cuda.get_rng_state()
-    return {
-        "learned": {name: tensor.detach() for name, tensor in learned.items()},
-        "optimizer_class": type(optimizer).__name__,
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict() if scheduler else {},
-        "random": random,
-    }
-
-
-def restore_optimisation(
-    state: Mapping[str, Any],
-    learned: Mapping[str, Tensor],
-    optimizer: Optimizer,
-    scheduler: LRScheduler | None,
-) -> None:
-    """Undo what has changed since `optimisation_state` returned `state`.
-
-    Raises:
-        Exception: the state belongs to other tensors, or to another optimizer or scheduler. Nothing
-            has changed.
-    """
-    if state["optimizer_class"] != type(optimizer).__name__:
-        raise ValueError(
-            f"the checkpoint was written with {state['optimizer_class']}, "
-            f"but the optimizer is {type(optimizer).__name__}"
-        )
-    expected = scheduler.state_dict() if scheduler else {}
-    if state["scheduler"].keys() != expected.keys():
-        raise ValueError("the checkpoint was written with another scheduler, or without one")
-    with undone_on_error(learned, optimizer, scheduler):
-        _restore(state, learned, optimizer, scheduler)
-
-
-@contextmanager
-def undone_on_error(
-    learned: Mapping[str, Tensor], optimizer: Optimizer, scheduler: LRScheduler | None
-) -> Iterator[None]:
-    """If the body raises an exception, restore the state from before it."""
-    before = copy.deepcopy(optimisation_state(learned, optimizer, scheduler))
-    try:
-        yield
-    except Exception:
-        _restore(before, learned, optimizer, scheduler)
-        raise
-
-
-def _restore(
-    state: Mapping[str, Any],
-    learned: Mapping[str, Tensor],
-    optimizer: Optimizer,
-    scheduler: LRScheduler | None,
-) -> None:
-    _restore_learned(learned, state["learned"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if "cuda" in state["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random"]["cuda"])
-    saved = copy.copy(state["optimizer"])
-    saved["param_groups"] = [dict(group) for group in saved["param_groups"]]
-    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=False):
-        if "capturable" in own:  # depends on the device, which may differ from that when saved
-            group["capturable"] = own["capturable"]
-    optimizer.load_state_dict(saved)
-    if scheduler is not None:
-        scheduler.load_state_dict(state["scheduler"])
-
-
-def _restore_learned(learned: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    expected, got = _formats(learned), _formats(saved)
-    if got != expected:
-        differing = [n for n in expected | got if got.get(n) != expected.get(n)]
-        first = differing[0]
-        raise ValueError(
-            f"the checkpoint belongs to another model: {len(differing)} tensors differ, such as "
-            f"{first!r}: got {got.get(first)}, expected {expected.get(first)}"
-        )
-    with torch.no_grad():
-        for name, tensor in learned.items():
-            tensor.copy_(saved[name])
-
-
-def _formats(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"{list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}

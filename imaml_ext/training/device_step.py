@@ -5,6 +5,7 @@ The host reads no tensor, so it can run ahead, and the step can be recorded.
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,11 +66,11 @@ class DeviceStep:
         self.method, self.source, self.optimizer = method, source, optimizer
         self.metrics, self.names, self.rows = dict(metrics), names, rows
         self._group = group
-        self._theta = next(iter(method.params.values()))
-        self._step_number = self._zeros(torch.int64)
-        self._refused = self._zeros(torch.bool)
-        self._rates = [self._zeros(torch.float32) for _ in optimizer.param_groups]
-        self._records = self._zeros(torch.float64, rows, len(names))
+        zeros = partial(torch.zeros, device=method.layout.device)
+        self._step_number = zeros((), dtype=torch.int64)
+        self._refused = zeros((), dtype=torch.bool)
+        self._rates = [zeros((), dtype=torch.float32) for _ in optimizer.param_groups]
+        self._records = zeros((rows, len(names)), dtype=torch.float64)
         self._batch: TaskBatch | None = None  # of a source that is not recordable
         self._next = 0  # the host's copy of _step_number
         self._capture = capture
@@ -90,7 +91,7 @@ class DeviceStep:
 
     def run(self, step: int) -> None:
         """Make the meta-step of this number. Only recording synchronises."""
-        with torch.cuda.device_of(self._theta):
+        with torch.cuda.device_of(self._step_number):
             if step != self._next:
                 self._step_number.fill_(step)
             for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
@@ -204,6 +205,3 @@ class DeviceStep:
             tensor.grad = None
         self._replay, self._capture = None, no_capture
         warnings.warn(f"meta-steps are not recorded: {reason.splitlines()[0]}", stacklevel=5)
-
-    def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=self._theta.device)

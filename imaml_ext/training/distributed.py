@@ -142,11 +142,11 @@ def average(
 
 def check_same(number: int, what: str, group: Group) -> None:
     """Raise ValueError if this process's number differs from rank 0's."""
-    first = torch.tensor([number], device=_device_of(group))
+    first = [number]
     with _naming_lost_peers(group):
-        dist.broadcast(first, group=group, group_src=0)
-    if first.item() != number:
-        raise ValueError(f"{what} {number} on rank {rank(group)}, but {int(first)} on rank 0")
+        dist.broadcast_object_list(first, group=group, group_src=0)
+    if first != [number]:
+        raise ValueError(f"{what} {number} on rank {rank(group)}, but {first[0]} on rank 0")
 
 
 def broadcast_parameters(method: Method, group: Group) -> None:
@@ -200,7 +200,3 @@ def _agree_on_prefix(store: Any, own: int, size: int) -> str:
         except RuntimeError:  # a process on the list has died
             continue
         return name
-
-
-def _device_of(group: Group) -> str:
-    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"

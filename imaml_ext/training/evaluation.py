@@ -1,6 +1,7 @@
 """Evaluating a method on many tasks: means of metrics, with confidence intervals."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,7 @@ def evaluate(
         ValueError: tasks is below 1, or a batch does not fit the parameters.
     """
     check_integer("tasks", tasks, minimum=1)
-    values: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    values |= {f"support_{name}": [] for name in support_metrics or {}}
+    values: dict[str, list[Tensor]] = defaultdict(list)
     seen, step = 0, 0
     while seen < tasks:
         batch = source.sample(step)
@@ -107,8 +107,7 @@ def support_accuracy(outputs: Callable[[Params, Any, Any], Tensor]) -> SupportMe
     """
 
     def metric(params: Params, support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor]) -> Any:
-        x, y = query
-        return (outputs(params, support[0], x).argmax(-1) == y).float().mean()
+        return accuracy(lambda params, x: outputs(params, support[0], x))(params, query)
 
     return metric
 

@@ -1,11 +1,9 @@
 """The outer loop: meta-gradients into any `torch.optim` optimizer."""
 
-import inspect
 import json
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from imaml_ext.training.device_step import DeviceStep, why_not_on_device
 from imaml_ext.training.distributed import Group, broadcast_parameters, check_same, rank, shard
 from imaml_ext.training.evaluation import Metric, evaluate
 from imaml_ext.training.logs import Log, Record
+from imaml_ext.training.optimisation import Optimisation
 from imaml_ext.training.record import DeferredRecord, measure
 from imaml_ext.training.snapshot import ScheduleSnapshot
 
@@ -82,7 +81,7 @@ class Trainer:
         process_group: Group | None = None,
     ) -> None:
         check_integer("read_every", read_every, minimum=1)
-        on_cuda = is_on_cuda(method)
+        on_cuda = method.layout.device.type == "cuda"
         if meta_gradient is not None and (on_cuda or capture is not None):
             raise ValueError(
                 "meta_gradient is for the CPU without a capture: otherwise whole meta-steps are "
@@ -141,9 +140,7 @@ class Trainer:
         if self._device_step is None:
             values = self._step_on_host()
             self._advance(start)
-            record = {"step": self.steps, "seconds": self.seconds} | values
-            self._append(record)
-            return record
+            return self._keep("train", self.steps, self.seconds, values)
         schedule = ScheduleSnapshot(self.optimizer, self.scheduler)
         deferred = DeferredRecord(self.read, self.seconds, schedule)
         self._device_step.run(self.steps)
@@ -157,12 +154,9 @@ class Trainer:
         """Count a step that began at `start`, and set the learning rates of the next one."""
         self.steps += 1
         self.seconds += time.perf_counter() - start
-        self._update_budget()
+        self.budget.update(steps=self.steps, seconds=self.seconds)
         if self.scheduler is not None:
             self.scheduler.step()
-
-    def _update_budget(self) -> None:
-        self.budget.update(steps=self.steps, seconds=self.seconds)
 
     def read(self) -> None:
         """Wait for the pending steps, and append their records to `history`.
@@ -178,12 +172,12 @@ class Trainer:
         first = self.steps - len(pending)
         records = self._device_step.read(range(first, self.steps))
         self.seconds += time.perf_counter() - start
-        self._update_budget()
+        self.budget.update(steps=self.steps, seconds=self.seconds)
         each = (self.seconds - pending[0].start) / len(pending)
         for number, (deferred, values) in enumerate(zip(pending, records, strict=True)):
             if values["failed"] > 0 and self.method.nonfinite == "propagate":
                 self.steps = first + number
-                self._update_budget()
+                self.budget.update(steps=self.steps, seconds=self.seconds)
                 deferred.schedule.restore()
                 self._device_step.clear_refused()
                 error = self._refusal(self.method.meta_gradient(self.source.sample(self.steps)))
@@ -191,13 +185,15 @@ class Trainer:
                     refused.error = error
                 raise error
             seconds = pending[0].start + (number + 1) * each
-            deferred.record = {"step": first + number + 1, "seconds": seconds} | values
-            self._append(deferred.record)
+            deferred.record = self._keep("train", first + number + 1, seconds, values)
 
-    def _append(self, record: Record) -> None:
-        self._history.append(record)
+    def _keep(self, split: str, step: int, seconds: float, values: Record) -> Record:
+        """The record of a step or a validation, which is appended to the others and logged."""
+        record = {"step": step, "seconds": seconds} | values
+        (self._history if split == "train" else self.validation).append(record)
         if self.log is not None:
-            self.log("train", record)
+            self.log(split, record)
+        return record
 
     def _step_on_host(self) -> Record:
         """A step whose record is read before the update."""
@@ -210,11 +206,7 @@ class Trainer:
         def closure() -> float:
             return (evaluated.pop() if evaluated else self._evaluate(batch))["loss"]
 
-        undo: AbstractContextManager[None] = nullcontext()
-        if _needs_closure(self.optimizer):  # it moves the parameters before it evaluates again
-            undo = checkpoint.undone_on_error(*self._optimisation())
-        with undo:
-            self.optimizer.step(closure)
+        self._optimisation.step(closure)
         if self.capture is not None:
             self._move_to_device(list(record))
         return record
@@ -246,9 +238,8 @@ class Trainer:
         )  # fmt: skip
 
     def _refusal(self, out: MetaGradient) -> NonfiniteError:
-        where = ""
-        if self.process_group is not None:
-            where = f"On rank {rank(self.process_group)} of {self.process_group.size()}: "
+        group = self.process_group
+        where = "" if group is None else f"On rank {rank(group)} of {group.size()}: "
         return NonfiniteError(
             f"meta-step {self.steps}: the meta-gradient is not finite, so it was not applied. "
             f"{where}{out.describe()}"
@@ -266,11 +257,7 @@ class Trainer:
         """
         self.read()
         means = evaluate(self.method, source, metrics, tasks=tasks).mean
-        record = {"step": self.steps, "seconds": self.seconds, **means}
-        self.validation.append(record)
-        if self.log is not None:
-            self.log("val", record)
-        return record
+        return self._keep("val", self.steps, self.seconds, means)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes in training, with torch's random state; refers to the tensors.
@@ -284,7 +271,7 @@ class Trainer:
             "seconds": self.seconds,
             "history": list(self._history),
             "validation": list(self.validation),
-            **checkpoint.optimisation_state(*self._optimisation()),
+            **self._optimisation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -293,16 +280,17 @@ class Trainer:
         Raises:
             Exception: the state does not match this trainer. Nothing has changed.
         """
-        steps, seconds = state["steps"], state["seconds"]
-        history, validation = list(state["history"]), list(state["validation"])
-        checkpoint.restore_optimisation(state, *self._optimisation())
+        counted = state["steps"], state["seconds"]
+        records = list(state["history"]), list(state["validation"])
+        self._optimisation.load_state_dict(state)
         self._device_step, self._pending = None, []
-        self.steps, self.seconds = steps, seconds
-        self._update_budget()
-        self._history, self.validation = history, validation
+        self.steps, self.seconds = counted
+        self._history, self.validation = records
+        self.budget.update(steps=self.steps, seconds=self.seconds)
 
-    def _optimisation(self) -> checkpoint.Optimisation:
-        return self.method.learned(), self.optimizer, self.scheduler
+    @property
+    def _optimisation(self) -> Optimisation:
+        return Optimisation(self.method, self.optimizer, self.scheduler)
 
     def save(self, path: str | Path, config: dict[str, Any] | None = None) -> None:
         """Write `state_dict()` to a file, atomically. In a process group only rank 0 writes.
@@ -339,13 +327,3 @@ class Trainer:
             self.load_state_dict(state)
         if rank(self.process_group) > 0:  # so that ranks draw different dropout masks
             torch.manual_seed(int(torch.randint(2**62, ())) + rank(self.process_group))
-
-
-def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step requires a closure, which it may call several times, as L-BFGS does."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def is_on_cuda(method: Method) -> bool:
-    return any(tensor.is_cuda for tensor in method.learned().values())

@@ -16,7 +16,7 @@ from trainings import make_method, make_trainer, sinusoid, state_of
 from imaml_ext import FOMAML, MAML, ProximalStrength, Trainer, module_loss
 from imaml_ext.experiments.models import mlp
 from imaml_ext.training.capture import no_capture
-from imaml_ext.training.distributed import process_group, rank
+from imaml_ext.training.distributed import check_same, process_group, rank
 from imaml_ext.training.trainer import NonfiniteError
 
 CPU = torch.device("cpu")
@@ -126,6 +126,16 @@ def refused(group):
     raise AssertionError("a step with a NaN task was applied")
 
 
+def mismatch(group):
+    """The message about a number that is not the same on all ranks; None if there is none."""
+    check_same(7, "the number is", group)
+    try:
+        check_same(rank(group), "the number is", group)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def main():
     adam = importlib.import_module("torch.optim.adam")
     adam._get_capturable_supported_devices = lambda *_: ["cpu"]
@@ -133,6 +143,7 @@ def main():
     with process_group(CPU) as group:
         results = {name: trained(make, group) for name, make in TRAININGS.items()}
         results["refused"] = refused(group)
+        results["mismatch"] = mismatch(group)
     return results
 
 

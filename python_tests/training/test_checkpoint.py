@@ -14,7 +14,13 @@ from imaml_ext import IMAML, ConjugateGradient, GradientDescent, Trainer, module
 from imaml_ext._io import write_atomically
 from imaml_ext.data import Sinusoid
 from imaml_ext.experiments.models import mlp
-from imaml_ext.training.checkpoint import load_checkpoint, restore, save_checkpoint, save_model
+from imaml_ext.training.checkpoint import (
+    load_checkpoint,
+    loading_from,
+    save_checkpoint,
+    save_model,
+)
+from imaml_ext.training.optimisation import restore_learned
 
 CPU = torch.device("cpu")
 MODELS = Path(__file__).parents[2] / "results" / "models"
@@ -286,13 +292,14 @@ def test_a_checkpoint_of_another_training_is_refused_and_changes_nothing(make, m
 def test_a_model_is_restored_or_refused_with_the_path(tmp_path):
     trainer = trained(2)
     trainer.save(tmp_path / "c.pt")
-    state = load_checkpoint(tmp_path / "c.pt")
+    learned = load_checkpoint(tmp_path / "c.pt")["learned"]
     target = make_method(CPU)
-    restore(target.learned(), state, tmp_path / "c.pt")
+    restore_learned(target.learned(), learned)
     got, expected = target.learned(), trainer.method.learned()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
-    with pytest.raises(ValueError, match=r"c\.pt: the checkpoint belongs to another model"):
-        restore(other_model().method.learned(), state, tmp_path / "c.pt")
+    message = r"c\.pt: the checkpoint belongs to another model"
+    with pytest.raises(ValueError, match=message), loading_from(tmp_path / "c.pt"):
+        restore_learned(other_model().method.learned(), learned)
 
 
 @pytest.mark.parametrize("entry", ["learned", "optimizer", "scheduler", "random"])

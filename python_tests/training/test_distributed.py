@@ -74,6 +74,12 @@ def test_every_process_refuses_a_step_and_the_one_with_the_failed_task_names_it(
 
 
 @pytest.mark.slow
+def test_a_number_that_differs_from_that_of_rank_0_is_refused(group):
+    expected = [f"the number is {rank} on rank {rank}, but 0 on rank 0" for rank in (1, 2)]
+    assert [results["mismatch"] for results in group] == [None, *expected[: len(group) - 1]]
+
+
+@pytest.mark.slow
 def test_no_thread_of_the_group_outlives_it(group):
     """One that releases a tensor while Python exits aborts the process."""
     for results in group:
