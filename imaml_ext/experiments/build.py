@@ -110,6 +110,15 @@ class Experiment:
         return dataclasses.replace(self, config=config, method=method)
 
 
+def percentages(result: Evaluation, prefix: str = "") -> dict[str, float]:
+    """The accuracies of an evaluation and their 95% half-widths in percent, by prefixed name."""
+    return {
+        f"{prefix}{kind}{name}": 100 * values[f"{kind}accuracy"]
+        for kind in ("", "support_")
+        for name, values in (("accuracy", result.mean), ("ci95", result.ci95))
+    }
+
+
 def build(
     config: Config,
     *,
