@@ -14,21 +14,12 @@ from imaml_ext.problem.module_loss import ModuleLoss
 from imaml_ext.training.trainer import Trainer
 
 
-def pyplot() -> Any:
-    """matplotlib.pyplot without a display, imported on first use."""
-    import matplotlib
+def panels(count: int, *, width: float = 5.5, sharey: bool = False) -> tuple[Any, list[Any]]:
+    """A figure and its axes, side by side."""
+    from matplotlib.figure import Figure  # on first use: it loads slowly
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def panels(count: int, *, width: float = 5.5, **settings: Any) -> tuple[Any, list[Any]]:
-    """A figure and its axes, side by side; `settings` as in `pyplot.subplots`."""
-    size = (width * count, 4.2)
-    figure, axes = pyplot().subplots(1, count, figsize=size, squeeze=False, **settings)
-    return figure, list(axes[0])
+    figure = Figure(figsize=(width * count, 4.2))
+    return figure, list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
 
 
 def label(axis: Any, x: str, y: str = "", title: str = "", **legend: Any) -> None:
@@ -39,10 +30,9 @@ def label(axis: Any, x: str, y: str = "", title: str = "", **legend: Any) -> Non
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write the figure as PNG and close it."""
+    """Write the figure as PNG."""
     figure.tight_layout()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    pyplot().close(figure)
     return path
 
 

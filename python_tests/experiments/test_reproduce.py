@@ -81,8 +81,8 @@ def test_the_fewest_steps_are_found(monkeypatch):
 
 
 def test_in_figure_2b_only_the_memory_of_maml_grows(monkeypatch, omniglot_root):
-    monkeypatch.setattr(fig2b, "INNER_STEPS", (1, 12))
-    monkeypatch.setattr(fig2b, "CG_STEPS", ())
+    points = [("maml", 1, 0), ("imaml", 1, 5), ("maml", 12, 0), ("imaml", 12, 5)]
+    monkeypatch.setattr(fig2b, "POINTS", points)
     records = list(fig2b.measure(settings(omniglot_root)))
     bytes_of = {(r["method"], r["inner_steps"]): r["peak_bytes"] for r in records}
     assert bytes_of["maml", 12] > 2 * bytes_of["maml", 1]

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,17 +32,15 @@ from imaml_ext.solvers.linear.cg import ConjugateGradient
 
 TASKS, DIM, LAM, ERROR = 2, 100, 0.5, 1e-3
 KAPPAS = (10, 30, 100, 300)
-LABELS = {
-    "maml": "MAML, gradient descent",
-    "maml-accelerated": "MAML, Nesterov",
-    "truncated-maml": "truncated back-propagation",
-    "imaml": "iMAML",
+METHODS = {  # label, and the expected exponents of kappa
+    "maml": ("MAML, gradient descent", {"compute": 1.0, "memory": 1.0}),
+    "maml-accelerated": ("MAML, Nesterov", {"compute": 0.5, "memory": 0.5}),
+    "truncated-maml": ("truncated back-propagation", {"compute": 1.0, "memory": 1.0}),
+    "imaml": ("iMAML", {"compute": 0.5, "memory": 0.0}),
 }
-EXPECTED = {  # exponents of kappa: compute, memory
-    "maml": (1.0, 1.0),
-    "maml-accelerated": (0.5, 0.5),
-    "truncated-maml": (1.0, 1.0),
-    "imaml": (0.5, 0.0),
+COSTS = {  # field of a record, and its unit
+    "compute": ("gradients_and_products", "gradients and Hessian-vector products"),
+    "memory": ("peak_bytes", "peak bytes"),
 }
 
 
@@ -109,7 +108,7 @@ def make_method(name: str, problem: Quadratic, kappa: float, steps: int, last: i
 def measure(settings: Settings) -> Iterator[Record]:
     for kappa in KAPPAS:
         problem = Quadratic(kappa, settings.seed, settings.device)
-        for name in LABELS:
+        for name in METHODS:
             yield {**cheapest(name, problem, kappa, settings.device), "seed": settings.seed}
 
 
@@ -139,50 +138,37 @@ def cheapest(name: str, problem: Quadratic, kappa: float, device: torch.device) 
     }
 
 
+def curve(records: list[Record], name: str, cost: str) -> list[tuple[float, float]]:
+    """(kappa, cost) of a method."""
+    field, _ = COSTS[cost]
+    return [(record["kappa"], record[field]) for record in records if record["method"] == name]
+
+
 def slope(points: list[tuple[float, float]]) -> float:
     """Slope of the least-squares line through the logarithms."""
-    x = torch.tensor([math.log(a) for a, _ in points], dtype=torch.float64)
-    y = torch.tensor([math.log(b) for _, b in points], dtype=torch.float64)
-    x = x - x.mean()
-    return ((x @ y) / (x @ x)).item()
-
-
-def curves(records: list[Record], name: str) -> dict[str, list[tuple[float, float]]]:
-    """(kappa, cost) of a method, by kind of cost."""
-    return {
-        what: [(record["kappa"], record[what]) for record in records if record["method"] == name]
-        for what in ("gradients_and_products", "peak_bytes")
-    }
+    kappa, cost = np.log(points).T
+    return float(np.polyfit(kappa, cost, deg=1)[0])
 
 
 def draw(records: list[Record], folder: Path) -> list[Path]:
     figure, axes = panels(2)
-    costs = {
-        "gradients_and_products": ("compute", "gradients and Hessian-vector products"),
-        "peak_bytes": ("memory", "peak bytes"),
-    }
-    for axis, (what, (title, y)) in zip(axes, costs.items(), strict=True):
-        for name, text in LABELS.items():
-            points = curves(records, name)[what]
-            expected = EXPECTED[name][what == "peak_bytes"]
-            text = f"{text}: slope {slope(points):.2f} ({expected:g} expected)"
+    for axis, (cost, (_, unit)) in zip(axes, COSTS.items(), strict=True):
+        for name, (text, expected) in METHODS.items():
+            points = curve(records, name, cost)
+            text += f": slope {slope(points):.2f} ({expected[cost]:g} expected)"
             axis.loglog(*zip(*points, strict=True), "o-", label=text)
-        label(axis, "condition number kappa", y, title, fontsize=8)
+        label(axis, "condition number kappa", unit, cost, fontsize=8)
     return [save(figure, folder / "table1.png")]
 
 
 def summary(records: list[Record]) -> Record:
     """Exponents of kappa, fitted and expected."""
     figures: Record = {}
-    for name in LABELS:
-        points = curves(records, name)
-        compute, memory = EXPECTED[name]
-        figures[name] = {
-            "compute": round(slope(points["gradients_and_products"]), 3),
-            "compute expected": compute,
-            "memory": round(slope(points["peak_bytes"]), 3),
-            "memory expected": memory,
-        }
+    for name, (_, expected) in METHODS.items():
+        figures[name] = {}
+        for cost in COSTS:
+            figures[name][cost] = round(slope(curve(records, name, cost)), 3)
+            figures[name][f"{cost} expected"] = expected[cost]
     return figures
 
 
