@@ -226,9 +226,8 @@ def _reproduce(options: argparse.Namespace) -> None:
             f"got {options.study}"
         )
     if not options.draw_only:
-        names = [field.name for field in dataclasses.fields(Settings) if field.name != "device"]
-        given = {name: getattr(options, name) for name in names}
-        measure(study, Settings(_device(options), **given), lines)
+        given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
+        measure(study, Settings(**given | {"device": _device(options)}), lines)
     records = read(study, lines)
     written = study.draw(records, options.out)
     figures = study.summary(records)

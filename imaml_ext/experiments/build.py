@@ -13,7 +13,7 @@ from imaml_ext._checks import check_choice
 from imaml_ext.data import ImageEpisodes, Sinusoid
 from imaml_ext.data.tasks import TaskSource
 from imaml_ext.experiments.config import Config
-from imaml_ext.experiments.registry import CHOICES, DATASETS, METHODS, Images
+from imaml_ext.experiments.registry import CHOICES, DATASETS, Images, make_method
 from imaml_ext.methods.base import Method
 from imaml_ext.problem.module_loss import ModuleLoss, module_loss
 from imaml_ext.training.budget import Budget
@@ -102,7 +102,7 @@ class Experiment:
     def adapting(self, **changes: Any) -> "Experiment":
         """The same model and learned tensors, adapted with some settings of the config changed."""
         config = dataclasses.replace(self.config, **changes)
-        method = METHODS[config.method](config, self.loss)
+        method = make_method(config, self.loss)
         learned = self.method.hyperparameters()
         with torch.no_grad():
             for name, tensor in method.hyperparameters().items():
@@ -154,7 +154,7 @@ def build(
         support_metrics["accuracy"] = support_accuracy(SupportStatistics(model))
     metrics["loss"] = loss
     sources = {split: _source(config, split, images, device) for split in ("train", "val", "test")}
-    method = METHODS[config.method](config, loss)
+    method = make_method(config, loss)
     return Experiment(config, loss, method, sources, metrics, support_metrics)
 
 
