@@ -7,10 +7,7 @@ import numpy as np
 import torch
 
 from imaml_ext._io import write_atomically
-from imaml_ext.data.tasks import TaskSource
 from imaml_ext.experiments.build import Experiment
-from imaml_ext.methods.base import Method
-from imaml_ext.problem.module_loss import ModuleLoss
 from imaml_ext.training.trainer import Trainer
 
 
@@ -41,8 +38,7 @@ def of_training(experiment: Experiment, trainer: Trainer, folder: Path) -> list[
     curves = folder / "learning_curves.png"
     written = [learning_curves(trainer.history, trainer.validation, curves)]
     if experiment.config.dataset == "sinusoid":
-        method, source = experiment.method, experiment.sources["test"]
-        written.append(sinusoid_fits(method, experiment.loss, source, folder / "fits.png"))
+        written.append(sinusoid_fits(experiment, folder / "fits.png"))
     return written
 
 
@@ -70,9 +66,9 @@ def learning_curves(
     return save(figure, path)
 
 
-def sinusoid_fits(method: Method, loss: ModuleLoss, source: TaskSource, path: Path) -> Path:
+def sinusoid_fits(experiment: Experiment, path: Path) -> Path:
     """Plot up to four tasks: the data, and the model before and after adaptation."""
-    batch = source.sample(0)
+    method, loss, batch = experiment.method, experiment.loss, experiment.sources["test"].sample(0)
     phi = method.adapt(batch.support)
     example = next(iter(method.params.values()))
     grid = torch.linspace(-5, 5, 200, dtype=example.dtype, device=example.device)[:, None]

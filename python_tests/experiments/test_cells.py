@@ -16,6 +16,12 @@ def every_cell():
                         yield cell(table, column, row, variant)
 
 
+@pytest.mark.parametrize("table", list(TABLES))
+def test_every_column_has_our_settings_for_every_row(table):
+    for column in TABLES[table].columns:
+        assert list(TABLES[table].rows(column, "ours")) == list(ROWS)
+
+
 def test_every_cell_of_table_2_has_settings_in_every_variant_that_exists():
     names = [one.name for one in every_cell()]
     assert len(set(names)) == len(names)
