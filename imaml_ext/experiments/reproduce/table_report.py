@@ -1,5 +1,6 @@
 """A table as Markdown and plots, from its records alone."""
 
+import re
 from pathlib import Path
 
 from imaml_ext._io import write_atomically
@@ -146,10 +147,9 @@ def _would_take(record: Record) -> str:
 def write_section(path: Path, name: str, text: str) -> None:
     """Replace the text between the marks of `name` in a Markdown file, or append it."""
     begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->\n"
+    section = begin + text + end
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    head, found, rest = before.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not (found and closed):
-        head, tail = before + ("\n" if before else ""), ""
-    whole = f"{head}{begin}{text}{end}{tail}".encode()
-    write_atomically(path, lambda file: file.write(whole))
+    whole, found = re.subn(f"{begin}.*?{end}", lambda _: section, before, flags=re.DOTALL)
+    if not found:
+        whole = f"{before}\n{section}" if before else section
+    write_atomically(path, lambda file: file.write(whole.encode()))
