@@ -114,6 +114,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 _ONLY_FOR = {  # the methods that use a field of Config; of others it must have its default
+    # The implicit gradient does not depend on the step size.
     "learn_lr": ("maml", "maml-accelerated", "truncated-maml"),
     "learn_lam": ("imaml",),
     "inner": ("imaml",),

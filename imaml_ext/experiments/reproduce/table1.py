@@ -48,6 +48,7 @@ class Quadratic:
     """Tasks `1/2 |R w - y|²`, where R'R + LAM I has eigenvalues from 1 to kappa."""
 
     def __init__(self, kappa: float, seed: int, device: torch.device) -> None:
+        self.kappa = kappa
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -69,8 +70,24 @@ class Quadratic:
         root, y = data
         return 0.5 * ((root @ params["w"] - y) ** 2).sum()
 
-    def error(self, method: Method) -> float:
-        gradient = method.meta_gradient(self.batch).params["w"]
+    def method(self, name: str, steps: int, last: int) -> Method:
+        """A method with `steps` inner and CG steps; truncated MAML differentiates the `last`."""
+        params, lr = {"w": self.theta.clone().requires_grad_()}, 1 / self.kappa
+        descent = GradientDescent(lr=lr, steps=steps)
+        # The smallest eigenvalue is known here; in general MAML(accelerated=True) can only take lam
+        nesterov = GradientDescent.accelerated(lr=lr, steps=steps, strong_convexity=1.0)
+        if name == "maml":
+            return MAML(self.loss, params, inner=descent, lam=LAM)
+        if name == "maml-accelerated":
+            return MAML(self.loss, params, inner=nesterov, lam=LAM)
+        if name == "truncated-maml":
+            return TruncatedMAML(self.loss, params, last=last, inner=descent, lam=LAM)
+        linear = ConjugateGradient(max_iter=steps)
+        return IMAML(self.loss, params, inner=nesterov, lam=LAM, linear=linear)
+
+    def error(self, name: str, steps: int, last: int) -> float:
+        """The relative error of the method's meta-gradient."""
+        gradient = self.method(name, steps, last).meta_gradient(self.batch).params["w"]
         error: float = ((gradient - self.exact).norm() / self.exact.norm()).item()
         return error
 
@@ -90,49 +107,30 @@ def fewest(error: Callable[[int], float]) -> int:
     return enough
 
 
-def make_method(name: str, problem: Quadratic, kappa: float, steps: int, last: int = 0) -> Method:
-    params = {"w": problem.theta.clone().requires_grad_()}
-    descent = GradientDescent(lr=1 / kappa, steps=steps)
-    # The smallest eigenvalue is known here; in general MAML(accelerated=True) can only take lam.
-    nesterov = GradientDescent.accelerated(lr=1 / kappa, steps=steps, strong_convexity=1.0)
-    if name == "maml":
-        return MAML(Quadratic.loss, params, inner=descent, lam=LAM)
-    if name == "maml-accelerated":
-        return MAML(Quadratic.loss, params, inner=nesterov, lam=LAM)
-    if name == "truncated-maml":
-        return TruncatedMAML(Quadratic.loss, params, last=last, inner=descent, lam=LAM)
-    linear = ConjugateGradient(max_iter=steps)
-    return IMAML(Quadratic.loss, params, inner=nesterov, lam=LAM, linear=linear)
-
-
 def measure(settings: Settings) -> Iterator[Record]:
     for kappa in KAPPAS:
         problem = Quadratic(kappa, settings.seed, settings.device)
         for name in METHODS:
-            yield {**cheapest(name, problem, kappa, settings.device), "seed": settings.seed}
+            yield {**cheapest(name, problem), "seed": settings.seed}
 
 
-def cheapest(name: str, problem: Quadratic, kappa: float, device: torch.device) -> Record:
+def cheapest(name: str, problem: Quadratic) -> Record:
     """The cost of a method with the fewest steps that reach ERROR."""
-
-    def error(steps: int, last: int, name: str = name) -> float:
-        return problem.error(make_method(name, problem, kappa, steps, last))
-
     if name == "truncated-maml":
         # A tenth more steps than MAML, because truncation adds to the error.
-        steps = math.ceil(1.1 * fewest(lambda k: error(k, k, "maml")))
-        last = fewest(lambda k: error(steps, min(k, steps)))
+        steps = math.ceil(1.1 * fewest(lambda k: problem.error("maml", k, k)))
+        last = fewest(lambda k: problem.error(name, steps, min(k, steps)))
     else:
-        steps = last = fewest(lambda k: error(k, k))
-    method = make_method(name, problem, kappa, steps, last)
+        steps = last = fewest(lambda k: problem.error(name, k, k))
+    method = problem.method(name, steps, last)
     return {
         "method": name,
-        "kappa": kappa,
+        "kappa": problem.kappa,
         "steps": steps,
         "products": last,
         "gradients_and_products": steps + last,
-        "peak_bytes": peak_bytes(lambda: method.meta_gradient(problem.batch), device),
-        "error": problem.error(method),
+        "peak_bytes": peak_bytes(lambda: method.meta_gradient(problem.batch), problem.theta.device),
+        "error": problem.error(name, steps, last),
         "tasks": TASKS,
         "dim": DIM,
     }
