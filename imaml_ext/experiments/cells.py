@@ -124,7 +124,7 @@ class Table:
         """
         check_choice("column", column, self.columns)
         variants = self.settings(**COLUMNS[column])
-        check_choice("variant", variant, variants)
+        check_choice(f"variant of {self.dataset}", variant, variants)
         return variants[variant]
 
 

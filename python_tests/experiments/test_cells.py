@@ -53,5 +53,7 @@ def test_an_unknown_cell_is_refused():
         cell("table2", "5w1s", "reptile", "paper")
     with pytest.raises(ValueError, match="row in variant 'authors_code' must be one of 'imaml-gd'"):
         cell("table2", "5w1s", "maml", "authors_code")
-    with pytest.raises(ValueError, match="variant must be one of 'ours', 'paper', got"):
+    with pytest.raises(
+        ValueError, match="variant of mini-imagenet must be one of 'ours', 'paper', got"
+    ):
         cell("table3", "5w1s", "imaml-gd", "authors_code")

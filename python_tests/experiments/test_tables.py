@@ -24,7 +24,8 @@ from imaml_ext.training.trainer import NonfiniteError
 def test_a_variant_without_cells_is_refused(tmp_path, capsys):
     arguments = ["reproduce", "table3", "--variant", "authors_code", "--out", str(tmp_path)]
     assert main(arguments) == 1
-    assert "variant must be one of 'ours', 'paper', got 'authors_code'" in capsys.readouterr().err
+    message = "variant of mini-imagenet must be one of 'ours', 'paper', got 'authors_code'"
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture
