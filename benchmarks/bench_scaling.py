@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from bench_cg import Fused, Systems
 from harness import parser, provenance, report, time_in_turn
+from matplotlib.figure import Figure
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch_meta_gradient import check_work, library
 from workload import WORKLOADS, make_workload
 
 from imaml_ext import conjugate_gradient
-from imaml_ext.experiments.plots import pyplot, save
+from imaml_ext.experiments.plots import save
 
 Series = list[tuple[float, float]]  # (size, seconds)
 STEPS = ("inner steps", "CG steps")
@@ -119,9 +120,8 @@ def launches_per_iteration(chosen: Any, device: torch.device) -> list[dict[str, 
 
 
 def draw(series: dict[str, Series], fits: dict[str, dict[str, float]], path: Path) -> None:
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7.5))
-    for axis, (label, points) in zip(axes.flat, series.items(), strict=True):
+    figure = Figure(figsize=(14, 7.5))
+    for axis, (label, points) in zip(figure.subplots(2, 3).flat, series.items(), strict=True):
         sizes, times = zip(*points, strict=True)
         axis.plot(sizes, [1e3 * time for time in times], "o-")
         axis.set_xlabel(label)

@@ -17,8 +17,8 @@ import torch
 from imaml_ext._checks import check_range
 from imaml_ext._version import __version__
 from imaml_ext.experiments import plots
-from imaml_ext.experiments.build import build
-from imaml_ext.experiments.cells import ROWS, TABLES, VARIANTS
+from imaml_ext.experiments.build import build, percentages
+from imaml_ext.experiments.cells import COLUMNS, ROWS, TABLES, VARIANTS
 from imaml_ext.experiments.flags import SETTINGS, add_settings, flag, given_settings
 from imaml_ext.experiments.presets import PRESETS
 from imaml_ext.experiments.reproduce import STUDIES
@@ -107,8 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--meta-steps", type=int, help="meta-steps of each training; None: the study's default")
     add("--draw-only", action="store_true", help="draw from OUT/STUDY.jsonl without measuring")
     add = study.add_argument_group(f"cells of a table ({', '.join(TABLES)})").add_argument
-    columns = sorted({column for table in TABLES.values() for column in table.columns})
-    add("--cells", nargs="+", choices=columns, help="columns; None: all")
+    add("--cells", nargs="+", choices=sorted(COLUMNS), help="columns; None: all")
     add("--methods", nargs="+", choices=list(ROWS), help="rows; None: all")
     add("--variant", choices=VARIANTS, default="ours", help="which settings to use")
     add("--budget", type=float, default=0.0, metavar="MINUTES",
@@ -200,16 +199,13 @@ def _report(
     written: list[Path],
 ) -> None:  # fmt: skip
     """Print the figures, accuracies in percent. `start`: when the command started."""
-    mean, ci95 = result.mean, result.ci95
     figures: dict[str, Any] = {}
-    if "accuracy" in mean:
-        for prefix in ("", "support_"):
-            figures[f"{prefix}accuracy"] = 100 * mean[f"{prefix}accuracy"]
-            figures[f"{prefix}ci95"] = 100 * ci95[f"{prefix}accuracy"]
+    if "accuracy" in result.mean:
+        figures |= percentages(result)
         print("accuracy  {accuracy:.2f} ± {ci95:.2f} % (95%)".format(**figures))
         print("          {support_accuracy:.2f} ± {support_ci95:.2f} % with".format(**figures),
               "batch norm statistics of the support set alone")  # fmt: skip
-    figures |= {"loss": mean["loss"], "loss_ci95": ci95["loss"]}
+    figures |= {"loss": result.mean["loss"], "loss_ci95": result.ci95["loss"]}
     print("loss      {loss:.4f} ± {loss_ci95:.4f} (95%)".format(**figures))
     print(f"on        {result.tasks} unseen tasks, after {steps} meta-steps")
     print(f"model     {checkpoint}")
@@ -232,9 +228,8 @@ def _reproduce(options: argparse.Namespace) -> None:
             f"got {options.study}"
         )
     if not options.draw_only:
-        names = [field.name for field in dataclasses.fields(Settings) if field.name != "device"]
-        given = {name: getattr(options, name) for name in names}
-        measure(study, Settings(_device(options), **given), lines)
+        given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
+        measure(study, Settings(**given | {"device": _device(options)}), lines)
     records = read(study, lines)
     written = study.draw(records, options.out)
     figures = study.summary(records)

@@ -216,7 +216,7 @@ def fails(arguments, capsys):
         (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--method", "maml", "--learn-lam", "scalar"], "learn_lam is for imaml"),
         (["train", "--method", "maml", "--inner", "adam"], "inner is for imaml"),
-        (["train", "--method", "fomaml", "--learn-lr"], "learn_lr needs a second-order method"),
+        (["train", "--method", "fomaml", "--learn-lr"], "learn_lr is for maml"),
         (["train", "--learn-lr"], "learn_lr is for maml"),
         (["train", "--resume"], "no checkpoint at"),
         (["eval", "nowhere.pt"], "no checkpoint at nowhere.pt"),

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from imaml_ext._checks import check_integer
-from imaml_ext.data.cache import decoded_once
+from imaml_ext.data.cache import decoded_once, pixels
 
 _LISTS = {
     "train": """
@@ -115,7 +115,8 @@ def _in_folders(base: Path) -> dict[str, list[Path]]:
 def _listed(base: Path) -> dict[str, list[Path]]:
     """The images of each class, in the order of the lists."""
     images = base / "images"
-    found: dict[Path, str] = {}
+    listed: set[Path] = set()
+    found: dict[str, list[Path]] = {}
     for split in _CLASSES:
         file = base / f"{split}.csv"
         for line, name, wnid in _rows(file):
@@ -126,16 +127,14 @@ def _listed(base: Path) -> dict[str, list[Path]]:
                 )
             path = images / name
             outside = Path(name).is_absolute() or ".." in Path(name).parts
-            if outside or not path.is_file() or path in found:
+            if outside or not path.is_file() or path in listed:
                 raise ValueError(
                     f"{file}, line {line}: {name!r} is not a file in {images}, or is listed twice; "
                     "add the image, or remove the line"
                 )
-            found[path] = wnid
-    by_class: dict[str, list[Path]] = {}
-    for path, wnid in found.items():
-        by_class.setdefault(wnid, []).append(path)
-    return by_class
+            listed.add(path)
+            found.setdefault(wnid, []).append(path)
+    return found
 
 
 def _rows(file: Path) -> list[tuple[int, str, str]]:
@@ -174,17 +173,10 @@ def _decode(chosen: list[list[Path]]) -> Iterator[np.ndarray]:
         tqdm(total=total, desc="Mini-ImageNet", unit=" images", disable=None) as progress,
     ):
         for paths in chosen:
-            for pixels in pool.map(_pixels, paths):
-                yield pixels
+            for image in pool.map(_image, paths):
+                yield image
                 progress.update()
 
 
-def _pixels(path: Path) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    except Exception as error:  # Pillow can raise any exception for a broken file
-        raise ValueError(f"{path} cannot be decoded ({error}); replace the image") from error
-    return np.asarray(small).transpose(2, 0, 1)
+def _image(path: Path) -> np.ndarray:
+    return pixels(path.read_bytes, str(path), "RGB", _SIDE)

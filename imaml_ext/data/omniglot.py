@@ -5,12 +5,12 @@ or a .zip of ALPHABET/CHARACTER/DRAWING.png.
 """
 
 import hashlib
-import io
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imaml_ext._io import locked
 from imaml_ext._random import random_bits
-from imaml_ext.data.cache import decoded_once
+from imaml_ext.data.cache import decoded_once, pixels
 
 _CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 _DRAWINGS = 20
@@ -84,8 +84,9 @@ def load_omniglot(root: str | Path, *, download: bool = False) -> Omniglot:
     for part, expected in _CHARACTERS.items():
         before = len(characters)
         for drawing in _drawings(folder, part):
-            digest.update(f"{part}/{drawing.name}:{drawing.mark}\n".encode())
-            characters.setdefault(drawing.character, []).append(drawing)
+            digest.update(f"{drawing.name}:{drawing.mark}\n".encode())
+            character = str(PurePosixPath(drawing.name).parent.relative_to(part))
+            characters.setdefault(character, []).append(drawing)
         found = len(characters) - before
         if found != expected:
             raise ValueError(
@@ -98,7 +99,7 @@ def load_omniglot(root: str | Path, *, download: bool = False) -> Omniglot:
     images = decoded_once(
         f"omniglot-{_SIDE}-{digest.hexdigest()[:16]}",
         (len(names), _DRAWINGS, _SIDE, _SIDE),
-        lambda: (drawing.decode() for name in names for drawing in characters[name]),
+        lambda: (_decode(folder, drawing) for name in names for drawing in characters[name]),
     )
     return Omniglot(images, names)
 
@@ -108,38 +109,22 @@ def _find(folder: Path, part: str) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-@dataclass(frozen=True)
-class _Drawing:
+class _Drawing(NamedTuple):
     """One image file.
 
     Attributes:
-        name: "ALPHABET/CHARACTER/DRAWING.png".
+        name: "PART/ALPHABET/CHARACTER/DRAWING.png".
         mark: changes with the content.
-        container: the folder or archive that contains it.
         read: returns its bytes.
     """
 
     name: str
     mark: str
-    container: Path
     read: Callable[[], bytes]
 
-    @property
-    def character(self) -> str:
-        return str(PurePosixPath(self.name).parent)
 
-    def decode(self) -> np.ndarray:
-        from PIL import Image
-
-        try:
-            # Without convert("L"), LANCZOS on the 1-bit image would silently be NEAREST.
-            with Image.open(io.BytesIO(self.read())) as image:
-                small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-        except Exception as error:  # broken files can raise any exception
-            raise ValueError(
-                f"{self.container}: {self.name} cannot be decoded ({error})"
-            ) from error
-        return 255 - np.asarray(small)
+def _decode(folder: Path, drawing: _Drawing) -> np.ndarray:
+    return 255 - pixels(drawing.read, f"{folder / drawing.name}", "L", _SIDE)
 
 
 def _drawings(folder: Path, part: str) -> Iterator[_Drawing]:
@@ -154,18 +139,15 @@ def _drawings(folder: Path, part: str) -> Iterator[_Drawing]:
         for path in sorted(container.rglob("*.png")):
             status = path.stat()
             mark = f"{status.st_size} {status.st_mtime_ns}"
-            name = path.relative_to(container).as_posix()
-            yield _Drawing(name, mark, container, path.read_bytes)
+            yield _Drawing(path.relative_to(folder).as_posix(), mark, path.read_bytes)
         return
     try:
         archive = zipfile.ZipFile(container)  # closed with the last drawing that refers to it
-    except Exception as error:  # as above
+    except Exception as error:  # broken files can raise any exception
         raise ValueError(f"{container} is truncated or not a zip archive ({error})") from error
     for info in sorted(archive.infolist(), key=lambda info: info.filename):
-        inside = PurePosixPath(info.filename)
-        if inside.suffix == ".png" and inside.parts[0] == part:
-            name = inside.relative_to(part).as_posix()
-            yield _Drawing(name, f"{info.CRC:08x}", container, partial(archive.read, info))
+        if info.filename.startswith(f"{part}/") and info.filename.endswith(".png"):
+            yield _Drawing(info.filename, f"{info.CRC:08x}", partial(archive.read, info))
 
 
 def _download(root: str | Path) -> None:

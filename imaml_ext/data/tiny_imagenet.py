@@ -9,15 +9,15 @@ int [200, 551]; `header` uint8; `split` "train", "val" or "test" of each class.
 """
 
 import hashlib
-import io
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from imaml_ext.data.cache import decoded_once
+from imaml_ext.data.cache import decoded_once, pixels
 
 _FILE = "tiny_imagenet_fewshot.npz"
 _END = b"\xff\xd9"
@@ -53,18 +53,13 @@ def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
     per_class = offset.shape[1] - 1
 
     def decode() -> Iterator[np.ndarray]:
-        from PIL import Image
-
         for row in offset.tolist():
             for start, end in pairwise(row):
-                try:
-                    image = Image.open(io.BytesIO(header + scan[start:end] + _END))
-                    pixels = np.asarray(image.convert("RGB"))
-                except Exception as error:  # Pillow can raise any exception for a broken image
-                    raise ValueError(f"{path}: an image cannot be decoded ({error})") from error
-                if pixels.shape != (_SIDE, _SIDE, 3):
-                    raise ValueError(f"{path}: an image is {pixels.shape}, expected 32x32 RGB")
-                yield pixels.transpose(2, 0, 1)
+                jpeg = partial(b"".join, (header, scan[start:end], _END))
+                image = pixels(jpeg, f"{path}: an image", "RGB")
+                if image.shape != (3, _SIDE, _SIDE):
+                    raise ValueError(f"{path}: an image is {image.shape}, expected 32x32 RGB")
+                yield image
 
     digest = hashlib.sha256(header + scan + offset.tobytes()).hexdigest()[:16]
     shape = (len(offset), per_class, 3, _SIDE, _SIDE)

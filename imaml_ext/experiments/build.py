@@ -13,7 +13,7 @@ from imaml_ext._checks import check_choice
 from imaml_ext.data import ImageEpisodes, Sinusoid
 from imaml_ext.data.tasks import TaskSource
 from imaml_ext.experiments.config import Config
-from imaml_ext.experiments.registry import CHOICES, DATASETS, METHODS, Images
+from imaml_ext.experiments.registry import CHOICES, DATASETS, Images, make_method
 from imaml_ext.methods.base import Method
 from imaml_ext.problem.module_loss import ModuleLoss, module_loss
 from imaml_ext.training.budget import Budget
@@ -103,12 +103,21 @@ class Experiment:
     def adapting(self, **changes: Any) -> "Experiment":
         """The same model and learned tensors, adapted with some settings of the config changed."""
         config = dataclasses.replace(self.config, **changes)
-        method = METHODS[config.method](config, self.loss)
+        method = make_method(config, self.loss)
         learned = self.method.hyperparameters()
         with torch.no_grad():
             for name, tensor in method.hyperparameters().items():
                 tensor.copy_(learned.get(name, tensor))
         return dataclasses.replace(self, config=config, method=method)
+
+
+def percentages(result: Evaluation, prefix: str = "") -> dict[str, float]:
+    """The accuracies of an evaluation and their 95% half-widths in percent, by prefixed name."""
+    return {
+        f"{prefix}{kind}{name}": 100 * values[f"{kind}accuracy"]
+        for kind in ("", "support_")
+        for name, values in (("accuracy", result.mean), ("ci95", result.ci95))
+    }
 
 
 def build(
@@ -146,7 +155,7 @@ def build(
         support_metrics["accuracy"] = support_accuracy(SupportStatistics(model))
     metrics["loss"] = loss
     sources = {split: _source(config, split, images, device) for split in ("train", "val", "test")}
-    method = METHODS[config.method](config, loss)
+    method = make_method(config, loss)
     return Experiment(config, loss, method, sources, metrics, support_metrics)
 
 

@@ -1,35 +1,22 @@
-"""The cells of the paper's tables, as data."""
+"""The cells of the paper's tables, as data.
 
-from dataclasses import dataclass, replace
+A cell is a row (a method) in a column (a kind of task), in one variant of the settings: "paper", as
+published; "authors_code", as in the authors' release; "ours", chosen on validation classes for
+training on two CPU cores.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from imaml_ext._checks import check_choice
 from imaml_ext.experiments.config import Config
 
-# A cell is a row (a method) in a column (a kind of task), in one variant of the settings: "paper",
-# as published; "authors_code", as in the authors' release; "ours", chosen on validation
-# classes for training on two CPU cores.
-
-ROWS = {
-    "maml": "MAML",
-    "fomaml": "first-order MAML",
-    "reptile": "Reptile",
-    "imaml-gd": "iMAML, gradient descent",
-    "imaml-hf": "iMAML, Hessian-free",
-}
-
+Settings = dict[str, Any]  # of a Config; under "test", those that differ in evaluation
 
 VARIANTS = ("ours", "paper", "authors_code")
 
-_ROW: dict[str, dict[str, Any]] = {
-    "maml": {"method": "maml"},
-    "fomaml": {"method": "fomaml"},
-    "reptile": {"method": "reptile"},
-    "imaml-gd": {"method": "imaml", "inner": "gd"},
-    "imaml-hf": {"method": "imaml", "inner": "hessian-free", "inner_steps": 3},
-}
-
-_TASKS: dict[str, dict[str, Any]] = {
+COLUMNS: dict[str, Settings] = {
     "5w1s": {"way": 5, "shot": 1},
     "5w5s": {"way": 5, "shot": 5},
     "20w1s": {"way": 20, "shot": 1},
@@ -38,10 +25,86 @@ _TASKS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class Row:
+    """A method, and the settings that select it."""
+
+    label: str
+    settings: Settings
+
+
+ROWS = {
+    "maml": Row("MAML", {"method": "maml"}),
+    "fomaml": Row("first-order MAML", {"method": "fomaml"}),
+    "reptile": Row("Reptile", {"method": "reptile"}),
+    "imaml-gd": Row("iMAML, gradient descent", {"method": "imaml", "inner": "gd"}),
+    "imaml-hf": Row("iMAML, Hessian-free", {"method": "imaml", "inner": "hessian-free"}),
+}
+
+
+def _omniglot(way: int, shot: int) -> dict[str, dict[str, Settings]]:
+    if way == 5:
+        maml = {"inner_lr": 0.4, "inner_steps": 1, "tasks": 32, "test": {"inner_steps": 3}}
+    else:
+        maml = {"inner_lr": 0.1, "inner_steps": 5, "tasks": 16}
+    paper = _paper(shot, maml, {"lam": 2.0, "inner_steps": 16 if way == 5 else 25})
+    authors_code = {
+        "inner": "gd-then-proximal", "linear": "cg-authors-code", "meta_eps": 1e-3,
+        "test": {"eval_proximal": False},
+    }  # fmt: skip
+    ours = {"query": 5, "eval_query": shot, "tasks": 8, "meta_lr": 2e-3, "meta_steps": 20_000}
+    imaml = {**ours, "tasks": 6, "cg_steps": 3}
+    return {
+        "ours": {
+            "maml": {**ours, "inner_lr": 0.4, "inner_steps": 1},
+            "fomaml": {**ours, "inner_lr": 0.1, "inner_steps": 5},
+            "reptile": {**ours, "inner_lr": 0.1, "inner_steps": 4, "meta_lr": 1e-3},
+            "imaml-gd": {**imaml, "lam": 0.3, "inner_lr": 0.1, "inner_steps": 8},
+            "imaml-hf": {**imaml, "lam": 2.0, "inner_steps": 2, "curvature": "ggn"},
+        },
+        "paper": paper,
+        "authors_code": {"imaml-gd": paper["imaml-gd"] | authors_code},
+    }
+
+
+def _natural(way: int, shot: int) -> dict[str, dict[str, Settings]]:
+    maml = {
+        "inner_lr": 0.01, "inner_steps": 5, "tasks": 4 if shot == 1 else 2,
+        "test": {"inner_steps": 10},
+    }  # fmt: skip
+    ours = {"query": 5, "eval_query": 5, "tasks": 4, "meta_lr": 2e-3, "meta_steps": 60_000}
+    imaml = {**ours, "cg_steps": 3, "curvature": "ggn"}
+    return {
+        "ours": {
+            "maml": {**ours, "inner_lr": 0.1, "inner_steps": 3},
+            "fomaml": {**ours, "inner_lr": 0.1, "inner_steps": 5},
+            "reptile": {**ours, "inner_lr": 0.1, "inner_steps": 4, "meta_lr": 1e-3},
+            "imaml-gd": {**imaml, "lam": 0.3, "inner_lr": 0.1, "inner_steps": 8},
+            "imaml-hf": {**imaml, "lam": 2.0, "inner_steps": 2},
+        },
+        "paper": _paper(15, maml, {"lam": 0.5, "inner_steps": 10}),
+    }
+
+
+def _paper(query: int, maml: Settings, imaml: Settings) -> dict[str, Settings]:
+    """By row. Reptile was published with an inner Adam on mini-batches, not implemented here.
+
+    Source: MAML: Finn, Abbeel, Levine 2017, appendix A.1.
+    """
+    common = {"query": query, "eval_query": query, "meta_lr": 1e-3, "decay": "constant"}
+    maml = {**common, **maml, "meta_steps": 60_000}
+    imaml = {
+        **common, **imaml, "inner_lr": 0.1, "cg_steps": 5, "tasks": 32, "meta_steps": 20_000,
+    }  # fmt: skip
+    hessian_free = imaml | {"inner_steps": 3}
+    return {"maml": maml, "fomaml": maml, "imaml-gd": imaml, "imaml-hf": hessian_free}
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of the paper.
 
     Attributes:
+        settings: for a `way` and a `shot`, by variant and row.
         published: accuracies and 95% half-widths in percent, by row, in the order of the columns.
 
     Source: Rajeswaran, Finn, Kakade, Levine 2019, tables 2 and 3.
@@ -49,18 +112,27 @@ class Table:
 
     title: str
     dataset: str
+    settings: Callable[..., dict[str, dict[str, Settings]]]
     columns: tuple[str, ...]
     published: dict[str, tuple[tuple[float, float], ...]]
 
-    def figure(self, row: str, column: str) -> tuple[float, float] | None:
-        """The published accuracy and half-width, if any."""
-        return self.published[row][self.columns.index(column)] if row in self.published else None
+    def rows(self, column: str, variant: str) -> dict[str, Settings]:
+        """The settings of each row that the variant has.
+
+        Raises:
+            ValueError: there is no such column or variant.
+        """
+        check_choice("column", column, self.columns)
+        variants = self.settings(**COLUMNS[column])
+        check_choice(f"variant of {self.dataset}", variant, variants)
+        return variants[variant]
 
 
 TABLES = {
     "table2": Table(
         "Table 2: Omniglot",
         "omniglot",
+        _omniglot,
         ("5w1s", "5w5s", "20w1s", "20w5s"),
         {
             "maml": ((98.7, 0.4), (99.9, 0.1), (95.8, 0.3), (98.9, 0.2)),
@@ -73,6 +145,7 @@ TABLES = {
     "table3": Table(
         "Table 3: Mini-ImageNet",
         "mini-imagenet",
+        _natural,
         ("5w1s",),
         {
             "maml": ((48.70, 1.84),),
@@ -85,6 +158,7 @@ TABLES = {
     "natural": Table(
         "Table 3's protocol on other natural images: Tiny-ImageNet, 32x32",
         "tiny-imagenet",
+        _natural,
         ("5w1s", "5w5s"),
         {},
     ),
@@ -106,104 +180,28 @@ class Cell:
     row: str
     variant: str
     train: Config
-    changes: dict[str, Any]
+    changes: Settings
     published: tuple[float, float] | None
 
     @property
     def name(self) -> str:
         return f"{self.table}-{self.column}-{self.row}-{self.variant}"
 
-    @property
-    def test(self) -> Config:
-        """How it is tested."""
-        return replace(self.train, **self.changes)
-
 
 def cell(table: str, column: str, row: str, variant: str = "ours") -> Cell:
     """The cell of a table.
 
     Raises:
-        ValueError: there is no such table, column, row or variant, or the row lacks the variant.
+        ValueError: there is no such table, column, row or variant, or the variant lacks the row.
     """
     check_choice("table", table, TABLES)
-    check_choice("column", column, TABLES[table].columns)
-    check_choice("row", row, ROWS)
-    check_choice("variant", variant, VARIANTS)
-    settings = {"ours": _ours, "paper": _paper, "authors_code": _authors_code}[variant]
-    train = replace(
-        Config(dataset=TABLES[table].dataset), **_TASKS[column], **settings(table, column, row)
-    )
-    changes = _changes(table, column, row, variant)
-    return Cell(table, column, row, variant, train, changes, TABLES[table].figure(row, column))
-
-
-def _paper(table: str, column: str, row: str) -> dict[str, Any]:
-    if row == "reptile":
-        raise ValueError(
-            "reptile has no variant 'paper': its published number was measured with an inner Adam "
-            "on mini-batches, which is not implemented; use 'ours'"
-        )
-    way, shot = _TASKS[column]["way"], _TASKS[column]["shot"]
-    natural = table != "table2"
-    common = {"decay": "constant", "meta_lr": 1e-3, "query": 15 if natural else shot}
-    common["eval_query"] = common["query"]
-    if row in ("maml", "fomaml"):  # Finn, Abbeel, Levine 2017, appendix A.1
-        if natural:
-            of_adaptation = {"inner_steps": 5, "inner_lr": 0.01, "tasks": 4 if shot == 1 else 2}
-        elif way == 5:
-            of_adaptation = {"inner_steps": 1, "inner_lr": 0.4, "tasks": 32}
-        else:
-            of_adaptation = {"inner_steps": 5, "inner_lr": 0.1, "tasks": 16}
-        return {**common, **_ROW[row], **of_adaptation, "meta_steps": 60_000}
-    steps = 10 if natural else 16 if way == 5 else 25
-    lam = 0.5 if natural else 2.0
-    return {
-        **common, "lam": lam, "inner_lr": 0.1, "inner_steps": steps, "cg_steps": 5, "tasks": 32,
-        "meta_steps": 20_000, **_ROW[row],
-    }  # fmt: skip
-
-
-def _authors_code(table: str, column: str, row: str) -> dict[str, Any]:
-    if table != "table2" or row != "imaml-gd":
-        raise ValueError("only imaml-gd in table2 has the variant 'authors_code'")
-    changed = {"inner": "gd-then-proximal", "linear": "cg-authors-code", "meta_eps": 1e-3}
-    return {**_paper(table, column, row), **changed}
-
-
-def _ours(table: str, column: str, row: str) -> dict[str, Any]:
-    shot = _TASKS[column]["shot"]
-    if table == "table2":
-        common = {"query": 5, "eval_query": shot, "tasks": 8, "meta_lr": 2e-3}
-        return {**common, "meta_steps": 20_000, **_ROW[row], **_OURS_OMNIGLOT[row]}
-    common = {"query": 5, "eval_query": 5, "tasks": 4, "meta_lr": 2e-3}
-    return {**common, "meta_steps": 60_000, **_ROW[row], **_OURS_NATURAL[row]}
-
-
-_OURS_OMNIGLOT: dict[str, dict[str, Any]] = {
-    "maml": {"inner_lr": 0.4, "inner_steps": 1},
-    "fomaml": {"inner_lr": 0.1, "inner_steps": 5},
-    "reptile": {"inner_lr": 0.1, "inner_steps": 4, "meta_lr": 1e-3},
-    "imaml-gd": {"lam": 0.3, "inner_lr": 0.1, "inner_steps": 8, "cg_steps": 3, "tasks": 6},
-    "imaml-hf": {"lam": 2.0, "inner_steps": 2, "cg_steps": 3, "tasks": 6, "curvature": "ggn"},
-}
-
-
-_OURS_NATURAL: dict[str, dict[str, Any]] = {
-    "maml": {"inner_lr": 0.1, "inner_steps": 3},
-    "fomaml": {"inner_lr": 0.1, "inner_steps": 5},
-    "reptile": {"inner_lr": 0.1, "inner_steps": 4, "meta_lr": 1e-3},
-    "imaml-gd": {
-        "lam": 0.3, "inner_lr": 0.1, "inner_steps": 8, "cg_steps": 3, "curvature": "ggn",
-    },
-    "imaml-hf": {"lam": 2.0, "inner_steps": 2, "cg_steps": 3, "curvature": "ggn"},
-}  # fmt: skip
-
-
-def _changes(table: str, column: str, row: str, variant: str) -> dict[str, Any]:
-    if variant == "authors_code":
-        return {"eval_proximal": False}
-    if variant == "paper" and row in ("maml", "fomaml"):
-        if table != "table2":
-            return {"inner_steps": 10}
-        return {"inner_steps": 3} if _TASKS[column]["way"] == 5 else {}
-    return {}
+    of_table = TABLES[table]
+    rows = of_table.rows(column, variant)
+    check_choice(f"row in variant {variant!r}", row, rows)
+    settings = ROWS[row].settings | rows[row]
+    changes = settings.pop("test", {})
+    train = Config(dataset=of_table.dataset, **COLUMNS[column], **settings)
+    published = None
+    if row in of_table.published:
+        published = of_table.published[row][of_table.columns.index(column)]
+    return Cell(table, column, row, variant, train, changes, published)

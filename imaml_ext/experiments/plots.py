@@ -7,28 +7,16 @@ import numpy as np
 import torch
 
 from imaml_ext._io import write_atomically
-from imaml_ext.data.tasks import TaskSource
 from imaml_ext.experiments.build import Experiment
-from imaml_ext.methods.base import Method
-from imaml_ext.problem.module_loss import ModuleLoss
 from imaml_ext.training.trainer import Trainer
 
 
-def pyplot() -> Any:
-    """matplotlib.pyplot without a display, imported on first use."""
-    import matplotlib
+def panels(count: int, *, width: float = 5.5, sharey: bool = False) -> tuple[Any, list[Any]]:
+    """A figure and its axes, side by side."""
+    from matplotlib.figure import Figure  # on first use: it loads slowly
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def panels(count: int, *, width: float = 5.5, **settings: Any) -> tuple[Any, list[Any]]:
-    """A figure and its axes, side by side; `settings` as in `pyplot.subplots`."""
-    size = (width * count, 4.2)
-    figure, axes = pyplot().subplots(1, count, figsize=size, squeeze=False, **settings)
-    return figure, list(axes[0])
+    figure = Figure(figsize=(width * count, 4.2))
+    return figure, list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
 
 
 def label(axis: Any, x: str, y: str = "", title: str = "", **legend: Any) -> None:
@@ -39,10 +27,9 @@ def label(axis: Any, x: str, y: str = "", title: str = "", **legend: Any) -> Non
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write the figure as PNG and close it."""
+    """Write the figure as PNG."""
     figure.tight_layout()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    pyplot().close(figure)
     return path
 
 
@@ -51,8 +38,7 @@ def of_training(experiment: Experiment, trainer: Trainer, folder: Path) -> list[
     curves = folder / "learning_curves.png"
     written = [learning_curves(trainer.history, trainer.validation, curves)]
     if experiment.config.dataset == "sinusoid":
-        method, source = experiment.method, experiment.sources["test"]
-        written.append(sinusoid_fits(method, experiment.loss, source, folder / "fits.png"))
+        written.append(sinusoid_fits(experiment, folder / "fits.png"))
     return written
 
 
@@ -80,9 +66,9 @@ def learning_curves(
     return save(figure, path)
 
 
-def sinusoid_fits(method: Method, loss: ModuleLoss, source: TaskSource, path: Path) -> Path:
+def sinusoid_fits(experiment: Experiment, path: Path) -> Path:
     """Plot up to four tasks: the data, and the model before and after adaptation."""
-    batch = source.sample(0)
+    method, loss, batch = experiment.method, experiment.loss, experiment.sources["test"].sample(0)
     phi = method.adapt(batch.support)
     example = next(iter(method.params.values()))
     grid = torch.linspace(-5, 5, 200, dtype=example.dtype, device=example.device)[:, None]

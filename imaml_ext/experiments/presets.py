@@ -28,7 +28,6 @@ PRESETS = {
         meta_lr=2e-3,
         meta_steps=1500,
     ),
+    "mini-imagenet": replace(cell("table3", "5w1s", "imaml-gd").train, meta_steps=20_000),
+    "tiny-imagenet": replace(cell("natural", "5w1s", "imaml-gd").train, meta_steps=3000),
 }
-
-PRESETS["mini-imagenet"] = replace(cell("table3", "5w1s", "imaml-gd").train, meta_steps=20_000)
-PRESETS["tiny-imagenet"] = replace(cell("natural", "5w1s", "imaml-gd").train, meta_steps=3000)

@@ -94,57 +94,52 @@ LINEAR: dict[str, Callable[[Config], LinearSolver]] = {
 }
 
 
-def _implicit(config: Config, loss: ModuleLoss) -> Method:
-    if config.learn_lr:
-        raise ValueError(
-            "learn_lr is for maml: the implicit gradient does not depend on the step size"
-        )
-    params = dict(loss.model.named_parameters())
-    lam: float | ProximalStrength = config.lam
-    if config.learn_lam != "no":
-        lam = ProximalStrength(params, config.lam, form=config.learn_lam)
-    return IMAML(
-        loss,
-        params,
-        lam=lam,
+def _imaml(c: Config, *, params: dict[str, nn.Parameter], **shared: Any) -> IMAML:
+    lam: float | ProximalStrength = c.lam
+    if c.learn_lam != "no":
+        lam = ProximalStrength(params, c.lam, form=c.learn_lam)
+    linear = LINEAR[c.linear](c)
+    return IMAML(params=params, lam=lam, linear=linear, adapt_proximal=c.eval_proximal, **shared)
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "imaml": _imaml,
+    "maml": lambda c, **shared: MAML(learn_lr=c.learn_lr, **shared),
+    "maml-accelerated": lambda c, **shared: MAML(
+        learn_lr=c.learn_lr, lam=c.lam, accelerated=True, **shared
+    ),
+    "truncated-maml": lambda c, **shared: TruncatedMAML(learn_lr=c.learn_lr, last=c.last, **shared),
+    "fomaml": lambda _, **shared: FOMAML(**shared),
+    "reptile": lambda _, **shared: Reptile(**shared),
+}
+
+_ONLY_FOR = {  # the methods that use a field of Config; of others it must have its default
+    # The implicit gradient does not depend on the step size.
+    "learn_lr": ("maml", "maml-accelerated", "truncated-maml"),
+    "learn_lam": ("imaml",),
+    "inner": ("imaml",),
+}
+
+
+def make_method(config: Config, loss: ModuleLoss) -> Method:
+    """The method of a config.
+
+    Raises:
+        ValueError: a setting is invalid, or does not apply to the method.
+    """
+    for name, methods in _ONLY_FOR.items():
+        value = getattr(config, name)
+        if value != getattr(Config, name) and config.method not in methods:
+            raise ValueError(
+                f"{name} is for {', '.join(methods)}, got {value!r} with method {config.method!r}"
+            )
+    return METHODS[config.method](
+        config,
+        loss=loss,
+        params=dict(loss.model.named_parameters()),
         inner=INNER[config.inner](config),
-        linear=LINEAR[config.linear](config),
-        adapt_proximal=config.eval_proximal,
         nonfinite=config.nonfinite,
     )
-
-
-def _by_descent(
-    config: Config, loss: ModuleLoss, method: Callable[..., Method], **settings: Any
-) -> Method:
-    """A method whose inner solver is gradient descent."""
-    if config.learn_lam != "no":
-        raise ValueError(f"learn_lam is for imaml, got method {config.method!r}")
-    if config.inner != "gd":
-        raise ValueError(f"inner is for imaml, got method {config.method!r} and {config.inner!r}")
-    params = dict(loss.model.named_parameters())
-    inner = INNER["gd"](config)
-    return method(loss, params, inner=inner, nonfinite=config.nonfinite, **settings)
-
-
-def _first_order(config: Config, loss: ModuleLoss, method: Callable[..., Method]) -> Method:
-    if config.learn_lr:
-        raise ValueError(f"learn_lr needs a second-order method, got {config.method!r}")
-    return _by_descent(config, loss, method)
-
-
-METHODS: dict[str, Callable[[Config, ModuleLoss], Method]] = {
-    "imaml": _implicit,
-    "maml": lambda c, loss: _by_descent(c, loss, MAML, learn_lr=c.learn_lr),
-    "maml-accelerated": lambda c, loss: _by_descent(
-        c, loss, MAML, learn_lr=c.learn_lr, lam=c.lam, accelerated=True
-    ),
-    "truncated-maml": lambda c, loss: _by_descent(
-        c, loss, TruncatedMAML, learn_lr=c.learn_lr, last=c.last
-    ),
-    "fomaml": lambda c, loss: _first_order(c, loss, FOMAML),
-    "reptile": lambda c, loss: _first_order(c, loss, Reptile),
-}
 
 
 CHOICES = {  # by field of Config

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -47,12 +48,10 @@ def saved_config(state: dict[str, Any], path: Path) -> Config:
     """
     try:
         saved = json.loads(state["config"])
-        renamed = {
-            name: values.get(saved[name], saved[name])
-            for name, values in _RENAMED.items()
-            if name in saved
-        }
-        return Config(**saved | renamed)
+        for name, values in _RENAMED.items():
+            if name in saved:
+                saved[name] = values.get(saved[name], saved[name])
+        return Config(**saved)
     except (ValueError, TypeError) as error:  # not JSON, or not the fields of a config
         raise ValueError(
             f"{path} was not written by imaml-ext train: it has no valid config"
@@ -124,10 +123,10 @@ def train_to_end(
         if leads:
             stack.enter_context(_logged(trainer, checkpoint.parent, with_tensorboard))
         bar = stack.enter_context(_progress_bar(trainer, config, name))
-        stop = stack.enter_context(_StopSignals())
+        received = stack.enter_context(_stop_signals())
         last_saved, shown = trainer.seconds, -math.inf
         try:
-            while (before := budget.progress) < 1 and not (stop.signal and leads):
+            while (before := budget.progress) < 1 and not (received and leads):
                 trainer.step()
                 if not leads:
                     continue
@@ -143,49 +142,45 @@ def train_to_end(
                 trainer.save(checkpoint, saved)
                 last_saved = trainer.seconds
         except ConnectionError:
-            if stop.signal and not leads:  # rank 0 has completed its step and ended
-                raise Interrupted("with rank 0", stop.signal) from None
+            if received and not leads:  # rank 0 has completed its step and ended
+                raise Interrupted("with rank 0", received[-1]) from None
             raise
         except NonfiniteError:
             trainer.save(checkpoint, saved)
             raise
         trainer.save(checkpoint, saved)
-        if stop.signal and leads:
+        if received and leads:
             message = f"at meta-step {trainer.steps}; to resume: {how_to_resume}"
-            raise Interrupted(message, stop.signal)
+            raise Interrupted(message, received[-1])
 
 
-class _StopSignals:
-    """Context in which the first SIGINT or SIGTERM is only recorded, in `signal`; 0 before it."""
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Context in which the first SIGINT or SIGTERM is only recorded, in the list."""
+    received: list[int] = []
 
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __enter__(self) -> "_StopSignals":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, _: object) -> None:
-        self.signal = number
+    def record(number: int, _: object) -> None:
+        received.append(number)
         if not is_launched():  # torchrun forwards a signal that this process also receives
-            self._restore()  # so that a second one stops the process
+            restore()  # so that a second one stops the process
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
+    def restore() -> None:
+        for number, handler in before.items():
             signal.signal(number, handler)
+
+    before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        restore()
 
 
 @contextmanager
 def _logged(trainer: Trainer, folder: Path, with_tensorboard: bool) -> Iterator[None]:
-    """Context in which the trainer also logs to files in the folder."""
-    own = trainer.log
+    """Context in which the trainer logs to files in the folder."""
     with ExitStack() as stack:
-        logs = [] if own is None else [own]
         lines = json_lines(folder / _LOG, trainer.history, trainer.validation)
-        logs.append(stack.enter_context(lines))
+        logs = [stack.enter_context(lines)]
         if with_tensorboard:
             logs.append(stack.enter_context(tensorboard(folder, trainer.steps)))
 
@@ -197,7 +192,7 @@ def _logged(trainer: Trainer, folder: Path, with_tensorboard: bool) -> Iterator[
         try:
             yield
         finally:
-            trainer.log = own
+            trainer.log = None
 
 
 def _progress_bar(trainer: Trainer, config: Config, name: str) -> Any:
@@ -215,9 +210,9 @@ def _progress_bar(trainer: Trainer, config: Config, name: str) -> Any:
 def _postfix(trainer: Trainer) -> dict[str, str]:
     recent = trainer.history[-20:]
     record = recent[-1]
-    shown = {"loss": f"{sum(r['loss'] for r in recent) / len(recent):.3f}"}
+    shown = {"loss": f"{fmean(r['loss'] for r in recent):.3f}"}
     if "accuracy" in record:
-        shown["acc"] = f"{100 * sum(r['accuracy'] for r in recent) / len(recent):.1f}%"
+        shown["acc"] = f"{fmean(100 * r['accuracy'] for r in recent):.1f}%"
     if "linear_residual" in record:
         shown["cg"] = f"{record['linear_residual']:.1e}"
     if record.get("negative_curvature", 0) > 0:

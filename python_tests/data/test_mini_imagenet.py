@@ -216,8 +216,8 @@ def test_a_different_order_has_a_different_cache_file(listed, cache):
 
 def test_no_more_than_one_class_is_decoded_ahead(in_folders, monkeypatch):
     opened = []
-    pixels = module._pixels
-    monkeypatch.setattr(module, "_pixels", lambda path: opened.append(path) or pixels(path))
+    image = module._image
+    monkeypatch.setattr(module, "_image", lambda path: opened.append(path) or image(path))
     chosen = [sorted((in_folders / wnid).iterdir()) for _, wnid in CLASSES]
     images = module._decode(chosen)
     for taken in range(1, 8):

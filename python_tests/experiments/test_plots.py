@@ -16,9 +16,7 @@ def figures(monkeypatch):
     """Figures in place of files."""
     saved = []
     monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure) or path)
-    yield saved
-    for figure in saved:
-        plots.pyplot().close(figure)
+    return saved
 
 
 def lines(axis):
@@ -39,11 +37,10 @@ def test_learning_curves_are_running_means_in_percent(figures, tmp_path):
 
 def test_fits_show_the_model_before_and_after_adaptation(figures, tmp_path):
     one = build(dataclasses.replace(PRESETS["sinusoid"], inner_steps=2))
-    source = one.sources["test"]
-    plots.sinusoid_fits(one.method, one.loss, source, tmp_path / "x.png")
+    plots.sinusoid_fits(one, tmp_path / "x.png")
     axes = figures[0].axes
     assert len(axes) == 4
-    phi = one.method.adapt(source.sample(0).support)
+    phi = one.method.adapt(one.sources["test"].sample(0).support)
     for task, axis in enumerate(axes):
         for name, params in (
             ("before adaptation", one.method.params),

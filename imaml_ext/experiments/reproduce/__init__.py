@@ -4,21 +4,12 @@ The `measure` of each module yields one record per curve, point or cell; its `dr
 records.
 """
 
-from imaml_ext.experiments.reproduce.fig2a import STUDY as FIG2A
-from imaml_ext.experiments.reproduce.fig2b import STUDY as FIG2B
-from imaml_ext.experiments.reproduce.sinusoid import STUDY as SINUSOID
-from imaml_ext.experiments.reproduce.study import Study
-from imaml_ext.experiments.reproduce.table1 import STUDY as TABLE1
-from imaml_ext.experiments.reproduce.tables import NATURAL, TABLE2, TABLE3
+from imaml_ext.experiments.reproduce import fig2a, fig2b, sinusoid, table1, tables
 
 STUDIES = {
-    "fig2a": FIG2A,
-    "table1": TABLE1,
-    "fig2b": FIG2B,
-    "sinusoid": SINUSOID,
-    "table2": TABLE2,
-    "table3": TABLE3,
-    "natural": NATURAL,
+    "fig2a": fig2a.STUDY,
+    "table1": table1.STUDY,
+    "fig2b": fig2b.STUDY,
+    "sinusoid": sinusoid.STUDY,
+    **tables.STUDIES,
 }
-
-__all__ = ["STUDIES", "Study"]

@@ -27,23 +27,21 @@ from imaml_ext.solvers.inner import GradientDescent
 from imaml_ext.solvers.linear.cg import ConjugateGradient
 
 WAY, SHOT, TASKS, LAM, LR = 20, 5, 1, 2.0, 0.1
-INNER_STEPS = (1, 2, 4, 8, 16, 32)
-CG_STEPS = (1, 5, 20)
 LABELS = {"maml": "MAML", "fomaml": "first-order MAML", "imaml": "iMAML"}
-
-
-def points() -> Iterator[tuple[str, int, int]]:
-    """(method, inner steps, CG steps) of each point; CG steps vary for iMAML at 16 inner steps."""
-    for steps in INNER_STEPS:
-        yield from (("maml", steps, 0), ("fomaml", steps, 0), ("imaml", steps, 5))
-    for cg_steps in CG_STEPS:
-        if cg_steps != 5:
-            yield "imaml", 16, cg_steps
+POINTS = [  # method, inner steps, CG steps; the last two show iMAML against CG steps
+    *(
+        (name, steps, 5 if name == "imaml" else 0)
+        for steps in (1, 2, 4, 8, 16, 32)
+        for name in LABELS
+    ),
+    ("imaml", 16, 1),
+    ("imaml", 16, 20),
+]
 
 
 def measure(settings: Settings) -> Iterator[Record]:
     load_omniglot(settings.data)  # raises in this process if it is missing
-    for method, inner_steps, cg_steps in points():
+    for method, inner_steps, cg_steps in POINTS:
         point = (method, inner_steps, cg_steps, settings)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             try:

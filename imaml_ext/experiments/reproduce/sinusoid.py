@@ -5,7 +5,6 @@ in evaluation.
 """
 
 import dataclasses
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,11 +32,9 @@ def measure(settings: Settings) -> Iterator[Record]:
             )
             experiment = build(config, device=settings.device)
             trainer = experiment.trainer()
-            start = time.perf_counter()
             for _ in tqdm(range(config.meta_steps), desc=f"{method}, {inner_steps} steps"):
                 trainer.step()
             trainer.read()
-            seconds = time.perf_counter() - start
             result = experiment.evaluate("test", settings.eval_tasks)
             yield {
                 "method": method,
@@ -45,7 +42,7 @@ def measure(settings: Settings) -> Iterator[Record]:
                 "loss": result.mean["loss"],
                 "ci95": result.ci95["loss"],
                 "tasks": result.tasks,
-                "seconds": seconds,
+                "seconds": trainer.seconds,
                 "config": dataclasses.asdict(config),
             }
 

@@ -42,8 +42,9 @@ class Settings:
 
 
 def last_run(records: list[Record]) -> list[Record]:
-    """The records of the latest run."""
-    return [r for r in records if r["source"]["date"] == records[-1]["source"]["date"]]
+    """The records of the latest run; raises IndexError without records."""
+    latest = records[-1]["source"]["date"]
+    return [record for record in records if record["source"]["date"] == latest]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ class Study:
         draw: writes plots and other files into a folder, from records alone; returns the paths.
         summary: figures to print, from records alone.
         select: chooses the records for `draw` and `summary` from all that were appended.
-        may_be_empty: whether `draw` works without records.
     """
 
     question: str
@@ -64,7 +64,6 @@ class Study:
     draw: Callable[[list[Record], Path], list[Path]]
     summary: Callable[[list[Record]], Record]
     select: Callable[[list[Record]], list[Record]] = last_run
-    may_be_empty: bool = False
 
 
 def measure(study: Study, settings: Settings, lines: Path) -> None:
@@ -83,15 +82,14 @@ def read(study: Study, lines: Path) -> list[Record]:
     """The records in `lines` that the study selects.
 
     Raises:
-        FileNotFoundError: there is no such file, and the study needs one.
-        ValueError: a line is incomplete, or not a record of this study.
+        ValueError: a line is incomplete or not a record of this study, or it needs a record.
     """
-    if not lines.is_file() and not study.may_be_empty:
-        raise FileNotFoundError(f"no measurements at {lines}: run without --draw-only")
     try:
         return study.select(read_lines(lines))
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{lines} does not contain measurements of this study") from error
+        raise ValueError(
+            f"{lines} does not contain measurements of this study: run without --draw-only"
+        ) from error
 
 
 def read_lines(lines: Path) -> list[Record]:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,17 +32,15 @@ from imaml_ext.solvers.linear.cg import ConjugateGradient
 
 TASKS, DIM, LAM, ERROR = 2, 100, 0.5, 1e-3
 KAPPAS = (10, 30, 100, 300)
-LABELS = {
-    "maml": "MAML, gradient descent",
-    "maml-accelerated": "MAML, Nesterov",
-    "truncated-maml": "truncated back-propagation",
-    "imaml": "iMAML",
+METHODS = {  # label, and the expected exponents of kappa
+    "maml": ("MAML, gradient descent", {"compute": 1.0, "memory": 1.0}),
+    "maml-accelerated": ("MAML, Nesterov", {"compute": 0.5, "memory": 0.5}),
+    "truncated-maml": ("truncated back-propagation", {"compute": 1.0, "memory": 1.0}),
+    "imaml": ("iMAML", {"compute": 0.5, "memory": 0.0}),
 }
-EXPECTED = {  # exponents of kappa: compute, memory
-    "maml": (1.0, 1.0),
-    "maml-accelerated": (0.5, 0.5),
-    "truncated-maml": (1.0, 1.0),
-    "imaml": (0.5, 0.0),
+COSTS = {  # field of a record, and its unit
+    "compute": ("gradients_and_products", "gradients and Hessian-vector products"),
+    "memory": ("peak_bytes", "peak bytes"),
 }
 
 
@@ -49,6 +48,7 @@ class Quadratic:
     """Tasks `1/2 |R w - y|²`, where R'R + LAM I has eigenvalues from 1 to kappa."""
 
     def __init__(self, kappa: float, seed: int, device: torch.device) -> None:
+        self.kappa = kappa
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -70,8 +70,24 @@ class Quadratic:
         root, y = data
         return 0.5 * ((root @ params["w"] - y) ** 2).sum()
 
-    def error(self, method: Method) -> float:
-        gradient = method.meta_gradient(self.batch).params["w"]
+    def method(self, name: str, steps: int, last: int) -> Method:
+        """A method with `steps` inner and CG steps; truncated MAML differentiates the `last`."""
+        params, lr = {"w": self.theta.clone().requires_grad_()}, 1 / self.kappa
+        descent = GradientDescent(lr=lr, steps=steps)
+        # The smallest eigenvalue is known here; in general MAML(accelerated=True) can only take lam
+        nesterov = GradientDescent.accelerated(lr=lr, steps=steps, strong_convexity=1.0)
+        if name == "maml":
+            return MAML(self.loss, params, inner=descent, lam=LAM)
+        if name == "maml-accelerated":
+            return MAML(self.loss, params, inner=nesterov, lam=LAM)
+        if name == "truncated-maml":
+            return TruncatedMAML(self.loss, params, last=last, inner=descent, lam=LAM)
+        linear = ConjugateGradient(max_iter=steps)
+        return IMAML(self.loss, params, inner=nesterov, lam=LAM, linear=linear)
+
+    def error(self, name: str, steps: int, last: int) -> float:
+        """The relative error of the method's meta-gradient."""
+        gradient = self.method(name, steps, last).meta_gradient(self.batch).params["w"]
         error: float = ((gradient - self.exact).norm() / self.exact.norm()).item()
         return error
 
@@ -91,98 +107,66 @@ def fewest(error: Callable[[int], float]) -> int:
     return enough
 
 
-def make_method(name: str, problem: Quadratic, kappa: float, steps: int, last: int = 0) -> Method:
-    params = {"w": problem.theta.clone().requires_grad_()}
-    descent = GradientDescent(lr=1 / kappa, steps=steps)
-    # The smallest eigenvalue is known here; in general MAML(accelerated=True) can only take lam.
-    nesterov = GradientDescent.accelerated(lr=1 / kappa, steps=steps, strong_convexity=1.0)
-    if name == "maml":
-        return MAML(Quadratic.loss, params, inner=descent, lam=LAM)
-    if name == "maml-accelerated":
-        return MAML(Quadratic.loss, params, inner=nesterov, lam=LAM)
-    if name == "truncated-maml":
-        return TruncatedMAML(Quadratic.loss, params, last=last, inner=descent, lam=LAM)
-    linear = ConjugateGradient(max_iter=steps)
-    return IMAML(Quadratic.loss, params, inner=nesterov, lam=LAM, linear=linear)
-
-
 def measure(settings: Settings) -> Iterator[Record]:
     for kappa in KAPPAS:
         problem = Quadratic(kappa, settings.seed, settings.device)
-        for name in LABELS:
-            yield {**cheapest(name, problem, kappa, settings.device), "seed": settings.seed}
+        for name in METHODS:
+            yield {**cheapest(name, problem), "seed": settings.seed}
 
 
-def cheapest(name: str, problem: Quadratic, kappa: float, device: torch.device) -> Record:
+def cheapest(name: str, problem: Quadratic) -> Record:
     """The cost of a method with the fewest steps that reach ERROR."""
-
-    def error(steps: int, last: int, name: str = name) -> float:
-        return problem.error(make_method(name, problem, kappa, steps, last))
-
     if name == "truncated-maml":
         # A tenth more steps than MAML, because truncation adds to the error.
-        steps = math.ceil(1.1 * fewest(lambda k: error(k, k, "maml")))
-        last = fewest(lambda k: error(steps, min(k, steps)))
+        steps = math.ceil(1.1 * fewest(lambda k: problem.error("maml", k, k)))
+        last = fewest(lambda k: problem.error(name, steps, min(k, steps)))
     else:
-        steps = last = fewest(lambda k: error(k, k))
-    method = make_method(name, problem, kappa, steps, last)
+        steps = last = fewest(lambda k: problem.error(name, k, k))
+    method = problem.method(name, steps, last)
     return {
         "method": name,
-        "kappa": kappa,
+        "kappa": problem.kappa,
         "steps": steps,
         "products": last,
         "gradients_and_products": steps + last,
-        "peak_bytes": peak_bytes(lambda: method.meta_gradient(problem.batch), device),
-        "error": problem.error(method),
+        "peak_bytes": peak_bytes(lambda: method.meta_gradient(problem.batch), problem.theta.device),
+        "error": problem.error(name, steps, last),
         "tasks": TASKS,
         "dim": DIM,
     }
 
 
+def curve(records: list[Record], name: str, cost: str) -> list[tuple[float, float]]:
+    """(kappa, cost) of a method."""
+    field, _ = COSTS[cost]
+    return [(record["kappa"], record[field]) for record in records if record["method"] == name]
+
+
 def slope(points: list[tuple[float, float]]) -> float:
     """Slope of the least-squares line through the logarithms."""
-    x = torch.tensor([math.log(a) for a, _ in points], dtype=torch.float64)
-    y = torch.tensor([math.log(b) for _, b in points], dtype=torch.float64)
-    x = x - x.mean()
-    return ((x @ y) / (x @ x)).item()
-
-
-def curves(records: list[Record], name: str) -> dict[str, list[tuple[float, float]]]:
-    """(kappa, cost) of a method, by kind of cost."""
-    return {
-        what: [(record["kappa"], record[what]) for record in records if record["method"] == name]
-        for what in ("gradients_and_products", "peak_bytes")
-    }
+    kappa, cost = np.log(points).T
+    return float(np.polyfit(kappa, cost, deg=1)[0])
 
 
 def draw(records: list[Record], folder: Path) -> list[Path]:
     figure, axes = panels(2)
-    costs = {
-        "gradients_and_products": ("compute", "gradients and Hessian-vector products"),
-        "peak_bytes": ("memory", "peak bytes"),
-    }
-    for axis, (what, (title, y)) in zip(axes, costs.items(), strict=True):
-        for name, text in LABELS.items():
-            points = curves(records, name)[what]
-            expected = EXPECTED[name][what == "peak_bytes"]
-            text = f"{text}: slope {slope(points):.2f} ({expected:g} expected)"
+    for axis, (cost, (_, unit)) in zip(axes, COSTS.items(), strict=True):
+        for name, (text, expected) in METHODS.items():
+            points = curve(records, name, cost)
+            text += f": slope {slope(points):.2f} ({expected[cost]:g} expected)"
             axis.loglog(*zip(*points, strict=True), "o-", label=text)
-        label(axis, "condition number kappa", y, title, fontsize=8)
+        label(axis, "condition number kappa", unit, cost, fontsize=8)
     return [save(figure, folder / "table1.png")]
 
 
 def summary(records: list[Record]) -> Record:
     """Exponents of kappa, fitted and expected."""
     figures: Record = {}
-    for name in LABELS:
-        points = curves(records, name)
-        compute, memory = EXPECTED[name]
-        figures[name] = {
-            "compute": round(slope(points["gradients_and_products"]), 3),
-            "compute expected": compute,
-            "memory": round(slope(points["peak_bytes"]), 3),
-            "memory expected": memory,
-        }
+    for name, (_, expected) in METHODS.items():
+        figures[name] = {}
+        for cost in COSTS:
+            figures[name][cost] = round(slope(curve(records, name, cost)), 3)
+            figures[name][f"{cost} expected"] = expected[cost]
     return figures
 
 

@@ -1,9 +1,10 @@
 """A table as Markdown and plots, from its records alone."""
 
+import re
 from pathlib import Path
 
 from imaml_ext._io import write_atomically
-from imaml_ext.experiments.cells import ROWS, TABLES, cell
+from imaml_ext.experiments.cells import COLUMNS, ROWS, TABLES, cell
 from imaml_ext.experiments.plots import label, panels, save
 from imaml_ext.experiments.reproduce.study import Record
 
@@ -34,7 +35,7 @@ def _draw_column(records: list[Record], path: Path) -> Path:
 
 def _label(record: Record, records: list[Record]) -> str:
     """The method, and whatever else distinguishes the record from the others."""
-    text = ROWS[record["row"]]
+    text = ROWS[record["row"]].label
     same = [r for r in records if r["row"] == record["row"]]
     if record["variant"] != "ours":
         text += f", {record['variant']}"
@@ -51,7 +52,7 @@ def markdown(table: str, records: list[Record]) -> str:
     for column in TABLES[table].columns:
         of_column = [r for r in records if r["column"] == column]
         trained = [r for r in of_column if "accuracy" in r]
-        parts.append(f"### {_words(column)}\n")
+        parts.append("### {way}-way {shot}-shot\n".format(**COLUMNS[column]))
         if trained:
             parts.append(f"![Learning curves]({table}-{column}.png)\n")
             parts.append(_trained(trained))
@@ -60,11 +61,6 @@ def markdown(table: str, records: list[Record]) -> str:
         if missing:
             parts.append(_missing(table, column, missing, of_column))
     return "\n".join(parts)
-
-
-def _words(column: str) -> str:
-    way, shot = column.removesuffix("s").split("w")
-    return f"{way}-way {shot}-shot"
 
 
 def _trained(records: list[Record]) -> str:
@@ -128,8 +124,8 @@ def _origin(table: str, column: str, records: list[Record]) -> str:
 def _missing(table: str, column: str, rows: list[str], records: list[Record]) -> str:
     lines = ["Not trained:\n"]
     for row in rows:
-        text = f"- {ROWS[row]}"
-        if published := TABLES[table].figure(row, column):
+        text = f"- {ROWS[row].label}"
+        if published := cell(table, column, row).published:
             text += " (published: {:g} ± {:g} %)".format(*published)
         for record in records:
             if record["row"] == row:
@@ -151,10 +147,9 @@ def _would_take(record: Record) -> str:
 def write_section(path: Path, name: str, text: str) -> None:
     """Replace the text between the marks of `name` in a Markdown file, or append it."""
     begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->\n"
+    section = begin + text + end
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    head, found, rest = before.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not (found and closed):
-        head, tail = before + ("\n" if before else ""), ""
-    whole = f"{head}{begin}{text}{end}{tail}".encode()
-    write_atomically(path, lambda file: file.write(whole))
+    whole, found = re.subn(f"{begin}.*?{end}", lambda _: section, before, flags=re.DOTALL)
+    if not found:
+        whole = f"{before}\n{section}" if before else section
+    write_atomically(path, lambda file: file.write(whole.encode()))

@@ -5,7 +5,6 @@ one line. A cell with a line is not measured again, so a table can grow over man
 same command. A training of another length is a new one.
 """
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -14,14 +13,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from imaml_ext.experiments.build import Experiment, build
+from imaml_ext.experiments.build import Experiment, build, percentages
 from imaml_ext.experiments.cells import ROWS, TABLES, Cell, cell
 from imaml_ext.experiments.config import Config
 from imaml_ext.experiments.reproduce.study import Record, Settings, Study, read_lines
 from imaml_ext.experiments.reproduce.table_report import draw
 from imaml_ext.experiments.run import resumed_config, train_to_end
 from imaml_ext.training.checkpoint import load_checkpoint, save_model
-from imaml_ext.training.evaluation import Evaluation
 from imaml_ext.training.trainer import NonfiniteError
 
 _VALIDATIONS = 8
@@ -31,7 +29,12 @@ _TRAINED = 100  # meta-steps; a shorter run is a timing and is not tested
 
 def measure(table: str, settings: Settings) -> Iterator[Record]:
     lines = settings.out / f"{table}.jsonl"
-    for one in _cells(table, settings):
+    chosen = [
+        cell(table, column, row, settings.variant)
+        for column in settings.cells or TABLES[table].columns
+        for row in settings.methods or TABLES[table].rows(column, settings.variant)
+    ]
+    for one in chosen:
         config = dataclasses.replace(
             one.train,
             seed=settings.seed,
@@ -59,23 +62,9 @@ def measure(table: str, settings: Settings) -> Iterator[Record]:
         yield record
 
 
-def _cells(table: str, settings: Settings) -> list[Cell]:
-    columns, rows = settings.cells or TABLES[table].columns, settings.methods
-    if not rows:
-        rows = []
-        for row in ROWS:
-            with contextlib.suppress(ValueError):  # not every row has every variant
-                cell(table, columns[0], row, settings.variant)
-                rows.append(row)
-    if not rows:
-        raise ValueError(f"{table} has no cell in variant {settings.variant!r}")
-    return [cell(table, column, row, settings.variant) for column in columns for row in rows]
-
-
 def _repeats(record: Record, old: Record, tasks: int) -> bool:
     """Whether an old record has this training and, if it was tested, this number of tasks."""
-    same = all(old.get(name) == value for name, value in record.items())
-    return same and old.get("test_tasks", tasks) == tasks
+    return record.items() <= old.items() and old.get("test_tasks", tasks) == tasks
 
 
 def _measure(one: Cell, config: Config, settings: Settings) -> Record:
@@ -97,40 +86,32 @@ def _measure(one: Cell, config: Config, settings: Settings) -> Record:
     record["curve"] = [
         [r["step"], round(r["seconds"], 2), 100 * r["accuracy"]] for r in trainer.validation
     ]
-    record |= _test(experiment.adapting(**one.changes), one, settings.eval_tasks)
+    record |= _test(experiment.adapting(**one.changes), settings.eval_tasks)
     _keep_if_best(one, checkpoint, record["val_accuracy"], settings.out)
     return record
 
 
-def _test(experiment: Experiment, one: Cell, tasks: int) -> Record:
-    few = min(_SIDE_TASKS, tasks)
+def _test(experiment: Experiment, tasks: int) -> Record:
+    config, few = experiment.config, min(_SIDE_TASKS, tasks)
     figures = {
         "test_tasks": tasks,
         "side_tasks": few,
-        "adaptation_steps": one.test.inner_steps,
-        **_percent("", experiment.evaluate("test", tasks)),
-        **_percent("val_", experiment.evaluate("val", few)),
+        "adaptation_steps": config.inner_steps,
+        **percentages(experiment.evaluate("test", tasks)),
+        **percentages(experiment.evaluate("val", few), "val_"),
     }
-    if one.test.method == "imaml":
-        proximal = not one.test.eval_proximal
+    if config.method == "imaml":
+        proximal = not config.eval_proximal
         other = experiment.adapting(eval_proximal=proximal)
         name = "proximal_" if proximal else "no_proximal_"
-        figures |= _percent(name, other.evaluate("test", few))
+        figures |= percentages(other.evaluate("test", few), name)
     return figures
-
-
-def _percent(prefix: str, result: Evaluation) -> Record:
-    return {
-        f"{prefix}{kind}{name}": 100 * values[f"{kind}accuracy"]
-        for kind in ("", "support_")
-        for name, values in (("accuracy", result.mean), ("ci95", result.ci95))
-    }
 
 
 def _keep_if_best(one: Cell, checkpoint: Path, accuracy: float, out: Path) -> None:
     """Keep the column's best model by validation accuracy; test classes must not select it."""
     others = [r for r in read_lines(out / f"{one.table}.jsonl") if r["column"] == one.column]
-    if accuracy > max((r["val_accuracy"] for r in others if "accuracy" in r), default=0.0):
+    if accuracy > max((r.get("val_accuracy", 0.0) for r in others), default=0.0):
         state = load_checkpoint(checkpoint)
         state["config"] = json.dumps(json.loads(state["config"]) | one.changes)
         save_model(out / "models" / f"{one.table}-{one.column}.pt", state)
@@ -167,12 +148,11 @@ def _name(record: Record) -> str:
     return "-".join(record[key] for key in ("table", "column", "row", "variant"))
 
 
-def _study(table: str, question: str) -> Study:
-    return Study(
-        question, partial(measure, table), partial(draw, table), summary, select, may_be_empty=True
-    )
-
-
-TABLE2 = _study("table2", "few-shot accuracy on Omniglot, all methods")
-TABLE3 = _study("table3", "few-shot accuracy on Mini-ImageNet, all methods")
-NATURAL = _study("natural", "table 3's protocol on other natural images, all methods")
+STUDIES = {
+    table: Study(question, partial(measure, table), partial(draw, table), summary, select)
+    for table, question in {
+        "table2": "few-shot accuracy on Omniglot, all methods",
+        "table3": "few-shot accuracy on Mini-ImageNet, all methods",
+        "natural": "table 3's protocol on other natural images, all methods",
+    }.items()
+}
