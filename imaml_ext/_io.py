@@ -68,7 +68,10 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     # Imported late: it imports many modules that `import imaml_ext` does not need.
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{folder} is not a folder") from None
     lock = FileLock(folder / ".lock", blocking=wait)
     try:
         lock.acquire()

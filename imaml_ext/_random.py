@@ -41,7 +41,7 @@ def random_bits(
 
     Args:
         tasks: consecutive task numbers.
-        step: an int, or a 0-d int64 tensor on `device`, with the same bits.
+        step: an int, or a 0-d int64 tensor on `device`; both give the same bits.
     """
     key: Any = 0
     words: list[Any] = [seed, step, stream]

@@ -18,7 +18,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-STRIDE = 64  # iterations between polls, which take far longer than one synchronisation
+STRIDE = 64  # iterations between polls: together they take far longer than one poll
 
 # Whether the present recording traces the work; None outside of a recording.
 _traces: ContextVar[bool | None] = ContextVar("traces", default=None)

@@ -58,23 +58,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends the default of an option, unless it is None or the option is a switch."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="imaml-ext", description="Meta-learning with implicit gradients."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    with_defaults = argparse.ArgumentDefaultsHelpFormatter
 
     train = commands.add_parser(
-        "train", help="meta-train, then evaluate on unseen tasks", formatter_class=with_defaults
-    )
+        "train", help="meta-train, then evaluate on unseen tasks", formatter_class=_Help,
+        usage="%(prog)s [DATASET] [OPTIONS]",
+    )  # fmt: skip
     train.set_defaults(run=_train)
     add = train.add_argument
-    add("dataset", nargs="?", choices=list(PRESETS), default="sinusoid")
+    add("dataset", nargs="?", choices=list(PRESETS), default="sinusoid", help="data set")
     _add_common(train)
     add("--download", action="store_true", help="download the data set if it is missing")
-    add("--out", type=Path, help="folder of the run; None: runs/DATASET-TIME")
+    add("--out", type=Path, help="folder of the run (default: runs/DATASET-TIME)")
     add("--resume", action="store_true",
         help="resume from OUT/checkpoint.pt; under torchrun, start if it is missing")  # fmt: skip
     add("--compile", action="store_true", help="compile the meta-gradient; CPU only")
@@ -85,30 +94,33 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(train, "experiment (defaults: the data set's preset)", SETTINGS, with_presets=True)
 
     test = commands.add_parser(
-        "eval", help="evaluate a checkpoint on unseen tasks", formatter_class=with_defaults
-    )
+        "eval", help="evaluate a checkpoint on unseen tasks", formatter_class=_Help,
+        usage="%(prog)s CHECKPOINT [OPTIONS]",
+    )  # fmt: skip
     test.set_defaults(run=_eval)
-    test.add_argument("checkpoint", type=Path)
-    test.add_argument("--split", choices=["val", "test"], default="test", help="classes to use")
+    test.add_argument("checkpoint", type=Path, help="checkpoint, or the folder of a run")
+    test.add_argument("--split", choices=["val", "test"], default="test",
+        help="validation or test tasks")  # fmt: skip
     _add_common(test)
     add_settings(test, "experiment (defaults: as in training)", _EVAL_SETTINGS, with_presets=False)
 
     study = commands.add_parser(
         "reproduce", help="measure and draw a figure or table of the paper",
-        formatter_class=with_defaults,
+        formatter_class=_Help, usage="%(prog)s STUDY [OPTIONS]",
         epilog="; ".join(f"{name}: {study.question}" for name, study in STUDIES.items()),
     )  # fmt: skip
     study.set_defaults(run=_reproduce)
     add = study.add_argument
-    add("study", choices=list(STUDIES))
+    add("study", choices=list(STUDIES), help="figure or table")
     _add_common(study)
-    add("--out", type=Path, default=Path("results"), help="folder of STUDY.jsonl and the plots")
+    add("--out", type=Path, default=Path("runs/reproduce"),
+        help="folder of the plots and of STUDY.jsonl, which grows")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the tasks and models")
-    add("--meta-steps", type=int, help="meta-steps of each training; None: the study's default")
+    add("--meta-steps", type=int, help="meta-steps of each training (default: the study's)")
     add("--draw-only", action="store_true", help="draw from OUT/STUDY.jsonl without measuring")
     add = study.add_argument_group(f"cells of a table ({', '.join(TABLES)})").add_argument
-    add("--cells", nargs="+", choices=sorted(COLUMNS), help="columns; None: all")
-    add("--methods", nargs="+", choices=list(ROWS), help="rows; None: all")
+    add("--cells", nargs="+", choices=sorted(COLUMNS), help="columns (default: all)")
+    add("--methods", nargs="+", choices=list(ROWS), help="rows (default: all)")
     add("--variant", choices=VARIANTS, default="ours", help="which settings to use")
     add("--budget", type=float, default=0.0, metavar="MINUTES",
         help="training time of each cell, over all runs; 0: no time limit")  # fmt: skip
@@ -146,6 +158,8 @@ def _device(options: argparse.Namespace) -> torch.device:
 def _train(options: argparse.Namespace) -> None:
     if is_launched() and options.out is None:
         raise ValueError("torchrun needs --out, where restarted processes find the checkpoint")
+    if options.resume and options.out is None:
+        raise ValueError("--resume needs --out, the folder of the run")
     device = _device(options)
     with process_group(device) as group:
         _train_in(group, device, options)
@@ -185,13 +199,16 @@ def _train_in(group: Group | None, device: torch.device, options: argparse.Names
 
 def _eval(options: argparse.Namespace) -> None:
     start = time.perf_counter()
-    state = load_checkpoint(options.checkpoint)
-    config = dataclasses.replace(saved_config(state, options.checkpoint), **given_settings(options))
+    checkpoint = options.checkpoint
+    if checkpoint.is_dir():
+        checkpoint /= "checkpoint.pt"
+    state = load_checkpoint(checkpoint)
+    config = dataclasses.replace(saved_config(state, checkpoint), **given_settings(options))
     experiment = build(config, data=options.data, device=_device(options))
-    with loading_from(options.checkpoint):
+    with loading_from(checkpoint):
         restore_learned(experiment.method.learned(), state["learned"])
     result = experiment.evaluate(options.split, options.eval_tasks)
-    _report(options, result, start, steps=state["steps"], checkpoint=options.checkpoint, written=[])
+    _report(options, result, start, steps=state["steps"], checkpoint=checkpoint, written=[])
 
 
 def _report(

@@ -101,8 +101,9 @@ def test_every_method_and_solver_trains_and_is_evaluated(settings, tmp_path, cap
     out = ["--device", "cpu", "--out", str(tmp_path), "--json"]
     assert main(["train", *QUICK, *out, *settings]) == 0
     trained = last_json(capsys)
-    assert main(["eval", trained["checkpoint"], "--eval-tasks", "5", "--json"]) == 0
-    assert last_json(capsys)["loss"] == trained["loss"]
+    for saved in (trained["checkpoint"], str(tmp_path)):  # also the folder of the run
+        assert main(["eval", saved, "--eval-tasks", "5", "--json"]) == 0
+        assert last_json(capsys)["loss"] == trained["loss"]
 
 
 def test_another_method_can_adapt_in_evaluation(tmp_path, capsys):
@@ -218,7 +219,8 @@ def fails(arguments, capsys):
         (["train", "--method", "maml", "--inner", "adam"], "inner is for imaml"),
         (["train", "--method", "fomaml", "--learn-lr"], "learn_lr is for maml"),
         (["train", "--learn-lr"], "learn_lr is for maml"),
-        (["train", "--resume"], "no checkpoint at"),
+        (["train", "--resume"], "--resume needs --out, the folder of the run"),
+        (["train", "--resume", "--out", "nowhere"], "no checkpoint at nowhere/checkpoint.pt"),
         (["eval", "nowhere.pt"], "no checkpoint at nowhere.pt"),
     ],
 )
@@ -248,6 +250,8 @@ def test_an_unwritable_folder_fails_in_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = ["--out", str(tmp_path / "file" / "run")]
     assert "Not a directory" in fails(["train", *QUICK, *out], capsys)
+    out = ["--out", str(tmp_path / "file")]
+    assert f"{tmp_path / 'file'} is not a folder" in fails(["train", *QUICK, *out], capsys)
 
 
 def test_a_nonfinite_step_is_refused_and_the_state_before_it_saved(tmp_path, capsys, monkeypatch):

@@ -22,7 +22,7 @@ def pixels(read: Callable[[], bytes], name: str, mode: str, side: int | None = N
 
     Args:
         read: returns a file in any format that Pillow reads.
-        name: of the image, for the error.
+        name: name of the image in the error.
         side: height and width to resize to; None: as they are.
 
     Raises:
@@ -46,7 +46,7 @@ def decoded_once(name: str, shape: tuple[int, ...], decode: Decode) -> Tensor:
     If the cache cannot be written, the images are decoded into memory, with a warning.
 
     Args:
-        name: of the file, without suffix; it must change with the images.
+        name: name of the file, without suffix; it must change with the images.
         decode: called if the file is missing or damaged.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -54,7 +54,7 @@ def decoded_once(name: str, shape: tuple[int, ...], decode: Decode) -> Tensor:
     images = _mapped(path, shape)
     if images is None:
         try:
-            with locked(path.parent, wait=True):  # for a process that is decoding it
+            with locked(path.parent, wait=True):  # another process may be decoding them
                 images = _mapped(path, shape)
                 if images is None:
                     remove_unfinished(path)

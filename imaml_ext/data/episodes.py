@@ -26,7 +26,7 @@ class ImageEpisodes:
         tasks: number of tasks in a batch, B.
         seed: determines the tasks.
         rotate: rotate each class of a task by 0, 90, 180 or 270 degrees, at random.
-        dtype: of the sampled images, which are scaled to [0, 1].
+        dtype: dtype of the sampled images, which are scaled to [0, 1].
 
     Raises:
         TypeError: a size is not an integer.

@@ -41,7 +41,7 @@ class Omniglot:
         """Split the classes by a seeded permutation; the remaining 423 are the test classes.
 
         Args:
-            seed: of the permutation.
+            seed: seed of the permutation.
             train, val: numbers of classes.
 
         Returns:
@@ -76,7 +76,7 @@ def load_omniglot(root: str | Path, *, download: bool = False) -> Omniglot:
     """
     folder = Path(root) / "omniglot-py"
     if download:
-        with locked(Path(root), wait=True):  # for a process that is downloading it
+        with locked(Path(root), wait=True):  # another process may be downloading them
             if any(_find(folder, part) is None for part in _CHARACTERS):
                 _download(root)
     digest = hashlib.sha256()
@@ -133,7 +133,7 @@ def _drawings(folder: Path, part: str) -> Iterator[_Drawing]:
     if container is None:
         raise FileNotFoundError(
             f"no Omniglot: expected {folder / part} or {folder / part}.zip; "
-            "give its root with --data, or download it with imaml-ext train --download"
+            "give the folder that contains omniglot-py with --data, or add --download"
         )
     if container.is_dir():
         for path in sorted(container.rglob("*.png")):

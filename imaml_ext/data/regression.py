@@ -23,7 +23,7 @@ class Sinusoid:
         shot, query: number of points in the support and the query set.
         tasks: number of tasks in a batch, B.
         seed: determines the tasks.
-        device, dtype: of the sampled tensors.
+        device, dtype: those of the sampled tensors.
 
     Raises:
         TypeError, ValueError: a size is not an integer or below 1.

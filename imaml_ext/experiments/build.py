@@ -60,7 +60,7 @@ class Experiment:
         config, source = self.config, self.sources["train"]
         on_cuda = self.method.layout.device.type == "cuda"
         if process_group is not None and config.minutes:
-            raise ValueError("minutes differ between processes: limit meta_steps instead")
+            raise ValueError("minutes is for one process, as clocks differ: use meta_steps")
         optimizer = torch.optim.Adam(
             self.method.learned().values(),
             lr=config.meta_lr,

@@ -1,4 +1,4 @@
-"""Experiments as data: what to train on, how to adapt, how to differentiate, how to step."""
+"""The settings of an experiment: data, adaptation, meta-gradient, optimizer."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -30,7 +30,7 @@ class Config:
     inner_steps: Annotated[int, "steps of the inner solver"] = 16
     cg_steps: Annotated[int, "steps of the linear solver of a meta-gradient"] = 5
     damping: Annotated[float, "added to the diagonal in the linear solve"] = 0.0
-    curvature: Annotated[CurvatureKind, "ggn: generalised Gauss-Newton matrix"] = "hessian"
+    curvature: Annotated[CurvatureKind, "H of the linear solve; ggn: Gauss-Newton"] = "hessian"
     inner: Annotated[str, "inner solver of imaml"] = "gd"
     linear: Annotated[str, "linear solver of imaml"] = "cg"
     last: Annotated[int, "inner steps that truncated-maml differentiates"] = 5
@@ -40,10 +40,10 @@ class Config:
     meta_lr: Annotated[float, "learning rate of the outer Adam"] = 1e-3
     meta_eps: Annotated[float, "eps of the outer Adam"] = 1e-8
     nonfinite: Annotated[
-        Nonfinite, "on a non-finite task: propagate: stop the run; omit: leave the task out"
+        Nonfinite, "a non-finite task stops the run (propagate) or is left out (omit)"
     ] = "propagate"
     decay: Annotated[
-        Decay, "of the learning rate; linear: to 2% over the second half of the run"
+        Decay, "learning rate schedule; linear: decays to 2% over the second half of the run"
     ] = "linear"
     meta_steps: Annotated[int, "limit on the number of meta-steps"] = 1000
     minutes: Annotated[float, "limit on the training time; 0: no limit"] = 0.0

@@ -213,10 +213,8 @@ def _postfix(trainer: Trainer) -> dict[str, str]:
     shown = {"loss": f"{fmean(r['loss'] for r in recent):.3f}"}
     if "accuracy" in record:
         shown["acc"] = f"{fmean(100 * r['accuracy'] for r in recent):.1f}%"
-    if "linear_residual" in record:
-        shown["cg"] = f"{record['linear_residual']:.1e}"
     if record.get("negative_curvature", 0) > 0:
-        shown["negative"] = f"{100 * record['negative_curvature']:.0f}%"
+        shown["negative curvature"] = f"{100 * record['negative_curvature']:.0f}%"
     if trainer.validation and "accuracy" in record:
         shown["val"] = f"{100 * trainer.validation[-1]['accuracy']:.1f}%"
     return shown

@@ -25,7 +25,7 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     """Write a state atomically: after a crash at any moment the file is the old or the new one.
 
     Args:
-        path: of the file; missing folders are created.
+        path: the file to write; missing folders are created.
         state: tensors and plain values; `Trainer.save` adds "config" to `Trainer.state_dict()`.
 
     Raises:
@@ -53,7 +53,7 @@ def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, An
     """Read a checkpoint, with its tensors on the CPU. No pickled code is executed.
 
     Args:
-        path: of the file.
+        path: the file to read.
         training: whether the checkpoint must contain what is needed to resume the training.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A meta-step decided on the device: sampling, meta-gradient, acceptance and update.
+"""A meta-step that runs entirely on the device: sampling, meta-gradient, acceptance, update.
 
 The host reads no tensor, so it can run ahead, and the step can be recorded.
 """
@@ -45,7 +45,7 @@ class DeviceStep:
 
     Args:
         optimizer: accepted by `why_not_on_device`. Its learning rates may change between steps.
-        names: of a record's entries.
+        names: the names of a record's entries.
         rows: number of latest steps whose records are kept.
         capture: how to record the step. If recording fails, steps run unrecorded, with a warning.
         group: the processes that share the tasks; `source` samples the shard of this process.

@@ -48,7 +48,7 @@ def process_group(device: torch.device) -> Iterator[Group | None]:
     Python's exit aborts the process.
 
     Args:
-        device: of this process's computations.
+        device: the device on which this process computes.
     """
     if not is_launched():
         yield None

@@ -24,7 +24,7 @@ class Evaluation:
     """Means over tasks, with confidence intervals.
 
     Attributes:
-        mean: of each metric, by name, in its units: `accuracy` is in [0, 1], not in percent.
+        mean: mean of each metric, by name, in its units: `accuracy` is in [0, 1], not in percent.
         ci95: half-widths of their 95% intervals, `1.96 std / sqrt(tasks)`.
         tasks: number of tasks.
     """

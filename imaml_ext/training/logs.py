@@ -25,7 +25,7 @@ def json_lines(
     that an interrupted run wrote after its last checkpoint.
 
     Args:
-        path: of the file.
+        path: the file to write.
         history, validation: records so far, from a `Trainer`.
 
     Raises:
@@ -51,7 +51,7 @@ def tensorboard(folder: Path, steps: int) -> Iterator[Log]:
     """A TensorBoard log of scalars such as "train/loss"; events after step `steps` are purged.
 
     Args:
-        folder: of TensorBoard's files.
+        folder: the folder of TensorBoard's files.
         steps: number of meta-steps made so far.
 
     Raises:

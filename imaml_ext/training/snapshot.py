@@ -15,7 +15,7 @@ class Snapshot:
     launch, and one per parameter would take longer than the optimizer's step.
 
     Args:
-        tensors: of any shapes and dtypes, on one device.
+        tensors: any shapes and dtypes, on one device.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:

@@ -41,20 +41,20 @@ class Trainer:
         source: samples a batch for each step.
         optimizer: over the tensors of `method.learned()`; default Adam with lr 1e-3. On CUDA it
             should be capturable.
-        scheduler: of the optimizer's learning rate, stepped with it.
+        scheduler: schedule of the learning rate, stepped with the optimizer.
         metrics: reported with the loss, by name; evaluated on the query set at phi.
         meta_gradient: replaces `method.meta_gradient`, for example with a `RecordedMetaGradient`
             of it; on the CPU only.
-        capture: how to record a meta-step; default `cuda_graph` on CUDA. With `no_capture` steps
-            are decided on the device but not recorded. By default each step on the CPU is decided
-            on the host.
+        capture: how to record a meta-step; default `cuda_graph` on CUDA. With `no_capture` the
+            device decides whether a step is applied, without a recording. By default the host
+            decides on the CPU.
         read_every: number of steps after which their records are read from the device.
         budget: updated with the steps and seconds spent; a learning-rate schedule may read it.
         log: called with "train" or "val" and each record, in order, as soon as it is available.
-        process_group: of `torch.distributed`. Its processes share the tasks of each batch, start
-            from rank 0's parameters (and the other tensors of a `module_loss` model), and train as
-            one process with all the tasks would; see docs/distributed.md. On CUDA their meta-steps
-            are not recorded, unless a capture is given.
+        process_group: a `torch.distributed` group. Its processes share the tasks of each batch,
+            start from rank 0's parameters (and the other tensors of a `module_loss` model), and
+            train as one process with all the tasks would; see docs/distributed.md. On CUDA their
+            meta-steps are not recorded, unless a capture is given.
 
     Attributes:
         source: samples this process's tasks.
@@ -224,7 +224,7 @@ class Trainer:
         return record
 
     def _move_to_device(self, names: list[str]) -> None:
-        """Decide the following steps on the device, if the optimizer can."""
+        """Let the device decide whether the following steps are applied, if the optimizer can."""
         assert self.capture is not None
         reason = why_not_on_device(self.optimizer)
         if reason is not None:
@@ -296,7 +296,7 @@ class Trainer:
         """Write `state_dict()` to a file, atomically. In a process group only rank 0 writes.
 
         Args:
-            path: of the file.
+            path: the file to write.
             config: saved with the state; must be serialisable as JSON.
 
         Raises:
@@ -314,7 +314,7 @@ class Trainer:
         other than 0 are reseeded.
 
         Args:
-            path: of a checkpoint that `save` wrote.
+            path: a checkpoint that `save` wrote.
 
         Raises:
             FileNotFoundError, ValueError: as `load_checkpoint`, or the checkpoint belongs

@@ -75,4 +75,4 @@ def summary(records: list[Record]) -> Record:
     }
 
 
-STUDY = Study("how well do MAML and iMAML learn, by inner steps?", measure, draw, summary)
+STUDY = Study("how do MAML and iMAML depend on the inner steps?", measure, draw, summary)

@@ -19,7 +19,7 @@ class Settings:
     """The options of `imaml-ext reproduce` that a study may use.
 
     Attributes:
-        meta_steps: of each training, if the study trains; None: the study's default.
+        meta_steps: meta-steps of each training, if any; None: the study's default.
         eval_tasks: tasks of each evaluation.
         out: folder of the records, plots and models.
         cells, methods: columns and rows of a table; None: all.

@@ -9,7 +9,7 @@ The paper expects:
     MAML, gradient descent      compute kappa        memory kappa
     MAML, Nesterov              compute sqrt(kappa)  memory sqrt(kappa)
     truncated back-propagation  compute kappa        memory kappa (times log 1/error, not log D)
-    iMAML, Nesterov inside      compute sqrt(kappa)  memory 1
+    iMAML, Nesterov             compute sqrt(kappa)  memory 1
 """
 
 import math
@@ -170,4 +170,6 @@ def summary(records: list[Record]) -> Record:
     return figures
 
 
-STUDY = Study("what does an accurate meta-gradient cost, against kappa?", measure, draw, summary)
+STUDY = Study(
+    "how does the cost of an accurate meta-gradient grow with kappa?", measure, draw, summary
+)

@@ -21,7 +21,7 @@ class LinearSystem:
         b: right-hand sides, [B, D]; as an attribute contiguous and without a graph.
         lam: Λ, as in `conjugate_gradient`; as an attribute a `LamOperator`.
         damping: added to the diagonal.
-        second_moment: of the inner solver's gradients, [B, D]; None if it kept none.
+        second_moment: that of the inner solver's gradients, [B, D]; None if it kept none.
 
     Raises:
         TypeError, ValueError: an argument, or a result of matvec, is invalid.
@@ -115,7 +115,7 @@ class LinearSolver(ABC):
             matvec: maps [B, D] to [B, D], row i by `H_i`, symmetric.
             b: right-hand sides, [B, D], float32 or float64.
             lam: Λ: a float, or a tensor of shape [], [1] (scalar), [D] (diagonal), [D, D] (dense).
-            second_moment: of the inner solver's gradients, [B, D], if it kept one.
+            second_moment: that of the inner solver's gradients, [B, D], if it kept one.
 
         Returns:
             `value` is x [B, D], `residual` is `|r|` [B], and `lanczos` the curvature, if the
