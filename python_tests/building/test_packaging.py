@@ -23,14 +23,16 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs
 
 
 def tracked():
-    """The files that git tracks, and those that it does not ignore."""
+    """The files that git tracks, and others that it does not ignore, without environments."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     if listed.returncode != 0 or "setup.py" not in listed.stdout.split("\n"):
         pytest.skip("the sources are not in git")
-    return {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
+    names = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    environments = {name.removesuffix("pyvenv.cfg") for name in names if "/pyvenv.cfg" in name}
+    return {name for name in names if not name.startswith(tuple(environments))}
 
 
 @pytest.fixture
