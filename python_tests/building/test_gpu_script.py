@@ -92,7 +92,8 @@ def test_a_hanging_stage_is_stopped_with_its_child_processes(run, check, tmp_pat
 
 
 SAVING = """
-import pathlib, time
+import pathlib, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 try:
     print("waiting", flush=True)
     time.sleep(600)
