@@ -112,18 +112,18 @@ def implicit_meta_grad(
     support_loss, solution, x = solvers.differentiate(problem, solution, v)
 
     ok = ~failed_tasks(losses, solution, x)
-    through_phi = _through_phi(x)
+    first_order = _is_first_order(x)
     psi_gradient: Params = {}
     if psi:
         direct = direct_gradient(query_objective, phi, ok)
-        through = gradient_through_phi(objective, phi, through_phi, ok)
+        through = gradient_through_phi(objective, phi, x.value, ok, first_order)
         psi_gradient = {name: a + b for name, a, b in zip(psi, direct, through, strict=True)}
         # A sum over the tasks: if it is not finite, the task responsible is unknown, so all fail.
         finite = torch.stack([g.isfinite().all() for g in psi_gradient.values()]).all()
         status = torch.where(finite, x.status, Status.NONFINITE).to(torch.int32)
         x, ok = replace(x, status=status), ok & finite
     weight = task_weight(ok, nonfinite, layout.dtype)
-    theta_gradient, lam_gradient = _pull_back(x.value, through_phi, phi, problem, ok, weight)
+    theta_gradient, lam_gradient = _pull_back(x.value, phi, problem, ok, first_order, weight)
     return ImplicitMetaGradient(
         params=layout.unflatten(theta_gradient),
         lam=unflatten_lam_gradient(layout, lam, lam_gradient),
@@ -263,9 +263,9 @@ class _Adapt(torch.autograd.Function):
         with ctx.autocast(), ctx.recording():
             _, inner, x = solvers.differentiate(problem, solution, v.contiguous())
             ok = ~failed_tasks(inner.residual, inner, x)
-            through_phi = _through_phi(x)
+            first_order = _is_first_order(x)
             if any(ctx.needs_input_grad[3:]):
-                inputs[:] = gradient_through_phi(objective, phi, through_phi, ok, leaves)
+                inputs[:] = gradient_through_phi(objective, phi, x.value, ok, first_order, leaves)
             if warn or (warn is None and may_read_values(phi)):
                 warn_if_inaccurate(problem, inner, x, v)
         weight = torch.where(ok.all(), 1.0, torch.nan).to(theta.dtype)
@@ -274,7 +274,7 @@ class _Adapt(torch.autograd.Function):
         for k, rows in enumerate(inputs[count:], count):
             if rows is not None:  # one per task
                 inputs[k] = torch.where(ok.view(-1, *[1] * (rows.dim() - 1)), rows, torch.nan)
-        return *_pull_back(x.value, through_phi, phi, problem, ok, weight), None, *inputs
+        return *_pull_back(x.value, phi, problem, ok, first_order, weight), None, *inputs
 
 
 def check_all_or_none_learned(params: Mapping[str, Tensor]) -> None:
@@ -326,27 +326,23 @@ def _without_overflow(solution: Solution, displacement: Tensor, lam: LamOperator
     )
 
 
-def _through_phi(x: Solution) -> Tensor:
-    """x; 0 where negative curvature in the first iteration left it the solution without H.
+def _is_first_order(x: Solution) -> Tensor:
+    """Tasks where negative curvature in the first iteration left `x = Λ^-1 v`, [B] bool.
 
-    That solution, `Λ^-1 v`, gives theta the gradient of first-order methods, which take phi - theta
-    to be a constant. So phi does not depend on lam, shared parameters and data either; x would give
-    them a gradient of the order of `1 / lam`.
+    That gives theta the gradient of first-order methods, which take phi - theta to be a constant.
+    So lam, shared parameters and data get no gradient through phi in these tasks; x would give them
+    one of the order of `1 / lam`.
     """
-    fallback = (x.status == Status.NEGATIVE_CURVATURE) & (x.steps == 0)
-    return torch.where(fallback[:, None], 0.0, x.value)
+    return (x.status == Status.NEGATIVE_CURVATURE) & (x.steps == 0)
 
 
 def _pull_back(
-    x: Tensor, through_phi: Tensor, phi: Tensor, problem: Proximal, ok: Tensor, weight: Tensor
+    x: Tensor, phi: Tensor, problem: Proximal, ok: Tensor, first_order: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of theta and Λ: weighted sums over the tasks that are ok, [B] bool.
 
     Weights are applied before the sum, which may overflow where the mean does not.
     """
-    mask = ok[:, None]
-    x = torch.where(mask, x, 0.0) * weight
-    through_phi = torch.where(mask, through_phi, 0.0) * weight
-    displacement = torch.where(mask, phi - problem.theta, 0.0)
-    theta_gradient = problem.lam.mv(x.sum(0, keepdim=True))[0]
-    return theta_gradient, problem.lam.gradient(through_phi, displacement)
+    x = torch.where(ok[:, None], x, 0.0) * weight
+    displacement = torch.where((ok & ~first_order)[:, None], phi - problem.theta, 0.0)
+    return problem.lam.mv(x.sum(0, keepdim=True))[0], problem.lam.gradient(x, displacement)

@@ -52,19 +52,25 @@ def direct_gradient(query_objective: Objective, phi: Tensor, ok: Tensor) -> list
 
 
 def gradient_through_phi(
-    objective: Objective, phi: Tensor, x: Tensor, ok: Tensor, leaves: Sequence[int] = ()
+    objective: Objective,
+    phi: Tensor,
+    x: Tensor,
+    ok: Tensor,
+    first_order: Tensor,
+    leaves: Sequence[int] = (),
 ) -> list[Tensor]:
     """`-Σ_i x_i' ∂²L̂_i/∂phi∂psi` at phi [B, D], over the tasks that are ok, [B] bool.
 
     Args:
         objective, phi, x, ok: the support losses, phi [B, D], x [B, D].
+        first_order: tasks in which phi is taken not to depend on psi, [B] bool.
         leaves: numbers of the leaves of the data to differentiate by; the rows of those tasks that
             are not ok are undefined.
 
     Returns:
         The gradients of the shared parameters, then those of the leaves.
     """
-    x = torch.where(ok[:, None], x, 0.0)
+    x = torch.where((ok & ~first_order)[:, None], x, 0.0)
 
     def total(at_psi: Objective, phi: Tensor) -> Tensor:
         return -(x * at_psi.differentiable_gradient(phi)).sum()
