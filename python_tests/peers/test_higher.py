@@ -148,7 +148,7 @@ def test_unrolled_maml_has_the_finite_differences_of_sgd_on_a_copy(model, moment
 
     def after_sgd(model):
         total = 0
-        for own, (x, y) in zip(tasks(support), tasks(query)):
+        for own, (x, y) in zip(tasks(support), tasks(query), strict=True):
             total = total + mse(descended(model, mse, own, 0.1, 5, momentum=momentum)(x), y) / 3
         return total.detach()
 
@@ -163,7 +163,7 @@ def test_unrolled_maml_has_the_finite_differences_of_sgd_on_a_copy(model, moment
 def test_first_order_maml_has_the_gradient_of_the_copy_after_sgd(model):
     loss, params, support, query = setting(model)
     want = [torch.zeros_like(p) for p in params.values()]
-    for own, (x, y) in zip(tasks(support), tasks(query)):
+    for own, (x, y) in zip(tasks(support), tasks(query), strict=True):
         copied = descended(model, mse, own, 0.1, 5)
         copied.zero_grad()
         mse(copied(x), y).backward()
@@ -186,8 +186,13 @@ def test_implicit_maml_has_the_gradient_of_the_proximal_minimum(model):
     out = implicit_meta_grad(loss, params, support, query, lam=lam, **EXACT)
     same([out.query_loss.mean()], [bilevel])
     # A parameter that neither loss uses gets no gradient in the oracle, and 0 here.
-    same(out.params.values(), [torch.zeros_like(p) if g is None else g
-                               for p, g in zip(params.values(), want)])
+    same(
+        out.params.values(),
+        [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(params.values(), want, strict=True)
+        ],
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "a parameter that is not used"])
@@ -198,7 +203,7 @@ def test_a_learned_step_size_has_the_finite_differences_of_sgd(name):
 
     def after_sgd(log_lr):
         total = 0
-        for own, (x, y) in zip(tasks(support), tasks(query)):
+        for own, (x, y) in zip(tasks(support), tasks(query), strict=True):
             total = total + mse(descended(model, mse, own, log_lr.exp().item(), 3)(x), y) / 3
         return total.detach()
 

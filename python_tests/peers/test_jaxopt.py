@@ -77,7 +77,9 @@ def test_a_regularisation_in_the_loss_has_the_hyper_gradient_of_the_proximal_ter
     log_decay = number(-1.0)
     out = gradient(log_decay)
     weights = ridge(*support, log_decay.exp())
-    total = torch.stack([squares({"w": w}, q) for w, q in zip(weights, tasks(query))]).mean()
+    total = torch.stack(
+        [squares({"w": w}, q) for w, q in zip(weights, tasks(query), strict=True)]
+    ).mean()
     (want,) = torch.autograd.grad(total, log_decay)
     same([out.shared["log decay"]], [want])
     assert not out.params["w"].any()  # without a proximal term, the start does not matter
@@ -187,7 +189,7 @@ def test_the_hyper_gradient_of_an_svm_is_that_of_its_support_vectors(regularised
         query_loss=logistic, **EXACT,
     )  # fmt: skip
     losses = []
-    for (xs, ys), held_out, phi in zip(tasks(support), tasks(query), out.adapted["w"]):
+    for (xs, ys), held_out, phi in zip(tasks(support), tasks(query), out.adapted["w"], strict=True):
         w = support_vectors(xs, ys, log_c.exp(), phi)
         torch.testing.assert_close(phi, w.detach(), rtol=1e-9, atol=1e-11)
         active = ys * (xs @ phi) < 1
@@ -292,5 +294,5 @@ def test_the_minimum_itself_is_that_of_the_oracle():
     support = binary()
     phi = adapt(logistic, ZERO, support, lam=0.2, **EXACT)
     inner = proximal(logistic, ZERO, 0.2)
-    for own, row in zip(tasks(support), phi["w"]):
+    for own, row in zip(tasks(support), phi["w"], strict=True):
         same([row], [minimum(lambda phi, own=own: inner(phi, own), ZERO)["w"]])

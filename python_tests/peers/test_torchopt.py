@@ -6,6 +6,8 @@ steps; the same with a module; ridge regression whose regularisation is learned;
 momentum as a meta-optimizer; conjugate gradient and Neumann series against a dense solve.
 """
 
+import warnings
+
 import pytest
 import torch
 from bilevel import minimum, number, proximal, randn, same, tasks, value
@@ -78,7 +80,7 @@ def dense(theta, support, steps, lr):
     sizes = [t.numel() for t in theta.values()]
 
     def named(row):
-        return {n: p.view(theta[n].shape) for n, p in zip(theta, row.split(sizes))}
+        return {n: p.view(theta[n].shape) for n, p in zip(theta, row.split(sizes), strict=True)}
 
     phis, gradients = [], []
     for data in tasks(support):
@@ -169,18 +171,18 @@ def test_unrolled_sgd_has_the_gradient_of_its_steps(settings):
     # The steps by plain autograd, with the momentum of torch.optim.SGD.
     support, query, theta = batch(), batch(), {n: t.requires_grad_() for n, t in start().items()}
     losses = []
-    for own, held_out in zip(tasks(support), tasks(query)):
+    for own, held_out in zip(tasks(support), tasks(query), strict=True):
         phi, velocity = dict(theta), None
         for _ in range(5):
             slope = torch.autograd.grad(cross_entropy(phi, own), phi.values(), create_graph=True)
             beta = settings.get("momentum", 0.0)
             velocity = slope if velocity is None else [
-                beta * v + g for v, g in zip(velocity, slope)
+                beta * v + g for v, g in zip(velocity, slope, strict=True)
             ]  # fmt: skip
             step = velocity
             if "nesterov" in settings:
-                step = [g + beta * v for v, g in zip(velocity, slope)]
-            phi = {name: p - 0.1 * s for (name, p), s in zip(phi.items(), step)}
+                step = [g + beta * v for v, g in zip(velocity, slope, strict=True)]
+            phi = {name: p - 0.1 * s for (name, p), s in zip(phi.items(), step, strict=True)}
         losses.append(cross_entropy(phi, held_out))
     want = torch.autograd.grad(torch.stack(losses).mean(), list(theta.values()))
     method = MAML(cross_entropy, theta, inner=GradientDescent(lr=0.1, steps=5, **settings))
@@ -189,14 +191,37 @@ def test_unrolled_sgd_has_the_gradient_of_its_steps(settings):
     same([out.query_loss], [torch.stack(losses)])
 
 
-def test_second_derivatives_through_the_solution_are_refused():
+def differentiate_twice(route, value, weight):
+    """Second derivatives of `value`, a function of the weight, by one of autograd's routes."""
+    if route == "functional.hessian":
+        torch.autograd.functional.hessian(value, weight)
+    elif route == "functional.hessian, vectorised":
+        torch.autograd.functional.hessian(value, weight, vectorize=True)
+    elif route == "autograd.grad":
+        (gradient,) = torch.autograd.grad(value(weight), weight, create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), weight)
+    else:
+        weight.requires_grad_()
+        with warnings.catch_warnings():  # torch's, of a cycle between the gradient and its graph
+            warnings.simplefilter("ignore")
+            value(weight).backward(create_graph=True)
+        weight.grad.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "route", ["functional.hessian", "functional.hessian, vectorised", "autograd.grad", "backward"]
+)
+def test_second_derivatives_through_the_solution_are_refused(route):
     # TorchOpt's issue 223.
-    support, theta = batch(), {name: t.requires_grad_() for name, t in start().items()}
-    phi = adapt(cross_entropy, theta, support, lam=1.0, **EXACT)
-    loss = torch.func.vmap(mean_logit)(phi, support).mean()
+    support, theta = batch(), start()
+
+    def value(weight):
+        phi = adapt(cross_entropy, theta | {"weight": weight}, support, lam=1.0, **EXACT)
+        return torch.func.vmap(mean_logit)(phi, support).mean()
+
+    theta["bias"].requires_grad_()
     with pytest.raises(RuntimeError, match=r"once|twice|second|create_graph"):
-        gradient = torch.autograd.grad(loss, theta["weight"], create_graph=True)[0]
-        torch.autograd.grad(gradient.square().sum(), theta["weight"])
+        differentiate_twice(route, value, theta["weight"].requires_grad_())
 
 
 def spd(count, size):
@@ -219,9 +244,7 @@ def test_a_neumann_series_is_the_sum_of_the_powers_of_the_matrix(terms):
     lr = 0.9 / torch.linalg.eigvalsh(matrices).max().item()
     iteration = torch.eye(6, dtype=torch.float64) - lr * matrices
     total = sum(torch.linalg.matrix_power(iteration, k) for k in range(terms))
-    got = NeumannSeries(max_iter=terms, lr=lr).solve(
-        lambda p: (matrices @ p[..., None])[..., 0], b
-    )
+    got = NeumannSeries(max_iter=terms, lr=lr).solve(lambda p: (matrices @ p[..., None])[..., 0], b)
     same([got.value], [lr * (total @ b[..., None])[..., 0]])
 
 
@@ -239,6 +262,6 @@ def test_the_proximal_minimum_of_the_oracle_is_where_adapt_ends():
     support, theta = batch(), start()
     phi = adapt(cross_entropy, theta, support, lam=1.0, **EXACT)
     inner = proximal(cross_entropy, theta, 1.0)
-    for row, own in zip(tasks(phi), tasks(support)):
+    for row, own in zip(tasks(phi), tasks(support), strict=True):
         exact = minimum(lambda phi, own=own: inner(phi, own), theta)
         same(row.values(), [exact[name] for name in row])
