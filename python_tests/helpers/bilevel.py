@@ -36,24 +36,23 @@ def minimum(objective, start):
     def flat(row):
         return objective(at(row))
 
-    # Not torch.func.hessian: the forward derivative of batch norm's backward is wrong (2.13).
-    dense_hessian = torch.func.jacrev(torch.func.grad(flat))
     row = torch.cat([t.detach().flatten() for t in start.values()])
-    with torch.no_grad():
-        for _ in range(50):
-            step = torch.linalg.solve(dense_hessian(row), torch.func.grad(flat)(row))
-            length, value = 1.0, flat(row)
-            while flat(row - length * step) > value and length > 1e-4:
-                length /= 2
-            row = row - length * step
-            if step.norm() < 1e-12 * (1 + row.norm()):
-                break
-        hessian = dense_hessian(row)
-    leaf = row.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(flat(leaf), leaf, create_graph=True)
-    assert gradient.norm() < 1e-10
-    assert torch.linalg.eigvalsh(hessian)[0] > 0
-    return at(row - torch.linalg.solve(hessian, gradient))
+    for _ in range(50):
+        leaf = row.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(flat(leaf), leaf, create_graph=True)
+        # Not torch.func.hessian, which is wrong for batch norm (forward over reverse, torch 2.13).
+        (hessian,) = torch.autograd.grad(
+            gradient, leaf, torch.eye(len(row)).double(), is_grads_batched=True, retain_graph=True
+        )
+        step = torch.linalg.solve(hessian, gradient.detach())
+        if step.norm() < 1e-12 * (1 + row.norm()):
+            assert torch.linalg.eigvalsh(hessian)[0] > 0
+            return at(row - torch.linalg.solve(hessian, gradient))
+        length, now = 1.0, flat(row)
+        while flat(row - length * step) > now and length > 1e-4:
+            length /= 2
+        row = row - length * step
+    raise AssertionError(f"Newton's method did not converge: gradient {gradient.norm()}")
 
 
 def value(inner, outer, start, support, query):
