@@ -3,6 +3,7 @@
 from imaml_ext._version import __version__
 from imaml_ext.data.tasks import RecordableSource, ShardableSource, TaskBatch, TaskSource
 from imaml_ext.methods.base import Method
+from imaml_ext.methods.convergence import ConvergenceWarning
 from imaml_ext.methods.imaml import IMAML
 from imaml_ext.methods.implicit import adapt, implicit_meta_grad
 from imaml_ext.methods.maml import FOMAML, MAML, Reptile, TruncatedMAML
@@ -40,6 +41,7 @@ __all__ = [
     "Adam",
     "Backtracking",
     "ConjugateGradient",
+    "ConvergenceWarning",
     "CurvatureKind",
     "Evaluation",
     "External",

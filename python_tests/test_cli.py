@@ -203,8 +203,8 @@ def fails(arguments, capsys):
     ("arguments", "message"),
     [
         (["train", "omniglot", "--data", "nowhere"], "no Omniglot: expected nowhere/omniglot-py"),
-        (["train", "--lam", "-1"], "lam must be positive and finite, got -1.0"),
-        (["train", "--lam", "nan"], "lam must be positive and finite, got nan"),
+        (["train", "--lam", "-1"], "lam must be positive and finite, or 0, got -1.0"),
+        (["train", "--lam", "nan"], "lam must be positive and finite, or 0, got nan"),
         (["train", "--inner-lr", "0"], "lr must be positive and finite, got 0.0"),
         (["train", "--inner-steps", "-1"], "steps must be at least 0, got -1"),
         (["train", "--cg-steps", "0"], "max_iter must be at least 1"),

@@ -52,7 +52,9 @@ class IMAML(Method):
     ) -> None:
         super().__init__(loss, params, query_loss=query_loss, nonfinite=nonfinite)
         self.lam = lam
-        flatten_lam(self.layout, self._current_lam())  # checks it
+        values = flatten_lam(self.layout, self._current_lam())
+        if not shared and isinstance(lam, (int, float)) and not values.any():
+            raise ValueError("with lam=0 theta has no gradient: raise lam, or learn shared=")
         check_shared(shared, self.layout)
         self.shared = dict(shared or {})
         check_learned("shared", self.shared)
@@ -92,7 +94,7 @@ class IMAML(Method):
         if not self.adapt_proximal:
             lam = lam.new_zeros(1)
         psi = check_shared(self.shared, self.layout)
-        objective = Objective(self.loss, self.layout, support, "support", psi)
+        objective = Objective(self.loss, self.layout, support, "support", psi, check=False)
         problem = Proximal(objective, self.layout.flatten(self.params), lam)
         return self.layout.unflatten(self.inner.solve(problem).value)
 

@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from imaml_ext._tracing import eager, is_recording, recording
+from imaml_ext._tracing import eager, is_recording, may_read_values, recording
+from imaml_ext.methods.convergence import warn_if_inaccurate
 from imaml_ext.methods.meta_gradient import (
     ImplicitMetaGradient,
     Nonfinite,
@@ -27,6 +29,7 @@ from imaml_ext.methods.meta_gradient import (
     task_weight,
 )
 from imaml_ext.methods.shared import check_shared, direct_gradient, gradient_through_phi
+from imaml_ext.ops.batching import call_for_each, is_grads_batched
 from imaml_ext.ops.rows import row_dot
 from imaml_ext.problem.lam import Lam, LamOperator, flatten_lam, unflatten_lam_gradient
 from imaml_ext.problem.layout import Layout, Params
@@ -65,7 +68,8 @@ def implicit_meta_grad(
         support, query: pytrees of [B, ...] tensors; `loss` receives one task's slice of them.
         lam: proximal strength: a positive float, a 0-d tensor, a dict with, for each parameter, a
             0-d tensor or a tensor of its shape, or one symmetric positive definite [D, D] tensor,
-            where D counts all parameters in the order of `params`.
+            where D counts all parameters in the order of `params`. 0 for no proximal term: theta is
+            only the initial point, its gradient is 0, and H alone must be positive definite.
         inner: inner solver; default `GradientDescent(lr=0.1, steps=16)`.
         linear: linear solver; default `ConjugateGradient(max_iter=5)`.
         query_loss: evaluated at phi on the query set, instead of `loss`.
@@ -82,13 +86,15 @@ def implicit_meta_grad(
         gradient with respect to Λ; `inner` and `linear` report on the solves of each task.
 
     Raises:
-        TypeError, ValueError: an argument is invalid.
+        TypeError, ValueError: an argument is invalid; the losses depend on another tensor that
+            requires grad; the data require grad (see `adapt`); some of `params` do, and others not.
         RuntimeError: under `torch.inference_mode`, where nothing can be differentiated.
 
     Source: Rajeswaran, Finn, Kakade, Levine 2019, equation 6 and Algorithm 2.
     """
     check_nonfinite(nonfinite)
     layout = Layout(params)
+    check_all_or_none_learned(params)
     solvers = _Solvers(inner, linear)
     psi = check_shared(shared, layout)
     objective = Objective(loss, layout, support, "support", psi)
@@ -106,17 +112,18 @@ def implicit_meta_grad(
     support_loss, solution, x = solvers.differentiate(problem, solution, v)
 
     ok = ~failed_tasks(losses, solution, x)
+    through_phi = _through_phi(x)
     psi_gradient: Params = {}
     if psi:
         direct = direct_gradient(query_objective, phi, ok)
-        through_phi = gradient_through_phi(objective, phi, x.value, ok)
-        psi_gradient = {name: direct[name] + through_phi[name] for name in psi}
+        through = gradient_through_phi(objective, phi, through_phi, ok)
+        psi_gradient = {name: a + b for name, a, b in zip(psi, direct, through, strict=True)}
         # A sum over the tasks: if it is not finite, the task responsible is unknown, so all fail.
         finite = torch.stack([g.isfinite().all() for g in psi_gradient.values()]).all()
         status = torch.where(finite, x.status, Status.NONFINITE).to(torch.int32)
         x, ok = replace(x, status=status), ok & finite
     weight = task_weight(ok, nonfinite, layout.dtype)
-    theta_gradient, lam_gradient = _pull_back(x.value, phi, problem, ok, weight)
+    theta_gradient, lam_gradient = _pull_back(x.value, through_phi, phi, problem, ok, weight)
     return ImplicitMetaGradient(
         params=layout.unflatten(theta_gradient),
         lam=unflatten_lam_gradient(layout, lam, lam_gradient),
@@ -139,34 +146,46 @@ def adapt(
     inner: InnerSolver | None = None,
     linear: LinearSolver | None = None,
     shared: Mapping[str, Tensor] | None = None,
+    warn: bool | None = None,
 ) -> Params:
     """phi_i = argmin G_i for a batch of tasks, {name: [B, ...]}, in the autograd graph.
 
     `backward` through the result applies the implicit function theorem, whatever the inner solver:
-    one linear solve fills the gradients of those tensors of theta, lam and shared that require
-    grad. The result can be differentiated once, under the autocast state of this call. Tensors in
-    the closure of the loss are constants. A task that is not finite makes the gradient NaN; for
-    reports per task see `implicit_meta_grad`.
+    one linear solve gives the gradients of theta, lam, shared and support, as far as their tensors
+    require grad or have a graph. The result can be differentiated once, under the autocast state of
+    this call. A task that is not finite makes the gradient NaN; for reports per task see
+    `implicit_meta_grad`.
 
     Args:
-        loss, params, support, lam, inner, linear, shared: as in `implicit_meta_grad`.
+        loss, params, lam, inner, linear, shared: as in `implicit_meta_grad`.
+        support: a pytree of [B, ...] tensors; they may require grad, such as the features of a
+            learned body, learned labels or example weights. Exact only with `curvature="hessian"`.
+        warn: whether `backward` issues a `ConvergenceWarning` if the residuals and the measured
+            curvature say that phi or the linear solve is off by 10% or more. None: on the CPU; on
+            CUDA that would synchronise.
 
     Returns:
         phi, {name: [B, ...]}.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `implicit_meta_grad`.
+        TypeError, ValueError, RuntimeError: as `implicit_meta_grad`. `backward` raises a
+            RuntimeError with `create_graph=True`, or if support, other tensors that the loss uses,
+            or the training mode of its model have been changed since.
 
     Source: Rajeswaran, Finn, Kakade, Levine 2019, equation 6.
     """
     layout = Layout(params)
+    check_all_or_none_learned(params)
     psi = check_shared(shared, layout)
-    objective = Objective(loss, layout, support, "support", psi)
+    data = pytree.tree_map_only(Tensor, Tensor.detach, support)
+    # Without grad mode, nothing is differentiated, whatever the loss depends on.
+    check = torch.is_grad_enabled()
+    objective = Objective(loss, layout, data, "support", psi, check=check, track=True)
+    leaves = {k: t for k, t in enumerate(pytree.tree_leaves(support)) if t.requires_grad}
+    call = _Call(objective, _Solvers(inner, linear), tuple(leaves), warn)
+    inputs = (*(shared or {}).values(), *leaves.values())
     theta, flat_lam = layout.flatten(params), flatten_lam(layout, lam)
-    solvers = _Solvers(inner, linear)
-    return layout.unflatten(
-        _Adapt.apply(theta, flat_lam, objective, solvers, *(shared or {}).values())
-    )
+    return layout.unflatten(_Adapt.apply(theta, flat_lam, call, *inputs))
 
 
 class _Solvers:
@@ -187,7 +206,7 @@ class _Solvers:
         phi = solution.value
         at_phi = problem.objective.linearise(phi, self.linear.curvature)
         # On CUDA lam's values have not been checked: an invalid one makes the tasks NONFINITE.
-        usable = at_phi.losses.isfinite() & problem.lam.is_positive_definite()
+        usable = at_phi.losses.isfinite() & problem.lam.is_valid()
         residual = torch.where(usable, problem.residual(phi, at_phi.gradient), torch.nan)
         status = update_status(solution.status, residual, self.inner.tol)
         status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status).to(torch.int32)
@@ -201,40 +220,71 @@ class _Solvers:
         return at_phi.losses, inner, x
 
 
+class _Call(NamedTuple):
+    """The constants of a call of `adapt`."""
+
+    objective: Objective
+    solvers: _Solvers
+    leaves: tuple[int, ...]  # of support: those that require grad
+    warn: bool | None
+
+
 class _Adapt(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        theta: Tensor,
-        lam: Tensor,
-        objective: Objective,
-        solvers: _Solvers,
-        *shared: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, lam: Tensor, call: _Call, *inputs: Tensor) -> Tensor:
+        objective, solvers = call.objective, call.solvers
         solution = solvers.inner.solve(Proximal(objective, theta.detach(), lam.detach()))
+        assert objective.usage is not None
+        if not objective.usage.recorded:  # an external solver need not evaluate the losses
+            objective.losses(solution.value)
         ctx.autocast = _current_autocast(theta.device.type)
         ctx.recording = recording if is_recording() else nullcontext
-        ctx.objective, ctx.solvers, ctx.second_moment = objective, solvers, solution.second_moment
-        ctx.save_for_backward(theta, lam, solution.value, *shared)
+        ctx.call, ctx.second_moment = call, solution.second_moment
+        ctx.save_for_backward(theta, lam, solution.value, *inputs)
         return solution.value
 
     @staticmethod
     @eager
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the result of adapt can be differentiated only once: call backward or "
+                "autograd.grad without create_graph=True"
+            )
+        if is_grads_batched(v):
+            return call_for_each(partial(_Adapt.backward, ctx), v)
+        objective, solvers, leaves, warn = ctx.call
+        objective.usage.check_unchanged()
         theta, lam, phi, *_ = ctx.saved_tensors  # the rest: checked for in-place changes by torch
-        problem = Proximal(ctx.objective, theta, lam)
+        problem = Proximal(objective, theta, lam)
         solution = replace(_given(phi, problem), second_moment=ctx.second_moment)
-        psi: Params = {}
+        inputs: list[Tensor | None] = [None] * len(ctx.needs_input_grad[3:])
         # Contexts as in the forward pass: on CUDA another thread runs this.
         with ctx.autocast(), ctx.recording():
-            _, inner, x = ctx.solvers.differentiate(problem, solution, v.contiguous())
+            _, inner, x = solvers.differentiate(problem, solution, v.contiguous())
             ok = ~failed_tasks(inner.residual, inner, x)
-            if any(ctx.needs_input_grad[4:]):
-                psi = gradient_through_phi(ctx.objective, phi, x.value, ok)
+            through_phi = _through_phi(x)
+            if any(ctx.needs_input_grad[3:]):
+                inputs[:] = gradient_through_phi(objective, phi, through_phi, ok, leaves)
+            if warn or (warn is None and may_read_values(phi)):
+                warn_if_inaccurate(problem, inner, x, v)
         weight = torch.where(ok.all(), 1.0, torch.nan).to(theta.dtype)
-        to_shared = [psi[name] * weight if psi else None for name in ctx.objective.shared]
-        return *_pull_back(x.value, phi, problem, ok, weight), None, None, *to_shared
+        count = len(objective.shared)
+        inputs[:count] = [None if g is None else g * weight for g in inputs[:count]]
+        for k, rows in enumerate(inputs[count:], count):
+            if rows is not None:  # one per task
+                inputs[k] = torch.where(ok.view(-1, *[1] * (rows.dim() - 1)), rows, torch.nan)
+        return *_pull_back(x.value, through_phi, phi, problem, ok, weight), None, *inputs
+
+
+def check_all_or_none_learned(params: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if some of the parameters require grad, and others do not."""
+    frozen = [name for name, tensor in params.items() if not tensor.requires_grad]
+    if frozen and len(frozen) < len(params):
+        raise ValueError(
+            f"params[{frozen[0]!r}] does not require grad, but other parameters do: leave it out "
+            "of params to keep its value, or call requires_grad_() to adapt it"
+        )
 
 
 def _current_autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -276,8 +326,19 @@ def _without_overflow(solution: Solution, displacement: Tensor, lam: LamOperator
     )
 
 
+def _through_phi(x: Solution) -> Tensor:
+    """x; 0 where negative curvature in the first iteration left it the solution without H.
+
+    That solution, `Λ^-1 v`, gives theta the gradient of first-order methods, which take phi - theta
+    to be a constant. So phi does not depend on lam, shared parameters and data either; x would give
+    them a gradient of the order of `1 / lam`.
+    """
+    fallback = (x.status == Status.NEGATIVE_CURVATURE) & (x.steps == 0)
+    return torch.where(fallback[:, None], 0.0, x.value)
+
+
 def _pull_back(
-    x: Tensor, phi: Tensor, problem: Proximal, ok: Tensor, weight: Tensor
+    x: Tensor, through_phi: Tensor, phi: Tensor, problem: Proximal, ok: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of theta and Λ: weighted sums over the tasks that are ok, [B] bool.
 
@@ -285,5 +346,7 @@ def _pull_back(
     """
     mask = ok[:, None]
     x = torch.where(mask, x, 0.0) * weight
+    through_phi = torch.where(mask, through_phi, 0.0) * weight
     displacement = torch.where(mask, phi - problem.theta, 0.0)
-    return problem.lam.mv(x.sum(0, keepdim=True))[0], problem.lam.gradient(x, displacement)
+    theta_gradient = problem.lam.mv(x.sum(0, keepdim=True))[0]
+    return theta_gradient, problem.lam.gradient(through_phi, displacement)

@@ -78,6 +78,7 @@ class _Unrolled(Method):
             start = before.detach() + (carried - theta.detach())
             phi, _ = self._descend(problem, start, theta, velocity, lr, last)
             losses = query_objective.losses(phi)
+            query_objective.check_inputs(losses, phi)
             leaves = [theta] if log_lr is None else [theta, log_lr]
             with problem.objective.computing():
                 gradients = torch.autograd.grad(
@@ -89,14 +90,14 @@ class _Unrolled(Method):
 
     @torch.no_grad()
     def adapt(self, support: Any) -> Params:
-        problem = self._problem(support)
+        problem = self._problem(support, check=False)
         lr = self.inner.lr if self.log_lr is None else self.log_lr.exp()
         theta = problem.start()
         phi, _ = self._descend(problem, theta, theta, None, lr, self.inner.steps)
         return self.layout.unflatten(phi)
 
-    def _problem(self, support: Any) -> Proximal:
-        objective = Objective(self.loss, self.layout, support, "support")
+    def _problem(self, support: Any, *, check: bool = True) -> Proximal:
+        objective = Objective(self.loss, self.layout, support, "support", check=check)
         theta = self.layout.flatten(self.params).detach()
         lam = theta.new_zeros(1) if self.lam is None else flatten_lam(self.layout, self.lam)
         return Proximal(objective, theta, lam)

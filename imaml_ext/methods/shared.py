@@ -1,15 +1,16 @@
-"""Parameters that are learned but not adapted: the same for all tasks.
+"""Gradients by what the losses depend on besides phi: shared parameters, and data.
 
-With shared parameters psi, phi_i is the minimum of `L̂_i(phi, psi) + 1/2 (phi - theta)' Λ (phi -
+With psi such a tensor, phi_i is the minimum of `L̂_i(phi, psi) + 1/2 (phi - theta)' Λ (phi -
 theta)`. With the x_i of theta's gradient, the implicit function theorem gives
 
     dF/dpsi = mean_i  ∂L_i/∂psi - x_i' ∂²L̂_i/∂phi∂psi,
 
 the direct effect of psi on the query loss, and the effect through phi. Each term is one backward
-pass for all tasks. In ANIL, psi is the body and phi the head (Raghu, Raghu, Bengio, Vinyals 2020).
+pass for all tasks. In ANIL, psi is the body and phi the head (Raghu, Raghu, Bengio, Vinyals 2020);
+with features of a body as the data, psi is the features (Lee, Maji, Ravichandran, Soatto 2019).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,42 +42,53 @@ def check_shared(shared: Any, layout: Layout) -> Params:
     return {name: tensor.detach() for name, tensor in shared.items()}
 
 
-def direct_gradient(query_objective: Objective, phi: Tensor, ok: Tensor) -> Params:
-    """`Σ_i ∂L_i/∂psi` at phi [B, D], over the tasks that are ok, [B] bool."""
+def direct_gradient(query_objective: Objective, phi: Tensor, ok: Tensor) -> list[Tensor]:
+    """`Σ_i ∂L_i/∂psi` for each shared psi, at phi [B, D], over the tasks that are ok, [B] bool."""
 
     def total(at_psi: Objective, phi: Tensor) -> Tensor:
         return torch.where(ok, at_psi.losses(phi), 0.0).sum()
 
-    return _gradient(total, query_objective, phi, ok)
+    return _gradients(total, query_objective, phi, ok)
 
 
-def gradient_through_phi(objective: Objective, phi: Tensor, x: Tensor, ok: Tensor) -> Params:
-    """`-Σ_i x_i' ∂²L̂_i/∂phi∂psi` at phi [B, D], over the tasks that are ok, [B] bool."""
+def gradient_through_phi(
+    objective: Objective, phi: Tensor, x: Tensor, ok: Tensor, leaves: Sequence[int] = ()
+) -> list[Tensor]:
+    """`-Σ_i x_i' ∂²L̂_i/∂phi∂psi` at phi [B, D], over the tasks that are ok, [B] bool.
+
+    Args:
+        objective, phi, x, ok: the support losses, phi [B, D], x [B, D].
+        leaves: numbers of the leaves of the data to differentiate by; the rows of those tasks that
+            are not ok are undefined.
+
+    Returns:
+        The gradients of the shared parameters, then those of the leaves.
+    """
     x = torch.where(ok[:, None], x, 0.0)
 
     def total(at_psi: Objective, phi: Tensor) -> Tensor:
         return -(x * at_psi.differentiable_gradient(phi)).sum()
 
-    return _gradient(total, objective, phi, ok)
+    return _gradients(total, objective, phi, ok, leaves)
 
 
-def _gradient(
-    total: Callable[[Objective, Tensor], Tensor], objective: Objective, phi: Tensor, ok: Tensor
-) -> Params:
+def _gradients(
+    total: Callable[[Objective, Tensor], Tensor],
+    objective: Objective,
+    phi: Tensor,
+    ok: Tensor,
+    leaves: Sequence[int] = (),
+) -> list[Tensor]:
     # The weight of a failed task is 0, but 0 times its NaN is NaN: compute another task instead.
     replacement = torch.where(ok, torch.arange(len(ok), device=ok.device), ok.int().argmax())
-    data = pytree.tree_map(lambda leaf: leaf[replacement], objective.data)
-    phi = phi[replacement]
-    psi = {name: t.detach().requires_grad_() for name, t in objective.shared.items()}
+    data, structure = pytree.tree_flatten(objective.data)
+    data = [leaf[replacement] for leaf in data]
+    shared = {name: t.detach().requires_grad_() for name, t in objective.shared.items()}
+    inputs = [*shared.values(), *(data[number].requires_grad_() for number in leaves)]
+    at_psi = objective.with_inputs(pytree.tree_unflatten(data, structure), shared)
     with torch.enable_grad(), objective.computing():
-        at_psi = Objective(objective.loss, objective.layout, data, shared=psi)
-        value = total(at_psi, phi)
+        value = total(at_psi, phi[replacement])
         if not value.requires_grad:
-            return {name: torch.zeros_like(t) for name, t in psi.items()}
-        gradients = torch.autograd.grad(
-            value, list(psi.values()), allow_unused=True, materialize_grads=True
-        )
-    return {
-        name: torch.where(ok.any(), gradient, 0.0)
-        for name, gradient in zip(psi, gradients, strict=True)
-    }
+            return [torch.zeros_like(each) for each in inputs]
+        gradients = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+    return [torch.where(ok.any(), gradient, 0.0) for gradient in gradients]

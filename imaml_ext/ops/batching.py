@@ -1,8 +1,9 @@
-"""Operands of an operator under vmap, with the task dimension first."""
+"""Calls outside of vmap, from a function that it maps."""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
@@ -19,6 +20,22 @@ def call_with_tasks(function: Callable[..., Any], *operands: Tensor | None) -> A
     if isinstance(result, tuple):
         return tuple(_functorch._add_batch_dim(t, 0, level) for t in result)
     return _functorch._add_batch_dim(result, 0, level)
+
+
+def is_grads_batched(vector: Tensor) -> bool:
+    """Whether a backward pass receives several vectors: `autograd.grad(is_grads_batched=True)`."""
+    return _functorch.is_legacy_batchedtensor(vector)
+
+
+def call_for_each(
+    function: Callable[[Tensor], tuple[Any, ...]], vectors: Tensor
+) -> tuple[Any, ...]:
+    """`function` of each of the batched vectors: its tensors, stacked and batched again."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    results = [function(vector) for vector in torch._remove_batch_dim(vectors, level, 1, 0)]
+    stacks = (None if each[0] is None else torch.stack(each) for each in zip(*results, strict=True))
+    return tuple(None if t is None else torch._add_batch_dim(t, 0, level) for t in stacks)
 
 
 def tasks_first(batched: Tensor) -> Tensor:

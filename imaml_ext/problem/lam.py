@@ -54,6 +54,12 @@ class LamOperator:
         """[1] for a scalar, [D] otherwise."""
         return self.values.diagonal() if self.is_dense else self.values
 
+    def is_valid(self) -> Tensor:
+        """Whether Λ is positive definite, or the scalar 0 (no proximal term): 0-d bool."""
+        if self.values.numel() == 1:
+            return self.values.isfinite().all() & (self.values >= 0).all()
+        return self.is_positive_definite()
+
     def is_positive_definite(self) -> Tensor:
         """Whether Λ is finite, symmetric and positive definite: a 0-d bool tensor."""
         finite = self.values.isfinite().all()
@@ -99,18 +105,18 @@ def flatten_lam(layout: Layout, lam: Any) -> Tensor:
         values = lam.reshape(1) if lam.dim() == 0 else lam
     elif isinstance(lam, Real) and not isinstance(lam, bool):
         info, number = torch.finfo(layout.dtype), cast(Any, lam)
-        if not info.smallest_normal * info.eps <= number <= info.max:
-            raise ValueError(f"lam must be positive and finite, got {lam}, in {layout.dtype}")
+        if number != 0 and not info.smallest_normal * info.eps <= number <= info.max:
+            raise ValueError(f"lam must be positive and finite, or 0, got {lam}, in {layout.dtype}")
         return torch.full((1,), float(lam), dtype=layout.dtype, device=layout.device)
     else:
         raise TypeError(
             f"lam must be a float, a tensor or a dict of tensors, got {type(lam).__name__}"
             + (": call it to get its value" if isinstance(lam, nn.Module) else "")
         )
-    if may_read_values(values) and not bool(LamOperator(values).is_positive_definite()):
+    if may_read_values(values) and not bool(LamOperator(values).is_valid()):
         if values.dim() == 2:
             raise ValueError("a dense lam must be finite, symmetric and positive definite")
-        raise ValueError("lam must be positive and finite in every entry")
+        raise ValueError("lam must be positive and finite in every entry, or a scalar 0")
     return values
 
 

@@ -5,7 +5,8 @@ on the stacked rows gives every task's gradient: row i of the sum's gradient is 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from imaml_ext.ops.vmap_layers import task_layers
+from imaml_ext.problem.captured import Usage, captured_message, leaves_besides
 from imaml_ext.problem.layout import Layout, Params
 from imaml_ext.problem.module_loss import ModuleLoss
 from imaml_ext.problem.precision import one_precision
@@ -43,10 +45,17 @@ class Objective:
         data: pytree of [B, N, ...] tensors.
         label: name of the data in error messages.
         shared: parameters common to all tasks, {name: tensor}; also passed to the loss.
+        check: whether to refuse data, and other tensors, that require grad: the losses are
+            differentiated by the rows only.
+        track: whether to keep track of what the losses use, as `usage`.
+
+    Attributes:
+        usage: what the first evaluation of the losses used; None if it is not tracked.
 
     Raises:
         TypeError: a leaf of the data is not a tensor, or its floating dtype differs from the rows'.
-        ValueError: the data has no leaves, B or N is 0, or leading sizes or devices differ.
+        ValueError: the data has no leaves, B or N is 0, leading sizes or devices differ, or a
+            tensor requires grad.
         RuntimeError: called inside a transform of `torch.func` or forward-mode differentiation.
     """
 
@@ -57,6 +66,9 @@ class Objective:
         data: Any,
         label: str = "data",
         shared: Params | None = None,
+        *,
+        check: bool = True,
+        track: bool = False,
     ) -> None:
         check_no_transform()
         self.loss = loss
@@ -64,7 +76,17 @@ class Objective:
         self.data = data
         self.shared = shared or {}
         self.tasks = _count_tasks(layout, data, label)
-        self._checked = False
+        self._label = label
+        self._unchecked = check
+        self.usage = Usage(loss, data) if track else None
+        if check:
+            _check_constant(data, label)
+
+    def with_inputs(self, data: Any, shared: Params) -> "Objective":
+        """The same losses at other data, and at other values of the shared parameters."""
+        other = copy(self)
+        other.data, other.shared, other._unchecked = data, shared, False
+        return other
 
     def losses(self, rows: Tensor) -> Tensor:
         """[B] from [B, D]."""
@@ -74,6 +96,7 @@ class Objective:
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [B] and gradients [B, D]."""
         leaf, losses = self._record(self.losses, rows)
+        self.check_inputs(losses, leaf)
         with self.computing():
             return losses.detach(), _vjp(losses, leaf, torch.ones_like(losses))
 
@@ -84,9 +107,9 @@ class Objective:
         at = rows if rows.requires_grad else rows.detach().requires_grad_()
         losses = self.losses(at)
         with self.computing():
-            if not self._checked:  # once: unrolled steps chain up to thousands of such graphs
+            if self._unchecked:  # once: unrolled steps chain up to thousands of such graphs
                 check_differentiable_twice(losses, at)
-                self._checked = True
+            self.check_inputs(losses, at)
             return _vjp(losses, at, torch.ones_like(losses), create_graph=True)
 
     def linearise(self, rows: Tensor, kind: CurvatureKind) -> Linearisation:
@@ -103,6 +126,26 @@ class Objective:
                 return at.matvec(vector)
 
         return at._replace(matvec=matvec)
+
+    def check_inputs(self, losses: Tensor, rows: Tensor) -> None:
+        """Check, once, that the losses depend on the rows and on no other tensor in a graph.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if not self._unchecked:
+            return
+        self._unchecked = False
+        leaves, contains_rows, complete = leaves_besides(losses, rows)
+        if not complete and not leaves:
+            with torch.enable_grad():
+                captured = self.losses(rows.detach()).requires_grad
+        if leaves or (not complete and captured):
+            raise ValueError(captured_message(self.loss, leaves, self.layout.shapes))
+        if complete and not contains_rows:
+            raise ValueError(
+                f"{self._label}: the loss does not depend differentiably on the parameters"
+            )
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -122,6 +165,7 @@ class Objective:
 
     def _hessian(self, rows: Tensor) -> Linearisation:
         leaf, losses = self._record(self.losses, rows)
+        self.check_inputs(losses, leaf)
         check_differentiable_twice(losses, leaf)
         gradient = _vjp(losses, leaf, torch.ones_like(losses), create_graph=True)
         return Linearisation(
@@ -168,8 +212,11 @@ class Objective:
             return leaf, function(leaf)
 
     def _for_each_task(self, function: Callable[..., Tensor], *operands: Any) -> Tensor:
-        with task_layers(self.layout.device):
+        with task_layers(self.layout.device), self._recording_usage():
             return vmap(function, randomness="different")(*operands)
+
+    def _recording_usage(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.usage is None or self.usage.recorded else self.usage
 
     def _params(self, row: Tensor) -> Params:
         return self.layout.unflatten(row) | self.shared
@@ -199,6 +246,15 @@ def check_no_transform() -> None:
             "imaml_ext cannot run inside vmap, grad, jvp or another transform of torch.func: pass "
             "all tasks as one batch, and differentiate adapt by backward() or autograd.grad"
         )
+
+
+def _check_constant(data: Any, label: str) -> None:
+    for number, leaf in enumerate(pytree.tree_leaves(data)):
+        if leaf.requires_grad:
+            raise ValueError(
+                f"{label} (tensor {number}) requires grad, but only adapt differentiates by data, "
+                "and only by support: use adapt, or detach it"
+            )
 
 
 def check_same_tasks(support: Objective, query: Objective) -> None:

@@ -126,7 +126,6 @@ BAD = [
         "is torch.float64",
     ),
     ({"lam": ProximalStrength({"w": torch.zeros(3)})}, TypeError, "ProximalStrength: call it to"),
-    ({"lam": 0.0}, ValueError, "lam must be positive and finite, got 0.0"),
     ({"lam": -1.0}, ValueError, "lam must be positive"),
     ({"lam": float("nan")}, ValueError, "lam must be positive"),
     ({"lam": torch.tensor(-1.0)}, ValueError, "lam must be positive and finite in every entry"),

@@ -173,7 +173,7 @@ def test_invalid_settings_are_rejected():
         MAML(loss, params, inner=GradientDescent(tol=1e-3))
     with pytest.raises(ValueError, match="accelerated needs lam as a float"):
         MAML(loss, params, accelerated=True)
-    with pytest.raises(ValueError, match="lam must be positive and finite, got -1"):
+    with pytest.raises(ValueError, match="lam must be positive and finite, or 0, got -1"):
         MAML(loss, params, lam=-1.0)
     with pytest.raises(ValueError, match="last must be at least 0, got -1"):
         TruncatedMAML(loss, params, last=-1)

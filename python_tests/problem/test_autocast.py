@@ -94,6 +94,7 @@ def test_the_gradient_of_a_dense_lam_is_computed_in_float32(problem, device):
     torch.testing.assert_close(out.lam.double(), -(outer + outer.T) / 2, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore::imaml_ext.ConvergenceWarning")
 @HALVES
 def test_the_backward_pass_of_adapt_has_the_autocast_state_of_adapt(half, problem, device):
     loss, model, support, query = problem
@@ -117,6 +118,7 @@ def test_the_backward_pass_of_adapt_has_the_autocast_state_of_adapt(half, proble
     assert all(torch.equal(a, b) for a, b in zip(gradient(False, True), want, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::imaml_ext.ConvergenceWarning")
 def test_a_grad_scaler_may_scale_the_loss_after_adapt(problem, device):
     loss, model, support, query = problem
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)

@@ -202,6 +202,7 @@ REMEDIES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::imaml_ext.ConvergenceWarning")
 @pytest.mark.parametrize("name", REMEDIES)
 def test_the_remedy_gives_the_meta_gradient(name):
     model = Last(REMEDIES[name](), **SETTING.get(name, {})).double()

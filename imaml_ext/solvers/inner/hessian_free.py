@@ -29,7 +29,7 @@ class HessianFree(InnerSolver):
     Each task has its own Levenberg-Marquardt damping. It is halved if the full step d reduces G by
     more than 3/4 of the decrease predicted by the quadratic model, and multiplied by 4 if by less
     than 1/4; it does not change if the change of G is below its rounding error. If CG meets
-    negative curvature in its first iteration, d is `-Λ^-1 ∇G_i`.
+    negative curvature in its first iteration, d is `-Λ^-1 ∇G_i`, and `-∇G_i` without Λ.
 
     Args:
         steps: maximum number of steps.
@@ -70,7 +70,11 @@ class HessianFree(InnerSolver):
             if all_done(status, step):
                 break
             damped = _damped(at_phi.matvec, damping[:, None].to(phi.dtype))
-            direction = self.linear.solve(damped, -gradient, problem.lam.values).value
+            solved = self.linear.solve(damped, -gradient, problem.lam.values)
+            # Without Λ, negative curvature in the first iteration leaves no direction but this.
+            no_step = (solved.status == Status.NEGATIVE_CURVATURE) & (solved.steps == 0)
+            no_step = no_step & ~problem.lam.values.any()
+            direction = torch.where(no_step[:, None], -gradient, solved.value)
             derivative = row_dot(gradient, direction)
             phi, t, at_full = self.line_search.search(
                 problem, phi, direction, value, derivative, status == Status.RUNNING
