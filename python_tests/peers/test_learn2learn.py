@@ -131,8 +131,8 @@ def test_a_parameter_that_the_support_loss_does_not_use_keeps_its_direct_gradien
         factor = 1 / (1 + 2)
     (a,), (b,) = support, query
     want = []
-    for number_, p in enumerate(params.values()):
-        used = number_ % 2 == 0
+    for place, p in enumerate(params.values()):
+        used = place % 2 == 0
         at = p + (1 - factor) * (a - p) if used else p.expand(3, 3)
         want.append(((factor if used else 1) * b * (at * b).cos()).mean(0))
     same(out.params.values(), want)

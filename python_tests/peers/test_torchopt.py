@@ -1,7 +1,7 @@
 """Cases of TorchOpt: test_implicit, test_meta_optim, test_linalg, test_optim.
 
-Re-created: iMAML with `custom_root` (cross-entropy, a linear model of ones and zeros, the mean
-logit as outer loss, an inner solver that has not converged) with each linear solver; several outer
+Re-created: iMAML with `custom_root` (cross-entropy, a linear model of ones and zeros, the
+logits as outer loss, an inner solver that has not converged) with each linear solver; several outer
 steps; the same with a module; ridge regression whose regularisation is learned; unrolled SGD with
 momentum as a meta-optimizer; conjugate gradient and Neumann series against a dense solve.
 """
@@ -46,9 +46,9 @@ def cross_entropy(params, data):
     return nn.functional.cross_entropy(logits(params, x), y)
 
 
-def mean_logit(params, data):
+def outer(params, data):
     x, _ = data
-    return logits(params, x).square().mean()  # squared: the mean itself is linear in phi
+    return logits(params, x).square().mean()  # the mean logit itself is linear in phi
 
 
 def batch(count=3, examples=8):
@@ -66,11 +66,11 @@ LINEAR = {
 def test_imaml_has_the_gradient_of_the_proximal_minimum_with_every_linear_solver(linear):
     support, theta = batch(), {name: t.requires_grad_() for name, t in start().items()}
     want = torch.autograd.grad(
-        value(proximal(cross_entropy, theta, 1.0), mean_logit, theta, support, support),
+        value(proximal(cross_entropy, theta, 1.0), outer, theta, support, support),
         list(theta.values()),
     )
     phi = adapt(cross_entropy, theta, support, lam=1.0, inner=EXACT["inner"], linear=linear)
-    torch.func.vmap(mean_logit)(phi, support).mean().backward()
+    torch.func.vmap(outer)(phi, support).mean().backward()
     same([t.grad for t in theta.values()], want)
 
 
@@ -91,7 +91,7 @@ def dense(theta, support, steps, lr):
         row = flat
         for _ in range(steps):
             row = row - lr * torch.func.grad(objective)(row)
-        v = torch.func.grad(lambda row, data=data: mean_logit(named(row), data))(row)
+        v = torch.func.grad(lambda row, data=data: outer(named(row), data))(row)
         gradients.append(torch.linalg.solve(torch.func.hessian(objective)(row), v))
         phis.append(row)
     return torch.stack(phis), torch.stack(gradients).mean(0)
@@ -102,7 +102,7 @@ def test_a_solution_that_has_not_converged_is_differentiated_where_it_is(steps):
     support, theta = batch(), start()
     phi, want = dense(theta, support, steps, 0.02)
     out = implicit_meta_grad(
-        cross_entropy, theta, support, support, lam=1.0, query_loss=mean_logit, linear=CG,
+        cross_entropy, theta, support, support, lam=1.0, query_loss=outer, linear=CG,
         inner=GradientDescent(lr=0.02, steps=steps),
     )  # fmt: skip
     same([torch.cat([t.flatten(1) for t in out.adapted.values()], 1)], [phi])
@@ -217,7 +217,7 @@ def test_second_derivatives_through_the_solution_are_refused(route):
 
     def value(weight):
         phi = adapt(cross_entropy, theta | {"weight": weight}, support, lam=1.0, **EXACT)
-        return torch.func.vmap(mean_logit)(phi, support).mean()
+        return torch.func.vmap(outer)(phi, support).mean()
 
     theta["bias"].requires_grad_()
     with pytest.raises(RuntimeError, match=r"once|twice|second|create_graph"):
