@@ -29,7 +29,14 @@ pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="needs the source tree
 # ---- code --------------------------------------------------------------------------------------
 
 GUIDES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "README.md")
-SLOW = {"tutorial.md", "distributed.md", "recording.md", "inner-solver.md", "hyperparameters.md"}
+SLOW = {
+    "tutorial.md",
+    "distributed.md",
+    "recording.md",
+    "inner-solver.md",
+    "hyperparameters.md",
+    "learned-features.md",
+}
 BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```(?:\n+```text\n(?P<output>.*?)^```)?", re.DOTALL | re.MULTILINE
 )

@@ -52,8 +52,8 @@ class IMAML(Method):
     ) -> None:
         super().__init__(loss, params, query_loss=query_loss, nonfinite=nonfinite)
         self.lam = lam
-        values = flatten_lam(self.layout, self._current_lam())
-        if not shared and isinstance(lam, (int, float)) and not values.any():
+        flatten_lam(self.layout, self._current_lam())  # checks it
+        if not shared and isinstance(lam, (int, float)) and lam == 0:
             raise ValueError("with lam=0 theta has no gradient: raise lam, or learn shared=")
         check_shared(shared, self.layout)
         self.shared = dict(shared or {})

@@ -84,6 +84,7 @@ def test_an_external_solver_gives_the_same_meta_gradient(fn, tolerance, device):
     problem = regression(3, device)
     small = {name: t[:1] if name == "0.bias" else t for name, t in problem.params.items()}
     del small["0.bias"], small["0.weight"]  # the last layer only: convex, D = 7
+    problem.loss.model.requires_grad_(False)
     settings = {"lam": 1.5, "linear": ConjugateGradient(max_iter=50, rtol=1e-12)}
     want = implicit_meta_grad(
         problem.loss, small, problem.support, problem.query,
