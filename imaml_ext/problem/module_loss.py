@@ -1,51 +1,43 @@
 """A loss built from a module and a criterion."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from imaml_ext.problem.layout import Params
-from imaml_ext.problem.unsupported import layer_name
+from imaml_ext.problem.swapping import swapped
 
 
 class ModuleLoss:
     """`criterion(model(x), y)` as a function of the model's parameters, for one task."""
 
-    def __init__(self, model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, model: nn.Module, criterion: Callable[[Any, Any], Tensor]) -> None:
         if isinstance(criterion, type):
             name = criterion.__name__
             raise TypeError(f"criterion must be a function, got the class {name}: pass {name}()")
         self.model = model
         self.criterion = criterion
 
-    def outputs(self, params: Params, x: Any) -> Tensor:
-        buffers = []
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and (
-                module.training and module.track_running_stats
-            ):
-                raise ValueError(
-                    f"{layer_name(name, module)} would update its running statistics, which tasks "
-                    "cannot share: construct it with track_running_stats=False, or call eval()"
-                )
-            for key, buffer in module._buffers.items():
-                if buffer is not None:
-                    buffers.append((name, module, key, buffer, _version(buffer)))
-        outputs: Tensor = functional_call(self.model, params, (x,))
-        for name, module, key, buffer, version in buffers:
-            if module._buffers[key] is not buffer or _version(buffer) != version:
-                module._buffers[key] = buffer  # it may hold a vmap tensor
-                raise ValueError(
-                    f"{layer_name(name, module)} writes its buffer {key!r} in forward, which tasks "
-                    "cannot share: call eval() if that prevents it, or return the new value"
-                )
-        return outputs
-
     def __call__(self, params: Params, data: tuple[Any, Any]) -> Tensor:
         x, y = self.pair(data)
-        return self.criterion(self.outputs(params, x), y)
+        with self._swapped(params):
+            return self.criterion(self.model(x), y)
+
+    def outputs(self, params: Params, x: Any) -> Any:
+        """`model(x)`. `params` may have further names, such as those of hyper-parameters."""
+        with self._swapped(params):
+            return self.model(x)
+
+    def of_outputs(self, params: Params, outputs: Any, y: Any) -> Tensor:
+        """`criterion(outputs, y)`, with `params` in place of the model's."""
+        with self._swapped(params):
+            return self.criterion(outputs, y)
+
+    def _swapped(self, params: Params) -> AbstractContextManager[None]:
+        others = (self.criterion,) if isinstance(self.criterion, nn.Module) else ()
+        return swapped(self.model, params, *others)
 
     @staticmethod
     def pair(data: Any) -> tuple[Any, Any]:
@@ -77,7 +69,3 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor])
         TypeError: `criterion` is a class.
     """
     return ModuleLoss(model, criterion)
-
-
-def _version(buffer: Tensor) -> int:
-    return 0 if buffer.is_inference() else buffer._version

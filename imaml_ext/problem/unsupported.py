@@ -103,7 +103,7 @@ def _innermost_layer(traceback: TracebackType | None) -> str | None:
     return layer_name(next(names, ""), modules[-1])
 
 
-_MOST_NODES = 3000
+MOST_NODES = 3000
 _MARK = once_differentiable(lambda ctx: None).__code__
 
 
@@ -114,23 +114,25 @@ def check_differentiable_twice(outputs: Tensor, inputs: Tensor) -> None:
     marked once_differentiable is not connected to the inputs, so that its derivative is zero and
     no error is raised; inside vmap the mark is lost.
 
-    At most `_MOST_NODES` nodes of the graph are visited: torch frees nodes with Python wrappers
-    recursively, and tens of thousands of them overflow the stack.
+    At most `MOST_NODES` nodes of the graph are searched.
     """
     end: Any = torch.autograd.graph.get_gradient_edge(inputs).node
-    for node in _nodes(outputs.grad_fn, end):
+    for node in graph_nodes(outputs.grad_fn, end):
         if type(node).__name__ == "WeightNormInterfaceBackward0":
             raise RuntimeError(f"wrong derivative: {type(node).__name__}")
         if isinstance(node, BackwardCFunction) and _is_marked(type(node)._forward_cls, set()):  # type: ignore[attr-defined]
-            below = (other for n in _nodes(node, end) for other, _ in n.next_functions)
+            below = (other for n in graph_nodes(node, end) for other, _ in n.next_functions)
             if end in below:
                 raise RuntimeError(f"marked with @once_differentiable: {type(node).__name__}")
 
 
-def _nodes(start: Any, end: Any) -> Iterator[Any]:
-    """The graph below a node, including it, up to `end`."""
+def graph_nodes(start: Any, end: Any) -> Iterator[Any]:
+    """The graph below a node, including it, up to `end`; at most `MOST_NODES` nodes.
+
+    Torch frees nodes with Python wrappers recursively: tens of thousands overflow the stack.
+    """
     stack, seen = [start], {None, end}
-    while stack and len(seen) < _MOST_NODES:
+    while stack and len(seen) < MOST_NODES:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
