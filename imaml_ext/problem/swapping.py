@@ -1,7 +1,7 @@
 """A module with other parameters in place of its own, left afterwards as it was."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from imaml_ext.problem.unsupported import layer_name
 
 @contextmanager
 def swapped(
-    model: nn.Module, params: Params, *others: nn.Module, adapted: tuple[str, ...] = ()
+    model: nn.Module, params: Params, *others: nn.Module, required: Collection[str] = ()
 ) -> Iterator[None]:
     """Within the context, the model has the tensors of `params` in place of its own.
 
@@ -24,7 +24,7 @@ def swapped(
     Args:
         params: {name: tensor}; names that the model does not have are ignored.
         others: further modules whose attributes are restored.
-        adapted: names in `params` that the model must have.
+        required: names in `params` that the model must have.
 
     Raises:
         ValueError: the model lacks a name, a shape is not that of the model's tensor, a norm would
@@ -48,7 +48,7 @@ def swapped(
     for other in others:
         for module in other.modules():
             attributes.add(module)
-    given = _replacements(model, named, params, adapted)
+    given = _replacements(model, named, params, required)
     changed = [slot for slot in slots if id(slot[2]) in given]
     try:
         for entries, key, tensor in changed:
@@ -83,7 +83,7 @@ def _check_statistics(path: str, module: nn.Module) -> None:
 
 
 def _replacements(
-    model: nn.Module, named: Params, params: Params, adapted: tuple[str, ...]
+    model: nn.Module, named: Params, params: Params, required: Collection[str]
 ) -> dict[int, Tensor]:
     """The tensors of `params` by the id of the model's tensor."""
     given: dict[int, Tensor] = {}
@@ -92,7 +92,7 @@ def _replacements(
         if tensor is None:
             tensor = _second_name(model, name)
         if tensor is None:
-            if name in adapted:
+            if name in required:
                 raise ValueError(_unknown(name, list(named)))
             continue
         if tensor.shape != value.shape:
