@@ -213,6 +213,5 @@ FORMS: dict[Any, Callable[..., Any]] = {
     torch.empty: _empty,
     Tensor.new: _new,
 }
-FORMS |= {
-    f: partial(_elementwise, f) for f in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
-}
+for _loss in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss):
+    FORMS[_loss] = partial(_elementwise, _loss)

@@ -99,12 +99,12 @@ def module_loss(model: nn.Module, criterion: Callable[[Any, Any], Tensor]) -> Mo
 
 
 def _check_model(model: Any) -> None:
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        name = model.__name__
+        raise TypeError(f"model must be an nn.Module, got the class {name}: pass {name}(...)")
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            "model must be an nn.Module and criterion a function: module_loss(model, criterion), "
-            f"got the {'class' if isinstance(model, type) else 'model'} "
-            f"{getattr(model, '__name__', type(model).__name__)}"
-        )
+        name = f"the {type(model).__name__} {getattr(model, '__name__', '')}".rstrip()
+        raise TypeError(f"model must be an nn.Module, got {name}: module_loss(model, criterion)")
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError("module_loss cannot use a scripted module: pass the original module")

@@ -215,3 +215,20 @@ def test_a_weight_computed_by_a_hook_is_restored():
                           (x, x))  # fmt: skip
     is_restored = layer.weight is kept
     assert is_restored
+
+
+def test_two_values_of_a_tied_parameter_are_refused():
+    model = Twice()
+    params = {n: p.detach().clone() for n, p in model.named_parameters()}
+    params["third.bias"] = params["first.0.bias"] + 1
+    with pytest.raises(ValueError, match=r"^params\['third.bias'\] is tied to another of \["):
+        module_loss(model, F.mse_loss)(params, (torch.randn(5, 4),) * 2)
+
+
+def test_buffers_may_be_passed_by_name():
+    model = Twice().double()
+    x = torch.randn(5, 4).double()
+    scale = torch.rand(4).double()
+    got = module_loss(model, F.mse_loss).outputs({"scale": scale}, x)
+    torch.testing.assert_close(got, model(x) * scale)
+    assert torch.equal(model.scale, torch.ones(4).double())
