@@ -87,7 +87,7 @@ def check_criterion(losses: Tensor, rows: Tensor, model: nn.Module) -> None:
     if found:
         raise ValueError(
             "the criterion uses the model's parameters, which curvature='ggn' cannot take into "
-            "account: use curvature='hessian', and an inner solver other than HessianFree"
+            "account: use ConjugateGradient(curvature='hessian'), in HessianFree too"
         )
 
 
