@@ -190,6 +190,13 @@ def test_tensors_of_a_task_do_not_stay_in_the_model_and_counters_do(how):
     assert_unchanged(model, before)
 
 
+def test_a_parameter_that_is_passed_does_not_stay_in_the_model():
+    model = Keeping("parameter")
+    params = {n: p.detach().clone() for n, p in model.named_parameters()}
+    module_loss(model, F.mse_loss)(params, (torch.randn(5, 4),) * 2)
+    assert model.last is None
+
+
 def test_a_criterion_does_not_keep_tensors_of_a_task_either():
     class Criterion(nn.Module):
         last = None
