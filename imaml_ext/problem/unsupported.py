@@ -126,6 +126,12 @@ def layer_name(name: str, module: nn.Module) -> str:
     return f"{name} ({kind})" if name else kind
 
 
+def _frames(traceback: TracebackType | None) -> Iterator[FrameType]:
+    while traceback is not None:
+        yield traceback.tb_frame
+        traceback = traceback.tb_next
+
+
 def innermost_layer(traceback: TracebackType | None) -> str | None:
     """The innermost module whose forward raised the error; None in a backward pass."""
     owners = [frame.f_locals.get("self") for frame in _frames(traceback)]
@@ -134,12 +140,6 @@ def innermost_layer(traceback: TracebackType | None) -> str | None:
         return None
     names = (name for name, other in modules[0].named_modules() if other is modules[-1])
     return layer_name(next(names, ""), modules[-1])
-
-
-def _frames(traceback: TracebackType | None) -> Iterator[FrameType]:
-    while traceback is not None:
-        yield traceback.tb_frame
-        traceback = traceback.tb_next
 
 
 MOST_NODES = 3000
