@@ -187,11 +187,11 @@ def test_hessian_free_finds_the_minimum(name):
 
 
 def test_ggn_needs_an_output_that_can_be_differentiated():
-    model = nn.Linear(3, 2)
-    loss = module_loss(nn.Sequential(model, Argmax()), lambda o, y: o["label"].float().mean())
-    params, data = dict(loss.model.named_parameters()), (torch.randn(2, 4, 3), torch.randn(2, 4))
+    model = nn.Sequential(nn.Linear(3, 2), Argmax())
+    loss = module_loss(model, lambda o, y: o["label"].double().mean())
+    layout, data = Layout(dict(model.named_parameters())), (torch.randn(2, 4, 3),) * 2
     with pytest.raises(TypeError, match=r"^curvature='ggn' needs outputs with floating.*got dict"):
-        implicit_meta_grad(loss, params, data, data, lam=1.0, linear=GGN)
+        Objective(loss, layout, data).linearise(torch.randn(2, layout.dim), "ggn")
 
 
 class Argmax(nn.Module):
