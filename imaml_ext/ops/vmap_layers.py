@@ -11,7 +11,7 @@ each other's derivatives. Both forms can be differentiated to any order.
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from operator import index
 from typing import Any, NamedTuple
@@ -21,23 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 from imaml_ext._checks import check_choice
 from imaml_ext.ops.batch_norm import batch_norm, batch_norm_relu
 from imaml_ext.ops.batching import call_with_tasks
 from imaml_ext.ops.conv import Pair, direct_conv2d, patches_conv2d
+from imaml_ext.ops.vmap_forms import FORMS, VmapForms
 
 
 def task_layers(device: torch.device) -> AbstractContextManager[Any]:
-    """The context for a vmapped forward pass on this device.
+    """The context for a vmapped forward pass on this device; includes `vmap_forms()`.
 
     The environment variable IMAML_LAYERS overrides the form, for comparison and debugging: "torch"
     for PyTorch's own layers, "patches" for CUDA's form on the CPU, "direct" for the CPU's form.
     """
     name = os.environ.get("IMAML_LAYERS") or {"cpu": "direct", "cuda": "patches"}.get(device.type)
     if name is None or name == "torch":
-        return nullcontext()
+        return VmapForms()
     check_choice("IMAML_LAYERS", name, ("torch", *_FORMS))
     if name == "direct" and device.type != "cpu":
         raise ValueError(f"IMAML_LAYERS=direct needs CPU tensors, the parameters are on {device}")
@@ -55,7 +55,7 @@ _FORMS = {"direct": _Form(direct_conv2d, False), "patches": _Form(patches_conv2d
 _NEED_CONTIGUOUS = (torch.Tensor.view, torch.Tensor.view_as, F.group_norm, torch.group_norm)
 
 
-class _TaskLayers(TorchFunctionMode):
+class _TaskLayers(VmapForms):
     def __init__(self, form: _Form) -> None:
         super().__init__()
         self._form = form
@@ -75,6 +75,8 @@ class _TaskLayers(TorchFunctionMode):
             result = self._batch_norm(*args, **kwargs)
         elif function is F.relu and previous is not None:
             result = self._relu(previous, *args, **kwargs)
+        elif function in FORMS:
+            result = FORMS[function](*args, **kwargs)
         return function(*args, **kwargs) if result is None else result
 
     # These have the signatures of the functions they replace, and return None to call the original.

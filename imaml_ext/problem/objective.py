@@ -7,7 +7,8 @@ on the stacked rows gives every task's gradient: row i of the sum's gradient is 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from imaml_ext.ops.vmap_layers import task_layers
 from imaml_ext.problem.captured import Usage, captured_message, leaves_besides
 from imaml_ext.problem.layout import Layout, Params
 from imaml_ext.problem.module_loss import ModuleLoss
+from imaml_ext.problem.outputs import OutputParts, check_criterion
 from imaml_ext.problem.precision import one_precision
 from imaml_ext.problem.unsupported import check_differentiable_twice, unsupported_layer_message
 
@@ -186,10 +188,16 @@ class Objective:
                 "or use curvature='hessian'"
             )
         x, y = self.loss.pair(self.data)
-        leaf, outputs = self._record(
-            lambda leaf: self._for_each_task(self._one_output, leaf, x), rows
+        parts, record = OutputParts(), cast(Any, self._record)
+        one_output: Any = partial(self._one_output, parts=parts)
+        one_criterion = partial(self._one_criterion, parts=parts)
+        leaf, (outputs, constants) = record(
+            lambda leaf: self._for_each_task(one_output, leaf, x), rows
         )
-        z, losses = self._record(lambda z: self._for_each_task(self._one_criterion, z, y), outputs)
+        z, losses = record(
+            lambda z: self._for_each_task(one_criterion, leaf, z, constants, y), outputs
+        )
+        check_criterion(losses, leaf, self.loss.model)
         check_differentiable_twice(losses, z)
         check_differentiable_twice(outputs, leaf)
         out_grad = _vjp(losses, z, torch.ones_like(losses), create_graph=True)
@@ -224,13 +232,17 @@ class Objective:
     def _one_loss(self, row: Tensor, data: Any) -> Tensor:
         return _scalar(self.loss(self._params(row), data)).to(self.layout.dtype)
 
-    def _one_output(self, row: Tensor, x: Any) -> Tensor:
+    def _one_output(self, row: Tensor, x: Any, parts: OutputParts) -> tuple[Tensor, list[Tensor]]:
         assert isinstance(self.loss, ModuleLoss)
-        return self.loss.outputs(self._params(row), x)
+        return parts.take_apart(self.loss.outputs(self._params(row), x))
 
-    def _one_criterion(self, z: Tensor, y: Any) -> Tensor:
+    def _one_criterion(
+        self, row: Tensor, z: Tensor, constants: list[Tensor], y: Any, parts: OutputParts
+    ) -> Tensor:
         assert isinstance(self.loss, ModuleLoss)
-        return _scalar(self.loss.criterion(z, y)).to(self.layout.dtype)
+        outputs = parts.put_together(z, constants)
+        loss = self.loss.of_outputs(self._params(row), outputs, y)
+        return _scalar(loss).to(self.layout.dtype)
 
 
 def check_inference_mode() -> None:

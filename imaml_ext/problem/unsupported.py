@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -15,7 +15,13 @@ _TWICE = "has no second derivative in PyTorch"
 _WRONG = "has a wrong second derivative in PyTorch"
 _VMAP = "cannot be vmapped by PyTorch"
 _VALUE = "depends on the value of a tensor, which differs between tasks"
+_SHAPE = "selects elements by value, so that shapes would differ between tasks"
 _SHARED = "writes to a tensor that all tasks share"
+_RANDOM = "draws random numbers into a tensor that all tasks share"
+_HOOK = "registers a hook on a tensor, which vmap does not support"
+_STALE = "uses a tensor that an earlier evaluation stored outside of the model"
+_CHECKPOINT = "runs under activation checkpointing, which vmap does not support"
+_VALIDATED = "creates a distribution that checks the values of its arguments"
 
 # Messages of PyTorch and their meaning; group 1 is the operator.
 _FAILURES = [
@@ -26,10 +32,24 @@ _FAILURES = [
     (r"Batching rule not implemented for ([\w:.]+?)[;.]? ", _VMAP),
     (r"In order to use an autograd.Function with functorch", _VMAP),
     (r"You tried to vmap over (\w+), but it does not have vmap", _VMAP),
+    (r"^vmap: we do not yet support ([\w:]+)", _VMAP),
     (r"^vmap: It looks like", _VALUE),
+    (r"^Cannot access data pointer of Tensor", _VALUE),
+    (r"^vmap: .* output dynamic shape. Attempted to vmap over ([\w:]+)", _SHAPE),
+    (r"^vmap: .*(boolean mask|masked_select)", _SHAPE),
+    (r"^vmap: inplace arithmetic\(.*is not possible", _SHARED),
     (r"^vmap: (\S+)\(.*is not possible", _SHARED),
     (r"^output with shape .* doesn't match the broadcast shape", _SHARED),
     (r"batched tensor as input while the running_mean", _SHARED),
+    (r"^vmap: Cannot ask for different inplace randomness", _RANDOM),
+    (r"^cannot register a hook on a tensor", _HOOK),
+    (r"escaped from inside a function being vmapped", _STALE),
+]
+
+# The same errors where they are raised by a file of PyTorch.
+_BY_FILE = [
+    ("torch/utils/checkpoint.py", (_VMAP, _STALE), _CHECKPOINT),
+    ("torch/distributions/", (_VALUE,), _VALIDATED),
 ]
 
 # Remedies by operator, then by failure; the first match is used.
@@ -59,8 +79,21 @@ _REMEDIES = [
     (_ONCE, "use operators that PyTorch differentiates"),
     (_TWICE, "use operators that PyTorch differentiates twice"),
     (_VMAP, "use operators that PyTorch can vmap"),
-    (_VALUE, "use torch.where"),
-    (_SHARED, "track no running statistics, call eval(), or write to a new tensor"),
+    (_VALUE, "keep it a tensor, without item(), numpy() or if, and use torch.where"),
+    (
+        _SHAPE,
+        "keep all elements, and weight them or use torch.where: (losses * mask).sum() / mask.sum()",
+    ),
+    (
+        _SHARED,
+        "track no running statistics, call eval(), or create the tensor from one of the task, by "
+        "x.new_zeros(...) or torch.zeros_like(x)",
+    ),
+    (_RANDOM, "use torch.randn or rand, or create the tensor by torch.empty"),
+    (_HOOK, "use an autograd.Function with generate_vmap_rule=True"),
+    (_STALE, "use what forward returns, not what a hook stores"),
+    (_CHECKPOINT, "call the block itself; for less memory, pass fewer tasks at a time"),
+    (_VALIDATED, "pass validate_args=False"),
 ]
 
 
@@ -71,12 +104,16 @@ def unsupported_layer_message(error: RuntimeError) -> str | None:
     if found is None:
         return None
     operator = found[1] if found.re.groups else None
+    files = [frame.f_code.co_filename for frame in _frames(error.__traceback__)]
+    for folder, failures, meaning in _BY_FILE:
+        if failure in failures and any(folder in file.replace("\\", "/") for file in files):
+            failure, operator = meaning, None
     if failure == _TWICE and operator and "backward" not in operator.lower():
         failure = _ONCE
     what = f"{failure} ({operator})" if operator else failure
     remedy = next(text for pattern, text in _REMEDIES if re.search(pattern, what))
-    message = f"{_innermost_layer(error.__traceback__) or 'the loss'} {what}: {remedy}"
-    if failure == _SHARED:  # the shapes may also be wrong
+    message = f"{innermost_layer(error.__traceback__) or 'the loss'} {what}: {remedy}"
+    if str(error).startswith("output with shape"):  # the shapes may also be wrong
         message += f" ({str(error).splitlines()[0]})"
     if failure in (_TWICE, _WRONG):
         message += ", or use a first-order method, FOMAML or Reptile"
@@ -89,14 +126,16 @@ def layer_name(name: str, module: nn.Module) -> str:
     return f"{name} ({kind})" if name else kind
 
 
-def _innermost_layer(traceback: TracebackType | None) -> str | None:
-    """The innermost module whose forward raised the error; None in a backward pass."""
-    modules: list[nn.Module] = []
+def _frames(traceback: TracebackType | None) -> Iterator[FrameType]:
     while traceback is not None:
-        owner = traceback.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module):
-            modules.append(owner)
+        yield traceback.tb_frame
         traceback = traceback.tb_next
+
+
+def innermost_layer(traceback: TracebackType | None) -> str | None:
+    """The innermost module whose forward raised the error; None in a backward pass."""
+    owners = [frame.f_locals.get("self") for frame in _frames(traceback)]
+    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
     if not modules:
         return None
     names = (name for name, other in modules[0].named_modules() if other is modules[-1])

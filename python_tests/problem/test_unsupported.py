@@ -20,8 +20,10 @@ from awkward_layers import (
 )
 from problems import Problem
 from torch import nn
+from torch.distributions import MultivariateNormal
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from imaml_ext import (
     FOMAML,
@@ -153,8 +155,116 @@ def test_an_operator_of_the_criterion_is_reported_too():
         implicit_meta_grad(*arguments, lam=1.0)
 
 
-def test_other_errors_are_not_changed():
-    with pytest.raises(RuntimeError, match=r"^Expected size for first two dimensions of batch2"):
+class Applied(nn.Module):
+    """A function of a linear layer and x [N, 3, 4]."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x):
+        return self.function(self.linear, x)
+
+
+def written_to(out, h):
+    out[:] = h
+    return out
+
+
+def hooked(linear, x):
+    h = linear(x)
+    h.register_hook(lambda g: 2 * g)
+    return h
+
+
+def gaussian(x, **settings):
+    return MultivariateNormal(x[0, 0], covariance_matrix=x[0, 0].exp().diag(), **settings)
+
+
+def zeros(*shape):
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+VALUE = r"depends on the value of a tensor, .*: keep it a tensor, without item\(\)"
+SHAPE = r"selects elements by value, so that shapes would differ .*: .*\(losses \* mask\).sum"
+SHARED = r"writes to a tensor that all tasks share.*x.new_zeros\(...\)"
+CHECKPOINT = r"runs under activation checkpointing, .*: call the block itself"
+KINDS = {
+    "item": (VALUE, lambda linear, x: linear(x) * x.mean().item()),
+    "float": (VALUE, lambda linear, x: linear(x) * float(x.mean())),
+    "tolist": (VALUE, lambda linear, x: linear(x) * x.tolist()[0][0][0]),
+    "numpy": (VALUE, lambda linear, x: linear(x) * x.numpy().mean()),
+    "if": (VALUE, lambda linear, x: linear(x) if x.sum() > 0 else -linear(x)),
+    "range": (VALUE, lambda linear, x: sum(linear(x) for _ in range((x[0, 0, 0] > 9).long() + 1))),
+    "mask": (SHAPE, lambda linear, x: linear(x)[x[:, 0, 0] > 0]),
+    "masked_select": (SHAPE, lambda linear, x: linear(x).masked_select(x > 0)),
+    "nonzero": (SHAPE, lambda linear, x: linear(x)[(x[:, 0, 0] > 0).nonzero()[:, 0]]),
+    "where": (SHAPE, lambda linear, x: linear(x)[torch.where(x[:, 0, 0] > 0)]),
+    "unique": (SHAPE, lambda linear, x: linear(x) + x.unique().mean()),
+    "out[:]": (SHARED, lambda linear, x: written_to(zeros(5, 3, 4), linear(x))),
+    "copy_": (SHARED, lambda linear, x: zeros(5, 3, 4).copy_(linear(x))),
+    "add_": (SHARED, lambda linear, x: zeros(5, 3, 4).add_(linear(x))),
+    "index_add_": (
+        SHARED,
+        lambda linear, x: zeros(5, 3, 4).index_add_(0, torch.arange(5), linear(x)),
+    ),
+    "reentrant": (CHECKPOINT, lambda linear, x: checkpoint(linear, x, use_reentrant=True)),
+    "not reentrant": (CHECKPOINT, lambda linear, x: checkpoint(linear, x, use_reentrant=False)),
+    "normal_": (
+        r"draws random numbers into a tensor that .*: use torch.randn or rand",
+        lambda linear, x: linear(x) + zeros(3, 1).normal_(),
+    ),
+    "hook": (r"registers a hook on a tensor, .*generate_vmap_rule=True", hooked),
+    "rrelu": (
+        r"cannot be vmapped by PyTorch \(aten::rrelu\)",
+        lambda linear, x: F.rrelu(linear(x), training=True),
+    ),
+    "covariance": (
+        r"creates a distribution that checks .*: pass validate_args=False",
+        lambda linear, x: linear(x) + gaussian(x).mean,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_vmap_cannot_do_is_named_in_one_line_with_a_remedy(kind):
+    message, function = KINDS[kind]
+    with pytest.raises(
+        RuntimeError, match=rf"^(inside.layer \(Applied\)|Linear) {message}"
+    ) as caught:
+        meta_gradient(Applied(function))
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+REMEDIED = {
+    "new_zeros": lambda linear, x: written_to(x.new_zeros(x.shape), linear(x)),
+    "zeros_like": lambda linear, x: written_to(torch.zeros_like(x), linear(x)),
+    "empty": lambda linear, x: written_to(torch.empty(x.shape, dtype=x.dtype), linear(x)),
+    "masked mean": lambda linear, x: (linear(x) * (x > 0)).sum((0, 1)) / (x > 0).sum((0, 1)),
+    "validated": lambda linear, x: linear(x) + gaussian(x, validate_args=False).mean,
+}
+
+
+@pytest.mark.parametrize("name", REMEDIED)
+def test_the_remedy_for_what_vmap_cannot_do_works(name):
+    model = Applied(REMEDIED[name]).double()
+    x, y = torch.randn(2, 5, 3, 4).double(), torch.randn(2, 5, 3, 4).double()
+    loss = module_loss(model, lambda z, y: (z - y).square().mean())
+    got = implicit_meta_grad(loss, dict(model.named_parameters()), (x, y), (x, y), lam=1.0)
+    for task in range(2):
+        phi = {n: t[task] for n, t in got.adapted.items()}
+        h = x[task] @ phi["linear.weight"].T + phi["linear.bias"]
+        if name == "masked mean":
+            h = torch.stack([h[..., k][x[task, ..., k] > 0].mean() for k in range(4)])
+        elif name == "validated":
+            h = h + x[task, 0, 0]
+        torch.testing.assert_close(got.query_loss[task], (h - y[task]).square().mean())
+
+
+def test_other_errors_keep_their_text():
+    message = r"^inside.layer \(Linear\): Expected size for first two dimensions of batch2.* \(in "
+    with pytest.raises(RuntimeError, match=message):
         meta_gradient(nn.Linear(7, 4))
     assert unsupported_layer_message(RuntimeError("out of memory")) is None
 
@@ -179,8 +289,9 @@ def without_the_fast_path():
 
 
 def test_the_fast_path_of_an_encoder_in_eval_mode_is_reported(monkeypatch):
-    # It is taken only without an active function mode, as on CUDA.
+    # It is taken only without an active function mode.
     monkeypatch.setattr("imaml_ext.problem.objective.task_layers", lambda device: nullcontext())
+    monkeypatch.setattr("imaml_ext.problem.module_loss.vmap_forms", nullcontext)
     message = r"^the loss has no derivative in PyTorch "
     with pytest.raises(RuntimeError, match=message + ".*set_fastpath_enabled") as caught:
         meta_gradient(encoder().eval())
