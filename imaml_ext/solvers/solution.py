@@ -153,7 +153,7 @@ class Solution:
         residual = torch.maximum(self.residual, rounding * self.value.norm(dim=1))
         return torch.where(mu <= 0, torch.inf, residual / mu)
 
-    def describe(self, explained: Container[Status] = ()) -> str:
+    def describe(self, explained: Container[int] = ()) -> str:
         """The tasks with each status, and remedies, in one line. Synchronises on CUDA.
 
         Args:

@@ -63,8 +63,8 @@ def check_optimizer(method: Method, optimizer: Any, scheduler: Any) -> None:
     unused = [t for t in owned.values() if t.requires_grad and id(t) not in ids]
     if unused:
         warnings.warn(
-            f"{len(unused)} of the {len(owned)} tensors of optimizer are not learned by the method, "
-            f"such as one of shape {list(unused[0].shape)}: they get no gradient",
+            f"{len(unused)} of the {len(owned)} tensors of optimizer are not learned by the "
+            f"method, such as one of shape {list(unused[0].shape)}: they get no gradient",
             stacklevel=3,
         )
     if scheduler is None:

@@ -106,9 +106,7 @@ def check_metrics(
         if not isinstance(name, str):
             raise TypeError(f"the names in {label} must be strings, got {name!r}")
         if name in reserved:
-            raise ValueError(
-                f"{label}[{name!r}]: records have another entry of this name, rename it"
-            )
+            raise ValueError(f"{label}[{name!r}] is an entry of every record: rename it")
         check_callable(f"{label}[{name!r}]", metric, parameters)
 
 
