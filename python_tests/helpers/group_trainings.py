@@ -129,16 +129,17 @@ def refused(group):
 
 
 DOCS = Path(__file__).parents[2] / "docs"
+FLAGS = re.MULTILINE | re.DOTALL
 
 
 def by_hand(group):
     """The parameters after the plain loop of docs/distributed.md, with the model inside DDP."""
     names = {}
-    for code in re.findall(
-        r"^```python\n(.*?)^```", (DOCS / "distributed.md").read_text(), re.M | re.S
-    ):
-        if "def train_by_hand" in code:
-            exec(code[: code.index("torch.manual_seed")], names)
+    page = (DOCS / "distributed.md").read_text()
+    code = re.search(
+        r"^import torch\n(?:(?!```).)*?^def train_by_hand.*?(?=^def main)", page, FLAGS
+    )
+    exec(code[0], names)
     torch.manual_seed(0)
     model = mlp(1, 12, 1).to(torch.float64)
     if group is not None:
