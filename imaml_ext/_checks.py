@@ -1,10 +1,11 @@
 """Checks of arguments. Messages state the name, what was expected and what was given."""
 
+import inspect
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _WORDS = {
     "(0, inf)": "positive and finite",
@@ -41,6 +42,41 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """Raises ValueError for anything but one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_instance(name: str, value: Any, kind: type, remedy: str) -> None:
+    """Raises TypeError, with a remedy, for anything but an instance of the class."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} must be an instance of {kind.__name__}, got {kind_of(value)}: {remedy}"
+        )
+
+
+def check_callable(name: str, value: Any, parameters: str, remedy: str = "") -> None:
+    """Raises TypeError for anything that cannot be called with these parameters.
+
+    Args:
+        parameters: such as "(params, data)".
+        remedy: added to the message.
+    """
+    got = kind_of(value)
+    if callable(value) and not isinstance(value, type):
+        try:
+            signature = inspect.signature(value.forward if isinstance(value, nn.Module) else value)
+        except (TypeError, ValueError):  # some builtins have none
+            return
+        try:
+            signature.bind(*parameters.split(","))
+            return
+        except TypeError:
+            got = f"{getattr(value, '__name__', got)}({', '.join(signature.parameters)})"
+    remedy = f": {remedy}" if remedy else ""
+    raise TypeError(f"{name} must be a function of {parameters}, got {got}{remedy}")
+
+
+def kind_of(value: Any) -> str:
+    """How messages name what was given."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def check_like(name: str, t: Tensor, b: Tensor, *shapes: Sequence[int]) -> None:

@@ -1,11 +1,19 @@
 """The checks of arguments."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from imaml_ext._checks import check_choice, check_integer, check_like, check_range
+from imaml_ext._checks import (
+    check_callable,
+    check_choice,
+    check_instance,
+    check_integer,
+    check_like,
+    check_range,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,3 +76,31 @@ def test_tensors_must_have_one_of_the_shapes_and_the_same_dtype():
         check_like("t", torch.ones(2), b, (2, 3), (3,))
     with pytest.raises(ValueError, match=r"got \[2, 3\] torch.float64"):
         check_like("t", b.double(), b)
+
+
+def test_an_instance_of_another_class_is_named_with_the_remedy():
+    check_instance("n", True, int, "pass a number")
+    with pytest.raises(TypeError, match=r"^n must be an instance of int, got str: pass a number$"):
+        check_instance("n", "1", int, "pass a number")
+    with pytest.raises(TypeError, match=r"got the class int: pass a number$"):
+        check_instance("n", int, int, "pass a number")
+
+
+class Adds(torch.nn.Module):
+    def forward(self, a, b=0):
+        return a + b
+
+
+def test_a_function_must_accept_its_parameters():
+    for function in (lambda a, b: 0, lambda *args: 0, Adds(), Adds().forward, max, partial(max, 1)):
+        check_callable("f", function, "(a, b)")
+    for value, got in (
+        (3, "int"),
+        (Adds, "the class Adds"),
+        (lambda a: 0, r"<lambda>\(a\)"),
+        (lambda a, b, c: 0, r"<lambda>\(a, b, c\)"),
+    ):
+        with pytest.raises(TypeError, match=rf"^f must be a function of \(a, b\), got {got}$"):
+            check_callable("f", value, "(a, b)")
+    with pytest.raises(TypeError, match=r"got Adds\(a, b\): pass another$"):
+        check_callable("f", Adds(), "(a, b, c)", "pass another")

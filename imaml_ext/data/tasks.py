@@ -1,10 +1,16 @@
 """Batches of tasks, and the protocols of their sources."""
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset
+
+from imaml_ext._checks import kind_of
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,45 @@ class TaskBatch:
 
     support: Any
     query: Any
+
+    @staticmethod
+    def of(value: Any) -> "TaskBatch":
+        """A batch from any of the forms that loaders give.
+
+        Args:
+            value: a TaskBatch, a pair (support, query), (support x, support y, query x, query y),
+                {"support": ..., "query": ...} or {"train": ..., "test": ...}.
+
+        Raises:
+            TypeError: it has another form, or is a pair of tensors, which may also be (x, y).
+        """
+        if isinstance(value, TaskBatch):
+            return value
+        got = kind_of(value)
+        if isinstance(value, Mapping):
+            for names in (("support", "query"), ("train", "test")):
+                if value.keys() == set(names):
+                    return TaskBatch(*(value[name] for name in names))
+            got = f"a dict of {list(value)}"
+        if isinstance(value, (tuple, list)):
+            tensors = [isinstance(part, Tensor) for part in value]
+            if tensors == [True] * 4:
+                return TaskBatch(tuple(value[:2]), tuple(value[2:]))
+            if tensors == [False] * 2:
+                return TaskBatch(*value)
+            got = f"a {got} of {', '.join(map(kind_of, value[:5]))}"
+        raise TypeError(
+            "a batch must be TaskBatch(support, query), ((x, y), (x, y)), (x, y, x, y), or a dict "
+            f"of support and query or of train and test, got {got}"
+        )
+
+    def to(self, device: torch.device) -> "TaskBatch":
+        """The batch with its tensors on this device."""
+        fast = device.type == "cuda"  # copies from pinned memory need not wait
+        parts = pytree.tree_map_only(
+            Tensor, lambda t: t.to(device, non_blocking=fast), self._parts()
+        )
+        return TaskBatch(*parts)
 
     def clone(self) -> "TaskBatch":
         """A deep copy, detached."""
@@ -86,3 +131,104 @@ class RecordableSource(Protocol):
 
     def sample(self, step: int | Tensor) -> TaskBatch:
         """The batch of this step, an int or a 0-d int64 tensor."""
+
+
+class LoaderSource:
+    """A source of the batches of a sequence, or of a DataLoader or another iterable.
+
+    Of a sequence, step k gets batch `k % len`. Of another iterable, each step gets the next batch,
+    whatever its number, and the iterable starts again when it ends; only the last batch can be
+    sampled again.
+
+    Args:
+        loader: its batches have any of the forms of `TaskBatch.of`.
+        device: where the batches are moved.
+
+    Attributes:
+        repeatable: whether the batch is a function of the step.
+        step: the step of the last batch; -1 before the first.
+
+    Raises:
+        TypeError: it is not an iterable, or a batch of the sequence has another form.
+        ValueError: the sequence is empty.
+    """
+
+    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+        _check_iterable(loader)
+        self.device = device
+        self.repeatable = isinstance(loader, Sequence)
+        self.step = -1
+        self._loader = [TaskBatch.of(b) for b in loader] if self.repeatable else loader
+        if self._loader == []:
+            raise ValueError("source has no batches")
+        self._batches: Iterator[Any] = iter(())
+        self._batch: TaskBatch | None = None  # the last one
+
+    def sample(self, step: int) -> TaskBatch:
+        """The batch of this step.
+
+        Raises:
+            TypeError: the batch has another form.
+            ValueError: the iterable has ended, and cannot start again.
+        """
+        if isinstance(self._loader, list):
+            batch: TaskBatch = self._loader[step % len(self._loader)]
+            return batch.to(self.device)
+        if self._batch is None or step != self.step:
+            self._batch = TaskBatch.of(self._next()).to(self.device)
+            self.step = step
+        return self._batch
+
+    def can_sample(self, step: int) -> bool:
+        """Whether `sample` gives the same batch of this step as before."""
+        return self.repeatable or step == self.step
+
+    def _next(self) -> Any:
+        for batch in self._batches:
+            return batch
+        self._batches = iter(self._loader)
+        for batch in self._batches:
+            return batch
+        raise ValueError(
+            f"source ({kind_of(self._loader)}) has no more batches: pass a DataLoader, or another "
+            "iterable that can be iterated over repeatedly or does not end"
+        )
+
+
+def as_source(source: Any, device: torch.device) -> TaskSource:
+    """The source itself, or a `LoaderSource` of an iterable.
+
+    Raises:
+        TypeError, ValueError: as `LoaderSource`.
+    """
+    return source if _has_sample(source) else LoaderSource(source, device)
+
+
+def batches(source: Any, device: torch.device) -> Iterator[TaskBatch]:
+    """The batches of a source, without end, or those of one pass over an iterable.
+
+    Args:
+        source: a `TaskSource`, or as in `LoaderSource`.
+        device: where the batches of an iterable are moved.
+
+    Raises:
+        TypeError: it is neither, or a batch has another form.
+    """
+    if _has_sample(source):
+        yield from (TaskBatch.of(source.sample(step)) for step in count())
+    else:
+        _check_iterable(source)
+        yield from (TaskBatch.of(batch).to(device) for batch in source)
+
+
+def _has_sample(source: Any) -> bool:
+    return callable(getattr(source, "sample", None)) and not isinstance(source, type)
+
+
+def _check_iterable(source: Any) -> None:
+    refused = (str, Mapping, Dataset)  # a dataset has single tasks
+    if not isinstance(source, Iterable) or isinstance(source, refused):
+        raise TypeError(
+            "source must have a method sample(step), or be an iterable of batches such as "
+            f"DataLoader(dataset, batch_size=tasks) or a list, got {kind_of(source)}"
+        )

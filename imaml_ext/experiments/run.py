@@ -20,7 +20,7 @@ from imaml_ext.experiments.config import Config
 from imaml_ext.experiments.flags import flag
 from imaml_ext.training.checkpoint import load_checkpoint
 from imaml_ext.training.distributed import is_launched, rank
-from imaml_ext.training.logs import Record, json_lines, tensorboard
+from imaml_ext.training.logs import Record, json_lines, summary_writer, tensorboard
 from imaml_ext.training.trainer import NonfiniteError, Trainer
 
 _LOG = "metrics.jsonl"
@@ -111,6 +111,8 @@ def train_to_end(
     """
     config, budget, leads = experiment.config, trainer.budget, rank(trainer.process_group) == 0
     saved = dataclasses.asdict(config)
+    if with_tensorboard:
+        summary_writer()  # raises before the folder is created
     with ExitStack() as stack:
         if leads:
             stack.enter_context(locked(checkpoint.parent))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from imaml_ext._checks import check_callable
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.meta_gradient import MetaGradient, Nonfinite, check_nonfinite
 from imaml_ext.problem.layout import Layout, Params
@@ -26,6 +27,7 @@ class Method(ABC):
         shared: parameters that are learned but not adapted, {name: tensor}.
 
     Raises:
+        TypeError: a loss is not a function, or `params` does not map names to tensors.
         ValueError: a tensor of `params` does not require grad, or has a reserved name.
     """
 
@@ -38,11 +40,14 @@ class Method(ABC):
         nonfinite: Nonfinite = "propagate",
     ) -> None:
         check_nonfinite(nonfinite)
-        self.loss = loss
+        query_loss = loss if query_loss is None else query_loss
+        check_loss("loss", loss)
+        check_loss("query_loss", query_loss)
+        Layout(params)  # checks them
+        self.loss, self.query_loss = loss, query_loss
         self.params: Params = dict(params)
         self.shared: Params = {}
         check_learned("params", self.params)
-        self.query_loss = loss if query_loss is None else query_loss
         self.nonfinite: Nonfinite = nonfinite
 
     @property
@@ -78,6 +83,14 @@ class Method(ABC):
     def learned(self) -> Params:
         """Every tensor that the outer optimizer updates, named as in `MetaGradient.named`."""
         return self.params | self.shared | self.hyperparameters()
+
+
+def check_loss(name: str, loss: Any) -> None:
+    remedy = "build it by module_loss(model, criterion)"
+    check_callable(name, loss, "(params, data)", remedy)
+    if str(getattr(loss, "__module__", "")).startswith("torch.nn."):
+        got = getattr(loss, "__name__", type(loss).__name__)
+        raise TypeError(f"{name} must be a function of (params, data), got torch's {got}: {remedy}")
 
 
 def check_learned(label: str, tensors: Params) -> None:

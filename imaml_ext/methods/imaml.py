@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml_ext._checks import check_choice, check_instance
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.base import Method, check_learned
 from imaml_ext.methods.implicit import implicit_meta_grad
@@ -14,9 +15,16 @@ from imaml_ext.methods.meta_gradient import ImplicitMetaGradient, Nonfinite, nam
 from imaml_ext.methods.shared import check_shared
 from imaml_ext.problem.lam import Lam, ProximalStrength, flatten_lam
 from imaml_ext.problem.layout import Params
+from imaml_ext.problem.module_loss import ModuleLoss
 from imaml_ext.problem.objective import Loss, Objective
 from imaml_ext.problem.proximal import Proximal
-from imaml_ext.solvers.inner import GradientDescent, InnerSolver
+from imaml_ext.solvers.inner import (
+    LBFGS,
+    External,
+    GradientDescent,
+    HessianFree,
+    InnerSolver,
+)
 from imaml_ext.solvers.linear.base import LinearSolver
 
 
@@ -32,7 +40,7 @@ class IMAML(Method):
         adapt_proximal: whether `adapt`, which evaluation uses, keeps the proximal term.
 
     Raises:
-        TypeError, ValueError: `params`, `shared` or `lam` is invalid.
+        TypeError, ValueError: an argument is invalid, or two of them exclude each other.
 
     Source: Rajeswaran, Finn, Kakade, Levine 2019, Algorithms 1 and 2.
     """
@@ -65,8 +73,11 @@ class IMAML(Method):
         self.inner = GradientDescent() if inner is None else inner
         self.linear = linear
         self.adapt_proximal = adapt_proximal
+        check_choice("adapt_proximal", adapt_proximal, (False, True))
+        _check_solvers(self.inner, linear, self.loss)
 
     def meta_gradient(self, batch: TaskBatch) -> ImplicitMetaGradient:
+        batch = TaskBatch.of(batch)
         with torch.enable_grad():
             lam = self._current_lam()
         out = implicit_meta_grad(
@@ -106,3 +117,23 @@ class IMAML(Method):
 
     def _current_lam(self) -> Lam:
         return self.lam() if isinstance(self.lam, ProximalStrength) else self.lam
+
+
+def _check_solvers(inner: Any, linear: Any, loss: Loss) -> None:
+    """Raises TypeError or ValueError for solvers that would fail in every meta-gradient."""
+    check_instance("inner", inner, InnerSolver, "pass one, such as GradientDescent()")
+    if linear is not None:
+        check_instance("linear", linear, LinearSolver, "pass one, such as ConjugateGradient()")
+    if not isinstance(loss, ModuleLoss):
+        for name, solver in (("linear", linear), ("inner.linear", getattr(inner, "linear", None))):
+            if getattr(solver, "curvature", None) == "ggn":
+                raise TypeError(
+                    f"{name} has curvature='ggn', which needs the model's outputs: build the loss "
+                    "by module_loss, or use curvature='hessian'"
+                )
+    keeps_none = isinstance(inner, (GradientDescent, HessianFree, LBFGS, External))
+    if getattr(linear, "preconditioner", None) == "adam" and keeps_none:
+        raise ValueError(
+            "preconditioner='adam' needs the second moment of the inner solver: use "
+            f"inner=Adam(...), got {type(inner).__name__}"
+        )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml_ext._checks import check_integer
+from imaml_ext._checks import check_choice, check_integer, kind_of
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.base import Method
 from imaml_ext.methods.meta_gradient import MetaGradient, Nonfinite, failed_tasks, task_weight
@@ -41,14 +41,15 @@ class _Unrolled(Method):
         nonfinite: Nonfinite = "propagate",
     ) -> None:
         super().__init__(loss, params, query_loss=query_loss, nonfinite=nonfinite)
-        self.inner = GradientDescent() if inner is None else inner
-        if self.inner.tol is not None:
-            raise ValueError("inner must have no tol: a differentiated solver takes all steps")
+        self.inner = _checked(inner)
         self.lam = lam
         if lam is not None and flatten_lam(self.layout, lam).requires_grad:
             raise ValueError("lam requires grad, but only IMAML learns it: detach it")
         self.log_lr = None
+        check_choice("learn_lr", learn_lr, (False, True))
         if learn_lr:
+            if self.inner.steps == 0:
+                raise ValueError("learn_lr needs an inner solver of at least 1 step, got steps=0")
             layout = self.layout
             lr = torch.full((), self.inner.lr, dtype=layout.dtype, device=layout.device)
             self.log_lr = lr.log().requires_grad_()
@@ -57,6 +58,7 @@ class _Unrolled(Method):
         return {} if self.log_lr is None else {"log_lr": self.log_lr}
 
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
+        batch = TaskBatch.of(batch)
         query_objective = Objective(self.query_loss, self.layout, batch.query, "query")
         problem = self._problem(batch.support)
         check_same_tasks(problem.objective, query_objective)
@@ -155,6 +157,23 @@ class _Unrolled(Method):
         )
 
 
+def _checked(inner: GradientDescent | None) -> GradientDescent:
+    """The inner solver of an unrolled method, which calls none but only reads its settings.
+
+    Raises:
+        TypeError, ValueError: the solver takes other steps than gradient descent, or has a `tol`.
+    """
+    inner = GradientDescent() if inner is None else inner
+    if getattr(type(inner), "solve", None) is not GradientDescent.solve:
+        raise TypeError(
+            "inner must be an instance of GradientDescent, whose steps are differentiated, got "
+            f"{kind_of(inner)}: IMAML takes any inner solver"
+        )
+    if inner.tol is not None:
+        raise ValueError("inner must have no tol: a differentiated solver takes all steps")
+    return inner
+
+
 class MAML(_Unrolled):
     """Model-agnostic meta-learning: back-propagation through every step of the adaptation.
 
@@ -169,6 +188,7 @@ class MAML(_Unrolled):
         learn_lr: learn the step size too, as `log_lr`, initially that of `inner`.
 
     Raises:
+        TypeError: `inner` is another solver; or as in `Method`.
         ValueError: `inner` has a `tol`, or `lam` requires grad; or as in `Method`.
 
     Source: Finn, Abbeel, Levine 2017, "Model-agnostic meta-learning".
@@ -186,8 +206,9 @@ class MAML(_Unrolled):
         query_loss: Loss | None = None,
         nonfinite: Nonfinite = "propagate",
     ) -> None:
+        check_choice("accelerated", accelerated, (False, True))
         if accelerated:
-            inner = GradientDescent() if inner is None else inner
+            inner = _checked(inner)
             if not isinstance(lam, (int, float)):
                 raise ValueError("accelerated needs lam as a float, to compute the momentum")
             if inner.momentum:
@@ -195,7 +216,7 @@ class MAML(_Unrolled):
                     f"accelerated sets the momentum: inner must have 0, got {inner.momentum}"
                 )
             inner = GradientDescent.accelerated(
-                lr=inner.lr, steps=inner.steps, strong_convexity=lam, tol=inner.tol
+                lr=inner.lr, steps=inner.steps, strong_convexity=lam
             )
         super().__init__(
             loss, params, inner=inner, lam=lam, learn_lr=learn_lr, query_loss=query_loss,
@@ -232,7 +253,18 @@ class TruncatedMAML(_Unrolled):
         self.last = last
 
 
-class _FirstOrder(_Unrolled):
+class FOMAML(_Unrolled):
+    """First-order MAML: the query gradient at phi, as if phi - theta did not depend on theta.
+
+    Args:
+        loss, params, inner, query_loss, nonfinite: as in `MAML`.
+
+    Raises:
+        TypeError, ValueError: as in `MAML`.
+
+    Source: Finn, Abbeel, Levine 2017, section 5.2.
+    """
+
     last = 0
 
     def __init__(
@@ -247,20 +279,7 @@ class _FirstOrder(_Unrolled):
         super().__init__(loss, params, inner=inner, query_loss=query_loss, nonfinite=nonfinite)
 
 
-class FOMAML(_FirstOrder):
-    """First-order MAML: the query gradient at phi, as if phi - theta did not depend on theta.
-
-    Args:
-        loss, params, inner, query_loss, nonfinite: as in `MAML`.
-
-    Raises:
-        ValueError: as in `MAML`.
-
-    Source: Finn, Abbeel, Levine 2017, section 5.2.
-    """
-
-
-class Reptile(_FirstOrder):
+class Reptile(_Unrolled):
     """`theta - phi_i` as the gradient, after steps on the support and the query set in turn.
 
     Reptile needs steps on different examples of a task: with the same ones in every step, its
@@ -269,16 +288,33 @@ class Reptile(_FirstOrder):
     adapts to the support set only, as with every method.
 
     Args:
-        loss, params, inner, query_loss, nonfinite: as in `MAML`.
+        loss, params, nonfinite: as in `MAML`.
+        inner: as in `MAML`; at least 2 steps.
 
     Raises:
-        ValueError: as in `MAML`.
+        TypeError, ValueError: as in `MAML`, or `inner` takes fewer than 2 steps.
 
     Source: Nichol, Achiam, Schulman 2018, "On first-order meta-learning algorithms".
     """
 
+    def __init__(
+        self,
+        loss: Loss,
+        params: Mapping[str, Tensor],
+        *,
+        inner: GradientDescent | None = None,
+        nonfinite: Nonfinite = "propagate",
+    ) -> None:
+        super().__init__(loss, params, inner=inner, nonfinite=nonfinite)
+        if self.inner.steps < 2:
+            raise ValueError(
+                "Reptile needs an inner solver of at least 2 steps, one on the support set and one "
+                f"on the query set, got steps={self.inner.steps}"
+            )
+
     @torch.no_grad()
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
+        batch = TaskBatch.of(batch)
         query_objective = Objective(self.query_loss, self.layout, batch.query, "query")
         problem = self._problem(batch.support)
         check_same_tasks(problem.objective, query_objective)

@@ -53,7 +53,10 @@ class MetaGradient:
 
     def describe(self) -> str:
         """The statuses of each solve, with remedies, in one line. Synchronises on CUDA."""
-        parts = [f"{name} solve: {solve.describe()}" for name, solve in self._solves.items()]
+        parts, explained = [], set[int]()
+        for name, solve in self._solves.items():
+            parts.append(f"{name} solve: {solve.describe(explained)}")
+            explained.update(solve.status.tolist())
         # A query loss that is not finite fails its task even if no gradient of it was computed.
         statuses = torch.stack([solve.status for solve in self._solves.values()])
         by_loss_alone = self.failed & (statuses != Status.NONFINITE).all(0)

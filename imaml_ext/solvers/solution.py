@@ -1,5 +1,6 @@
 """The result of a batched solver: a value, and a report for each task."""
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
@@ -152,14 +153,19 @@ class Solution:
         residual = torch.maximum(self.residual, rounding * self.value.norm(dim=1))
         return torch.where(mu <= 0, torch.inf, residual / mu)
 
-    def describe(self) -> str:
-        """The tasks with each status, and remedies, in one line. Synchronises on CUDA."""
+    def describe(self, explained: Container[int] = ()) -> str:
+        """The tasks with each status, and remedies, in one line. Synchronises on CUDA.
+
+        Args:
+            explained: statuses without a remedy in the text.
+        """
         status = self.status.tolist()
         parts = []
         for kind in Status:
             tasks = [i for i, s in enumerate(status) if s == kind]
             if tasks:
-                remedy = f" ({_REMEDY[kind]})" if kind in _REMEDY else ""
+                remedy = "" if kind in explained else _REMEDY.get(kind, "")
+                remedy = f" ({remedy})" if remedy else ""
                 parts.append(f"{kind.name}: {counted(tasks, len(status))}{remedy}")
         return "; ".join(parts)
 

@@ -97,7 +97,7 @@ class DeviceStep:
             for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
                 rate.fill_(group["lr"])
             if not isinstance(self.source, RecordableSource):
-                self._copy_batch(self.source.sample(step))
+                self._copy_batch(TaskBatch.of(self.source.sample(step)))
             if self._capture is not no_capture and self._must_record():
                 self._record()
             (self._replay or self._step)()
@@ -115,7 +115,7 @@ class DeviceStep:
     def _step(self) -> None:
         batch = self._batch
         if isinstance(self.source, RecordableSource):
-            batch = self.source.sample(self._step_number)
+            batch = TaskBatch.of(self.source.sample(self._step_number))
         assert batch is not None
         out = self.method.meta_gradient(batch)
         gradients, entries = measure(self.method, out, batch, self.metrics, self._group)

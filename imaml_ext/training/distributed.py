@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from imaml_ext.data.tasks import ShardableSource, TaskBatch, TaskSource
+from imaml_ext.data.tasks import LoaderSource, ShardableSource, TaskBatch, TaskSource
 from imaml_ext.methods.base import Method
 from imaml_ext.problem.layout import Params
 from imaml_ext.problem.module_loss import ModuleLoss
@@ -40,7 +40,7 @@ def own_device(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[Group | None]:
+def process_group(device: torch.device | str) -> Iterator[Group | None]:
     """The group of the processes that torchrun started, or None without torchrun.
 
     Uses NCCL on CUDA, gloo elsewhere. Call it in a function, so that nothing refers to the group
@@ -50,6 +50,7 @@ def process_group(device: torch.device) -> Iterator[Group | None]:
     Args:
         device: the device on which this process computes.
     """
+    device = torch.device(device)
     if not is_launched():
         yield None
         return
@@ -76,9 +77,17 @@ def shard(source: TaskSource, group: Group | None) -> TaskSource:
     """A source of this process's shard of each batch: B / N consecutive tasks, or one more.
 
     A source that is not a `ShardableSource` samples the whole batch, of which the rows are taken.
+
+    Raises:
+        TypeError: the batches of the source are not functions of the step.
     """
     if group is None:
         return source
+    if isinstance(source, LoaderSource) and not source.repeatable:
+        raise TypeError(
+            "with a process_group, source must have a method sample(step), or be a list of "
+            "batches: an iterable may give each process other batches"
+        )
     if isinstance(source, ShardableSource):
         return source.shard(_tasks_of_rank(source.tasks, group))
     return _RowsOfBatch(source, group)
@@ -89,7 +98,7 @@ class _RowsOfBatch:
         self.source, self.group = source, group
 
     def sample(self, step: int) -> TaskBatch:
-        batch = self.source.sample(step)
+        batch = TaskBatch.of(self.source.sample(step))
         return batch.rows(_tasks_of_rank(len(batch), self.group))
 
 

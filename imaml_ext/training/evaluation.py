@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from imaml_ext._checks import check_integer
-from imaml_ext.data.tasks import TaskSource
+from imaml_ext._checks import check_callable, check_instance, check_integer, kind_of
+from imaml_ext.data.tasks import TaskSource, batches
 from imaml_ext.methods.base import Method
 from imaml_ext.problem.layout import Params
 
@@ -37,38 +37,52 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     method: Method,
-    source: TaskSource,
-    metrics: dict[str, Metric],
+    source: TaskSource | Iterable[Any],
+    metrics: Mapping[str, Metric],
     *,
     tasks: int,
-    support_metrics: dict[str, SupportMetric] | None = None,
+    support_metrics: Mapping[str, SupportMetric] | None = None,
 ) -> Evaluation:
-    """Adapt to `tasks` tasks of `source` (its steps 0, 1, ...), and evaluate on their query sets.
+    """Adapt to the first `tasks` tasks of `source`, and evaluate on their query sets.
 
     Args:
         method: adapts by `method.adapt`; nothing is learned.
-        source: samples the tasks, any number at a time.
+        source: samples the tasks, any number at a time, at its steps 0, 1, ...; or an iterable of
+            batches, such as a DataLoader, as in `Trainer`. Each call iterates over it once.
         metrics: `(phi, query) -> 0-d tensor` for one task, by name, such as a loss or `accuracy`.
         tasks: number of tasks; excess tasks of the last batch are not counted.
         support_metrics: `(phi, support, query) -> 0-d tensor` for one task; reported as
             "support_NAME".
 
     Raises:
-        TypeError: tasks is not an integer.
-        ValueError: tasks is below 1, or a batch does not fit the parameters.
+        TypeError: an argument has the wrong type, or a metric does not return a tensor.
+        ValueError: tasks is below 1, the source has fewer, a batch does not fit the parameters, a
+            metric is not a scalar, or two have the same name.
     """
+    check_instance("method", method, Method, "pass one, such as IMAML(loss, params)")
     check_integer("tasks", tasks, minimum=1)
+    support_metrics = support_metrics or {}
+    check_metrics("metrics", metrics, "(params, query)")
+    check_metrics("support_metrics", support_metrics, "(params, support, query)")
+    if not (metrics or support_metrics):
+        raise ValueError("metrics is empty: there is nothing to evaluate")
+    for name in metrics.keys() & {f"support_{name}" for name in support_metrics}:
+        raise ValueError(f"metrics and support_metrics both report {name!r}: rename one of them")
     values: dict[str, list[Tensor]] = defaultdict(list)
-    seen, step = 0, 0
-    while seen < tasks:
-        batch = source.sample(step)
+    seen = 0
+    for batch in batches(source, method.layout.device):
         phi = method.with_shared(method.adapt(batch.support))
         for name, metric in metrics.items():
-            values[name].append(per_task(metric, phi, batch.query))
-        for name, joint in (support_metrics or {}).items():
-            values[f"support_{name}"].append(per_task(joint, phi, batch.support, batch.query))
+            label = f"metrics[{name!r}]"
+            values[name].append(per_task(metric, phi, batch.query, label=label))
+        for name, joint in support_metrics.items():
+            label, data = f"support_metrics[{name!r}]", (batch.support, batch.query)
+            values[f"support_{name}"].append(per_task(joint, phi, *data, label=label))
         seen += next(iter(phi.values())).shape[0]
-        step += 1
+        if seen >= tasks:
+            break
+    else:
+        raise ValueError(f"source has only {seen} tasks, got tasks={tasks}")
     joined = {name: torch.cat(parts)[:tasks].double() for name, parts in values.items()}
     return Evaluation(
         mean={name: v.mean().item() for name, v in joined.items()},
@@ -79,6 +93,23 @@ def evaluate(
     )
 
 
+def check_metrics(
+    label: str, metrics: Any, parameters: str, reserved: Collection[str] = ()
+) -> None:
+    """Raises TypeError for anything but functions by name, ValueError for a reserved name."""
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"{label} must map names to functions of {parameters}, got {kind_of(metrics)}: "
+            "pass a dict such as {'loss': method.loss}"
+        )
+    for name, metric in metrics.items():
+        if not isinstance(name, str):
+            raise TypeError(f"the names in {label} must be strings, got {name!r}")
+        if name in reserved:
+            raise ValueError(f"{label}[{name!r}] is an entry of every record: rename it")
+        check_callable(f"{label}[{name!r}]", metric, parameters)
+
+
 def accuracy(outputs: Callable[[Params, Any], Tensor]) -> Metric:
     """Fraction of a task's examples whose largest output is at the label, in [0, 1].
 
@@ -87,7 +118,11 @@ def accuracy(outputs: Callable[[Params, Any], Tensor]) -> Metric:
 
     Returns:
         A metric `(params, (x, y)) -> 0-d tensor`, y int64 [N].
+
+    Raises:
+        TypeError: `outputs` is not such a function.
     """
+    check_callable("outputs", outputs, "(params, x)")
 
     def metric(params: Params, data: tuple[Tensor, Tensor]) -> Tensor:
         x, y = data
@@ -104,7 +139,11 @@ def support_accuracy(outputs: Callable[[Params, Any, Any], Tensor]) -> SupportMe
 
     Returns:
         A metric `(params, support, query) -> 0-d tensor`.
+
+    Raises:
+        TypeError: `outputs` is not such a function.
     """
+    check_callable("outputs", outputs, "(params, support_x, query_x)")
 
     def metric(params: Params, support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor]) -> Any:
         return accuracy(lambda params, x: outputs(params, support[0], x))(params, query)
@@ -112,13 +151,41 @@ def support_accuracy(outputs: Callable[[Params, Any, Any], Tensor]) -> SupportMe
     return metric
 
 
-def per_task(metric: Callable[..., Tensor], params: Params, *data: Any) -> Tensor:
+def per_task(
+    metric: Callable[..., Tensor], params: Params, *data: Any, label: str = "the metric"
+) -> Tensor:
     """The metric of each task, [B], without a graph.
 
     Args:
         metric: `(params, *data) -> 0-d tensor` for one task.
         params: phi, {name: [B, ...]}.
         data: pytrees of [B, ...] tensors.
+        label: name of the metric in error messages.
+
+    Raises:
+        TypeError: the metric does not return a real tensor.
+        ValueError: it is not 0-d.
+        RuntimeError: the metric reads the value of a tensor.
     """
-    with torch.no_grad():
-        return vmap(metric, randomness="different")(params, *data)
+
+    def one(*operands: Any) -> Tensor:
+        value: Any = metric(*operands)
+        if not isinstance(value, Tensor) or value.is_complex():
+            got = value.dtype if isinstance(value, Tensor) else kind_of(value)
+            raise TypeError(f"{label} must return a real 0-d tensor, got {got}")
+        if value.dim() != 0:
+            raise ValueError(
+                f"{label} must return a 0-d tensor for each task, got shape {list(value.shape)}: "
+                "return its mean"
+            )
+        return value
+
+    try:
+        with torch.no_grad():
+            return vmap(one, randomness="different")(params, *data)
+    except RuntimeError as error:
+        if not str(error).startswith("vmap: It looks like"):
+            raise
+        raise RuntimeError(
+            f"{label} reads the value of a tensor, as .item() and if do: return a 0-d tensor"
+        ) from error

@@ -17,7 +17,7 @@ Log = Callable[[str, Record], None]  # called with "train" or "val", and the rec
 
 @contextmanager
 def json_lines(
-    path: Path, history: Sequence[Record], validation: Sequence[Record]
+    path: str | Path, history: Sequence[Record], validation: Sequence[Record]
 ) -> Iterator[Log]:
     """A log with one JSON object per line: {"split": "train", "step": 1, "loss": ...}.
 
@@ -31,6 +31,7 @@ def json_lines(
     Raises:
         OSError: the file cannot be written.
     """
+    path = Path(path)
     past = [("train", record) for record in history] + [("val", record) for record in validation]
     past.sort(key=lambda line: line[1]["step"])  # stable: a step comes before its validation
     text = "".join(_line(split, record) for split, record in past)
@@ -46,8 +47,21 @@ def json_lines(
         yield log
 
 
+def summary_writer() -> Any:
+    """TensorBoard's class.
+
+    Raises:
+        ValueError: the package tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard") from error
+    return SummaryWriter
+
+
 @contextmanager
-def tensorboard(folder: Path, steps: int) -> Iterator[Log]:
+def tensorboard(folder: str | Path, steps: int) -> Iterator[Log]:
     """A TensorBoard log of scalars such as "train/loss"; events after step `steps` are purged.
 
     Args:
@@ -57,11 +71,7 @@ def tensorboard(folder: Path, steps: int) -> Iterator[Log]:
     Raises:
         ValueError: the package tensorboard is not installed.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard") from error
-    with SummaryWriter(str(folder), purge_step=steps + 1) as writer:
+    with summary_writer()(str(folder), purge_step=steps + 1) as writer:
 
         def log(split: str, record: Record) -> None:
             for name, value in record.items():

@@ -1,6 +1,8 @@
 """The record of a meta-step: means over its tasks, available at once or later."""
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -13,6 +15,11 @@ from imaml_ext.solvers.solution import Status
 from imaml_ext.training.distributed import Group, average
 from imaml_ext.training.evaluation import Metric, per_task
 from imaml_ext.training.snapshot import ScheduleSnapshot
+
+ENTRIES = (  # of records, besides the metrics; logs add "split"
+    *("split", "step", "seconds", "loss", "support_loss"),
+    *("inner_residual", "linear_residual", "negative_curvature", "failed"),
+)
 
 
 def measure(
@@ -30,7 +37,10 @@ def measure(
     values = {
         "loss": out.query_loss,
         "support_loss": out.support_loss,
-        **{name: per_task(metric, phi, batch.query) for name, metric in metrics.items()},
+        **{
+            name: per_task(metric, phi, batch.query, label=f"metrics[{name!r}]")
+            for name, metric in metrics.items()
+        },
         "inner_residual": out.inner.residual,
     }
     if out.linear is not None:
@@ -52,12 +62,10 @@ class DeferredRecord(Mapping[str, float]):
 
     Args:
         read: sets `record`, or `error` if the step was refused.
-        start: the trainer's seconds before the step.
-        schedule: as before the step.
     """
 
-    def __init__(self, read: Callable[[], None], start: float, schedule: ScheduleSnapshot) -> None:
-        self.read, self.start, self.schedule = read, start, schedule
+    def __init__(self, read: Callable[[], None]) -> None:
+        self.read = read
         self.record: dict[str, float] | None = None
         self.error: Exception = LookupError("the record was dropped when a checkpoint was loaded")
 
@@ -79,3 +87,17 @@ class DeferredRecord(Mapping[str, float]):
         if self.record is None:
             raise self.error
         return self.record
+
+
+class Pending(NamedTuple):
+    """A step whose record has not been read.
+
+    Attributes:
+        start: the trainer's seconds before the step.
+        schedule: as before the step.
+        record: the record, if it is still in use; weak, since the record refers to the trainer.
+    """
+
+    start: float
+    schedule: ScheduleSnapshot
+    record: ref[DeferredRecord]

@@ -6,6 +6,7 @@ from threading import Lock
 import torch
 from torch.utils import _pytree as pytree
 
+from imaml_ext._checks import check_callable
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.meta_gradient import MetaGradient
 from imaml_ext.training.capture import Capture, cuda_graph
@@ -26,6 +27,7 @@ class RecordedMetaGradient:
         capture: how to record; default `cuda_graph` on CUDA, `compiled` on the CPU.
 
     Raises:
+        TypeError: an argument is not a function, or a batch.
         RuntimeError: it cannot be recorded; the message has the cause.
     """
 
@@ -36,7 +38,8 @@ class RecordedMetaGradient:
         *,
         capture: Capture | None = None,
     ) -> None:
-        self._batch = batch.clone()
+        check_callable("meta_gradient", meta_gradient, "(batch)", "pass method.meta_gradient")
+        self._batch = TaskBatch.of(batch).clone()
         self._lock = Lock()
 
         def function() -> MetaGradient:
@@ -45,6 +48,7 @@ class RecordedMetaGradient:
         example = pytree.tree_leaves(self._batch.support)[0]
         if capture is None:
             capture = cuda_graph if example.is_cuda else compiled
+        check_callable("capture", capture, "(function, warmup)")
         if capture is cuda_graph and not example.is_cuda:
             raise RuntimeError(f"a CUDA graph needs a batch on CUDA, got one on {example.device}")
         with torch.cuda.device_of(example):
@@ -57,5 +61,5 @@ class RecordedMetaGradient:
             ValueError: the shapes of the batch differ from the recorded ones.
         """
         with self._lock:
-            self._batch.copy_(batch)
+            self._batch.copy_(TaskBatch.of(batch))
             return self._replay()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from imaml_ext._checks import check_instance
 from imaml_ext.problem.layout import Params
 
 
@@ -17,9 +18,13 @@ class SupportStatistics:
 
     Args:
         model: its batch norms use batch statistics. It is copied, not changed.
+
+    Raises:
+        TypeError: it is not a module.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_instance("model", model, nn.Module, "pass the model, not its outputs")
         self.model = copy.deepcopy(model)
         self._norms: list[_SupportNorm] = []
         for parent in list(self.model.modules()):

@@ -3,25 +3,26 @@
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 
 from imaml_ext._checks import check_integer
-from imaml_ext.data.tasks import TaskBatch, TaskSource
+from imaml_ext.data.tasks import LoaderSource, TaskBatch, TaskSource, as_source
 from imaml_ext.methods.base import Method
 from imaml_ext.methods.meta_gradient import MetaGradient
-from imaml_ext.training import checkpoint
+from imaml_ext.training import arguments, checkpoint
 from imaml_ext.training.budget import Budget
 from imaml_ext.training.capture import Capture, cuda_graph, no_capture
 from imaml_ext.training.device_step import DeviceStep, why_not_on_device
 from imaml_ext.training.distributed import Group, broadcast_parameters, check_same, rank, shard
-from imaml_ext.training.evaluation import Metric, evaluate
+from imaml_ext.training.evaluation import Metric, check_metrics, evaluate
 from imaml_ext.training.logs import Log, Record
 from imaml_ext.training.optimisation import Optimisation
-from imaml_ext.training.record import DeferredRecord, measure
+from imaml_ext.training.record import ENTRIES, DeferredRecord, Pending, measure
 from imaml_ext.training.snapshot import ScheduleSnapshot
 
 
@@ -38,8 +39,9 @@ class Trainer:
 
     Args:
         method: holds the learned tensors.
-        source: samples a batch for each step.
-        optimizer: over the tensors of `method.learned()`; default Adam with lr 1e-3. On CUDA it
+        source: samples a batch for each step; or an iterable of batches, such as a DataLoader or a
+            list, in a form of `TaskBatch.of`, which is repeated and moved to the device of theta.
+        optimizer: over all tensors of `method.learned()`; default Adam with lr 1e-3. On CUDA it
             should be capturable.
         scheduler: schedule of the learning rate, stepped with the optimizer.
         metrics: reported with the loss, by name; evaluated on the query set at phi.
@@ -63,12 +65,16 @@ class Trainer:
             read together share the time equally in their records.
         history: one record per step; reading it waits for pending steps.
         validation: one record per call of `validate`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: arguments exclude each other, or the optimizer lacks a learned tensor.
     """
 
     def __init__(
         self,
         method: Method,
-        source: TaskSource,
+        source: TaskSource | Iterable[Any],
         optimizer: torch.optim.Optimizer | None = None,
         *,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
@@ -81,6 +87,10 @@ class Trainer:
         process_group: Group | None = None,
     ) -> None:
         check_integer("read_every", read_every, minimum=1)
+        arguments.check(
+            method=method, metrics=metrics, meta_gradient=meta_gradient, capture=capture,
+            budget=budget, log=log, process_group=process_group,
+        )  # fmt: skip
         on_cuda = method.layout.device.type == "cuda"
         if meta_gradient is not None and (on_cuda or capture is not None):
             raise ValueError(
@@ -89,26 +99,27 @@ class Trainer:
             )
         self.method = method
         self.process_group = process_group
-        self.source = shard(source, process_group)
+        self.source = shard(as_source(source, method.layout.device), process_group)
+        if optimizer is None:
+            learned = method.learned().values()
+            optimizer = torch.optim.Adam(learned, lr=1e-3, capturable=on_cuda)
+        arguments.check_optimizer(method, optimizer, scheduler)
+        self.optimizer, self.scheduler = optimizer, scheduler
         if process_group is not None:
             broadcast_parameters(method, process_group)
-        self.optimizer = optimizer or torch.optim.Adam(
-            method.learned().values(), lr=1e-3, capturable=on_cuda
-        )
-        self.scheduler = scheduler
         self.metrics = metrics or {}
         self.meta_gradient = meta_gradient
         if capture is None and on_cuda:
             capture = cuda_graph if process_group is None else no_capture
         self.capture = capture
-        self.budget = budget or Budget()
+        self.budget = Budget() if budget is None else budget
         self.log = log
         self.read_every = read_every
         self.steps = 0
         self.seconds = 0.0
         self.validation: list[Record] = []
         self._history: list[Record] = []
-        self._pending: list[DeferredRecord] = []
+        self._pending: list[Pending] = []
         self._device_step: DeviceStep | None = None
         self._warned_about: torch.optim.Optimizer | None = None
 
@@ -142,9 +153,10 @@ class Trainer:
             self._advance(start)
             return self._keep("train", self.steps, self.seconds, values)
         schedule = ScheduleSnapshot(self.optimizer, self.scheduler)
-        deferred = DeferredRecord(self.read, self.seconds, schedule)
+        deferred = DeferredRecord(self.read)
+        pending = Pending(self.seconds, schedule, ref(deferred))
         self._device_step.run(self.steps)
-        self._pending.append(deferred)
+        self._pending.append(pending)
         self._advance(start)
         if len(self._pending) == self._device_step.rows:
             self.read()
@@ -174,18 +186,21 @@ class Trainer:
         self.seconds += time.perf_counter() - start
         self.budget.update(steps=self.steps, seconds=self.seconds)
         each = (self.seconds - pending[0].start) / len(pending)
-        for number, (deferred, values) in enumerate(zip(pending, records, strict=True)):
+        for number, (step, values) in enumerate(zip(pending, records, strict=True)):
             if values["failed"] > 0 and self.method.nonfinite == "propagate":
                 self.steps = first + number
                 self.budget.update(steps=self.steps, seconds=self.seconds)
-                deferred.schedule.restore()
+                step.schedule.restore()
                 self._device_step.clear_refused()
-                error = self._refusal(self.method.meta_gradient(self.source.sample(self.steps)))
+                error = self._refusal(self._repeated())
                 for refused in pending[number:]:
-                    refused.error = error
+                    if (deferred := refused.record()) is not None:
+                        deferred.error = error
                 raise error
             seconds = pending[0].start + (number + 1) * each
-            deferred.record = self._keep("train", first + number + 1, seconds, values)
+            record = self._keep("train", first + number + 1, seconds, values)
+            if (deferred := step.record()) is not None:
+                deferred.record = record
 
     def _keep(self, split: str, step: int, seconds: float, values: Record) -> Record:
         """The record of a step or a validation, which is appended to the others and logged."""
@@ -197,7 +212,7 @@ class Trainer:
 
     def _step_on_host(self) -> Record:
         """A step whose record is read before the update."""
-        batch = self.source.sample(self.steps)
+        batch = TaskBatch.of(self.source.sample(self.steps))
         record = self._evaluate(batch)
         if record["failed"] == 1:
             return record
@@ -237,24 +252,33 @@ class Trainer:
             names=names, rows=self.read_every, capture=self.capture, group=self.process_group,
         )  # fmt: skip
 
-    def _refusal(self, out: MetaGradient) -> NonfiniteError:
+    def _repeated(self) -> MetaGradient | None:
+        """The meta-gradient of this step again; None if its batch is no longer available."""
+        if isinstance(self.source, LoaderSource) and not self.source.can_sample(self.steps):
+            return None
+        return self.method.meta_gradient(self.source.sample(self.steps))
+
+    def _refusal(self, out: MetaGradient | None) -> NonfiniteError:
         group = self.process_group
         where = "" if group is None else f"On rank {rank(group)} of {group.size()}: "
         return NonfiniteError(
             f"meta-step {self.steps}: the meta-gradient is not finite, so it was not applied. "
-            f"{where}{out.describe()}"
+            f"{where}{'Its batch is no longer available' if out is None else out.describe()}"
         )
 
-    def validate(self, source: TaskSource, metrics: dict[str, Metric], *, tasks: int) -> Record:
+    def validate(
+        self, source: TaskSource | Iterable[Any], metrics: Mapping[str, Metric], *, tasks: int
+    ) -> Record:
         """Evaluate, and append the means, the meta-step and the time to `validation`.
 
         Args:
-            source: samples the tasks.
-            metrics, tasks: as in `evaluate`.
+            source, metrics, tasks: as in `evaluate`.
 
         Raises:
+            TypeError, ValueError: as `evaluate`.
             NonfiniteError: as `read`.
         """
+        check_metrics("metrics", metrics, "(params, query)", ENTRIES[:3])
         self.read()
         means = evaluate(self.method, source, metrics, tasks=tasks).mean
         return self._keep("val", self.steps, self.seconds, means)
@@ -311,7 +335,8 @@ class Trainer:
         """Resume from a checkpoint; on the CPU, bit for bit as if training had not stopped.
 
         Torch's random state, which dropout uses, is restored too. In a process group the ranks
-        other than 0 are reseeded.
+        other than 0 are reseeded. The position of a DataLoader, or of another iterable that is not
+        a list, is not restored: with a warning, the training continues with its next batches.
 
         Args:
             path: a checkpoint that `save` wrote.
@@ -325,5 +350,6 @@ class Trainer:
             check_same(state["steps"], f"{path} is at meta-step", self.process_group)
         with checkpoint.loading_from(path):
             self.load_state_dict(state)
+        arguments.warn_unless_repeatable(self.source)
         if rank(self.process_group) > 0:  # so that ranks draw different dropout masks
             torch.manual_seed(int(torch.randint(2**62, ())) + rank(self.process_group))

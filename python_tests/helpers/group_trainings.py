@@ -3,8 +3,10 @@
 torchrun --standalone --nproc-per-node N group_trainings.py FOLDER
 """
 
+import gc
 import importlib
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -126,6 +128,27 @@ def refused(group):
     raise AssertionError("a step with a NaN task was applied")
 
 
+DOCS = Path(__file__).parents[2] / "docs"
+FLAGS = re.MULTILINE | re.DOTALL
+
+
+def by_hand(group):
+    """The parameters after the plain loop of docs/distributed.md, with the model inside DDP."""
+    names = {}
+    page = (DOCS / "distributed.md").read_text()
+    code = re.search(
+        r"^import torch\n(?:(?!```).)*?^def train_by_hand.*?(?=^def main)", page, FLAGS
+    )
+    exec(code[0], names)
+    torch.manual_seed(0)
+    model = mlp(1, 12, 1).to(torch.float64)
+    if group is not None:
+        model = nn.parallel.DistributedDataParallel(model).module
+        gc.collect()  # the wrapper is in a cycle, and refers to the group, which must end first
+    names["train_by_hand"](model, group)
+    return [p.detach() for p in model.parameters()]
+
+
 def mismatch(group):
     """The message about a number that is not the same on all ranks; None if there is none."""
     check_same(7, "the number is", group)
@@ -144,6 +167,7 @@ def main():
         results = {name: trained(make, group) for name, make in TRAININGS.items()}
         results["refused"] = refused(group)
         results["mismatch"] = mismatch(group)
+        results["by hand"] = by_hand(group) if DOCS.is_dir() else None
     return results
 
 

@@ -16,6 +16,7 @@ from imaml_ext import (
     Reptile,
     TaskBatch,
     TruncatedMAML,
+    conjugate_gradient,
     module_loss,
 )
 from imaml_ext.problem.lam import flatten_lam
@@ -196,6 +197,108 @@ def test_invalid_settings_are_rejected():
             method.meta_gradient(TaskBatch((x, x), (x[:2], x[:2])))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference mode"):
         MAML(loss, params).meta_gradient(TaskBatch((x, x), (x, x)))
+
+
+MODEL = torch.nn.Linear(1, 1)
+LOSS = module_loss(MODEL, torch.nn.functional.mse_loss)
+
+
+def linear_loss(params, data):
+    x, y = data
+    return (x @ params["weight"].T + params["bias"] - y).square().mean()
+
+
+@pytest.mark.parametrize("name", ["loss", "query_loss"])
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        ("mse", "got str"),
+        (3, "got int"),
+        (torch.nn.functional.mse_loss, "got torch's mse_loss"),
+        (torch.nn.MSELoss(), "got torch's MSELoss"),
+        (torch.nn.MSELoss, "got the class MSELoss"),
+        (MODEL, r"got Linear\(input\)"),
+        (lambda params: 0.0, r"got <lambda>\(params\)"),
+    ],
+    ids=str,
+)
+def test_a_loss_that_is_no_function_of_parameters_and_data_is_refused(make, loss, got, name):
+    if make is ALL["reptile"] and name == "query_loss":
+        pytest.skip("takes none")
+    losses = {"loss": LOSS} | {name: loss}
+    with pytest.raises(TypeError, match=rf"^{name} must be a function of \(params, data\), {got}"):
+        make(losses.pop("loss"), dict(MODEL.named_parameters()), **losses)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [MODEL, list(MODEL.parameters()), MODEL.named_parameters(), None, {"weight": 3}],
+    ids=lambda value: type(value).__name__,
+)
+def test_parameters_that_are_no_mapping_to_tensors_are_refused(make, params):
+    with pytest.raises(TypeError, match=r"pass dict\(model.named_parameters\(\)\)"):
+        make(LOSS, params)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"inner": "adam"}, TypeError, "inner must be an instance of InnerSolver, got str"),
+        ({"inner": GradientDescent}, TypeError, "got the class GradientDescent: pass one"),
+        ({"inner": ConjugateGradient()}, TypeError, "got ConjugateGradient"),
+        ({"linear": "cg"}, TypeError, "linear must be an instance of LinearSolver, got str"),
+        ({"linear": ConjugateGradient}, TypeError, "got the class ConjugateGradient: pass one"),
+        ({"linear": conjugate_gradient}, TypeError, "got function: pass one"),
+        ({"adapt_proximal": "no"}, ValueError, "adapt_proximal must be one of False, True"),
+        (
+            {"linear": ConjugateGradient(preconditioner="adam")},
+            ValueError,
+            r"'adam' needs .* use inner=Adam\(...\), got GradientDescent",
+        ),
+        (
+            {"loss": linear_loss, "linear": ConjugateGradient(curvature="ggn")},
+            TypeError,
+            "^linear has curvature='ggn', .* build the loss by module_loss",
+        ),
+        (
+            {"loss": linear_loss, "inner": HessianFree()},
+            TypeError,
+            "^inner.linear has curvature='ggn', .* build the loss by module_loss",
+        ),
+    ],
+    ids=str,
+)
+def test_solvers_that_would_fail_in_every_meta_gradient_are_refused(settings, error, message):
+    settings = {"loss": LOSS, "params": dict(MODEL.named_parameters())} | settings
+    with pytest.raises(error, match=message):
+        IMAML(**settings)
+
+
+def test_a_flag_that_is_no_bool_is_refused():
+    params = dict(MODEL.named_parameters())
+    for flag in ("learn_lr", "accelerated"):
+        with pytest.raises(ValueError, match=f"{flag} must be one of False, True, got 'no'"):
+            MAML(LOSS, params, lam=1.0, **{flag: "no"})
+
+
+def test_a_batch_may_be_a_pair(make, device):
+    problem, params, batch = setting(device)
+    want = make(problem.loss, params).meta_gradient(batch)
+    got = make(problem.loss, params).meta_gradient((batch.support, batch.query))
+    assert all(torch.equal(got.params[name], want.params[name]) for name in params)
+    with pytest.raises(TypeError, match="a batch must be TaskBatch"):
+        make(problem.loss, params).meta_gradient(batch.support)
+
+
+def test_a_description_explains_each_status_once(device):
+    problem, params, batch = setting(device, 4)
+    x, y = (t.clone() for t in batch.support)
+    y[2] = torch.nan
+    method = IMAML(problem.loss, params, lam=1.5, inner=INNER)
+    text = method.meta_gradient(TaskBatch((x, y), batch.query)).describe()
+    assert text.count("NONFINITE: 1 of 4 tasks: 2") == 2  # the inner and the linear solve
+    assert text.count("lower the inner learning rate") == 1
+    assert text.count("(") == text.count(")") == len(set(text.split("(")[1:]))
 
 
 def test_a_nonfinite_gradient_fails_its_task_even_if_the_losses_are_finite(device):

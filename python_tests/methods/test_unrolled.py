@@ -7,9 +7,13 @@ from method_problems import INNER, derivative, query_loss, setting
 from imaml_ext import (
     FOMAML,
     IMAML,
+    LBFGS,
     MAML,
+    Adam,
     ConjugateGradient,
+    External,
     GradientDescent,
+    HessianFree,
     NeumannSeries,
     Reptile,
     TruncatedMAML,
@@ -215,3 +219,54 @@ def test_maml_converged_to_the_optimum_is_implicit_maml(device):
     )
     a, b = (problem.layout.flatten(m.meta_gradient(batch).params) for m in (unrolled, implicit))
     torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+class WithItsOwnSteps(GradientDescent):
+    def solve(self, problem):
+        return super().solve(problem)
+
+
+UNROLLED = {
+    "maml": MAML,
+    "accelerated": lambda *args, **s: MAML(*args, lam=1.5, accelerated=True, **s),
+    "truncated": lambda *args, **s: TruncatedMAML(*args, last=1, **s),
+    "fomaml": FOMAML,
+    "reptile": Reptile,
+}
+OTHER_SOLVERS = {
+    "Adam": Adam(),
+    "LBFGS": LBFGS(),
+    "HessianFree": HessianFree(),
+    "External": External(lambda problem: problem.start()),
+    "WithItsOwnSteps": WithItsOwnSteps(),
+    "the class GradientDescent": GradientDescent,
+    "str": "gd",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SOLVERS)
+@pytest.mark.parametrize("make", UNROLLED.values(), ids=list(UNROLLED))
+def test_an_inner_solver_whose_steps_are_not_unrolled_is_refused_at_once(make, name):
+    problem, params, _ = setting("cpu")
+    with pytest.raises(TypeError, match="inner must be an instance of GradientDescent") as caught:
+        make(problem.loss, params, inner=OTHER_SOLVERS[name])
+    assert str(caught.value).endswith(f"got {name}: IMAML takes any inner solver")
+
+
+def test_a_step_size_that_no_step_uses_is_refused():
+    problem, params, _ = setting("cpu")
+    with pytest.raises(ValueError, match=r"learn_lr needs .* at least 1 step, got steps=0"):
+        MAML(problem.loss, params, inner=GradientDescent(steps=0), learn_lr=True)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_reptile_without_a_step_on_the_query_set_is_refused(steps):
+    problem, params, _ = setting("cpu")
+    with pytest.raises(ValueError, match=f"one on the query set, got steps={steps}"):
+        Reptile(problem.loss, params, inner=GradientDescent(steps=steps))
+
+
+def test_reptile_refuses_a_query_loss_which_its_gradient_would_ignore():
+    problem, params, _ = setting("cpu")
+    with pytest.raises(TypeError, match="query_loss"):
+        Reptile(problem.loss, params, query_loss=problem.loss)

@@ -14,6 +14,7 @@ from imaml_ext import (
     Adam,
     Backtracking,
     ConjugateGradient,
+    External,
     GradientDescent,
     HessianFree,
     Status,
@@ -209,6 +210,22 @@ def test_the_adam_preconditioner_gives_the_same_meta_gradient(device):
             lambda: GradientDescent.accelerated(lr=1.0, steps=3, strong_convexity=2.0),
             r"lr \* strong_convexity must be in \(0, 1\)",
         ),
+        (
+            lambda: GradientDescent.accelerated(lr=0.1, steps=3, strong_convexity=float("nan")),
+            "strong_convexity must be positive and finite, got nan",
+        ),
+        (
+            lambda: GradientDescent(momentum=0.5, nesterov="no"),
+            "nesterov must be one of False, True, got 'no'",
+        ),
+        (lambda: Adam(betas=0.9), r"betas must be two numbers in \[0, 1\), got 0.9"),
+        (lambda: Adam(betas=None), "betas must be two numbers"),
+        (lambda: External(lambda problem: 0, tol=-1.0), r"tol must be in \[0, inf\], got -1.0"),
+        (
+            lambda: HessianFree(linear=ConjugateGradient(preconditioner="adam")),
+            "preconditioner='adam' needs inner=Adam",
+        ),
+        (lambda: ConjugateGradient(probes=3), "probes=3 needs preconditioner='jacobi'"),
         (lambda: Adam(lr=-1.0), "lr must be positive"),
         (lambda: Adam(betas=(0.9, 1.0)), r"each of betas must be in \[0, 1\)"),
         (lambda: Adam(eps=-1.0), r"eps must be in \[0, inf\], got -1.0"),
@@ -221,4 +238,26 @@ def test_the_adam_preconditioner_gives_the_same_meta_gradient(device):
 )
 def test_bad_settings_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GradientDescent(lr=torch.tensor(0.1)), "lr must be a number, got tensor"),
+        (
+            lambda: GradientDescent.accelerated(lr="x", steps=3, strong_convexity=1.0),
+            "lr must be a number, got 'x'",
+        ),
+        (lambda: LBFGS(line_search="strong_wolfe"), "line_search must be .* Backtracking, got str"),
+        (lambda: HessianFree(line_search=None), "line_search must be .* Backtracking, got None"),
+        (lambda: HessianFree(linear="cg"), "linear must be .* LinearSolver, got str"),
+        (lambda: External("scipy"), r"fn must be a function of \(problem\), got str"),
+        (lambda: External(torch.optim.LBFGS), "got the class LBFGS"),
+        (lambda: External(lambda: 0), r"got <lambda>\(\)"),
+        (lambda: External(lambda problem: 0, tol="x"), "tol must be a number, got 'x'"),
+    ],
+)
+def test_settings_of_another_type_are_rejected(make, message):
+    with pytest.raises(TypeError, match=message):
         make()

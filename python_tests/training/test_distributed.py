@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from group_trainings import TASKS, TRAININGS, trained
+from group_trainings import DOCS, TASKS, TRAININGS, by_hand, trained
 
 from imaml_ext.cli import main
 from imaml_ext.training.checkpoint import load_checkpoint
@@ -77,6 +77,16 @@ def test_every_process_refuses_a_step_and_the_one_with_the_failed_task_names_it(
 def test_a_number_that_differs_from_that_of_rank_0_is_refused(group):
     expected = [f"the number is {rank} on rank {rank}, but 0 on rank 0" for rank in (1, 2)]
     assert [results["mismatch"] for results in group] == [None, *expected[: len(group) - 1]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DOCS.is_dir(), reason="needs the source tree")
+def test_a_plain_loop_that_averages_as_documented_trains_as_one_process(group):
+    expected = by_hand(None)
+    for results in group:
+        for got, first, want in zip(results["by hand"], group[0]["by hand"], expected, strict=True):
+            assert torch.equal(got, first)
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.slow

@@ -73,7 +73,8 @@ def test_tensorboard_shows_each_step_once_after_a_resumed_run(tmp_path):
 
 def test_the_error_without_tensorboard_names_the_package(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    run = [*QUICK, "--meta-steps", "2", "--tensorboard", "--out", str(tmp_path)]
+    run = [*QUICK, "--meta-steps", "2", "--tensorboard", "--out", str(tmp_path / "run")]
     assert main(run) == 1
     error = capsys.readouterr().err
     assert error == "imaml-ext: error: --tensorboard needs TensorBoard: pip install tensorboard\n"
+    assert not (tmp_path / "run").exists()

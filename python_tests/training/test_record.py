@@ -51,7 +51,7 @@ def test_a_deferred_record_is_read_once_when_it_is_accessed():
         reads.append(1)
         deferred.record = {"loss": 2.0, "step": 1}
 
-    deferred = DeferredRecord(read, 0.0, schedule=None)
+    deferred = DeferredRecord(read)
     assert reads == []
     assert deferred["loss"] == 2
     assert dict(deferred) == {"loss": 2.0, "step": 1}
@@ -64,6 +64,6 @@ def test_a_deferred_record_of_a_refused_step_raises_its_error():
     def read():
         deferred.error = ArithmeticError("refused")
 
-    deferred = DeferredRecord(read, 0.0, schedule=None)
+    deferred = DeferredRecord(read)
     with pytest.raises(ArithmeticError, match="refused"):
         deferred["loss"]

@@ -1,5 +1,8 @@
 """The outer loop: which tensors are learned, and that steps with non-finite tasks are refused."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ from trainings import WithNan, make_method, sinusoid, state_of
 from imaml_ext import FOMAML, IMAML, GradientDescent, TaskBatch, Trainer, evaluate, module_loss
 from imaml_ext.data import Sinusoid
 from imaml_ext.experiments.models import mlp
+from imaml_ext.training.capture import no_capture
 from imaml_ext.training.trainer import NonfiniteError
 
 CPU = torch.device("cpu")
@@ -62,6 +66,38 @@ def test_a_non_finite_step_is_refused_and_changes_nothing():
         trainer.step()
     assert trainer.steps == 3
     assert_unchanged(trainer, before)
+
+
+def test_a_refusal_explains_each_status_once():
+    trainer = Trainer(make_method(CPU), WithNan(CPU, {0}, 2))
+    with pytest.raises(NonfiniteError) as caught:
+        trainer.step()
+    message = str(caught.value)
+    assert message.count("NONFINITE: 1 of 6 tasks: 2") == 2  # the inner and the linear solve
+    assert message.count("lower the inner learning rate") == 1
+
+
+def with_unread_records():
+    method = make_method(CPU)
+    sgd = torch.optim.SGD(method.learned().values(), lr=0.01, fused=True)
+    trainer = Trainer(method, sinusoid(CPU), sgd, capture=no_capture)
+    return trainer, [trainer.step() for _ in range(3)]
+
+
+def test_a_trainer_with_unread_records_is_freed_with_its_last_reference():
+    trainer, records = with_unread_records()
+    freed = weakref.ref(trainer)
+    gc.disable()
+    try:
+        del trainer, records
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_a_record_can_be_read_without_another_reference_to_the_trainer():
+    _, records = with_unread_records()
+    assert [record["step"] for record in records] == [1, 2, 3]
 
 
 def test_a_failed_task_is_omitted_on_request():

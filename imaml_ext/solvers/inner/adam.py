@@ -44,8 +44,8 @@ class Adam(InnerSolver):
 
     def __post_init__(self) -> None:
         check_settings(lr=self.lr, steps=self.steps, tol=self.tol)
-        if len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         for beta in self.betas:
             check_range("each of betas", beta, "[0, 1)")
         check_range("eps", self.eps, "[0, inf]")

@@ -58,7 +58,7 @@ def new_status(problem: Proximal) -> Tensor:
     return torch.zeros(problem.tasks, dtype=torch.int32, device=problem.theta.device)
 
 
-def check_settings(*, lr: float = 1.0, steps: int, tol: float | None) -> None:
+def check_settings(*, lr: float = 1.0, steps: int = 0, tol: float | None) -> None:
     check_range("lr", lr, "(0, inf)")
     check_integer("steps", steps, minimum=0)
     if tol is not None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imaml_ext._checks import check_callable
 from imaml_ext.problem.layout import Params
 from imaml_ext.problem.proximal import Proximal
-from imaml_ext.solvers.inner.base import InnerSolver, new_status, unverified
+from imaml_ext.solvers.inner.base import InnerSolver, check_settings, new_status, unverified
 from imaml_ext.solvers.solution import Solution
 
 
@@ -26,11 +27,15 @@ class External(InnerSolver):
         tol: a task is CONVERGED if `‖∇G_i‖ <= tol`; None: never.
 
     Raises:
-        TypeError, ValueError: fn did not return such a phi.
+        TypeError, ValueError: a setting is invalid; or, by `solve`, fn did not return such a phi.
     """
 
     fn: Callable[[Proximal], Tensor | Params]
     tol: float | None = None
+
+    def __post_init__(self) -> None:
+        check_callable("fn", self.fn, "(problem)")
+        check_settings(tol=self.tol)
 
     def solve(self, problem: Proximal) -> Solution:
         # A copy of theta, since fn might write to it; fn may use autograd itself.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from imaml_ext._checks import check_range
+from imaml_ext._checks import check_choice, check_range
 from imaml_ext.ops.rows import prox_gd_
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner.base import (
@@ -41,6 +41,7 @@ class GradientDescent(InnerSolver):
     def __post_init__(self) -> None:
         check_settings(lr=self.lr, steps=self.steps, tol=self.tol)
         check_range("momentum", self.momentum, "[0, 1)")
+        check_choice("nesterov", self.nesterov, (False, True))
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a positive momentum")
 
@@ -57,11 +58,13 @@ class GradientDescent(InnerSolver):
                 momentum is `(1 - sqrt(lr mu)) / (1 + sqrt(lr mu))`.
 
         Raises:
-            ValueError: `lr mu` is not in (0, 1), or another setting is out of range.
+            TypeError, ValueError: `lr mu` is not in (0, 1), or as in `GradientDescent`.
 
         Source: Nesterov 2004, "Introductory lectures on convex optimization", scheme 2.2.11.
         """
-        root = math.sqrt(lr * strong_convexity) if lr * strong_convexity > 0 else math.nan
+        check_range("lr", lr, "(0, inf)")
+        check_range("strong_convexity", strong_convexity, "(0, inf)")
+        root = math.sqrt(lr * strong_convexity)
         if not 0 < root < 1:
             raise ValueError(
                 f"lr * strong_convexity must be in (0, 1), got {lr} and {strong_convexity}: "

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from imaml_ext._checks import check_range
+from imaml_ext._checks import check_instance, check_range
 from imaml_ext.ops.rows import row_dot
 from imaml_ext.problem.objective import Matvec
 from imaml_ext.problem.proximal import Proximal
@@ -17,6 +17,7 @@ from imaml_ext.solvers.inner.base import (
     update_status,
 )
 from imaml_ext.solvers.inner.line_search import Backtracking, rounding_error
+from imaml_ext.solvers.linear.base import LinearSolver
 from imaml_ext.solvers.linear.cg import ConjugateGradient
 from imaml_ext.solvers.solution import Solution, Status, all_done
 
@@ -55,6 +56,10 @@ class HessianFree(InnerSolver):
     def __post_init__(self) -> None:
         check_settings(steps=self.steps, tol=self.tol)
         check_range("damping", self.damping, "[0, inf)")
+        check_instance("line_search", self.line_search, Backtracking, "pass Backtracking(...)")
+        check_instance("linear", self.linear, LinearSolver, "pass one, such as ConjugateGradient()")
+        if getattr(self.linear, "preconditioner", None) == "adam":
+            raise ValueError("preconditioner='adam' needs inner=Adam(...), got HessianFree")
 
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:

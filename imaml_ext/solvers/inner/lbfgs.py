@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from imaml_ext._checks import check_integer
+from imaml_ext._checks import check_instance, check_integer
 from imaml_ext.ops.rows import row_dot
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner.base import (
@@ -51,6 +51,7 @@ class LBFGS(InnerSolver):
     def __post_init__(self) -> None:
         check_settings(steps=self.steps, tol=self.tol)
         check_integer("history", self.history, minimum=1)
+        check_instance("line_search", self.line_search, Backtracking, "pass Backtracking(...)")
 
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:

@@ -44,6 +44,8 @@ class ConjugateGradient(LinearSolver):
         super().__post_init__()
         check_choice("preconditioner", self.preconditioner, ("jacobi", "adam", None))
         check_integer("probes", self.probes, minimum=1)
+        if self.preconditioner != "jacobi" and self.probes != type(self).probes:
+            raise ValueError(f"probes={self.probes} needs preconditioner='jacobi'")
 
     def _solve(self, system: LinearSystem) -> Solution:
         preconditioner = None
