@@ -65,7 +65,7 @@ class Usage(TorchFunctionMode):
     As a context it records the tensors, not vmapped, that operators receive.
 
     Attributes:
-        recorded: whether the context has been used.
+        recorded: whether an evaluation of the loss has been recorded.
     """
 
     def __init__(self, loss: Any, data: Any) -> None:
@@ -76,10 +76,6 @@ class Usage(TorchFunctionMode):
         self._modules = [(name, m, m.training) for name, m in _modules(loss)]
         # Weak references: most are temporary, and could not change.
         self._tensors: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-
-    def __exit__(self, *error: Any) -> None:
-        self.recorded = True
-        super().__exit__(*error)
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

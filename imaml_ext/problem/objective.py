@@ -93,7 +93,9 @@ class Objective:
     def losses(self, rows: Tensor) -> Tensor:
         """[B] from [B, D]."""
         with self.computing():
-            return self._for_each_task(self._one_loss, rows, self.data)
+            losses = self._for_each_task(self._one_loss, rows, self.data)
+        self._end_recording()
+        return losses
 
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [B] and gradients [B, D]."""
@@ -135,16 +137,21 @@ class Objective:
         Raises:
             ValueError: they do not.
         """
-        if not self._unchecked:
-            return
-        self._unchecked = False
-        leaves, contains_rows, complete = leaves_besides(losses, rows)
-        if not complete and not leaves:
+        if self._unchecked:
+            self._unchecked = False
+            self._check_graph(losses, rows, self.losses)
+
+    def _check_graph(
+        self, outputs: Tensor, at: Tensor, function: Callable[[Tensor], Tensor]
+    ) -> None:
+        leaves, contains, complete = leaves_besides(outputs, at)
+        others = bool(leaves)
+        if not (complete or others):
             with torch.enable_grad():
-                captured = self.losses(rows.detach()).requires_grad
-        if leaves or (not complete and captured):
+                others = function(at.detach()).requires_grad
+        if others:
             raise ValueError(captured_message(self.loss, leaves, self.layout.shapes))
-        if complete and not contains_rows:
+        if complete and not contains:
             raise ValueError(
                 f"{self._label}: the loss does not depend differentiably on the parameters"
             )
@@ -188,16 +195,27 @@ class Objective:
                 "or use curvature='hessian'"
             )
         x, y = self.loss.pair(self.data)
-        parts, record = OutputParts(), cast(Any, self._record)
-        one_output: Any = partial(self._one_output, parts=parts)
-        one_criterion = partial(self._one_criterion, parts=parts)
-        leaf, (outputs, constants) = record(
-            lambda leaf: self._for_each_task(one_output, leaf, x), rows
-        )
-        z, losses = record(
-            lambda z: self._for_each_task(one_criterion, leaf, z, constants, y), outputs
-        )
+        parts = OutputParts()
+        constants: list[Tensor] = []
+
+        def outputs_at(leaf: Tensor) -> Tensor:
+            nonlocal constants
+            one: Any = partial(self._one_output, parts=parts)
+            outputs, constants = cast(Any, self._for_each_task(one, leaf, x))
+            return cast(Tensor, outputs)
+
+        def losses_at(z: Tensor) -> Tensor:
+            one = partial(self._one_criterion, parts=parts)
+            return self._for_each_task(one, leaf, z, constants, y)
+
+        leaf, outputs = self._record(outputs_at, rows)
+        z, losses = self._record(losses_at, outputs)
+        self._end_recording()
         check_criterion(losses, leaf, self.loss.model)
+        if self._unchecked:
+            self._unchecked = False
+            self._check_graph(outputs, leaf, outputs_at)
+            self._check_graph(losses, z, losses_at)
         check_differentiable_twice(losses, z)
         check_differentiable_twice(outputs, leaf)
         out_grad = _vjp(losses, z, torch.ones_like(losses), create_graph=True)
@@ -225,6 +243,10 @@ class Objective:
 
     def _recording_usage(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.usage is None or self.usage.recorded else self.usage
+
+    def _end_recording(self) -> None:
+        if self.usage is not None:
+            self.usage.recorded = True
 
     def _params(self, row: Tensor) -> Params:
         return self.layout.unflatten(row) | self.shared

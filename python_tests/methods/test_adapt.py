@@ -235,10 +235,27 @@ def test_a_body_left_in_the_model_is_named():
     message = r"the loss depends on 0\.weight, 0\.bias, which require grad, .* pass them in shared="
     with pytest.raises(ValueError, match=message):
         adapt(loss, head, data(), lam=LAM)
+    ggn = ConjugateGradient(curvature="ggn")
+    for settings in ({"inner": HessianFree(steps=1)}, {"linear": ggn}):
+        with pytest.raises(ValueError, match=message):
+            adapt(loss, head, data(), lam=LAM, **settings)
+        with pytest.raises(ValueError, match=message):
+            implicit_meta_grad(loss, head, data(), data(), lam=LAM, **settings)
     model[0].requires_grad_(False)
     phi = adapt(loss, head, data(), lam=LAM, **EXACT)
     vmap(loss)(phi, data()).mean().backward()
     assert head["2.weight"].grad.norm() > 0
+
+
+@pytest.mark.parametrize("linear", [ConjugateGradient(), ConjugateGradient(curvature="ggn")])
+def test_a_tensor_that_the_criterion_closes_over_is_named(linear):
+    model = nn.Linear(4, 1).double()
+    loss = module_loss(model, lambda outputs, y: STRENGTH * squared(outputs, y))
+    with pytest.raises(ValueError, match="the loss depends on STRENGTH, which requires grad"):
+        adapt(
+            loss, dict(model.named_parameters()), data(), lam=LAM,
+            inner=HessianFree(steps=1, linear=linear),
+        )  # fmt: skip
 
 
 def test_a_loss_that_calls_the_model_itself_is_rejected():
@@ -296,6 +313,17 @@ CHANGES = {
     ),
     "training mode of a layer": (lambda model, s: model[1].train(), r"1 \(Dropout\) was in eval"),
 }
+
+
+def test_a_change_of_what_the_criterion_uses_is_an_error():
+    model, weight = nn.Linear(4, 3).double(), torch.ones(3).double()
+    support = randn(3, 9, 4), torch.randint(0, 3, (3, 9))
+    loss = module_loss(model, nn.CrossEntropyLoss(weight=weight))
+    for inner in (GradientDescent(), HessianFree(steps=1)):
+        phi = adapt(loss, dict(model.named_parameters()), support, lam=1.0, warn=False, inner=inner)
+        weight[0] += 1
+        with pytest.raises(RuntimeError, match="weight, which the loss uses, was modified"):
+            phi["bias"].sum().backward()
 
 
 @pytest.mark.parametrize("change", CHANGES)
