@@ -117,7 +117,7 @@ def test_a_diverging_inner_loop_never_gives_a_nonfinite_gradient(name, data):
     for t in problem.params.values():
         t.requires_grad_()
     lr = 10.0 ** data.draw(st.integers(0, 30))
-    inner = GradientDescent(lr=lr, steps=data.draw(st.integers(1, 12)))
+    inner = GradientDescent(lr=lr, steps=data.draw(st.integers(2, 12)))
     out = METHODS[name](problem, inner=inner, nonfinite="omit").meta_gradient(problem.batch)
     tried[f"{name.split(',')[0]}, diverging"] += 1
     assert all(t.isfinite().all() for t in out.named().values())
@@ -164,7 +164,7 @@ def test_no_batch_makes_learned_tensors_nonfinite(name, data):
         t.requires_grad_()
     lr = 10.0 ** data.draw(st.integers(1, 30)) if diverging else 0.05
     method = METHODS[name](
-        problem, inner=GradientDescent(lr=lr, steps=data.draw(st.integers(1, 9))),
+        problem, inner=GradientDescent(lr=lr, steps=data.draw(st.integers(2, 9))),
         nonfinite=nonfinite,
     )  # fmt: skip
 
