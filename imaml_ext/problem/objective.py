@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.func import vmap
-from torch.utils import _pytree as pytree
 
 from imaml_ext.ops.vmap_layers import task_layers
+from imaml_ext.problem.batch import check_constant, count_tasks
 from imaml_ext.problem.captured import Usage, captured_message, leaves_besides
 from imaml_ext.problem.layout import Layout, Params
 from imaml_ext.problem.module_loss import ModuleLoss
@@ -77,12 +77,12 @@ class Objective:
         self.layout = layout
         self.data = data
         self.shared = shared or {}
-        self.tasks = _count_tasks(layout, data, label)
+        self.tasks = count_tasks(layout, data, label)
         self._label = label
         self._unchecked = check
         self.usage = Usage(loss, data) if track else None
         if check:
-            _check_constant(data, label)
+            check_constant(data, label)
 
     def with_inputs(self, data: Any, shared: Params) -> "Objective":
         """The same losses at other data, and at other values of the shared parameters."""
@@ -282,45 +282,11 @@ def check_no_transform() -> None:
         )
 
 
-def _check_constant(data: Any, label: str) -> None:
-    for number, leaf in enumerate(pytree.tree_leaves(data)):
-        if leaf.requires_grad:
-            raise ValueError(
-                f"{label} (tensor {number}) requires grad, but only adapt differentiates by data, "
-                "and only by support: use adapt, or detach it"
-            )
-
-
 def check_same_tasks(support: Objective, query: Objective) -> None:
     if support.tasks != query.tasks:
         raise ValueError(
             f"support has {support.tasks} tasks and query {query.tasks}: B must be the same"
         )
-
-
-def _count_tasks(layout: Layout, data: Any, label: str) -> int:
-    leaves = pytree.tree_leaves(data)
-    if not leaves:
-        raise ValueError(f"{label} has no tensors")
-    for number, leaf in enumerate(leaves):
-        place = f"{label} (tensor {number})"
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"{place} must be a tensor, got {type(leaf).__name__}")
-        if leaf.dim() == 0:
-            raise ValueError(f"{place} must be [B, ...], got a 0-d tensor")
-        if leaf.numel() == 0:
-            raise ValueError(f"{place} is empty: shape {list(leaf.shape)}")
-        if leaf.device != layout.device:
-            raise ValueError(f"{place} is on {leaf.device}, the parameters on {layout.device}")
-        if (leaf.is_floating_point() or leaf.is_complex()) and leaf.dtype != layout.dtype:
-            raise TypeError(f"{place} is {leaf.dtype}, the parameters are {layout.dtype}")
-    sizes: list[int] = [leaf.shape[0] for leaf in leaves]
-    if len(set(sizes)) > 1:
-        raise ValueError(
-            f"{label}: every tensor must have the same leading size B, the number of tasks, "
-            f"got {sizes}: stack the tasks; pad and mask examples where their numbers differ"
-        )
-    return sizes[0]
 
 
 def _scalar(loss: Any) -> Tensor:

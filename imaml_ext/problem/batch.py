@@ -1,0 +1,49 @@
+"""Checks of the data of a batch of tasks, pytrees of [B, N, ...] tensors."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from imaml_ext.problem.layout import Layout
+
+
+def count_tasks(layout: Layout, data: Any, label: str) -> int:
+    """B.
+
+    Raises:
+        TypeError: a leaf is not a tensor, or its floating dtype differs from that of the layout.
+        ValueError: there are no leaves, B or N is 0, or leading sizes or devices differ.
+    """
+    leaves = pytree.tree_leaves(data)
+    if not leaves:
+        raise ValueError(f"{label} has no tensors")
+    for number, leaf in enumerate(leaves):
+        place = f"{label} (tensor {number})"
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{place} must be a tensor, got {type(leaf).__name__}")
+        if leaf.dim() == 0:
+            raise ValueError(f"{place} must be [B, ...], got a 0-d tensor")
+        if leaf.numel() == 0:
+            raise ValueError(f"{place} is empty: shape {list(leaf.shape)}")
+        if leaf.device != layout.device:
+            raise ValueError(f"{place} is on {leaf.device}, the parameters on {layout.device}")
+        if (leaf.is_floating_point() or leaf.is_complex()) and leaf.dtype != layout.dtype:
+            raise TypeError(f"{place} is {leaf.dtype}, the parameters are {layout.dtype}")
+    sizes: list[int] = [leaf.shape[0] for leaf in leaves]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"{label}: every tensor must have the same leading size B, the number of tasks, "
+            f"got {sizes}: stack the tasks; pad and mask examples where their numbers differ"
+        )
+    return sizes[0]
+
+
+def check_constant(data: Any, label: str) -> None:
+    """Raises ValueError if a leaf requires grad."""
+    for number, leaf in enumerate(pytree.tree_leaves(data)):
+        if leaf.requires_grad:
+            raise ValueError(
+                f"{label} (tensor {number}) requires grad, but only adapt differentiates by data, "
+                "and only by support: use adapt, or detach it"
+            )
