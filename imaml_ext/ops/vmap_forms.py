@@ -193,6 +193,8 @@ def _new(tensor: Tensor, *size: Any) -> Any:
 
 def _elementwise(function: Any, input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Any:
     """torch only warns where the shapes differ, such as [N, 1] and [N]."""
+    if input.shape == target.shape:
+        return None
     shape = torch.broadcast_shapes(input.shape, target.shape)
     if shape not in (input.shape, target.shape):
         raise ValueError(

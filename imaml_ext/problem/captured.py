@@ -22,13 +22,9 @@ def leaves_besides(losses: Tensor, rows: Tensor) -> tuple[list[Tensor], bool, bo
     Also returns whether the graph contains `rows`, and whether it was searched completely.
     """
     end: Any = torch.autograd.graph.get_gradient_edge(rows).node
-    leaves, contains_rows, count = [], losses.grad_fn is end, 0
-    for node in graph_nodes(losses.grad_fn, end):
-        count += 1
-        if type(node).__name__ == "AccumulateGrad":
-            leaves.append(node.variable)
-        contains_rows = contains_rows or any(below is end for below, _ in node.next_functions)
-    return leaves, contains_rows, count < MOST_NODES - 2
+    nodes = list(graph_nodes(losses.grad_fn, end))
+    leaves = [node.variable for node in nodes if hasattr(node, "variable") and node is not end]
+    return leaves, end in nodes, len(nodes) < MOST_NODES - 1
 
 
 def captured_message(loss: Any, leaves: Sequence[Tensor], adapted: Collection[str]) -> str:

@@ -1,7 +1,7 @@
 """A loss built from a module and a criterion."""
 
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +25,7 @@ class ModuleLoss:
         _check_criterion(criterion, model)
         self.model = model
         self.criterion = criterion
+        self.uses_outputs_only = False  # the criterion, as far as is known
 
     def __call__(self, params: Params, data: tuple[Any, Any]) -> Tensor:
         x, y = self.pair(data)
@@ -36,9 +37,9 @@ class ModuleLoss:
         with self._swapped(params), vmap_forms():
             return self._forward(x)
 
-    def of_outputs(self, params: Params, outputs: Any, y: Any) -> Tensor:
-        """`criterion(outputs, y)`, with `params` in place of the model's."""
-        with self._swapped(params), vmap_forms():
+    def of_outputs(self, outputs: Any, y: Any, params: Params | None = None) -> Tensor:
+        """`criterion(outputs, y)`, with `params` in place of the model's if they are given."""
+        with nullcontext() if params is None else self._swapped(params), vmap_forms():
             return self._criterion(outputs, y)
 
     def _swapped(

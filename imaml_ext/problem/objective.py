@@ -194,8 +194,8 @@ class Objective:
                 "curvature='ggn' needs the model's outputs: build the loss with module_loss, "
                 "or use curvature='hessian'"
             )
-        x, y = self.loss.pair(self.data)
-        parts = OutputParts()
+        loss, parts = self.loss, OutputParts()
+        x, y = loss.pair(self.data)
         constants: list[Tensor] = []
 
         def outputs_at(leaf: Tensor) -> Tensor:
@@ -206,12 +206,15 @@ class Objective:
 
         def losses_at(z: Tensor) -> Tensor:
             one = partial(self._one_criterion, parts=parts)
-            return self._for_each_task(one, leaf, z, constants, y)
+            given = (z, constants, y) if loss.uses_outputs_only else (z, constants, y, leaf)
+            return self._for_each_task(one, *given)
 
         leaf, outputs = self._record(outputs_at, rows)
         z, losses = self._record(losses_at, outputs)
         self._end_recording()
-        check_criterion(losses, leaf, self.loss.model)
+        if not loss.uses_outputs_only:
+            check_criterion(losses, leaf, loss.model)
+            loss.uses_outputs_only = True
         if self._unchecked:
             self._unchecked = False
             self._check_graph(outputs, leaf, outputs_at)
@@ -259,11 +262,11 @@ class Objective:
         return parts.take_apart(self.loss.outputs(self._params(row), x))
 
     def _one_criterion(
-        self, row: Tensor, z: Tensor, constants: list[Tensor], y: Any, parts: OutputParts
+        self, z: Tensor, constants: list[Tensor], y: Any, row: Any = None, *, parts: OutputParts
     ) -> Tensor:
         assert isinstance(self.loss, ModuleLoss)
-        outputs = parts.put_together(z, constants)
-        loss = self.loss.of_outputs(self._params(row), outputs, y)
+        params = None if row is None else self._params(row)
+        loss = self.loss.of_outputs(parts.put_together(z, constants), y, params)
         return _scalar(loss).to(self.layout.dtype)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch._C import DisableTorchFunction
 
 from imaml_ext.problem.attributes import Attributes
 from imaml_ext.problem.layout import Params
@@ -48,7 +49,8 @@ def swapped(
     for other in others:
         for module in other.modules():
             attributes.add(module)
-    given = _replacements(model, named, params, required)
+    with DisableTorchFunction():  # a mode would be called for each shape
+        given = _replacements(model, named, params, required)
     changed = [slot for slot in slots if id(slot[2]) in given]
     try:
         for entries, key, tensor in changed:

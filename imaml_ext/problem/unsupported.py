@@ -159,24 +159,24 @@ def check_differentiable_twice(outputs: Tensor, inputs: Tensor) -> None:
     for node in graph_nodes(outputs.grad_fn, end):
         if type(node).__name__ == "WeightNormInterfaceBackward0":
             raise RuntimeError(f"wrong derivative: {type(node).__name__}")
-        if isinstance(node, BackwardCFunction) and _is_marked(type(node)._forward_cls, set()):  # type: ignore[attr-defined]
-            below = (other for n in graph_nodes(node, end) for other, _ in n.next_functions)
-            if end in below:
-                raise RuntimeError(f"marked with @once_differentiable: {type(node).__name__}")
+        marked = isinstance(node, BackwardCFunction) and _is_marked(type(node)._forward_cls, set())  # type: ignore[attr-defined]
+        if marked and end in graph_nodes(node, end):
+            raise RuntimeError(f"marked with @once_differentiable: {type(node).__name__}")
 
 
 def graph_nodes(start: Any, end: Any) -> Iterator[Any]:
-    """The graph below a node, including it, up to `end`; at most `MOST_NODES` nodes.
+    """The graph of a node down to `end`, with both; at most `MOST_NODES` nodes.
 
     Torch frees nodes with Python wrappers recursively: tens of thousands overflow the stack.
     """
-    stack, seen = [start], {None, end}
+    stack, seen = [start], {None}
     while stack and len(seen) < MOST_NODES:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
             yield node
-            stack += [below for below, _ in node.next_functions]
+            if node is not end:
+                stack += [below for below, _ in node.next_functions]
 
 
 def _is_marked(function: Any, seen: set[Any]) -> bool:
