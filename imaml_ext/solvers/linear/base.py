@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext._checks import check_choice, check_integer, check_like, check_range
+from imaml_ext._tracing import may_read_values
 from imaml_ext.ops.rows import row_dot
 from imaml_ext.problem.lam import lam_of_rows
 from imaml_ext.problem.objective import CurvatureKind, Matvec
@@ -143,6 +144,38 @@ def initial_status(rr: Tensor, tol2: Tensor) -> Tensor:
     """Status before the first iteration, from r·r and the squared tolerance, [B] int32."""
     status = torch.where(rr <= tol2, Status.CONVERGED, Status.RUNNING)
     return torch.where(rr.isfinite(), status, Status.NONFINITE).to(torch.int32)
+
+
+def with_true_residual(
+    system: LinearSystem, solution: Solution, rtol: float, atol: float, drift: Tensor
+) -> Solution:
+    """The solution, CONVERGED only where `|b - A x|` is at most twice the tolerance.
+
+    A row whose recurrence cannot have drifted, `drift <= max(residual, tolerance)`, is unchanged.
+    The others get their true residual, at one product; without a tolerance, which is then
+    `1000 eps |b|`, the bound `residual + drift` instead. On the CPU the product is skipped if no
+    row needs it.
+
+    Args:
+        drift: bound of the difference between `solution.residual` and `|b - A x|`, [B] float64.
+    """
+    b, x, status = system.b, solution.value, solution.status
+    measures = rtol > 0 or atol > 0
+    floor = (10 if measures else 1000) * torch.finfo(b.dtype).eps
+    tol = squared_tolerance(b, max(rtol, floor), atol).sqrt()
+    doubtful = (status <= Status.MAX_ITER) & (drift > torch.maximum(solution.residual, tol))
+    if may_read_values(status) and not bool(doubtful.any()):
+        return solution
+    residual = solution.residual + drift
+    if measures:
+        rest = b - system.product(x)
+        residual = row_dot(rest, rest).sqrt()
+    fails = doubtful & (status == Status.CONVERGED) & ~(residual <= 2 * tol)
+    return replace(
+        solution,
+        status=torch.where(fails, Status.MAX_ITER, status).to(torch.int32),
+        residual=torch.where(doubtful, residual, solution.residual),
+    )
 
 
 def finished(solution: Solution) -> Solution:

@@ -1,6 +1,6 @@
 """Conjugate gradient on a batch of independent linear systems."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from imaml_ext.solvers.linear.base import (
     finished,
     initial_status,
     squared_tolerance,
+    with_true_residual,
 )
 from imaml_ext.solvers.solution import Lanczos, Solution, Status, all_done
 
@@ -116,10 +117,11 @@ def _iterate(
 ) -> Solution:
     b = system.b
     if x0 is None:
-        x, r = torch.zeros_like(b), b.clone()
+        x, r, r0 = torch.zeros_like(b), b.clone(), b
     else:
-        x = x0.detach().clone(memory_format=torch.contiguous_format)
-        r = b - system.product(x)
+        x0 = x0.detach().contiguous()
+        x, r0 = x0.clone(), b - system.product(x0)
+        r = r0.clone()
     inverse = None if preconditioner is None else _inverse(preconditioner, b)
     rr = row_dot(r, r)
     tol2 = squared_tolerance(b, rtol, atol)
@@ -138,14 +140,52 @@ def _iterate(
             steps=steps, curvature=curvature[k], beta=beta[k], inverse=inverse, rz=rz,
         )  # fmt: skip
         del hp  # otherwise it would stay in memory while the next one is computed
-    negative = status == Status.NEGATIVE_CURVATURE
-    if system.lam.is_dense:  # for a scalar or diagonal Λ the kernel has done this
-        at_once = negative & (steps == 0)
-        x = torch.where(at_once[:, None], x + system.lam.solve(r), x)
+    count = steps + (status == Status.NEGATIVE_CURVATURE)
     # Without parameters there is no largest entry, and nothing to scale.
     scale = None if inverse is None or not inverse.shape[1] else 1 / inverse.amax(1).double()
-    lanczos = Lanczos.of_conjugate_gradient(curvature, beta, steps + negative, scale)
-    return Solution(x, status, steps, rr.sqrt(), lanczos)
+    lanczos = Lanczos.of_conjugate_gradient(curvature, beta, count, scale)
+    solution = Solution(x, status, steps, rr.sqrt(), lanczos)
+
+    eps = torch.finfo(b.dtype).eps
+    norm = lanczos.norm if scale is None else lanczos.norm / inverse.amin(1).double()
+    rounding = eps * norm * row_dot(x, x).sqrt()
+    if x0 is not None:
+        rounding = torch.maximum(rounding, eps * norm * row_dot(x0, x0).sqrt())
+    solution = with_true_residual(system, solution, rtol, atol, 10 * rounding)
+    # Without a solution, x grows along the directions without curvature, and with it the residual.
+    flat = (_rayleigh(curvature, beta).abs() <= eps * lanczos.norm).any(0)
+    size = torch.maximum(row_dot(b, b), row_dot(r0, r0)).sqrt()
+    lost = (solution.residual + rounding > size) & (flat | (10 * rounding > size))
+    return _with_proximal_steps(system, solution, x0, r0, lost)
+
+
+def _rayleigh(curvature: Tensor, beta: Tensor) -> Tensor:
+    """`p'Ap / p'Mp` of each iteration, [max_iter, B]; NaN for a frozen row.
+
+    `curvature` is `p'Ap / r'z`, and `p'Mp = (r'z)² (1 / r'z + 1 / previous r'z + ...)`.
+    """
+    rz = torch.cat([torch.ones_like(beta[:1]), beta[:-1].cumprod(0)])  # relative to the first
+    return curvature / (rz * (1 / rz).cumsum(0))
+
+
+def _with_proximal_steps(
+    system: LinearSystem, solution: Solution, x0: Tensor | None, r0: Tensor, lost: Tensor
+) -> Solution:
+    """`x0 + Λ^-1 r0` in the rows that are lost, and where the kernel would, had it a dense Λ."""
+    status = solution.status
+    lost = lost & (status <= Status.NEGATIVE_CURVATURE)
+    if system.lam.is_dense:  # for a scalar or diagonal Λ the kernel has done this
+        lost = lost | ((status == Status.NEGATIVE_CURVATURE) & (solution.steps == 0))
+    if may_read_values(status) and not bool(lost.any()):
+        return solution
+    x = system.lam.solve(r0) if x0 is None else x0 + system.lam.solve(r0)
+    return replace(
+        solution,
+        value=torch.where(lost[:, None], x, solution.value),
+        status=torch.where(lost, Status.NEGATIVE_CURVATURE, status).to(torch.int32),
+        steps=torch.where(lost, 0, solution.steps),
+        residual=torch.where(lost, row_dot(r0, r0).sqrt(), solution.residual),
+    )
 
 
 def _inverse(preconditioner: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from imaml_ext.solvers.linear.base import (
     LinearSystem,
     initial_status,
     squared_tolerance,
+    with_true_residual,
 )
 from imaml_ext.solvers.solution import Solution, Status, all_done
 
@@ -67,4 +68,7 @@ class NeumannSeries(LinearSolver):
             status = torch.where(moves & ~rr.isfinite(), Status.NONFINITE, status)
         at_once = (status == Status.NEGATIVE_CURVATURE) & (steps == 0)
         x = torch.where(at_once[:, None], system.lam.solve(system.b), x)
-        return Solution(x, status, steps, rr.sqrt())
+        solution = Solution(x, status, steps, rr.sqrt())
+        norm = 2 / self.lr  # at least |A|, or else the series diverges
+        drift = 10 * torch.finfo(x.dtype).eps * norm * row_dot(x, x).sqrt()
+        return with_true_residual(system, solution, self.rtol, self.atol, drift)
