@@ -102,12 +102,6 @@ class Lanczos:
         return torch.where(self.count[:, None] > 0, values + self.shift, torch.nan)
 
     @property
-    def norm(self) -> Tensor:
-        """Frobenius norm of the tridiagonal matrix, [B] float64: at least `largest` in magnitude."""
-        links = torch.linalg.vector_norm(self.link, dim=0)
-        return torch.hypot(torch.linalg.vector_norm(self.diagonal, dim=0), 2**0.5 * links)
-
-    @property
     def smallest(self) -> Tensor:
         """The smallest Ritz value, [B] float64: an upper bound of the smallest eigenvalue."""
         return self.ritz[:, 0]

@@ -147,33 +147,35 @@ def initial_status(rr: Tensor, tol2: Tensor) -> Tensor:
 
 
 def with_true_residual(
-    system: LinearSystem, solution: Solution, rtol: float, atol: float, drift: Tensor
+    system: LinearSystem, solution: Solution, norm: Tensor, rtol: float, atol: float, drift: Tensor
 ) -> Solution:
     """The solution, CONVERGED only where `|b - A x|` is at most twice the tolerance.
 
     A row whose recurrence cannot have drifted, `drift <= max(residual, tolerance)`, is unchanged.
-    The others get their true residual, at one product; without a tolerance, which is then
-    `1000 eps |b|`, the bound `residual + drift` instead. On the CPU the product is skipped if no
-    row needs it.
+    The others get their true residual, at one product for all rows; on the CPU it is skipped if no
+    row needs it. With rtol = atol = 0 there is no product: the tolerance is then `1000 eps |b|`,
+    and the others get the bound `residual + drift`.
 
     Args:
+        norm: `|b|`, [B] float64.
+        rtol, atol: those of the solve.
         drift: bound of the difference between `solution.residual` and `|b - A x|`, [B] float64.
     """
-    b, x, status = system.b, solution.value, solution.status
     measures = rtol > 0 or atol > 0
-    floor = (10 if measures else 1000) * torch.finfo(b.dtype).eps
-    tol = squared_tolerance(b, max(rtol, floor), atol).sqrt()
-    doubtful = (status <= Status.MAX_ITER) & (drift > torch.maximum(solution.residual, tol))
-    if may_read_values(status) and not bool(doubtful.any()):
+    floor = (10 if measures else 1000) * torch.finfo(system.b.dtype).eps
+    tol = (max(rtol, floor) * norm).clamp_min(atol)
+    doubtful = drift > torch.maximum(solution.residual, tol)
+    if may_read_values(drift) and not bool(doubtful.any()):
         return solution
+    doubtful &= solution.status <= Status.MAX_ITER  # or RUNNING: all steps taken
     residual = solution.residual + drift
     if measures:
-        rest = b - system.product(x)
+        rest = system.b - system.product(solution.value)
         residual = row_dot(rest, rest).sqrt()
-    fails = doubtful & (status == Status.CONVERGED) & ~(residual <= 2 * tol)
+    fails = doubtful & (solution.status == Status.CONVERGED) & ~(residual <= 2 * tol)
     return replace(
         solution,
-        status=torch.where(fails, Status.MAX_ITER, status).to(torch.int32),
+        status=torch.where(fails, Status.MAX_ITER, solution.status).to(torch.int32),
         residual=torch.where(doubtful, residual, solution.residual),
     )
 

@@ -1,7 +1,7 @@
 """Conjugate gradient on a batch of independent linear systems."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,16 +117,17 @@ def _iterate(
 ) -> Solution:
     b = system.b
     if x0 is None:
-        x, r, r0 = torch.zeros_like(b), b.clone(), b
+        x, r0 = torch.zeros_like(b), b
     else:
-        x0 = x0.detach().contiguous()
-        x, r0 = x0.clone(), b - system.product(x0)
-        r = r0.clone()
+        x = x0.detach().clone(memory_format=torch.contiguous_format)
+        r0 = b - system.product(x)
+    r = r0.clone()
     inverse = None if preconditioner is None else _inverse(preconditioner, b)
     rr = row_dot(r, r)
     tol2 = squared_tolerance(b, rtol, atol)
     status = initial_status(rr, tol2)
     x = torch.where(rr.isfinite()[:, None], x, 0.0)
+    start = _Start(r0, rr.sqrt(), None if x0 is None else x.clone())
     p = r.clone() if inverse is None else inverse * r
     rz = None if inverse is None else row_dot(r, p)
     steps = torch.zeros_like(status)
@@ -140,23 +141,66 @@ def _iterate(
             steps=steps, curvature=curvature[k], beta=beta[k], inverse=inverse, rz=rz,
         )  # fmt: skip
         del hp  # otherwise it would stay in memory while the next one is computed
-    count = steps + (status == Status.NEGATIVE_CURVATURE)
+    negative = status == Status.NEGATIVE_CURVATURE
+    if system.lam.is_dense:  # for a scalar or diagonal Λ the kernel has done this
+        at_once = negative & (steps == 0)
+        x = torch.where(at_once[:, None], x + system.lam.solve(r), x)
     # Without parameters there is no largest entry, and nothing to scale.
     scale = None if inverse is None or not inverse.shape[1] else 1 / inverse.amax(1).double()
-    lanczos = Lanczos.of_conjugate_gradient(curvature, beta, count, scale)
+    lanczos = Lanczos.of_conjugate_gradient(curvature, beta, steps + negative, scale)
     solution = Solution(x, status, steps, rr.sqrt(), lanczos)
+    return _checked(system, solution, start, (curvature, beta), inverse, rtol, atol)
 
-    eps = torch.finfo(b.dtype).eps
-    norm = lanczos.norm if scale is None else lanczos.norm / inverse.amin(1).double()
-    rounding = eps * norm * row_dot(x, x).sqrt()
-    if x0 is not None:
-        rounding = torch.maximum(rounding, eps * norm * row_dot(x0, x0).sqrt())
-    solution = with_true_residual(system, solution, rtol, atol, 10 * rounding)
-    # Without a solution, x grows along the directions without curvature, and with it the residual.
-    flat = (_rayleigh(curvature, beta).abs() <= eps * lanczos.norm).any(0)
-    size = torch.maximum(row_dot(b, b), row_dot(r0, r0)).sqrt()
-    lost = (solution.residual + rounding > size) & (flat | (10 * rounding > size))
-    return _with_proximal_steps(system, solution, x0, r0, lost)
+
+class _Start(NamedTuple):
+    """Where a solve started: r0, |r0|, and x0 unless that is 0."""
+
+    r: Tensor
+    residual: Tensor
+    x: Tensor | None
+
+
+def _checked(
+    system: LinearSystem,
+    solution: Solution,
+    start: _Start,
+    coefficients: tuple[Tensor, Tensor],
+    inverse: Tensor | None,
+    rtol: float,
+    atol: float,
+) -> Solution:
+    """The solution, with true residuals where needed, and `x0 + Λ^-1 r0` where A is singular.
+
+    Without curvature x grows without limit, and in the end the residual with it.
+    """
+    b, x, lanczos = system.b, solution.value, solution.lanczos
+    assert lanczos is not None
+    # The norm of a positive definite tridiagonal matrix is at most 3 times that of its diagonal.
+    rounding = torch.finfo(b.dtype).eps * torch.linalg.vector_norm(lanczos.diagonal, dim=0)
+    of_a = rounding if lanczos.scale is None or inverse is None else rounding / inverse.amin(1)
+    error = of_a * row_dot(x, x).sqrt()  # of the residual of x
+    size = norm = start.residual
+    if start.x is not None:
+        norm = row_dot(b, b).sqrt()
+        size = torch.maximum(size, norm)
+        error = torch.maximum(error, of_a * row_dot(start.x, start.x).sqrt())
+    checked = with_true_residual(system, solution, norm, rtol, atol, 20 * error)
+    residual = checked.residual if rtol > 0 or atol > 0 else solution.residual
+    worse = (residual + 3 * error > size) & (solution.steps > 0)
+    if may_read_values(b) and not bool(worse.any()):
+        return checked
+    # An ill-conditioned solve that will succeed may also be worse than x = 0 for a time, but hardly
+    # with such an x, or after such a direction.
+    flat = (_rayleigh(*coefficients).abs() <= 20 * rounding).any(0)
+    lost = worse & (flat | (20 * error > size))
+    x = system.lam.solve(start.r) if start.x is None else start.x + system.lam.solve(start.r)
+    return replace(
+        checked,
+        value=torch.where(lost[:, None], x, checked.value),
+        status=torch.where(lost, Status.NEGATIVE_CURVATURE, checked.status).to(torch.int32),
+        steps=torch.where(lost, 0, checked.steps),
+        residual=torch.where(lost, start.residual, checked.residual),
+    )
 
 
 def _rayleigh(curvature: Tensor, beta: Tensor) -> Tensor:
@@ -166,26 +210,6 @@ def _rayleigh(curvature: Tensor, beta: Tensor) -> Tensor:
     """
     rz = torch.cat([torch.ones_like(beta[:1]), beta[:-1].cumprod(0)])  # relative to the first
     return curvature / (rz * (1 / rz).cumsum(0))
-
-
-def _with_proximal_steps(
-    system: LinearSystem, solution: Solution, x0: Tensor | None, r0: Tensor, lost: Tensor
-) -> Solution:
-    """`x0 + Λ^-1 r0` in the rows that are lost, and where the kernel would, had it a dense Λ."""
-    status = solution.status
-    lost = lost & (status <= Status.NEGATIVE_CURVATURE)
-    if system.lam.is_dense:  # for a scalar or diagonal Λ the kernel has done this
-        lost = lost | ((status == Status.NEGATIVE_CURVATURE) & (solution.steps == 0))
-    if may_read_values(status) and not bool(lost.any()):
-        return solution
-    x = system.lam.solve(r0) if x0 is None else x0 + system.lam.solve(r0)
-    return replace(
-        solution,
-        value=torch.where(lost[:, None], x, solution.value),
-        status=torch.where(lost, Status.NEGATIVE_CURVATURE, status).to(torch.int32),
-        steps=torch.where(lost, 0, solution.steps),
-        residual=torch.where(lost, row_dot(r0, r0).sqrt(), solution.residual),
-    )
 
 
 def _inverse(preconditioner: Tensor, b: Tensor) -> Tensor:

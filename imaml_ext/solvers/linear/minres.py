@@ -67,8 +67,10 @@ class MINRES(LinearSolver):
             delta = cos * alpha - cos_old * sin * beta
             rho = torch.hypot(delta, beta_new)
             second, third = sin * alpha + cos_old * cos * beta, sin_old * beta
-            size = torch.maximum(size, torch.hypot(torch.hypot(alpha, beta), beta_new))
             running, finite = status == Status.RUNNING, rho.isfinite() & eta.isfinite()
+            seen = running & finite  # the product that finds A singular counts too
+            row = torch.hypot(torch.hypot(alpha, beta), beta_new)
+            size = torch.where(seen, torch.maximum(size, row), size)
             cos_new, sin_new = delta / rho, beta_new / rho
             w_new = _scaled(v - _scaled(w_old, third) - _scaled(w, second), 1 / rho)
             x_new = x + _scaled(w_new, cos_new * eta)
@@ -79,10 +81,9 @@ class MINRES(LinearSolver):
             kappa_new = torch.maximum(kappa, size * row_dot(w_new, w_new).sqrt())
             error = 0.1 * eps * kappa_new.sqrt() * size * row_dot(x_new, x_new).sqrt()
             stalls |= error > torch.maximum(eta.abs(), eps**0.5 * norm)
-            moves = running & finite & ~stalls
+            moves = seen & ~stalls
             status = torch.where(running & ~finite, Status.NONFINITE, status)
-            status = torch.where(running & finite & stalls, Status.MAX_ITER, status)
-            seen = running & finite  # the product that finds A singular counts too
+            status = torch.where(seen & stalls, Status.MAX_ITER, status)
             diagonal[k], link[k] = torch.where(seen, alpha, 0), torch.where(seen, beta_new, 0)
             count += seen
             cos_new, sin_new = torch.where(moves, cos_new, 0), torch.where(moves, sin_new, 0)
@@ -98,8 +99,8 @@ class MINRES(LinearSolver):
             cos_old, cos, sin_old, sin = cos, cos_new, sin, sin_new
         lanczos = Lanczos(diagonal, link[:-1], count)
         solution = Solution(x, status, steps, eta.abs(), lanczos)
-        drift = 10 * eps * kappa * lanczos.norm * row_dot(x, x).sqrt()
-        return with_true_residual(system, solution, self.rtol, self.atol, drift)
+        drift = 20 * eps * kappa * size * row_dot(x, x).sqrt()
+        return with_true_residual(system, solution, norm, self.rtol, self.atol, drift)
 
 
 def _scaled(rows: Tensor, factor: Tensor) -> Tensor:

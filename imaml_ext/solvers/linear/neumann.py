@@ -48,6 +48,7 @@ class NeumannSeries(LinearSolver):
     def _solve(self, system: LinearSystem) -> Solution:
         x, r = torch.zeros_like(system.b), system.b.clone()
         rr = row_dot(r, r)
+        norm = rr.sqrt()
         tol2 = squared_tolerance(system.b, self.rtol, self.atol)
         status = initial_status(rr, tol2)
         steps = torch.zeros_like(status)
@@ -69,6 +70,6 @@ class NeumannSeries(LinearSolver):
         at_once = (status == Status.NEGATIVE_CURVATURE) & (steps == 0)
         x = torch.where(at_once[:, None], system.lam.solve(system.b), x)
         solution = Solution(x, status, steps, rr.sqrt())
-        norm = 2 / self.lr  # at least |A|, or else the series diverges
-        drift = 10 * torch.finfo(x.dtype).eps * norm * row_dot(x, x).sqrt()
-        return with_true_residual(system, solution, self.rtol, self.atol, drift)
+        # |A| is at most 2 / lr, or the series diverges.
+        drift = 20 * torch.finfo(x.dtype).eps / self.lr * row_dot(x, x).sqrt()
+        return with_true_residual(system, solution, norm, self.rtol, self.atol, drift)
