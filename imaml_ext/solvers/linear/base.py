@@ -75,9 +75,14 @@ class LinearSolver(ABC):
     `Solution`; it runs under `torch.no_grad`.
 
     Args:
-        max_iter: maximum number of products with H.
-        rtol, atol: a task stops when `|r| <= max(atol, rtol |v|)`, or `|r| <= eps |v|`, below which
-            a recurrence only computes rounding errors.
+        max_iter: maximum number of products with H, not counting the check below.
+        rtol, atol: a task stops when the recurrence's `|r| <= max(atol, rtol |v|)`, or
+            `|r| <= eps |v|`, below which it only computes rounding errors. The task is CONVERGED if
+            then `|v - A x| <= 2 max(atol, rtol |v|, 10 eps |v|)`. Where the recurrence may have
+            drifted that is measured, by one product for all tasks: on the CPU only if a task needs
+            it, on an accelerator and in a recording always. With rtol = atol = 0, the default, no
+            product is computed: CONVERGED means that the bound `|r| + drift` is at most
+            `2000 eps |v|`.
         damping: added to the diagonal.
         curvature: what H is: "hessian", the Hessian of the support loss, or "ggn", its generalised
             Gauss-Newton matrix, positive semi-definite for the usual losses, for which the loss
@@ -119,8 +124,9 @@ class LinearSolver(ABC):
             second_moment: that of the inner solver's gradients, [B, D], if it kept one.
 
         Returns:
-            `value` is x [B, D], `residual` is `|r|` [B], and `lanczos` the curvature, if the
-            solver measures it. A row that is not finite is NONFINITE and its value is 0.
+            `value` is x [B, D], `residual` is `|b - A x|` [B], measured or by the recurrence, and
+            `lanczos` the curvature, if the solver measures it. A row that is not finite is
+            NONFINITE and its value is 0.
 
         Raises:
             TypeError, ValueError: an argument is invalid.

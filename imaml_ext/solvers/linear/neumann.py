@@ -24,9 +24,9 @@ class NeumannSeries(LinearSolver):
     size, and more slowly than conjugate gradient. At a minimum of the inner objective, K terms
     equal back-propagation through the last K inner steps of that size.
 
-    `value` is x and `residual` is `|b - A x|`, which grows if lr is too large. A row whose
-    curvature `r·Ar` is not positive is NEGATIVE_CURVATURE and keeps the previous sum; in the first
-    term, `x = Λ^-1 b`.
+    `value` is x and `residual` is `|b - A x|`, as in `LinearSolver`, which grows if lr is too
+    large. A row whose curvature `r·Ar` is not positive is NEGATIVE_CURVATURE and keeps the previous
+    sum; in the first term, `x = Λ^-1 b`.
 
     Args:
         max_iter, rtol, atol, damping, curvature: as in `LinearSolver`.
