@@ -17,11 +17,12 @@ class Status(IntEnum):
 
     Attributes:
         RUNNING: not finished; never in the report of a meta-gradient.
-        CONVERGED: the tolerance was reached.
+        CONVERGED: the tolerance was reached; by a linear solve, within the factor of 2 described in
+            `LinearSolver`.
         MAX_ITER: all steps were taken, or no further progress was possible; the value is the last
             iterate.
-        NEGATIVE_CURVATURE: a direction with `p'Ap <= 0` was found; the value is the previous
-            iterate, or the solution without H in the first iteration.
+        NEGATIVE_CURVATURE: a direction with `p'Ap <= 0` was found, or A is singular in this
+            precision; the value is the previous iterate, or, with 0 steps, the solution without H.
         NONFINITE: a loss, gradient or product is NaN or infinite; a linear solve's value is 0.
     """
 
@@ -121,9 +122,10 @@ class Solution:
         value: [B, D].
         status: `Status`, [B] int32.
         steps: number of updates, [B] int32.
-        residual: norm of the residual, [B] float64: the recurrence's `|r|` of a linear solve (with
-            negative curvature in the first iteration, that before the fallback), `‖∇G_i(phi_i)‖` of
-            an inner solve. NaN where the task is NONFINITE.
+        residual: norm of the residual, [B] float64: of a linear solve the recurrence's `|r|`, or
+            `|b - A x|` or a bound of it where the recurrence may have drifted (of the solution
+            without H, that before the solve); `‖∇G_i(phi_i)‖` of an inner solve. NaN where the task
+            is NONFINITE.
         lanczos: curvature measured in the solve, of the matrix that `residual` refers to.
         second_moment: running mean of the squared gradients, [B, D], if the inner solver keeps one.
     """

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext._checks import check_choice, check_integer, check_like, check_range
+from imaml_ext._tracing import may_read_values
 from imaml_ext.ops.rows import row_dot
 from imaml_ext.problem.lam import lam_of_rows
 from imaml_ext.problem.objective import CurvatureKind, Matvec
@@ -74,9 +75,14 @@ class LinearSolver(ABC):
     `Solution`; it runs under `torch.no_grad`.
 
     Args:
-        max_iter: maximum number of products with H.
-        rtol, atol: a task stops when `|r| <= max(atol, rtol |v|)`, or `|r| <= eps |v|`, below which
-            a recurrence only computes rounding errors.
+        max_iter: maximum number of products with H, not counting the check below.
+        rtol, atol: a task stops when the recurrence's `|r| <= max(atol, rtol |v|)`, or
+            `|r| <= eps |v|`, below which it only computes rounding errors. The task is CONVERGED if
+            then `|v - A x| <= 2 max(atol, rtol |v|, 10 eps |v|)`. Where the recurrence may have
+            drifted that is measured, by one product for all tasks: on the CPU only if a task needs
+            it, on an accelerator and in a recording always. With rtol = atol = 0, the default, no
+            product is computed: CONVERGED means that the bound `|r| + drift` is at most
+            `2000 eps |v|`.
         damping: added to the diagonal.
         curvature: what H is: "hessian", the Hessian of the support loss, or "ggn", its generalised
             Gauss-Newton matrix, positive semi-definite for the usual losses, for which the loss
@@ -118,8 +124,9 @@ class LinearSolver(ABC):
             second_moment: that of the inner solver's gradients, [B, D], if it kept one.
 
         Returns:
-            `value` is x [B, D], `residual` is `|r|` [B], and `lanczos` the curvature, if the
-            solver measures it. A row that is not finite is NONFINITE and its value is 0.
+            `value` is x [B, D], `residual` is `|b - A x|` [B], measured or by the recurrence, and
+            `lanczos` the curvature, if the solver measures it. A row that is not finite is
+            NONFINITE and its value is 0.
 
         Raises:
             TypeError, ValueError: an argument is invalid.
@@ -143,6 +150,40 @@ def initial_status(rr: Tensor, tol2: Tensor) -> Tensor:
     """Status before the first iteration, from r·r and the squared tolerance, [B] int32."""
     status = torch.where(rr <= tol2, Status.CONVERGED, Status.RUNNING)
     return torch.where(rr.isfinite(), status, Status.NONFINITE).to(torch.int32)
+
+
+def with_true_residual(
+    system: LinearSystem, solution: Solution, norm: Tensor, rtol: float, atol: float, drift: Tensor
+) -> Solution:
+    """The solution, CONVERGED only where `|b - A x|` is at most twice the tolerance.
+
+    A row whose recurrence cannot have drifted, `drift <= max(residual, tolerance)`, is unchanged.
+    The others get their true residual, at one product for all rows; on the CPU it is skipped if no
+    row needs it. With rtol = atol = 0 there is no product: the tolerance is then `1000 eps |b|`,
+    and the others get the bound `residual + drift`.
+
+    Args:
+        norm: `|b|`, [B] float64.
+        rtol, atol: those of the solve.
+        drift: bound of the difference between `solution.residual` and `|b - A x|`, [B] float64.
+    """
+    measures = rtol > 0 or atol > 0
+    floor = (10 if measures else 1000) * torch.finfo(system.b.dtype).eps
+    tol = (max(rtol, floor) * norm).clamp_min(atol)
+    doubtful = drift > torch.maximum(solution.residual, tol)
+    if may_read_values(drift) and not bool(doubtful.any()):
+        return solution
+    doubtful &= solution.status <= Status.MAX_ITER  # or RUNNING: all steps taken
+    residual = solution.residual + drift
+    if measures:
+        rest = system.b - system.product(solution.value)
+        residual = row_dot(rest, rest).sqrt()
+    fails = doubtful & (solution.status == Status.CONVERGED) & ~(residual <= 2 * tol)
+    return replace(
+        solution,
+        status=torch.where(fails, Status.MAX_ITER, solution.status).to(torch.int32),
+        residual=torch.where(doubtful, residual, solution.residual),
+    )
 
 
 def finished(solution: Solution) -> Solution:

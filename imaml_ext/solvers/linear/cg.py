@@ -1,7 +1,7 @@
 """Conjugate gradient on a batch of independent linear systems."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from imaml_ext.solvers.linear.base import (
     finished,
     initial_status,
     squared_tolerance,
+    with_true_residual,
 )
 from imaml_ext.solvers.solution import Lanczos, Solution, Status, all_done
 
@@ -75,24 +76,27 @@ def conjugate_gradient(
     every 64, to stop when all rows are done, but never while being recorded.
 
     Args:
-        matvec: maps [B, D] to [B, D], row i by `H_i`; called at most `max_iter` times, and once
-            more for `x0`.
+        matvec: maps [B, D] to [B, D], row i by `H_i`; called at most `max_iter` times, once more
+            for `x0`, and once more to check convergence.
         b: right-hand sides, [B, D], float32 or float64.
         lam: Λ: a float, or a tensor of shape [], [1] (scalar), [D] (diagonal) or [D, D] (dense).
         damping: added to the diagonal.
         max_iter: maximum number of iterations.
-        rtol, atol: a row stops when `|r| <= max(atol, rtol |b|)`, or `|r| <= eps |b|`, below which
-            the recurrence only computes rounding errors.
+        rtol, atol: when a row stops, and what CONVERGED means, as in `LinearSolver`.
         x0: initial x, [B, D]; default 0.
         preconditioner: diagonal of M, positive, [D] or [B, D]. The less the eigenvalues of
             M^-1 (H + Λ) are spread, the fewer iterations. The stopping criterion is still `|r|`.
 
     Returns:
-        `value` is x and `residual` the recurrence's `|r|`. A row with `b = 0` is CONVERGED in 0
-        steps. A row whose curvature `p·Ap` is not positive is NEGATIVE_CURVATURE and keeps the
-        previous iterate; in the first iteration, its value is `x0 + Λ^-1 r`, the solution without
-        H, where Λ > 0. A row with a non-finite entry is NONFINITE and its value is 0. Norms are
-        squared in float64 without scaling: float64 entries beyond 1e±150 overflow or underflow.
+        `value` is x and `residual` is `|b - A x|`: the recurrence's `|r|`, or the true one where
+        the two may differ by more than a factor of 2. A row with `b = 0` is CONVERGED in 0 steps. A
+        row whose curvature `p·Ap` is not positive is NEGATIVE_CURVATURE and keeps the previous
+        iterate; in the first iteration, its value is `x0 + Λ^-1 r`, the solution without H, where
+        Λ > 0. The latter, with 0 steps, also where A is singular in this precision: where the
+        residual, or its rounding error `10 eps |A| |x|`, exceeds `|b|`, and either a direction has
+        `p·Ap <= 4 eps |A| |p|²`, or `20 eps |A| |x| > |b|`; |A| is that of the curvature seen. A
+        row with a non-finite entry is NONFINITE and its value is 0. Norms are squared in float64
+        without scaling: float64 entries beyond 1e±150 overflow or underflow.
 
     Raises:
         TypeError, ValueError: `b`, `lam`, `x0` or a setting is invalid, or `matvec` did not
@@ -118,15 +122,17 @@ def _iterate(
 ) -> Solution:
     b = system.b
     if x0 is None:
-        x, r = torch.zeros_like(b), b.clone()
+        x, r0 = torch.zeros_like(b), b
     else:
         x = x0.detach().clone(memory_format=torch.contiguous_format)
-        r = b - system.product(x)
+        r0 = b - system.product(x)
+    r = r0.clone()
     inverse = None if preconditioner is None else _inverse(preconditioner, b)
     rr = row_dot(r, r)
     tol2 = squared_tolerance(b, rtol, atol)
     status = initial_status(rr, tol2)
     x = torch.where(rr.isfinite()[:, None], x, 0.0)
+    start = _Start(r0, rr.sqrt(), None if x0 is None else x.clone())
     p = r.clone() if inverse is None else inverse * r
     rz = None if inverse is None else row_dot(r, p)
     steps = torch.zeros_like(status)
@@ -147,7 +153,68 @@ def _iterate(
     # Without parameters there is no largest entry, and nothing to scale.
     scale = None if inverse is None or not inverse.shape[1] else 1 / inverse.amax(1).double()
     lanczos = Lanczos.of_conjugate_gradient(curvature, beta, steps + negative, scale)
-    return Solution(x, status, steps, rr.sqrt(), lanczos)
+    solution = Solution(x, status, steps, rr.sqrt(), lanczos)
+    return _checked(system, solution, start, (curvature, beta), inverse, rtol, atol)
+
+
+class _Start(NamedTuple):
+    """Where a solve started: r0, |r0|, and x0 unless that is 0."""
+
+    r: Tensor
+    residual: Tensor
+    x: Tensor | None
+
+
+def _checked(
+    system: LinearSystem,
+    solution: Solution,
+    start: _Start,
+    coefficients: tuple[Tensor, Tensor],
+    inverse: Tensor | None,
+    rtol: float,
+    atol: float,
+) -> Solution:
+    """The solution, with true residuals where needed, and `x0 + Λ^-1 r0` where A is singular.
+
+    Without curvature x grows without limit, and in the end the residual with it.
+    """
+    b, x, lanczos = system.b, solution.value, solution.lanczos
+    assert lanczos is not None
+    # |A|, within a factor of 3: for a positive definite tridiagonal matrix, the largest entry.
+    rounding = torch.finfo(b.dtype).eps * lanczos.diagonal.amax(0)
+    of_a = rounding if lanczos.scale is None or inverse is None else rounding / inverse.amin(1)
+    error = of_a * row_dot(x, x).sqrt()  # of the residual of x
+    size = norm = start.residual
+    if start.x is not None:
+        norm = row_dot(b, b).sqrt()
+        size = torch.maximum(size, norm)
+        error = torch.maximum(error, of_a * row_dot(start.x, start.x).sqrt())
+    checked = with_true_residual(system, solution, norm, rtol, atol, 20 * error)
+    residual = checked.residual if rtol > 0 or atol > 0 else solution.residual
+    worse = (residual + 10 * error > size) & (solution.steps > 0)
+    if may_read_values(b) and not bool(worse.any()):
+        return checked
+    # An ill-conditioned solve that will succeed may also be worse than x = 0 for a time, but hardly
+    # with such an x, or after such a direction.
+    flat = (_rayleigh(*coefficients).abs() <= 4 * rounding).any(0)
+    lost = worse & (flat | (20 * error > size))
+    x = system.lam.solve(start.r) if start.x is None else start.x + system.lam.solve(start.r)
+    return replace(
+        checked,
+        value=torch.where(lost[:, None], x, checked.value),
+        status=torch.where(lost, Status.NEGATIVE_CURVATURE, checked.status).to(torch.int32),
+        steps=torch.where(lost, 0, checked.steps),
+        residual=torch.where(lost, start.residual, checked.residual),
+    )
+
+
+def _rayleigh(curvature: Tensor, beta: Tensor) -> Tensor:
+    """`p'Ap / p'Mp` of each iteration, [max_iter, B]; NaN for a frozen row.
+
+    `curvature` is `p'Ap / r'z`, and `p'Mp = (r'z)² (1 / r'z + 1 / previous r'z + ...)`.
+    """
+    rz = torch.cat([torch.ones_like(beta[:1]), beta[:-1].cumprod(0)])  # relative to the first
+    return curvature / (rz * (1 / rz).cumsum(0))
 
 
 def _inverse(preconditioner: Tensor, b: Tensor) -> Tensor:

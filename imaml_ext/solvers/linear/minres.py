@@ -11,6 +11,7 @@ from imaml_ext.solvers.linear.base import (
     LinearSystem,
     initial_status,
     squared_tolerance,
+    with_true_residual,
 )
 from imaml_ext.solvers.solution import Lanczos, Solution, Status, all_done
 
@@ -23,9 +24,10 @@ class MINRES(LinearSolver):
     the derivative of a stationary point that is not a minimum. An iteration costs one product and
     about twice the vector work of conjugate gradient, not fused.
 
-    `value` is x and `residual` the recurrence's `|r|`. After many iterations on an ill-conditioned
-    system the true residual is larger: in float32 from a condition number of about 1e4. A singular
-    system whose residual can be reduced no further ends as MAX_ITER.
+    A row ends as MAX_ITER where the residual can be reduced no further: at the least-squares
+    solution of a singular system, `|A r| <= eps^(3/4) |A| |r|`, or where rounding errors prevent
+    it, on ill-conditioned systems: in float32 from a condition number of about 1e4. x is the
+    iterate before. CONVERGED is checked as described in `LinearSolver`.
 
     Args:
         max_iter, rtol, atol, damping, curvature: as in `LinearSolver`.
@@ -51,6 +53,8 @@ class MINRES(LinearSolver):
         size = torch.zeros_like(norm)  # lower estimate of |A|
         cos = cos_old = torch.ones_like(norm)
         sin = sin_old = torch.zeros_like(norm)
+        kappa = torch.ones_like(norm)  # estimate of |A| |A^-1|
+        eps = torch.finfo(b.dtype).eps
         for k in range(self.max_iter):
             if all_done(status, k):
                 break
@@ -63,20 +67,29 @@ class MINRES(LinearSolver):
             delta = cos * alpha - cos_old * sin * beta
             rho = torch.hypot(delta, beta_new)
             second, third = sin * alpha + cos_old * cos * beta, sin_old * beta
-            size = torch.maximum(size, torch.hypot(torch.hypot(alpha, beta), beta_new))
             running, finite = status == Status.RUNNING, rho.isfinite() & eta.isfinite()
-            singular = rho <= 10 * torch.finfo(b.dtype).eps * size
-            moves = running & finite & ~singular
-            status = torch.where(running & ~finite, Status.NONFINITE, status)
-            status = torch.where(running & finite & singular, Status.MAX_ITER, status)
             seen = running & finite  # the product that finds A singular counts too
+            row = torch.hypot(torch.hypot(alpha, beta), beta_new)
+            size = torch.where(seen, torch.maximum(size, row), size)
+            cos_new, sin_new = delta / rho, beta_new / rho
+            w_new = _scaled(v - _scaled(w_old, third) - _scaled(w, second), 1 / rho)
+            x_new = x + _scaled(w_new, cos_new * eta)
+            # The least-squares solution: |A r| = |r| |(delta, cos beta_new)|.
+            stalls = torch.hypot(delta, cos * beta_new) <= eps**0.75 * size
+            # Or x grows so large that the true residual cannot follow: its error, here its
+            # size in random systems, is between eps |A| |x| and that times the condition number.
+            kappa_new = torch.maximum(kappa, size * row_dot(w_new, w_new).sqrt())
+            error = 0.1 * eps * kappa_new.sqrt() * size * row_dot(x_new, x_new).sqrt()
+            stalls |= error > torch.maximum(eta.abs(), eps**0.5 * norm)
+            moves = seen & ~stalls
+            status = torch.where(running & ~finite, Status.NONFINITE, status)
+            status = torch.where(seen & stalls, Status.MAX_ITER, status)
             diagonal[k], link[k] = torch.where(seen, alpha, 0), torch.where(seen, beta_new, 0)
             count += seen
-            cos_new = torch.where(moves, delta / rho, 0)
-            sin_new = torch.where(moves, beta_new / rho, 0)
-            w_new = _scaled(v - _scaled(w_old, third) - _scaled(w, second), 1 / rho)
-            x = torch.where(moves[:, None], x + _scaled(w_new, cos_new * eta), x)
+            cos_new, sin_new = torch.where(moves, cos_new, 0), torch.where(moves, sin_new, 0)
+            x = torch.where(moves[:, None], x_new, x)
             eta = torch.where(moves, -sin_new * eta, eta)
+            kappa = torch.where(moves, kappa_new, kappa)
             steps += moves
             converged = moves & (eta * eta <= tol2)
             status = torch.where(converged, Status.CONVERGED, status)
@@ -84,7 +97,10 @@ class MINRES(LinearSolver):
             v_old, v, beta = v, _scaled(rest, 1 / beta_new), beta_new
             w_old, w = w, w_new
             cos_old, cos, sin_old, sin = cos, cos_new, sin, sin_new
-        return Solution(x, status, steps, eta.abs(), Lanczos(diagonal, link[:-1], count))
+        lanczos = Lanczos(diagonal, link[:-1], count)
+        solution = Solution(x, status, steps, eta.abs(), lanczos)
+        drift = 20 * eps * kappa * size * row_dot(x, x).sqrt()
+        return with_true_residual(system, solution, norm, self.rtol, self.atol, drift)
 
 
 def _scaled(rows: Tensor, factor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from imaml_ext.solvers.linear.base import (
     LinearSystem,
     initial_status,
     squared_tolerance,
+    with_true_residual,
 )
 from imaml_ext.solvers.solution import Solution, Status, all_done
 
@@ -23,9 +24,9 @@ class NeumannSeries(LinearSolver):
     size, and more slowly than conjugate gradient. At a minimum of the inner objective, K terms
     equal back-propagation through the last K inner steps of that size.
 
-    `value` is x and `residual` is `|b - A x|`, which grows if lr is too large. A row whose
-    curvature `r·Ar` is not positive is NEGATIVE_CURVATURE and keeps the previous sum; in the first
-    term, `x = Λ^-1 b`.
+    `value` is x and `residual` is `|b - A x|`, as in `LinearSolver`, which grows if lr is too
+    large. A row whose curvature `r·Ar` is not positive is NEGATIVE_CURVATURE and keeps the previous
+    sum; in the first term, `x = Λ^-1 b`.
 
     Args:
         max_iter, rtol, atol, damping, curvature: as in `LinearSolver`.
@@ -47,6 +48,7 @@ class NeumannSeries(LinearSolver):
     def _solve(self, system: LinearSystem) -> Solution:
         x, r = torch.zeros_like(system.b), system.b.clone()
         rr = row_dot(r, r)
+        norm = rr.sqrt()
         tol2 = squared_tolerance(system.b, self.rtol, self.atol)
         status = initial_status(rr, tol2)
         steps = torch.zeros_like(status)
@@ -67,4 +69,7 @@ class NeumannSeries(LinearSolver):
             status = torch.where(moves & ~rr.isfinite(), Status.NONFINITE, status)
         at_once = (status == Status.NEGATIVE_CURVATURE) & (steps == 0)
         x = torch.where(at_once[:, None], system.lam.solve(system.b), x)
-        return Solution(x, status, steps, rr.sqrt())
+        solution = Solution(x, status, steps, rr.sqrt())
+        # |A| is at most 2 / lr, or the series diverges.
+        drift = 20 * torch.finfo(x.dtype).eps / self.lr * row_dot(x, x).sqrt()
+        return with_true_residual(system, solution, norm, self.rtol, self.atol, drift)
