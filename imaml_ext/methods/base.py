@@ -10,6 +10,7 @@ from imaml_ext._checks import check_callable
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.meta_gradient import MetaGradient, Nonfinite, check_nonfinite
 from imaml_ext.problem.layout import Layout, Params
+from imaml_ext.problem.module_loss import ModuleLoss
 from imaml_ext.problem.objective import Loss
 
 
@@ -40,11 +41,10 @@ class Method(ABC):
         nonfinite: Nonfinite = "propagate",
     ) -> None:
         check_nonfinite(nonfinite)
-        query_loss = loss if query_loss is None else query_loss
-        check_loss("loss", loss)
-        check_loss("query_loss", query_loss)
+        check_losses(loss, query_loss)
         Layout(params)  # checks them
-        self.loss, self.query_loss = loss, query_loss
+        self.loss = loss
+        self.query_loss = loss if query_loss is None else query_loss
         self.params: Params = dict(params)
         self.shared: Params = {}
         check_learned("params", self.params)
@@ -85,12 +85,18 @@ class Method(ABC):
         return self.params | self.shared | self.hyperparameters()
 
 
-def check_loss(name: str, loss: Any) -> None:
+def check_losses(loss: Any, query_loss: Any = None) -> None:
+    """Raises TypeError for anything but functions of (params, data)."""
     remedy = "build it by module_loss(model, criterion)"
-    check_callable(name, loss, "(params, data)", remedy)
-    if str(getattr(loss, "__module__", "")).startswith("torch.nn."):
-        got = getattr(loss, "__name__", type(loss).__name__)
-        raise TypeError(f"{name} must be a function of (params, data), got torch's {got}: {remedy}")
+    for name, value in (("loss", loss), ("query_loss", query_loss)):
+        if isinstance(value, ModuleLoss) or (value is None and name == "query_loss"):
+            continue
+        check_callable(name, value, "(params, data)", remedy)
+        if str(getattr(value, "__module__", "")).startswith("torch.nn."):
+            got = getattr(value, "__name__", type(value).__name__)
+            raise TypeError(
+                f"{name} must be a function of (params, data), got torch's {got}: {remedy}"
+            )
 
 
 def check_learned(label: str, tensors: Params) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext.problem.proximal import Proximal
-from imaml_ext.solvers.solution import Solution
+from imaml_ext.solvers.solution import Lanczos, Solution, Status
 
 _LEVELS = (1.0, 0.5, 0.1)  # few texts, since Python shows each text once
 _MOST_RITZ = 64  # the eigenvalues of a longer recurrence would take as long as the solve
@@ -52,8 +52,10 @@ def warn_if_inaccurate(problem: Proximal, inner: Solution, linear: Solution, v: 
 def _linear_error(linear: Solution, v: Tensor) -> float:
     """Estimate of `|x - x*| / |x|`; without Ritz values `|r| / |v|`."""
     if linear.lanczos is None:
-        return _ratio(linear.residual, v, 0.0)
-    return _ratio(_shortened(linear).error_estimate, linear.value, 0.0)
+        return _ratio(linear.residual, _norms(v))
+    mu, rounding, measured = _curvature(linear.lanczos, linear)
+    residual = torch.maximum(linear.residual, rounding)
+    return _ratio((residual / mu)[measured], _norms(linear.value)[measured])
 
 
 def _inner_error(problem: Proximal, inner: Solution, linear: Solution) -> float:
@@ -61,31 +63,44 @@ def _inner_error(problem: Proximal, inner: Solution, linear: Solution) -> float:
 
     With the Gauss-Newton matrix, it assumes that its smallest eigenvalue is that of the Hessian.
     """
-    if linear.lanczos is None:
+    lanczos = inner.lanczos or linear.lanczos
+    if lanczos is None:
         return 0.0
-    measured = inner if inner.lanczos else replace(inner, lanczos=linear.lanczos)
     phi = inner.value
-    rounding = torch.finfo(phi.dtype).eps ** 0.5 * phi.double().norm().item()
+    mu, rounding, measured = _curvature(lanczos, replace(linear, value=phi))
+    residual = (inner.residual - 10 * rounding).clamp_min(0)
     change = phi - problem.theta if bool(problem.lam.values.any()) else phi
-    return _ratio(_shortened(measured).error_estimate, change, rounding)
+    floor = torch.finfo(phi.dtype).eps ** 0.5 * _norms(phi)
+    return _ratio((residual / mu)[measured], (_norms(change) + floor)[measured])
 
 
-def _shortened(solution: Solution) -> Solution:
-    lanczos = solution.lanczos
-    if lanczos is None or len(lanczos.diagonal) <= _MOST_RITZ:
-        return solution
-    first = replace(
-        lanczos,
-        diagonal=lanczos.diagonal[:_MOST_RITZ],
-        link=lanczos.link[: _MOST_RITZ - 1],
-        count=lanczos.count.clamp_max(_MOST_RITZ),
-    )
-    return replace(solution, lanczos=first)
+def _curvature(lanczos: Lanczos, solution: Solution) -> tuple[Tensor, Tensor, Tensor]:
+    """The smallest curvature of each task, 0 if negative curvature stopped the linear solve; the
+    rounding error of a residual at `solution.value`; and which tasks had a product, [B] each.
+
+    A task without one has v = 0, and no part in the gradient.
+    """
+    if len(lanczos.diagonal) > _MOST_RITZ:
+        lanczos = replace(
+            lanczos,
+            diagonal=lanczos.diagonal[:_MOST_RITZ],
+            link=lanczos.link[: _MOST_RITZ - 1],
+            count=lanczos.count.clamp_max(_MOST_RITZ),
+        )
+    sizes = lanczos.ritz.abs()  # MINRES solves indefinite systems, too
+    mu = torch.where(solution.status == Status.NEGATIVE_CURVATURE, 0.0, sizes.amin(1))
+    rounding = torch.finfo(solution.value.dtype).eps * sizes.amax(1) * _norms(solution.value)
+    return mu, rounding, lanczos.count > 0
 
 
-def _ratio(errors: Tensor, rows: Tensor, at_least: float) -> float:
+def _norms(rows: Tensor) -> Tensor:
+    norms: Tensor = rows.double().norm(dim=1)
+    return norms
+
+
+def _ratio(errors: Tensor, sizes: Tensor) -> float:
     error: float = errors.norm().item()
-    size: float = rows.double().norm().item() + at_least
+    size: float = sizes.norm().item()
     return error / size if error > 0 and size > 0 else error
 
 

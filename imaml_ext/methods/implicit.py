@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from imaml_ext._checks import check_instance
 from imaml_ext._tracing import eager, is_recording, may_read_values, recording
+from imaml_ext.methods.base import check_losses
 from imaml_ext.methods.convergence import warn_if_inaccurate
 from imaml_ext.methods.meta_gradient import (
     ImplicitMetaGradient,
@@ -93,10 +95,11 @@ def implicit_meta_grad(
     Source: Rajeswaran, Finn, Kakade, Levine 2019, equation 6 and Algorithm 2.
     """
     check_nonfinite(nonfinite)
+    check_losses(loss, query_loss)
     layout = Layout(params)
     check_all_or_none_learned(params)
     solvers = _Solvers(inner, linear)
-    psi = check_shared(shared, layout)
+    psi = check_shared(shared, layout, loss, query_loss)
     objective = Objective(loss, layout, support, "support", psi)
     query_objective = Objective(query_loss or loss, layout, query, "query", psi)
     check_same_tasks(objective, query_objective)
@@ -174,9 +177,10 @@ def adapt(
 
     Source: Rajeswaran, Finn, Kakade, Levine 2019, equation 6.
     """
+    check_losses(loss)
     layout = Layout(params)
     check_all_or_none_learned(params)
-    psi = check_shared(shared, layout)
+    psi = check_shared(shared, layout, loss)
     data = pytree.tree_map_only(Tensor, Tensor.detach, support)
     # Without grad mode, nothing is differentiated, whatever the loss depends on.
     check = torch.is_grad_enabled()
@@ -194,10 +198,8 @@ class _Solvers:
     def __init__(self, inner: InnerSolver | None, linear: LinearSolver | None) -> None:
         self.inner = GradientDescent() if inner is None else inner
         self.linear = ConjugateGradient() if linear is None else linear
-        if not isinstance(self.inner, InnerSolver):
-            raise TypeError(f"inner must be an InnerSolver, got {type(inner).__name__}")
-        if not isinstance(self.linear, LinearSolver):
-            raise TypeError(f"linear must be a LinearSolver, got {type(linear).__name__}")
+        check_instance("inner", self.inner, InnerSolver, "pass one, such as GradientDescent()")
+        check_instance("linear", self.linear, LinearSolver, "pass one, such as ConjugateGradient()")
 
     def differentiate(
         self, problem: Proximal, solution: Solution, v: Tensor

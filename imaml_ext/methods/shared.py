@@ -14,19 +14,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from imaml_ext.problem.layout import Layout, Params
-from imaml_ext.problem.objective import Objective
+from imaml_ext.problem.module_loss import ModuleLoss
+from imaml_ext.problem.objective import Loss, Objective
 
 
-def check_shared(shared: Any, layout: Layout) -> Params:
+def check_shared(shared: Any, layout: Layout, *losses: Loss | None) -> Params:
     """The shared parameters, detached; {} for None.
+
+    Args:
+        losses: all that may use them; a `module_loss` uses those of its model and criterion.
 
     Raises:
         TypeError: not a mapping of names to tensors.
-        ValueError: a name is in params too, or dtype or device differ from those of params.
+        ValueError: a name is in params too, no loss can use it, or dtype or device differ from
+            those of params.
     """
     if shared is None or (isinstance(shared, Mapping) and not shared):
         return {}
@@ -34,12 +39,38 @@ def check_shared(shared: Any, layout: Layout) -> Params:
     for name in shared:
         if name in layout.shapes:
             raise ValueError(f"shared[{name!r}] is also in params: remove it from one of them")
+    used = [_names(loss) for loss in losses if loss is not None]
+    unused = [name for name in shared if used and not any(_uses(name, names) for names in used)]
+    if unused:
+        raise ValueError(
+            f"shared[{unused[0]!r}] is used by no loss: module_loss uses the parameters of its "
+            "model by their names"
+        )
     if own.dtype != layout.dtype or own.device != layout.device:
         raise ValueError(
             f"shared is {own.dtype} on {own.device}, but params are {layout.dtype} on "
             f"{layout.device}"
         )
     return {name: tensor.detach() for name, tensor in shared.items()}
+
+
+def _names(loss: Loss) -> set[str] | None:
+    """Names that a loss can use; None: any."""
+    if not isinstance(loss, ModuleLoss):
+        return None
+    modules: list[nn.Module] = [loss.model]
+    if isinstance(loss.criterion, nn.Module):
+        modules.append(loss.criterion)
+    return {
+        name
+        for module in modules
+        for tensors in (module.named_parameters, module.named_buffers)
+        for name, _ in tensors(remove_duplicate=False)
+    }
+
+
+def _uses(name: str, names: set[str] | None) -> bool:
+    return names is None or name.removeprefix("criterion.") in names
 
 
 def direct_gradient(query_objective: Objective, phi: Tensor, ok: Tensor) -> list[Tensor]:

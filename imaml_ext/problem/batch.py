@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -22,6 +23,13 @@ def count_tasks(layout: Layout, data: Any, label: str) -> int:
         place = f"{label} (tensor {number})"
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{place} must be a tensor, got {type(leaf).__name__}")
+        if leaf.layout != torch.strided:
+            raise TypeError(f"{place} is {leaf.layout}: pass a dense tensor, by to_dense()")
+        if leaf.is_inference():
+            raise ValueError(
+                f"{place} was created in inference mode, and cannot be differentiated through: "
+                "pass its clone()"
+            )
         if leaf.dim() == 0:
             raise ValueError(f"{place} must be [B, ...], got a 0-d tensor")
         if leaf.numel() == 0:
@@ -29,7 +37,10 @@ def count_tasks(layout: Layout, data: Any, label: str) -> int:
         if leaf.device != layout.device:
             raise ValueError(f"{place} is on {leaf.device}, the parameters on {layout.device}")
         if (leaf.is_floating_point() or leaf.is_complex()) and leaf.dtype != layout.dtype:
-            raise TypeError(f"{place} is {leaf.dtype}, the parameters are {layout.dtype}")
+            raise TypeError(
+                f"{place} is {leaf.dtype}, the parameters are {layout.dtype}: convert it, by "
+                f".to({layout.dtype})"
+            )
     sizes: list[int] = [leaf.shape[0] for leaf in leaves]
     if len(set(sizes)) > 1:
         raise ValueError(
@@ -47,3 +58,8 @@ def check_constant(data: Any, label: str) -> None:
                 f"{label} (tensor {number}) requires grad, but only adapt differentiates by data, "
                 "and only by support: use adapt, or detach it"
             )
+
+
+def versions(data: Any) -> list[int]:
+    """The version counters of the tensors, which in-place operators increment."""
+    return [leaf._version for leaf in pytree.tree_leaves(data)]

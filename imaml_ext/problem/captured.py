@@ -1,15 +1,12 @@
 """Tensors that a loss uses besides its arguments: those of a model, of a closure, globals."""
 
 import inspect
-import weakref
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from imaml_ext.problem.module_loss import ModuleLoss
@@ -35,7 +32,7 @@ def captured_message(loss: Any, leaves: Sequence[Tensor], adapted: Collection[st
         leaves: tensors that require grad.
         adapted: names of the adapted parameters.
     """
-    names = _names(loss)
+    names = captured_names(loss)
     found = [names[id(leaf)] for leaf in leaves if id(leaf) in names]
     own = [name for name in found if any(f".{name}".endswith(f".{each}") for each in adapted)]
     if own:
@@ -44,7 +41,11 @@ def captured_message(loss: Any, leaves: Sequence[Tensor], adapted: Collection[st
             "compute it from the params that it receives"
         )
     if not found:  # the variables may have been computed from the leaves
-        found = [name for name, value in _tensors(loss) if value.requires_grad]
+        found = [
+            name
+            for name, t in captured_tensors(loss)
+            if t.requires_grad and not (t.is_leaf and leaves) and name not in adapted
+        ]
     found = found or [f"a tensor of shape {list(leaf.shape)}" for leaf in leaves]
     it = "it" if len(found) == 1 else "them"
     verb = "requires" if len(found) == 1 else "require"
@@ -55,120 +56,85 @@ def captured_message(loss: Any, leaves: Sequence[Tensor], adapted: Collection[st
     )
 
 
-class Usage(TorchFunctionMode):
-    """The state of the data and of whatever else a loss uses, to detect changes.
-
-    As a context it records the tensors, not vmapped, that operators receive.
-
-    Attributes:
-        recorded: whether an evaluation of the loss has been recorded.
-    """
-
-    def __init__(self, loss: Any, data: Any) -> None:
-        super().__init__()
-        self.recorded = False
-        self._loss = loss
-        self._data = [(leaf, _state(leaf)) for leaf in pytree.tree_leaves(data)]
-        self._modules = [(name, m, m.training) for name, m in _modules(loss)]
-        # Weak references: most are temporary, and could not change.
-        self._tensors: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for operand in (*args, *kwargs.values()):
-            for each in operand if isinstance(operand, (list, tuple)) else (operand,):
-                if isinstance(each, Tensor):
-                    self._record(each)
-        return function(*args, **kwargs)
-
-    def _record(self, tensor: Tensor) -> None:
-        if id(tensor) in self._tensors or _functorch.is_functorch_wrapped_tensor(tensor):
-            return
-        self._tensors[id(tensor)] = weakref.ref(tensor), _state(tensor)
-
-    def check_unchanged(self) -> None:
-        """Raises RuntimeError where data, tensors or training flags have changed."""
-        for number, (leaf, state) in enumerate(self._data):
-            if _state(leaf) != state:
-                raise RuntimeError(_CHANGED.format(f"support (tensor {number})"))
-        for name, module, training in self._modules:
-            if module.training != training:
-                now, then = ("train()", "eval()") if module.training else ("eval()", "train()")
-                raise RuntimeError(
-                    f"{name} was in {then} mode in adapt and is in {now} mode in backward: "
-                    "differentiate in the same mode"
-                )
-        for reference, state in self._tensors.values():
-            tensor = reference()
-            if tensor is not None and _state(tensor) != state:
-                found = _names(self._loss).get(
-                    id(tensor), f"a tensor of shape {list(tensor.shape)}"
-                )
-                raise RuntimeError(_CHANGED.format(f"{found}, which the loss uses,"))
-
-
-_CHANGED = (
-    "{} was modified between adapt and backward, which would give another gradient: call backward "
-    "before, or pass a copy to adapt"
-)
-
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr() if tensor.layout is torch.strided else 0
-
-
-def _names(loss: Any) -> dict[int, str]:
+def captured_names(loss: Any) -> dict[int, str]:
     """Names of the tensors in a loss's variables, by identity."""
     names: dict[int, str] = {}
-    for name, tensor in _tensors(loss):
+    for name, tensor in captured_tensors(loss):
         names.setdefault(id(tensor), name)
     return names
 
 
-def _tensors(loss: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, value in _variables(loss):
+def captured_tensors(loss: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by name that a loss may use: variables, and what modules among them hold."""
+    for name, value in _variables(loss, set()):
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, Tensor):
                 yield name, leaf
             elif isinstance(leaf, nn.Module):
-                for own, tensor in (*leaf.named_parameters(), *leaf.named_buffers()):
-                    yield f"{name}.{own}" if name else own, tensor
+                prefix = f"{name}." if name else ""
+                yield from ((prefix + own, t) for own, t in _tensors_of_module(leaf))
 
 
-def _modules(loss: Any) -> Iterator[tuple[str, nn.Module]]:
-    for name, value in _variables(loss):
+def _tensors_of_module(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+    for path, each in module.named_modules():
+        for key, value in (*vars(type(each)).items(), *vars(each).items()):
+            if not key.startswith("_"):
+                for leaf in pytree.tree_leaves(value):
+                    if isinstance(leaf, Tensor):
+                        yield f"{path}.{key}" if path else key, leaf
+                    elif isinstance(leaf, nn.Module) and isinstance(value, (list, tuple, dict)):
+                        yield from ((f"{key}.{own}", t) for own, t in leaf.named_parameters())
+
+
+def captured_modules(loss: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name that a loss may call."""
+    for name, value in _variables(loss, set()):
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, nn.Module):
                 for own, module in leaf.named_modules():
-                    path = ".".join(part for part in (name, own) if part)
-                    yield f"{path} ({type(module).__name__})" if path else "the model", module
+                    yield ".".join(part for part in (name, own) if part), module
 
 
-def _variables(function: Any) -> Iterator[tuple[str, Any]]:
-    """Variables by name in which a function finds tensors: those of its closure, and globals."""
+def _variables(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Variables by name in which a function finds tensors, and those of functions among them.
+
+    They are globals, those of its closure, defaults, and attributes of its object.
+    """
+    of_torch = str(getattr(function, "__module__", "")).startswith("torch.")
+    if id(function) in seen or (of_torch and not isinstance(function, nn.Module)):
+        return
+    seen.add(id(function))
+    found: dict[str, Any] = {}
     if isinstance(function, ModuleLoss):
         yield "", function.model
-        yield from _variables(function.criterion)
+        yield from _variables(function.criterion, seen)
     elif isinstance(function, nn.Module):
         yield "", function
     elif isinstance(function, partial):
-        yield from function.keywords.items()
-        yield from (("an argument", value) for value in function.args)
-        yield from _variables(function.func)
+        found = {**{f"argument {k}": value for k, value in enumerate(function.args)}}
+        found |= function.keywords
+        yield from _variables(function.func, seen)
     elif inspect.ismethod(function):
-        yield from _variables(function.__self__)
-        yield from _variables(function.__func__)
+        yield from _variables(function.__self__, seen)
+        yield from _variables(function.__func__, seen)
     elif inspect.isfunction(function):
-        found = inspect.getclosurevars(function)
-        yield from {**found.globals, **found.nonlocals}.items()
+        variables = inspect.getclosurevars(function)
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.default is not parameter.empty
+        }
+        found = {**variables.globals, **variables.nonlocals, **defaults}
     else:
-        yield from getattr(function, "__dict__", {}).items()
+        found = {**getattr(function, "__dict__", {})}
+    for name, value in found.items():
+        yield name, value
+        if inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, partial):
+            yield from _variables(value, seen)
 
 
 def _listed(names: Sequence[str]) -> str:
     unique = list(dict.fromkeys(names))
-    rest = f" and {len(unique) - 3} others" if len(unique) > 3 else ""
-    return ", ".join(unique[:3]) + rest
+    return ", ".join(unique[:3]) + (", ..." if len(unique) > 3 else "")

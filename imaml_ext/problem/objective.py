@@ -17,13 +17,14 @@ from torch.autograd import forward_ad
 from torch.func import vmap
 
 from imaml_ext.ops.vmap_layers import task_layers
-from imaml_ext.problem.batch import check_constant, count_tasks
-from imaml_ext.problem.captured import Usage, captured_message, leaves_besides
+from imaml_ext.problem.batch import check_constant, count_tasks, versions
+from imaml_ext.problem.captured import captured_message, leaves_besides
 from imaml_ext.problem.layout import Layout, Params
 from imaml_ext.problem.module_loss import ModuleLoss
 from imaml_ext.problem.outputs import OutputParts, check_criterion
 from imaml_ext.problem.precision import one_precision
 from imaml_ext.problem.unsupported import check_differentiable_twice, unsupported_layer_message
+from imaml_ext.problem.usage import Usage
 
 Matvec = Callable[[Tensor], Tensor]  # [B, D] -> [B, D], row i times the matrix of task i
 CurvatureKind = Literal["hessian", "ggn"]
@@ -80,21 +81,23 @@ class Objective:
         self.tasks = count_tasks(layout, data, label)
         self._label = label
         self._unchecked = check
-        self.usage = Usage(loss, data) if track else None
+        self.usage = Usage(loss, data, self.shared) if track else None
+        self._versions: list[int] | None = versions(data)  # None after the first evaluation
         if check:
             check_constant(data, label)
 
     def with_inputs(self, data: Any, shared: Params) -> "Objective":
         """The same losses at other data, and at other values of the shared parameters."""
         other = copy(self)
-        other.data, other.shared, other._unchecked = data, shared, False
+        other.data, other.shared = data, shared
+        other._unchecked, other._versions = False, None
         return other
 
     def losses(self, rows: Tensor) -> Tensor:
         """[B] from [B, D]."""
         with self.computing():
             losses = self._for_each_task(self._one_loss, rows, self.data)
-        self._end_recording()
+        self._end_first_evaluation()
         return losses
 
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,7 +214,7 @@ class Objective:
 
         leaf, outputs = self._record(outputs_at, rows)
         z, losses = self._record(losses_at, outputs)
-        self._end_recording()
+        self._end_first_evaluation()
         if not loss.uses_outputs_only:
             check_criterion(losses, leaf, loss.model)
             loss.uses_outputs_only = True
@@ -247,9 +250,19 @@ class Objective:
     def _recording_usage(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.usage is None or self.usage.recorded else self.usage
 
-    def _end_recording(self) -> None:
+    def _end_first_evaluation(self) -> None:
+        """Raises ValueError if the loss modified what it used."""
+        if self._versions is None:
+            return
+        before, self._versions = self._versions, None
+        for number, (old, new) in enumerate(zip(before, versions(self.data), strict=True)):
+            if old != new:
+                raise ValueError(
+                    f"the loss modifies {self._label} (tensor {number}) in place, so that each of "
+                    "its evaluations would differ: compute a new tensor, such as x = x / 255"
+                )
         if self.usage is not None:
-            self.usage.recorded = True
+            self.usage.end()
 
     def _params(self, row: Tensor) -> Params:
         return self.layout.unflatten(row) | self.shared

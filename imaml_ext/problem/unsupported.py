@@ -142,7 +142,7 @@ def innermost_layer(traceback: TracebackType | None) -> str | None:
     return layer_name(next(names, ""), modules[-1])
 
 
-MOST_NODES = 3000
+MOST_NODES = 10_000
 _MARK = once_differentiable(lambda ctx: None).__code__
 
 

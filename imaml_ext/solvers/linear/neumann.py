@@ -13,7 +13,7 @@ from imaml_ext.solvers.linear.base import (
     squared_tolerance,
     with_true_residual,
 )
-from imaml_ext.solvers.solution import Solution, Status, all_done
+from imaml_ext.solvers.solution import Lanczos, Solution, Status, all_done
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class NeumannSeries(LinearSolver):
     equal back-propagation through the last K inner steps of that size.
 
     `value` is x and `residual` is `|b - A x|`, as in `LinearSolver`, which grows if lr is too
-    large. A row whose curvature `r·Ar` is not positive is NEGATIVE_CURVATURE and keeps the previous
-    sum; in the first term, `x = Λ^-1 b`.
+    large. `lanczos` has the smallest and the largest `r·Ar / r·r`; the former tends to the smallest
+    eigenvalue. A row whose curvature `r·Ar` is not positive is NEGATIVE_CURVATURE and keeps the
+    previous sum; in the first term, `x = Λ^-1 b`.
 
     Args:
         max_iter, rtol, atol, damping, curvature: as in `LinearSolver`.
@@ -52,12 +53,16 @@ class NeumannSeries(LinearSolver):
         tol2 = squared_tolerance(system.b, self.rtol, self.atol)
         status = initial_status(rr, tol2)
         steps = torch.zeros_like(status)
+        least, most = torch.full_like(rr, torch.inf), torch.full_like(rr, -torch.inf)
         for k in range(self.max_iter):
             if all_done(status, k):
                 break
             ar = system.product(r)
             curvature = row_dot(r, ar)
             running = status == Status.RUNNING
+            rayleigh = curvature / rr
+            least = torch.where(running, torch.minimum(least, rayleigh), least)
+            most = torch.where(running, torch.maximum(most, rayleigh), most)
             negative = running & (curvature <= 0)
             moves = running & ~negative
             status = torch.where(negative, Status.NEGATIVE_CURVATURE, status)
@@ -69,7 +74,9 @@ class NeumannSeries(LinearSolver):
             status = torch.where(moves & ~rr.isfinite(), Status.NONFINITE, status)
         at_once = (status == Status.NEGATIVE_CURVATURE) & (steps == 0)
         x = torch.where(at_once[:, None], system.lam.solve(system.b), x)
-        solution = Solution(x, status, steps, rr.sqrt())
+        count = 2 * least.isfinite().to(torch.int32)
+        lanczos = Lanczos(torch.stack([least, most]), least.new_zeros(1, len(least)), count)
+        solution = Solution(x, status, steps, rr.sqrt(), lanczos)
         # |A| is at most 2 / lr, or the series diverges.
         drift = 20 * torch.finfo(x.dtype).eps / self.lr * row_dot(x, x).sqrt()
         return with_true_residual(system, solution, norm, self.rtol, self.atol, drift)
