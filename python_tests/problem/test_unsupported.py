@@ -221,7 +221,7 @@ KINDS = {
     ),
     "covariance": (
         r"creates a distribution that checks .*: pass validate_args=False",
-        lambda linear, x: linear(x) + gaussian(x).mean,
+        lambda linear, x: linear(x) + gaussian(x, validate_args=True).mean,
     ),
 }
 
