@@ -20,7 +20,8 @@ class Method(ABC):
     Args:
         loss: `(params, data) -> scalar` for one task; see `module_loss`.
         params: theta, {name: tensor}, updated in place by the outer optimizer. A parameter of the
-            model that is missing keeps the model's value: it is neither adapted nor learned.
+            model that is missing keeps the model's value: it is neither adapted nor learned, and
+            must not require grad.
         query_loss: evaluated at phi on the query set, instead of `loss`.
         nonfinite: as in `implicit_meta_grad`.
 
