@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from imaml_ext.ops.vmap_forms import VmapForms, vmap_forms
 from imaml_ext.problem.layout import Params
+from imaml_ext.problem.outputs import OutputParts
 from imaml_ext.problem.swapping import swapped
 from imaml_ext.problem.unsupported import innermost_layer, unsupported_layer_message
 
@@ -37,16 +38,32 @@ class ModuleLoss:
         with self._swapped(params), vmap_forms():
             return self._forward(x)
 
-    def of_outputs(self, outputs: Any, y: Any, params: Params | None = None) -> Tensor:
-        """`criterion(outputs, y)`, with `params` in place of the model's if they are given."""
-        with nullcontext() if params is None else self._swapped(params), vmap_forms():
+    def of_outputs(self, outputs: Any, y: Any, shared: Params) -> Tensor:
+        """`criterion(outputs, y)`, with `shared` in place of the model's and the criterion's."""
+        with self._swapped(shared) if shared else nullcontext(), vmap_forms():
             return self._criterion(outputs, y)
+
+    def parts_and_loss(
+        self, params: Params, copies: Params, data: Any, parts: OutputParts
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The parts of `model(x)`, and the criterion while the model has what forward stored.
+
+        For the criterion, the outputs are detached and the model has `copies` of the parameters.
+        Random numbers that it draws are drawn again by the next call.
+        """
+        x, y = self.pair(data)
+        with self._swapped(params), vmap_forms():
+            z, constants = parts.take_apart(self._forward(x))
+            devices = [z.device] if z.is_cuda else []
+            with self._swapped(copies), torch.random.fork_rng(devices):
+                outputs = parts.put_together(z.detach(), constants)
+                return z, constants, self._criterion(outputs, y)
 
     def _swapped(
         self, params: Params, required: Collection[str] = ()
     ) -> AbstractContextManager[None]:
-        others = (self.criterion,) if isinstance(self.criterion, nn.Module) else ()
-        return swapped(self.model, params, *others, required=required)
+        criterion = self.criterion if isinstance(self.criterion, nn.Module) else None
+        return swapped(self.model, params, criterion, required=required)
 
     def _forward(self, x: Any) -> Any:
         try:
@@ -75,16 +92,19 @@ def module_loss(model: nn.Module, criterion: Callable[[Any, Any], Tensor]) -> Mo
     """`(params, (x, y)) -> criterion(model(x), y)`: a scalar, for one task.
 
     `params` maps names of the model's parameters to tensors; a missing parameter keeps the model's
-    value and is not adapted. The model runs in its current mode, and has the given parameters while
-    the criterion runs, too. Its buffers may be read but not written in forward: use
+    value and is not adapted. Names that the model does not have are those of a criterion that is a
+    module; "criterion.NAME" is the name of its parameter NAME if the model has one of that name.
+    The model runs in its current mode, and has the given parameters while the criterion runs, too.
+    Its buffers may be read but not written in forward: use
     `nn.BatchNorm2d(..., track_running_stats=False)`. The model is left as it was: an attribute that
-    forward sets to a tensor of a task is restored.
+    forward sets to a tensor of a task is restored. Threads with one model wait for each other.
 
     Args:
         model: called with x, [N, ...] or a pytree of such tensors, as its one argument.
         criterion: maps the model's outputs and y to a 0-d tensor, such as
             `torch.nn.functional.mse_loss` or `nn.MSELoss()`; `curvature="ggn"` differentiates it
-            twice by the outputs, so that it must not use the model's parameters there.
+            twice by the outputs, so that it must not use adapted parameters there, nor other
+            tensors that forward computes.
 
     Returns:
         The loss; `loss.outputs(params, x)` are the model's outputs. Calling it raises a ValueError
