@@ -16,6 +16,8 @@ from imaml_ext.problem.swapping import swapped
 from imaml_ext.problem.unsupported import innermost_layer, unsupported_layer_message
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
+_OF_ONE_TASK = " of one task)"
+_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
 class ModuleLoss:
@@ -68,14 +70,14 @@ class ModuleLoss:
     def _forward(self, x: Any) -> Any:
         try:
             return self.model(x)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        except _ERRORS as error:
             layer = innermost_layer(error.__traceback__) or type(self.model).__name__
             _raise(error, layer, f"model(x) with x {_described(x)}")
 
     def _criterion(self, outputs: Any, y: Any) -> Tensor:
         try:
             return self.criterion(outputs, y)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        except _ERRORS as error:
             operands = f"outputs {_described(outputs)} and y {_described(y)}"
             _raise(error, "the criterion", f"criterion(outputs, y) with {operands}")
 
@@ -117,6 +119,20 @@ def module_loss(model: nn.Module, criterion: Callable[[Any, Any], Tensor]) -> Mo
             `criterion` is a class, the model, or another loss of parameters and data.
     """
     return ModuleLoss(model, criterion)
+
+
+def call_loss(loss: Callable[[Params, Any], Any], params: Params, data: Any) -> Any:
+    """`loss(params, data)`; errors name any loss, and the shapes of one task."""
+    if isinstance(loss, ModuleLoss):
+        return loss(params, data)
+    try:
+        return loss(params, data)
+    except _ERRORS as error:
+        if str(error).endswith(_OF_ONE_TASK):
+            raise
+        name = getattr(loss, "__name__", type(loss).__name__)
+        given = f"params {_described(params)} and data {_described(data)}"
+        _raise(error, f"the loss {name}", f"loss(params, data) with {given}")
 
 
 def _check_model(model: Any) -> None:
@@ -169,7 +185,7 @@ def _raise(error: Exception, where: str, call: str) -> NoReturn:
     if not supported or type(error).__module__ != "builtins":
         raise error
     text = str(error) or type(error).__name__
-    message = f"{where}: {text.splitlines()[0].rstrip('.')} (in {call} of one task)"
+    message = f"{where}: {text.splitlines()[0].rstrip('.')} (in {call}{_OF_ONE_TASK}"
     raise type(error)(message) from error
 
 
