@@ -289,6 +289,7 @@ def without_the_fast_path():
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_the_fast_path_of_an_encoder_in_eval_mode_is_reported(monkeypatch):
     # It is taken only without an active function mode.
     monkeypatch.setattr("imaml_ext.problem.objective.task_layers", lambda device: nullcontext())
