@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
+from imaml_ext._tracing import may_synchronise
 from imaml_ext.ops.vmap_forms import VmapForms, vmap_forms
 from imaml_ext.problem.layout import Params
 from imaml_ext.problem.outputs import OutputParts
@@ -57,7 +58,7 @@ class ModuleLoss:
         with self._swapped(params), vmap_forms():
             z, constants = parts.take_apart(self._forward(x))
             devices = [z.device] if z.is_cuda else []
-            with self._swapped(copies), torch.random.fork_rng(devices):
+            with self._swapped(copies), torch.random.fork_rng(devices, enabled=may_synchronise(z)):
                 outputs = parts.put_together(z.detach(), constants)
                 return z, constants, self._criterion(outputs, y)
 
