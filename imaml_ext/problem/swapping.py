@@ -22,6 +22,7 @@ _Buffer = tuple[
 
 # A second thread waits; a loss may call itself.
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_REGISTERING = threading.Lock()
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def swapped(
     A tensor that is held in several places is replaced in all of them. On exit, also after an
     error, parameters and buffers are restored, and so are attributes of the modules that forward
     set to a tensor that does not outlive vmap. One thread at a time can be in this context of a
-    model.
+    model, or of models that share layers.
 
     Args:
         params: {name: tensor}; a name is looked up in the model, then in the criterion, where
@@ -113,8 +114,16 @@ def _tensors(
 
 
 def _lock(model: nn.Module) -> threading.RLock:
+    """The lock of a model, and of the models that share a layer with it."""
     lock = _LOCKS.get(model)
-    return _LOCKS.setdefault(model, threading.RLock()) if lock is None else lock
+    if lock is None:
+        with _REGISTERING:
+            owners = [m for m in model.modules() if m is model or m._parameters or m._buffers]
+            found = (_LOCKS[module] for module in owners if module in _LOCKS)
+            lock = next(found, None) or threading.RLock()
+            for module in owners:
+                _LOCKS.setdefault(module, lock)
+    return lock
 
 
 def _check_statistics(path: str, module: nn.Module) -> None:

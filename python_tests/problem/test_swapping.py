@@ -310,8 +310,11 @@ def test_a_cache_of_parametrized_weights_around_a_loss_has_no_effect():
     assert parametrize._cache == {}
 
 
-def test_threads_with_one_model_wait_for_each_other():
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_threads_with_one_model_or_layer_wait_for_each_other(is_shared):
     model = nn.Linear(4, 1).double()
+    other = nn.Sequential(nn.Identity(), model) if is_shared else model
+    prefix = "1." if is_shared else ""
     inside, may_leave, order = threading.Event(), threading.Event(), []
 
     def criterion(outputs, y):
@@ -330,8 +333,11 @@ def test_threads_with_one_model_wait_for_each_other():
     want = (x @ params["weight"].T + params["bias"] - y).square().mean()
     got = []
     threads = [
-        threading.Thread(target=lambda c=c: got.append(module_loss(model, c)(params, (x, y))))
-        for c in (criterion, second)
+        threading.Thread(target=lambda loss=loss, p=p: got.append(loss(p, (x, y))))
+        for loss, p in (
+            (module_loss(model, criterion), params),
+            (module_loss(other, second), {prefix + name: t for name, t in params.items()}),
+        )
     ]
     own = dict(model.named_parameters())
     threads[0].start()
