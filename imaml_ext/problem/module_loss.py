@@ -100,7 +100,8 @@ def module_loss(model: nn.Module, criterion: Callable[[Any, Any], Tensor]) -> Mo
     The model runs in its current mode, and has the given parameters while the criterion runs, too.
     Its buffers may be read but not written in forward: use
     `nn.BatchNorm2d(..., track_running_stats=False)`. The model is left as it was: an attribute that
-    forward sets to a tensor of a task is restored. Threads whose models share layers wait for each other.
+    forward sets to a tensor of a task is restored. Threads whose models share
+    layers wait for each other.
 
     Args:
         model: called with x, [N, ...] or a pytree of such tensors, as its one argument.
