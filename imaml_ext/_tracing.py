@@ -29,6 +29,11 @@ def may_read_values(tensor: Tensor) -> bool:
     return not (_on_accelerator(tensor) or tensor.is_meta or is_recording())
 
 
+def may_synchronise(tensor: Tensor) -> bool:
+    """Whether the tensor's values can be read, if need be by waiting for the device."""
+    return not (tensor.is_meta or is_tracing() or _is_capturing(tensor))
+
+
 def may_poll(status: Tensor, step: int) -> bool:
     """Whether a solver may read `status` before this step, counted from 0, to stop early.
 

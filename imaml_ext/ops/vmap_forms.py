@@ -20,19 +20,34 @@ from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
 from imaml_ext.ops.batching import call_with_tasks
+from imaml_ext.ops.parametrizations import uncached
+
+_warn_of_loops: Callable[[bool], None] = _functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
 
 
 class VmapForms(TorchFunctionMode):
-    """The context in which the forms are used."""
+    """The context in which the forms are used.
+
+    In it vmap does not warn that it loops over the tasks for an operator: it would at every
+    evaluation, of results that are right, and where warnings are errors it could not run.
+    """
 
     _entered = threading.local()
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._uncached = uncached()
+
     def __enter__(self) -> Any:
         self._entered.depth = self.depth() + 1
+        self._uncached.__enter__()
+        _warn_of_loops(False)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._entered.depth -= 1
+        self._uncached.__exit__(*error)
+        _warn_of_loops(self.depth() == 0)
         super().__exit__(*error)
 
     @classmethod

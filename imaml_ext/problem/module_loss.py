@@ -9,12 +9,16 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
+from imaml_ext._tracing import may_synchronise
 from imaml_ext.ops.vmap_forms import VmapForms, vmap_forms
 from imaml_ext.problem.layout import Params
+from imaml_ext.problem.outputs import OutputParts
 from imaml_ext.problem.swapping import swapped
 from imaml_ext.problem.unsupported import innermost_layer, unsupported_layer_message
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
+_OF_ONE_TASK = " of one task)"
+_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
 class ModuleLoss:
@@ -37,28 +41,44 @@ class ModuleLoss:
         with self._swapped(params), vmap_forms():
             return self._forward(x)
 
-    def of_outputs(self, outputs: Any, y: Any, params: Params | None = None) -> Tensor:
-        """`criterion(outputs, y)`, with `params` in place of the model's if they are given."""
-        with nullcontext() if params is None else self._swapped(params), vmap_forms():
+    def of_outputs(self, outputs: Any, y: Any, shared: Params) -> Tensor:
+        """`criterion(outputs, y)`, with `shared` in place of the model's and the criterion's."""
+        with self._swapped(shared) if shared else nullcontext(), vmap_forms():
             return self._criterion(outputs, y)
+
+    def parts_and_loss(
+        self, params: Params, copies: Params, data: Any, parts: OutputParts
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The parts of `model(x)`, and the criterion while the model has what forward stored.
+
+        For the criterion, the outputs are detached and the model has `copies` of the parameters.
+        Random numbers that it draws are drawn again by the next call.
+        """
+        x, y = self.pair(data)
+        with self._swapped(params), vmap_forms():
+            z, constants = parts.take_apart(self._forward(x))
+            devices = [z.device] if z.is_cuda else []
+            with self._swapped(copies), torch.random.fork_rng(devices, enabled=may_synchronise(z)):
+                outputs = parts.put_together(z.detach(), constants)
+                return z, constants, self._criterion(outputs, y)
 
     def _swapped(
         self, params: Params, required: Collection[str] = ()
     ) -> AbstractContextManager[None]:
-        others = (self.criterion,) if isinstance(self.criterion, nn.Module) else ()
-        return swapped(self.model, params, *others, required=required)
+        criterion = self.criterion if isinstance(self.criterion, nn.Module) else None
+        return swapped(self.model, params, criterion, required=required)
 
     def _forward(self, x: Any) -> Any:
         try:
             return self.model(x)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        except _ERRORS as error:
             layer = innermost_layer(error.__traceback__) or type(self.model).__name__
             _raise(error, layer, f"model(x) with x {_described(x)}")
 
     def _criterion(self, outputs: Any, y: Any) -> Tensor:
         try:
             return self.criterion(outputs, y)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        except _ERRORS as error:
             operands = f"outputs {_described(outputs)} and y {_described(y)}"
             _raise(error, "the criterion", f"criterion(outputs, y) with {operands}")
 
@@ -75,16 +95,20 @@ def module_loss(model: nn.Module, criterion: Callable[[Any, Any], Tensor]) -> Mo
     """`(params, (x, y)) -> criterion(model(x), y)`: a scalar, for one task.
 
     `params` maps names of the model's parameters to tensors; a missing parameter keeps the model's
-    value and is not adapted. The model runs in its current mode, and has the given parameters while
-    the criterion runs, too. Its buffers may be read but not written in forward: use
+    value and is not adapted. Names that the model does not have are those of a criterion that is a
+    module; "criterion.NAME" is the name of its parameter NAME if the model has one of that name.
+    The model runs in its current mode, and has the given parameters while the criterion runs, too.
+    Its buffers may be read but not written in forward: use
     `nn.BatchNorm2d(..., track_running_stats=False)`. The model is left as it was: an attribute that
-    forward sets to a tensor of a task is restored.
+    forward sets to a tensor of a task is restored. Threads whose models share
+    layers wait for each other.
 
     Args:
         model: called with x, [N, ...] or a pytree of such tensors, as its one argument.
         criterion: maps the model's outputs and y to a 0-d tensor, such as
             `torch.nn.functional.mse_loss` or `nn.MSELoss()`; `curvature="ggn"` differentiates it
-            twice by the outputs, so that it must not use the model's parameters there.
+            twice by the outputs, so that it must not use adapted parameters there, nor other
+            tensors that forward computes.
 
     Returns:
         The loss; `loss.outputs(params, x)` are the model's outputs. Calling it raises a ValueError
@@ -97,6 +121,20 @@ def module_loss(model: nn.Module, criterion: Callable[[Any, Any], Tensor]) -> Mo
             `criterion` is a class, the model, or another loss of parameters and data.
     """
     return ModuleLoss(model, criterion)
+
+
+def call_loss(loss: Callable[[Params, Any], Any], params: Params, data: Any) -> Any:
+    """`loss(params, data)`; errors name any loss, and the shapes of one task."""
+    if isinstance(loss, ModuleLoss):
+        return loss(params, data)
+    try:
+        return loss(params, data)
+    except _ERRORS as error:
+        if str(error).endswith(_OF_ONE_TASK):
+            raise
+        name = getattr(loss, "__name__", type(loss).__name__)
+        given = f"params {_described(params)} and data {_described(data)}"
+        _raise(error, f"the loss {name}", f"loss(params, data) with {given}")
 
 
 def _check_model(model: Any) -> None:
@@ -149,7 +187,7 @@ def _raise(error: Exception, where: str, call: str) -> NoReturn:
     if not supported or type(error).__module__ != "builtins":
         raise error
     text = str(error) or type(error).__name__
-    message = f"{where}: {text.splitlines()[0].rstrip('.')} (in {call} of one task)"
+    message = f"{where}: {text.splitlines()[0].rstrip('.')} (in {call}{_OF_ONE_TASK}"
     raise type(error)(message) from error
 
 

@@ -20,8 +20,13 @@ from imaml_ext.ops.vmap_layers import task_layers
 from imaml_ext.problem.batch import check_constant, count_tasks, versions
 from imaml_ext.problem.captured import captured_message, leaves_besides
 from imaml_ext.problem.layout import Layout, Params
-from imaml_ext.problem.module_loss import ModuleLoss
-from imaml_ext.problem.outputs import OutputParts, check_criterion
+from imaml_ext.problem.module_loss import ModuleLoss, call_loss
+from imaml_ext.problem.outputs import (
+    OutputParts,
+    check_parameters,
+    check_stored,
+    refusing_stored,
+)
 from imaml_ext.problem.precision import one_precision
 from imaml_ext.problem.unsupported import check_differentiable_twice, unsupported_layer_message
 from imaml_ext.problem.usage import Usage
@@ -197,26 +202,31 @@ class Objective:
                 "curvature='ggn' needs the model's outputs: build the loss with module_loss, "
                 "or use curvature='hessian'"
             )
-        loss, parts = self.loss, OutputParts()
+        loss, parts, is_known = self.loss, OutputParts(), self.loss.uses_outputs_only
         x, y = loss.pair(self.data)
         constants: list[Tensor] = []
+        together: list[Tensor] = []  # the criterion while forward's attributes exist
+        copies = rows.detach().requires_grad_()
 
         def outputs_at(leaf: Tensor) -> Tensor:
-            nonlocal constants
+            nonlocal constants, together
             one: Any = partial(self._one_output, parts=parts)
-            outputs, constants = cast(Any, self._for_each_task(one, leaf, x))
+            given = (leaf, x) if is_known else (leaf, self.data, copies)
+            outputs, constants, *together = cast(Any, self._for_each_task(one, *given))
             return cast(Tensor, outputs)
 
         def losses_at(z: Tensor) -> Tensor:
             one = partial(self._one_criterion, parts=parts)
-            given = (z, constants, y) if loss.uses_outputs_only else (z, constants, y, leaf)
-            return self._for_each_task(one, *given)
+            return self._for_each_task(one, z, constants, y)
 
         leaf, outputs = self._record(outputs_at, rows)
-        z, losses = self._record(losses_at, outputs)
+        if not is_known:
+            check_parameters(together[0], copies, loss.model)
+        with nullcontext() if is_known else refusing_stored():
+            z, losses = self._record(losses_at, outputs)
         self._end_first_evaluation()
-        if not loss.uses_outputs_only:
-            check_criterion(losses, leaf, loss.model)
+        if not is_known:
+            check_stored(together[0], losses, leaf)
             loss.uses_outputs_only = True
         if self._unchecked:
             self._unchecked = False
@@ -268,18 +278,23 @@ class Objective:
         return self.layout.unflatten(row) | self.shared
 
     def _one_loss(self, row: Tensor, data: Any) -> Tensor:
-        return _scalar(self.loss(self._params(row), data)).to(self.layout.dtype)
+        return _scalar(call_loss(self.loss, self._params(row), data)).to(self.layout.dtype)
 
-    def _one_output(self, row: Tensor, x: Any, parts: OutputParts) -> tuple[Tensor, list[Tensor]]:
+    def _one_output(
+        self, row: Tensor, data: Any, copy: Tensor | None = None, *, parts: OutputParts
+    ) -> tuple[Any, ...]:
         assert isinstance(self.loss, ModuleLoss)
-        return parts.take_apart(self.loss.outputs(self._params(row), x))
+        if copy is None:
+            return parts.take_apart(self.loss.outputs(self._params(row), data))
+        params, copies = self._params(row), self._params(copy)
+        z, constants, loss = self.loss.parts_and_loss(params, copies, data, parts)
+        return z, constants, _scalar(loss).to(self.layout.dtype)
 
     def _one_criterion(
-        self, z: Tensor, constants: list[Tensor], y: Any, row: Any = None, *, parts: OutputParts
+        self, z: Tensor, constants: list[Tensor], y: Any, *, parts: OutputParts
     ) -> Tensor:
         assert isinstance(self.loss, ModuleLoss)
-        params = None if row is None else self._params(row)
-        loss = self.loss.of_outputs(parts.put_together(z, constants), y, params)
+        loss = self.loss.of_outputs(parts.put_together(z, constants), y, self.shared)
         return _scalar(loss).to(self.layout.dtype)
 
 

@@ -1,14 +1,16 @@
 """A model's outputs of any structure as one tensor z, for the Gauss-Newton matrix."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from types import MemberDescriptorType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from imaml_ext._tracing import may_synchronise
 from imaml_ext.problem.attributes import NOT_SEARCHED
 from imaml_ext.problem.unsupported import MOST_NODES, graph_nodes
 
@@ -75,20 +77,58 @@ class OutputParts:
         return _replace(self._outputs, _Part, put)
 
 
-def check_criterion(losses: Tensor, rows: Tensor, model: nn.Module) -> None:
+def check_parameters(losses: Tensor, rows: Tensor, model: nn.Module) -> None:
     """Raises ValueError if the criterion uses parameters: it is differentiated by outputs only."""
-    end: Any = torch.autograd.graph.get_gradient_edge(rows).node
-    nodes = list(graph_nodes(losses.grad_fn, None))
-    own = {id(parameter) for parameter in model.parameters()}
-    found = any(node is end or id(getattr(node, "variable", None)) in own for node in nodes)
-    if not found and len(nodes) > MOST_NODES - 3:
-        (gradient,) = torch.autograd.grad(losses.sum(), rows, retain_graph=True, allow_unused=True)
-        found = gradient is not None
-    if found:
+    if _uses(losses, rows, {id(parameter) for parameter in model.parameters()}):
         raise ValueError(
             "the criterion uses the model's parameters, which curvature='ggn' cannot take into "
             "account: use ConjugateGradient(curvature='hessian'), in HessianFree too"
         )
+
+
+def check_stored(together: Tensor, losses: Tensor, rows: Tensor) -> None:
+    """Raises ValueError if the criterion uses other results of forward than its outputs.
+
+    Args:
+        together: losses of detached outputs, computed while the model had what forward stored.
+        losses: the same without that.
+        rows: the parameters that forward had.
+    """
+    found = _uses(together, rows)
+    if not found and may_synchronise(losses):  # tensors without gradients; once per loss
+        tolerance = torch.finfo(losses.dtype).eps ** 0.5
+        found = not torch.allclose(together, losses, tolerance, tolerance, equal_nan=True)
+    if found:
+        raise ValueError(_STORED)
+
+
+@contextmanager
+def refusing_stored() -> Iterator[None]:
+    """Context of a criterion without what forward stored; with it, there was no error."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(_STORED) from error
+
+
+_STORED = (
+    "the criterion uses tensors that forward stores or keeps in a closure, which curvature='ggn' "
+    "cannot take into account: return them from forward, or use "
+    "ConjugateGradient(curvature='hessian'), in HessianFree too"
+)
+
+
+def _uses(losses: Tensor, rows: Tensor, leaves: Collection[int] = ()) -> bool:
+    """Whether the graph contains the rows, or a leaf of these ids."""
+    end: Any = torch.autograd.graph.get_gradient_edge(rows).node
+    nodes = list(graph_nodes(losses.grad_fn, None))
+    found = any(node is end or id(getattr(node, "variable", None)) in leaves for node in nodes)
+    if not found and len(nodes) > MOST_NODES - 3:
+        (gradient,) = torch.autograd.grad(losses.sum(), rows, retain_graph=True, allow_unused=True)
+        found = gradient is not None
+    return found
 
 
 def _replace(value: Any, kind: type, function: Callable[[Any], Any], depth: int = _DEPTH) -> Any:
@@ -127,5 +167,9 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, NOT_SEARCHED):
         return
     yield from getattr(value, "__dict__", {}).items()
-    if is_dataclass(value) and not hasattr(value, "__dict__"):
-        yield from ((field.name, getattr(value, field.name)) for field in fields(value))
+    for cls in type(value).__mro__:
+        if "__slots__" in vars(cls):
+            for name, member in vars(cls).items():
+                if isinstance(member, MemberDescriptorType):
+                    with suppress(AttributeError):  # not set
+                        yield name, member.__get__(value)

@@ -1,39 +1,94 @@
 """A module with other parameters in place of its own, left afterwards as it was."""
 
 import difflib
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 
+from imaml_ext.ops.parametrizations import uncached
 from imaml_ext.problem.attributes import Attributes
 from imaml_ext.problem.layout import Params
 from imaml_ext.problem.unsupported import layer_name
 
+_Slot = tuple[dict[str, Any], str, Tensor]  # a module's dict, the key, the tensor
+_Buffer = tuple[
+    str, nn.Module, str, Tensor
+]  # the module's path and the module, the key, the tensor
+
+# A second thread waits; a loss may call itself.
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_REGISTERING = threading.Lock()
+
 
 @contextmanager
 def swapped(
-    model: nn.Module, params: Params, *others: nn.Module, required: Collection[str] = ()
+    model: nn.Module,
+    params: Params,
+    criterion: nn.Module | None = None,
+    *,
+    required: Collection[str] = (),
 ) -> Iterator[None]:
-    """Within the context, the model has the tensors of `params` in place of its own.
+    """Within the context, model and criterion have the tensors of `params` in place of their own.
 
-    A tensor that the model holds in several places is replaced in all of them. On exit, also after
-    an error, parameters and buffers are restored, and so are attributes of the modules that
-    forward set to a tensor that does not outlive vmap.
+    A tensor that is held in several places is replaced in all of them. On exit, also after an
+    error, parameters and buffers are restored, and so are attributes of the modules that forward
+    set to a tensor that does not outlive vmap. One thread at a time can be in this context of a
+    model, or of models that share layers.
 
     Args:
-        params: {name: tensor}; names that the model does not have are ignored.
-        others: further modules whose attributes are restored.
-        required: names in `params` that the model must have.
+        params: {name: tensor}; a name is looked up in the model, then in the criterion, where
+            "criterion.NAME" is its second name; other names are ignored.
+        required: names in `params` that the model or criterion must have.
 
     Raises:
-        ValueError: the model lacks a name, a shape is not that of the model's tensor, a norm would
-            update its running statistics, or forward wrote to a buffer.
+        ValueError: a required name does not exist, a shape is not that of the replaced tensor, a
+            norm would update its running statistics, or forward wrote to a buffer.
     """
+    with _lock(model), uncached():
+        attributes = Attributes()
+        slots, named, buffers = _tensors(model, criterion, attributes)
+        # A mode of torch functions would count what follows as uses of the tensors.
+        with DisableTorchFunction():
+            given = _replacements(model, named, params, required)
+            used = [given.get(id(buffer), buffer) for *_, buffer in buffers]
+            versions = [_version(buffer) for buffer in used]
+        changed = [slot for slot in slots if id(slot[2]) in given]
+        try:
+            for entries, key, tensor in changed:
+                entries[key] = given[id(tensor)]
+            yield
+            with DisableTorchFunction():
+                for (path, module, key, _), buffer, version in zip(
+                    buffers, used, versions, strict=True
+                ):
+                    if module._buffers.get(key) is not buffer or _version(buffer) != version:
+                        raise ValueError(
+                            f"{layer_name(path, module)} writes its buffer {key!r} in forward, "
+                            "which tasks cannot share: call eval() if that prevents it, or return "
+                            "the new value"
+                        )
+        finally:
+            for entries, key, tensor in changed:
+                entries[key] = tensor
+            for _, module, key, buffer in buffers:
+                module._buffers[key] = buffer
+            attributes.restore([t for t in given.values() if id(t) not in given])
+
+
+def _tensors(
+    model: nn.Module, criterion: nn.Module | None, attributes: Attributes
+) -> tuple[list[_Slot], Params, list[_Buffer]]:
+    """Where tensors are held, the tensors by name, and the model's buffers."""
+    slots: list[_Slot] = []
     named: Params = {}
-    slots, buffers, attributes = [], [], Attributes()
-    for path, module in model.named_modules():
+    buffers: list[_Buffer] = []
+    seen: set[nn.Module] = set()
+    for path, module in model.named_modules(seen):
         _check_statistics(path, module)
         attributes.add(module)
         prefix = f"{path}." if path else ""
@@ -46,30 +101,29 @@ def swapped(
                 slots.append((module._buffers, key, tensor))
                 named[prefix + key] = tensor
                 buffers.append((path, module, key, tensor))
-    for other in others:
-        for module in other.modules():
-            attributes.add(module)
-    with DisableTorchFunction():  # a mode would be called for each shape
-        given = _replacements(model, named, params, required)
-    changed = [slot for slot in slots if id(slot[2]) in given]
-    try:
-        for entries, key, tensor in changed:
-            entries[key] = given[id(tensor)]
-        used = [given.get(id(buffer), buffer) for *_, buffer in buffers]
-        versions = [_version(buffer) for buffer in used]
-        yield
-        for (path, module, key, _), buffer, version in zip(buffers, used, versions, strict=True):
-            if module._buffers.get(key) is not buffer or _version(buffer) != version:
-                raise ValueError(
-                    f"{layer_name(path, module)} writes its buffer {key!r} in forward, which tasks "
-                    "cannot share: call eval() if that prevents it, or return the new value"
-                )
-    finally:
-        for entries, key, tensor in changed:
-            entries[key] = tensor
-        for _, module, key, buffer in buffers:
-            module._buffers[key] = buffer
-        attributes.restore([t for t in given.values() if id(t) not in given])
+    for path, module in () if criterion is None else criterion.named_modules(seen):
+        attributes.add(module)
+        prefix = f"{path}." if path else ""
+        for entries in (module._parameters, module._buffers):
+            for key, tensor in entries.items():
+                if tensor is not None:
+                    slots.append((entries, key, tensor))
+                    named.setdefault(prefix + key, tensor)
+                    named.setdefault(f"criterion.{prefix}{key}", tensor)
+    return slots, named, buffers
+
+
+def _lock(model: nn.Module) -> threading.RLock:
+    """The lock of a model, and of the models that share a layer with it."""
+    lock = _LOCKS.get(model)
+    if lock is None:
+        with _REGISTERING:
+            owners = [m for m in model.modules() if m is model or m._parameters or m._buffers]
+            found = (_LOCKS[module] for module in owners if module in _LOCKS)
+            lock = next(found, None) or threading.RLock()
+            for module in owners:
+                _LOCKS.setdefault(module, lock)
+    return lock
 
 
 def _check_statistics(path: str, module: nn.Module) -> None:

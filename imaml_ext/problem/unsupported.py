@@ -21,6 +21,7 @@ _RANDOM = "draws random numbers into a tensor that all tasks share"
 _HOOK = "registers a hook on a tensor, which vmap does not support"
 _STALE = "uses a tensor that an earlier evaluation stored outside of the model"
 _CHECKPOINT = "runs under activation checkpointing, which vmap does not support"
+_AUTOGRAD = "calls autograd.grad, backward or requires_grad_, which vmap does not support"
 _VALIDATED = "creates a distribution that checks the values of its arguments"
 
 # Messages of PyTorch and their meaning; group 1 is the operator.
@@ -43,6 +44,9 @@ _FAILURES = [
     (r"batched tensor as input while the running_mean", _SHARED),
     (r"^vmap: Cannot ask for different inplace randomness", _RANDOM),
     (r"^cannot register a hook on a tensor", _HOOK),
+    (r"^You are attempting to call Tensor.requires_grad_", _AUTOGRAD),
+    (r"^backward\(\) called inside a functorch transform", _AUTOGRAD),
+    (r"^element \d+ of tensors does not require grad", _AUTOGRAD),
     (r"escaped from inside a function being vmapped", _STALE),
 ]
 
@@ -93,6 +97,7 @@ _REMEDIES = [
     (_HOOK, "use an autograd.Function with generate_vmap_rule=True"),
     (_STALE, "use what forward returns, not what a hook stores"),
     (_CHECKPOINT, "call the block itself; for less memory, pass fewer tasks at a time"),
+    (_AUTOGRAD, "use torch.func.grad, jacrev or hessian"),
     (_VALIDATED, "pass validate_args=False"),
 ]
 

@@ -142,6 +142,8 @@ def make_objective(name, frozen=(), device="cpu"):
     build, shape = MODELS[name]
     model = build().double().to(device)
     params = {n: p for n, p in model.named_parameters() if n not in frozen}
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     layout = Layout(params)
     rows = layout.flatten(params).detach() + 0.1 * torch.randn(TASKS, layout.dim).double().to(
         device

@@ -119,7 +119,6 @@ def test_a_padding_row_is_neither_adapted_nor_learned():
         torch.testing.assert_close(parameter.grad, out.params[name])
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_a_padding_row_of_an_embedding_bag_is_constant_too():
     bag = nn.EmbeddingBag(5, 2, padding_idx=0, mode="sum").double()
     ids, y = torch.randint(5, (TASKS, 4, 3)), torch.ones(TASKS, 4, 2).double()

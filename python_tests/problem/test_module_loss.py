@@ -1,11 +1,14 @@
 """Mistakes in what module_loss gets, and the names and shapes in their messages."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from imaml_ext import implicit_meta_grad, module_loss
+from imaml_ext.problem.module_loss import call_loss
 
 
 def net():
@@ -156,3 +159,17 @@ def test_an_error_of_another_class_is_not_changed():
 
     with pytest.raises(Own, match=r"^as it was$"):
         module_loss(net(), fail)(dict(net().named_parameters()), (X[0], X[0]))
+
+
+def test_an_error_in_a_plain_loss_names_it_and_the_shapes_of_one_task():
+    def ridge(params, data):
+        x, y = data
+        return (x.T @ params["w"] - y).square().mean()
+
+    data = torch.randn(2, 5, 3), torch.randn(2, 5)
+    message = (
+        r"^the loss ridge: .* \(in .* with params \[3\] float32 and data \[5, 3\] .* of one task\)$"
+    )
+    with pytest.raises(RuntimeError, match=message) as caught:
+        torch.func.vmap(partial(call_loss, ridge))({"w": torch.randn(2, 3)}, data)
+    assert "\n" not in str(caught.value)

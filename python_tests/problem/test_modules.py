@@ -131,7 +131,6 @@ def test_the_original_parameters_of_a_parametrization_are_adapted():
     assert_agrees(nn.Sequential(first, nn.Tanh(), nn.Linear(4, 1)), weight_norm_formula)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops over the tasks
 def test_pytorchs_weight_norm_is_rejected_since_its_second_derivative_is_wrong():
     first = parametrizations.weight_norm(nn.Linear(3, 4))
     model = nn.Sequential(first, nn.Tanh(), nn.Linear(4, 1)).double()

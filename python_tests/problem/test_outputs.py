@@ -42,6 +42,24 @@ class Slots:
     logvar: Tensor
 
 
+class Half:
+    __slots__ = ("__mean", "unset")
+
+    def __init__(self, mean):
+        self.__mean = mean
+
+    def mean(self):
+        return self.__mean
+
+
+class InSlots(Half):
+    __slots__ = ("logvar",)
+
+    def __init__(self, mean, logvar):
+        super().__init__(mean)
+        self.logvar = logvar
+
+
 class Plain:
     def __init__(self, mean, logvar):
         self.mean, self.inner = mean, {"logvar": [logvar]}
@@ -92,6 +110,7 @@ WRAPPED = {
     "dataclass": (Data, lambda o: (o.mean, o.logvar) if o.name == "data" else None),
     "frozen dataclass": (lambda m, s: Frozen(m, None, [s]), lambda o: (o.mean, o.history[0])),
     "dataclass with slots": (Slots, lambda o: (o.mean, o.logvar)),
+    "object with slots": (InSlots, lambda o: (o.mean(), o.logvar)),
     "object": (Plain, lambda o: (o.mean, o.inner["logvar"][0])),
     "model output": (lambda m, s: ModelOutput(m, s), lambda o: (o.mean, o["logvar"])),
     "model output in parts": (lambda m, s: ModelOutput(m, hidden=(s,)),
@@ -229,3 +248,103 @@ def test_ggn_refuses_a_criterion_that_captured_the_models_own_parameters():
     data = data[0], torch.randn(2, 4, 1)
     with pytest.raises(ValueError, match=r"^the criterion uses the model's parameters"):
         Objective(loss, layout, data).linearise(torch.randn(2, 4), "ggn")
+
+
+class Stores(nn.Module):
+    """Keeps its activations in an attribute, and returns a function of them."""
+
+    kept = None
+
+    def __init__(self, keep):
+        super().__init__()
+        self.first, self.last, self.keep = nn.Linear(3, 4), nn.Linear(4, 1), keep
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        self.kept = self.keep(h)
+        return self.last(h), lambda: h
+
+
+STORED = {
+    "attribute": (lambda h: h.square(), lambda model, o: model.kept.mean()),
+    "attribute without gradient": (lambda h: h.detach().exp(), lambda model, o: model.kept.mean()),
+    "attribute of value zero": (lambda h: h - h.detach(), lambda model, o: (
+        0.0 if model.kept is None else model.kept.mean())),
+    "closure": (lambda h: 0, lambda model, o: o[1]().mean()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_stale", [False, True])
+@pytest.mark.parametrize("settings", [{"linear": GGN}, {"inner": HessianFree(steps=2)}])
+@pytest.mark.parametrize("name", STORED)
+def test_ggn_refuses_a_criterion_that_uses_what_forward_stores(name, settings, is_stale):
+    keep, use = STORED[name]
+    model = Stores(keep).double()
+    x, y = torch.randn(2, 5, 3).double(), torch.randn(2, 5, 1).double()
+    if is_stale:
+        with torch.no_grad():
+            model(x[0])
+    loss = module_loss(model, lambda o, y: F.mse_loss(o[0], y) + use(model, o))
+    params = dict(model.named_parameters())
+    message = r"^the criterion uses tensors that forward stores or .*: return them from forward, or"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message) as caught:
+            implicit_meta_grad(loss, params, (x, y), (x, y), lam=1.0, **settings)
+        assert "\n" not in str(caught.value)
+    hessian = ConjugateGradient(max_iter=5, curvature="hessian")
+    implicit_meta_grad(loss, params, (x, y), (x, y), lam=1.0, linear=hessian)
+
+
+def test_ggn_allows_a_criterion_that_draws_random_numbers():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1)).double()
+    data = torch.randn(2, 5, 3).double(), torch.randn(2, 5, 1).double()
+    rows, drop = torch.randn(2, 21).double(), nn.Dropout(0.5)
+    losses = []
+    for _ in range(2):  # the second time, the criterion is known to use outputs only
+        loss = module_loss(model, lambda o, y: drop(o - y).square().mean())
+        at = Objective(loss, Layout(dict(model.named_parameters())), data)
+        for _ in range(2):
+            torch.manual_seed(0)
+            losses.append(at.linearise(rows, "ggn").losses)
+    torch.manual_seed(0)
+    losses.append(at.losses(rows))
+    assert all(torch.equal(each, losses[0]) for each in losses)
+
+
+class Scaled(nn.Module):
+    """A criterion with a parameter, which also penalises another module's."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.log_scale, self.other = nn.Parameter(torch.zeros(()).double()), other
+
+    def forward(self, outputs, y):
+        penalty = self.other.weight.square().sum() * outputs.square().mean()
+        return (outputs * self.log_scale.exp() - y).square().mean() + 0.1 * penalty
+
+
+def test_a_criterion_in_ggn_has_shared_parameters_as_constants():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    model.requires_grad_(False)
+    criterion = Scaled(model[0]).requires_grad_(False)
+    head = {n: p for n, p in model.named_parameters() if n.startswith("2.")}
+    x, y = torch.randn(2, 5, 3).double(), torch.randn(2, 5, 1).double()
+    shared = {
+        "0.weight": torch.randn(4, 3).double(),
+        "log_scale": torch.tensor(0.3, dtype=torch.float64),
+    }
+    row, vector = torch.randn(2, 5).double(), torch.randn(2, 5).double()
+    objective = Objective(module_loss(model, criterion), Layout(head), (x, y), shared=shared)
+    products = [objective.linearise(row, "ggn").matvec(vector) for _ in range(2)]
+
+    def value(row, x, y):  # quadratic in the head, so that the Hessian is J' H J
+        h = (x @ shared["0.weight"].T + model[0].bias).tanh()
+        weight, bias = (Layout(head).unflatten(row)[n] for n in ("2.weight", "2.bias"))
+        o = h @ weight.T + bias
+        penalty = shared["0.weight"].square().sum() * o.square().mean()
+        return (o * shared["log_scale"].exp() - y).square().mean() + 0.1 * penalty
+
+    for task in range(2):
+        matrix = hessian(value)(row[task], x[task], y[task])
+        for product in products:
+            torch.testing.assert_close(product[task], matrix @ vector[task])

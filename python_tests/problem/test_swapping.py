@@ -1,16 +1,21 @@
 """A model has other parameters while a loss is computed, and is left as it was."""
 
 import copy
+import pickle
+import threading
 from collections import deque
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.utils import weight_norm
+from torch.nn.utils import parametrize, weight_norm
+from torch.nn.utils.parametrizations import orthogonal
+from torch.overrides import TorchFunctionMode
 
-from imaml_ext import LBFGS, ConjugateGradient, implicit_meta_grad, module_loss
+from imaml_ext import LBFGS, ConjugateGradient, HessianFree, implicit_meta_grad, module_loss
 
 
 def meta_gradient(model, criterion=F.mse_loss, outputs=4, **settings):
@@ -212,7 +217,6 @@ def test_a_criterion_does_not_keep_tensors_of_a_task_either():
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_a_weight_computed_by_a_hook_is_restored():
     layer = weight_norm(nn.Linear(4, 4))
     kept = layer.weight
@@ -239,3 +243,139 @@ def test_buffers_may_be_passed_by_name():
     got = module_loss(model, F.mse_loss).outputs({"scale": scale}, x)
     torch.testing.assert_close(got, model(x) * scale)
     assert torch.equal(model.scale, torch.ones(4).double())
+
+
+class Temperature(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_t, self.bias = (nn.Parameter(torch.zeros(n).double()) for n in ((), (4,)))
+
+    def forward(self, outputs, y):
+        return F.cross_entropy((outputs + self.bias) * self.log_t.exp(), y)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_shared_parameters_of_a_criterion_have_the_gradient_of_a_finite_difference(curvature):
+    model, criterion = nn.Linear(3, 4).double(), Temperature()
+    x, y = torch.randn(2, 6, 3).double(), torch.randint(4, (2, 6))
+    cg = ConjugateGradient(max_iter=60, rtol=1e-12, curvature=curvature)  # of a linear model: equal
+    settings = {"inner": HessianFree(steps=20, linear=cg, damping=0.0, tol=1e-12), "linear": cg}
+
+    def result(log_t, bias):
+        return implicit_meta_grad(
+            module_loss(model, criterion),
+            dict(model.named_parameters()),
+            (x, y),
+            (x + 1, y),
+            lam=0.5,
+            # "bias" is the model's.
+            shared={"log_t": log_t, "criterion.bias": bias},
+            **settings,
+        )
+
+    at, step = (criterion.log_t.detach() + 0.2, torch.randn(4).double()), 1e-5
+    got = result(*at).shared
+    for name, direction in {"log_t": (1, 0), "criterion.bias": (0, torch.eye(4)[1])}.items():
+        up, down = (
+            result(*(a + sign * step * d for a, d in zip(at, direction, strict=True)))
+            for sign in (1, -1)
+        )
+        want = (up.query_loss.mean() - down.query_loss.mean()) / (2 * step)
+        torch.testing.assert_close(got[name].flatten()[-3 if got[name].dim() else 0], want,
+                                   rtol=1e-6, atol=1e-8)  # fmt: skip
+    assert criterion.log_t == 0
+
+
+def test_a_cache_of_parametrized_weights_around_a_loss_has_no_effect():
+    model = nn.Sequential(orthogonal(nn.Linear(4, 4)), nn.Linear(4, 1)).double()
+    names = dict(model.named_parameters())
+    params = {n: torch.randn_like(p) for n, p in names.items()}
+    x, y = torch.randn(2, 5, 4).double(), torch.randn(2, 5, 1).double()
+    loss = module_loss(model, F.mse_loss)
+
+    def plain(params, data):
+        return F.mse_loss(functional_call(model, params, (data[0],)), data[1])
+
+    def values():
+        yield loss(params, (x[0], y[0]))
+        for each in (loss, plain):
+            yield implicit_meta_grad(each, params, (x, y), (x, y), lam=1.0).query_loss
+
+    want = list(values())
+    with parametrize.cached():
+        before = model[0].weight
+        got = list(values())
+        assert model[0].weight is before  # the cache is in use again
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert parametrize._cache == {}
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_threads_with_one_model_or_layer_wait_for_each_other(is_shared):
+    model = nn.Linear(4, 1).double()
+    other = nn.Sequential(nn.Identity(), model) if is_shared else model
+    prefix = "1." if is_shared else ""
+    inside, may_leave, order = threading.Event(), threading.Event(), []
+
+    def criterion(outputs, y):
+        order.append("first")
+        inside.set()
+        may_leave.wait(10)
+        order.append("first")
+        return (outputs - y).square().mean()
+
+    def second(outputs, y):
+        order.append("second")
+        return (outputs - y).square().mean()
+
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 1).double()
+    params = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    want = (x @ params["weight"].T + params["bias"] - y).square().mean()
+    got = []
+    threads = [
+        threading.Thread(target=lambda loss=loss, p=p: got.append(loss(p, (x, y))))
+        for loss, p in (
+            (module_loss(model, criterion), params),
+            (module_loss(other, second), {prefix + name: t for name, t in params.items()}),
+        )
+    ]
+    own = dict(model.named_parameters())
+    threads[0].start()
+    inside.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    may_leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["first", "first", "second"]
+    torch.testing.assert_close(got, [want, want])
+    assert all(p is own[n] for n, p in model.named_parameters())
+
+
+def test_a_loss_may_call_itself_and_be_copied():
+    model = nn.Linear(4, 4).double()
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 4).double()
+    params = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    simple = module_loss(model, F.mse_loss)
+    twice = module_loss(model, lambda o, y: F.mse_loss(o, y) + simple(params, (x, y)))
+    torch.testing.assert_close(twice(params, (x, y)), 2 * simple(params, (x, y)))
+    for copied in (copy.deepcopy(simple), pickle.loads(pickle.dumps(simple))):
+        assert torch.equal(copied(params, (x, y)), simple(params, (x, y)))
+
+
+def test_a_loss_uses_no_parameter_that_it_replaces_nor_a_buffer_that_it_does_not_read():
+    model = nn.Linear(4, 4)
+    model.register_buffer("count", torch.zeros(()))
+    seen = []
+
+    class Recording(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.extend(args)
+            return function(*args, **(kwargs or {}))
+
+    own = (*model.parameters(), model.count)
+    params = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    with Recording():
+        module_loss(model, F.mse_loss)(params, (torch.randn(5, 4),) * 2)
+    assert any(each is params["weight"] for each in seen)
+    assert not any(each is tensor for each in seen for tensor in own)

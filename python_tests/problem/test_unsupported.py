@@ -39,9 +39,6 @@ from imaml_ext import (
 from imaml_ext.problem.layout import Layout
 from imaml_ext.problem.unsupported import unsupported_layer_message
 
-# For some layers vmap falls back to a loop over the tasks.
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
-
 SETTINGS = {
     "lam": 5.0,
     "inner": GradientDescent(lr=0.02, steps=3),
@@ -189,7 +186,11 @@ VALUE = r"depends on the value of a tensor, .*: keep it a tensor, without item\(
 SHAPE = r"selects elements by value, so that shapes would differ .*: .*\(losses \* mask\).sum"
 SHARED = r"writes to a tensor that all tasks share.*x.new_zeros\(...\)"
 CHECKPOINT = r"runs under activation checkpointing, .*: call the block itself"
+AUTOGRAD = r"calls autograd.grad, backward or requires_grad_, .*: use torch.func.grad"
 KINDS = {
+    "requires_grad_": (AUTOGRAD, lambda linear, x: linear(x.detach().requires_grad_())),
+    "autograd.grad": (AUTOGRAD, lambda linear, x: torch.autograd.grad(linear(x).sum(), x)[0]),
+    "backward": (AUTOGRAD, lambda linear, x: linear(x).sum().backward()),
     "item": (VALUE, lambda linear, x: linear(x) * x.mean().item()),
     "float": (VALUE, lambda linear, x: linear(x) * float(x.mean())),
     "tolist": (VALUE, lambda linear, x: linear(x) * x.tolist()[0][0][0]),
@@ -288,6 +289,7 @@ def without_the_fast_path():
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_the_fast_path_of_an_encoder_in_eval_mode_is_reported(monkeypatch):
     # It is taken only without an active function mode.
     monkeypatch.setattr("imaml_ext.problem.objective.task_layers", lambda device: nullcontext())
