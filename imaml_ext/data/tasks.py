@@ -136,8 +136,8 @@ class RecordableSource(Protocol):
 class LoaderSource:
     """A source of the batches of a sequence, or of a DataLoader or another iterable.
 
-    Of a sequence, step k gets batch `k % len`. Of another iterable, each step gets the next batch,
-    whatever its number, and the iterable starts again when it ends; only the last batch can be
+    With a sequence, step k gets batch `k % len`. With another iterable, each new step gets the next
+    batch, whatever its number, and the iterable restarts when it ends; only the last batch can be
     sampled again.
 
     Args:
@@ -180,7 +180,7 @@ class LoaderSource:
         return self._batch
 
     def can_sample(self, step: int) -> bool:
-        """Whether `sample` gives the same batch of this step as before."""
+        """Whether `sample` would return the same batch for this step as before."""
         return self.repeatable or step == self.step
 
     def _next(self) -> Any:

@@ -16,7 +16,7 @@ _MOST_RITZ = 64  # the eigenvalues of a longer recurrence would take as long as 
 
 
 class ConvergenceWarning(UserWarning):
-    """A solve of `adapt` is off by an estimated 10% or more, and its gradient with it.
+    """A solve of `adapt` is off by an estimated 10% or more, and so is its gradient.
 
     `warnings.filterwarnings("ignore", category=imaml_ext.ConvergenceWarning)` switches it off.
     """
@@ -25,8 +25,8 @@ class ConvergenceWarning(UserWarning):
 def warn_if_inaccurate(problem: Proximal, inner: Solution, linear: Solution, v: Tensor) -> None:
     """Warn if the estimated relative errors of phi and x exceed 10% in sum. Reads values.
 
-    Errors and sizes are norms over all tasks; that of phi is relative to `phi - theta`. What the
-    error of phi changes in v is not known here: the gradient may be less accurate.
+    Errors and sizes are norms over all tasks; that of phi is relative to `phi - theta`. The effect
+    of phi's error on v is not included, so the gradient may be less accurate.
     """
     from_linear = _linear_error(linear, v)
     from_inner = _inner_error(problem, inner, linear)
@@ -42,8 +42,8 @@ def warn_if_inaccurate(problem: Proximal, inner: Solution, linear: Solution, v: 
         cause = "raise max_iter of the linear solver, or use another linear="
     off = "adapt" if from_inner > from_linear else "the linear solve of adapt"
     warnings.warn(
-        f"{off} has not converged: it is off by an estimated {level:.0%} or more, and the gradient "
-        f"with it: {cause}; implicit_meta_grad reports on each task",
+        f"{off} has not converged: it is off by an estimated {level:.0%} or more, and so is the "
+        f"gradient: {cause}; implicit_meta_grad reports on each task",
         ConvergenceWarning,
         stacklevel=_stacklevel(),
     )
@@ -71,14 +71,15 @@ def _inner_error(problem: Proximal, inner: Solution, linear: Solution) -> float:
     residual = (inner.residual - 10 * rounding).clamp_min(0)
     change = phi - problem.theta if bool(problem.lam.values.any()) else phi
     floor = torch.finfo(phi.dtype).eps ** 0.5 * _norms(phi)
-    return _ratio((residual / mu)[measured], (_norms(change) + floor)[measured])
+    error = torch.where(residual > 0, residual / mu, 0.0)
+    return _ratio(error[measured], (_norms(change) + floor)[measured])
 
 
 def _curvature(lanczos: Lanczos, solution: Solution) -> tuple[Tensor, Tensor, Tensor]:
     """The smallest curvature of each task, 0 if negative curvature stopped the linear solve; the
     rounding error of a residual at `solution.value`; and which tasks had a product, [B] each.
 
-    A task without one has v = 0, and no part in the gradient.
+    A task without one has v = 0 and contributes nothing to the gradient.
     """
     if len(lanczos.diagonal) > _MOST_RITZ:
         lanczos = replace(

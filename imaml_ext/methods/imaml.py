@@ -33,8 +33,9 @@ class IMAML(Method):
 
     Args:
         loss, params, query_loss, nonfinite: as in `Method`.
-        lam: proximal strength, as in `implicit_meta_grad`. Its tensors that require grad are
-            learned directly; a `ProximalStrength` is learned too, and stays positive.
+        lam: proximal strength, as in `implicit_meta_grad`; 0 only with `shared`. Its tensors that
+            require grad are learned directly; a `ProximalStrength` is learned too, and stays
+            positive.
         inner, linear: as in `implicit_meta_grad`.
         shared: as in `implicit_meta_grad`; learned too.
         adapt_proximal: whether `adapt`, which evaluation uses, keeps the proximal term.

@@ -163,9 +163,9 @@ def adapt(
         loss, params, lam, inner, linear, shared: as in `implicit_meta_grad`.
         support: a pytree of [B, ...] tensors; they may require grad, such as the features of a
             learned body, learned labels or example weights. Exact only with `curvature="hessian"`.
-        warn: whether `backward` issues a `ConvergenceWarning` if the residuals and the measured
-            curvature say that phi or the linear solve is off by 10% or more. None: on the CPU; on
-            CUDA that would synchronise.
+        warn: whether `backward` issues a `ConvergenceWarning` if the relative errors of phi and of
+            the linear solve, estimated from residuals and curvature, exceed 10% in sum. None: only
+            on the CPU, because it synchronises on CUDA.
 
     Returns:
         phi, {name: [B, ...]}.

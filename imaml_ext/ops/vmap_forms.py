@@ -28,8 +28,9 @@ _warn_of_loops: Callable[[bool], None] = _functorch._set_vmap_fallback_warning_e
 class VmapForms(TorchFunctionMode):
     """The context in which the forms are used.
 
-    In it vmap does not warn that it loops over the tasks for an operator: it would at every
-    evaluation, of results that are right, and where warnings are errors it could not run.
+    In it vmap does not warn that it loops over the tasks for an operator. The results are right,
+    the warning would appear at every evaluation, and where warnings are errors it would stop the
+    run.
     """
 
     _entered = threading.local()
@@ -122,7 +123,7 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     """With class weights and label smoothing, torch selects the targets that are not ignored."""
-    if weight is None or label_smoothing == 0 or not 0 < label_smoothing <= 1:
+    if weight is None or not 0 < label_smoothing <= 1:
         return None
     if target.is_floating_point() or input.dim() != target.dim() + 1:
         return None
@@ -136,7 +137,8 @@ def _cross_entropy(
     shape[classes] = count
     smooth = -(log_p * weight.view(shape)).sum(classes).masked_fill(ignored, 0.0)
     if reduction == "mean":
-        weights = weight[target.masked_fill(ignored, 0)].masked_fill(ignored, 0.0)
+        index = target.masked_fill(ignored, 0)
+        weights = weight.index_select(0, index.flatten()).view_as(index).masked_fill(ignored, 0.0)
         smooth = smooth.sum() / weights.sum()
     elif reduction == "sum":
         smooth = smooth.sum()

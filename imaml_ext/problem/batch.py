@@ -10,11 +10,12 @@ from imaml_ext.problem.layout import Layout
 
 
 def count_tasks(layout: Layout, data: Any, label: str) -> int:
-    """B.
+    """The number of tasks, B.
 
     Raises:
-        TypeError: a leaf is not a tensor, or its floating dtype differs from that of the layout.
-        ValueError: there are no leaves, B or N is 0, or leading sizes or devices differ.
+        TypeError: a leaf is not a dense tensor, or its floating dtype differs from the layout's.
+        ValueError: there are no leaves, B or N is 0, leading sizes or devices differ, or a leaf was
+            created in inference mode.
     """
     leaves = pytree.tree_leaves(data)
     if not leaves:

@@ -47,11 +47,11 @@ def captured_message(loss: Any, leaves: Sequence[Tensor], adapted: Collection[st
             if t.requires_grad and not (t.is_leaf and leaves) and name not in adapted
         ]
     found = found or [f"a tensor of shape {list(leaf.shape)}" for leaf in leaves]
-    it = "it" if len(found) == 1 else "them"
-    verb = "requires" if len(found) == 1 else "require"
+    it = "it" if len(found) < 2 else "them"
+    verb = "requires" if len(found) < 2 else "require"
     return (
-        f"the loss depends on {_listed(found) or 'a tensor'}, which {verb} grad, but not through "
-        f"the params that it receives: pass {it} in shared= to differentiate by {it}, or call "
+        f"the loss depends on {_listed(found) or 'a tensor'}, which {verb} grad, but not as params "
+        f"or shared: pass {it} in shared= to differentiate by {it}, or call "
         f"requires_grad_(False) or detach() to keep {it} constant"
     )
 
@@ -113,7 +113,7 @@ def _variables(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
     elif isinstance(function, nn.Module):
         yield "", function
     elif isinstance(function, partial):
-        found = {**{f"argument {k}": value for k, value in enumerate(function.args)}}
+        found = {f"argument {k}": value for k, value in enumerate(function.args)}
         found |= function.keywords
         yield from _variables(function.func, seen)
     elif inspect.ismethod(function):
@@ -128,7 +128,7 @@ def _variables(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
         }
         found = {**variables.globals, **variables.nonlocals, **defaults}
     else:
-        found = {**getattr(function, "__dict__", {})}
+        found = dict(getattr(function, "__dict__", {}))
     for name, value in found.items():
         yield name, value
         if inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, partial):

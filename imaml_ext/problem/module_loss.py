@@ -125,12 +125,10 @@ def module_loss(model: nn.Module, criterion: Callable[[Any, Any], Tensor]) -> Mo
 
 def call_loss(loss: Callable[[Params, Any], Any], params: Params, data: Any) -> Any:
     """`loss(params, data)`; errors name any loss, and the shapes of one task."""
-    if isinstance(loss, ModuleLoss):
-        return loss(params, data)
     try:
         return loss(params, data)
     except _ERRORS as error:
-        if str(error).endswith(_OF_ONE_TASK):
+        if isinstance(loss, ModuleLoss) or str(error).endswith(_OF_ONE_TASK):
             raise
         name = getattr(loss, "__name__", type(loss).__name__)
         given = f"params {_described(params)} and data {_described(data)}"

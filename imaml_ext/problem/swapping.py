@@ -38,7 +38,7 @@ def swapped(
     A tensor that is held in several places is replaced in all of them. On exit, also after an
     error, parameters and buffers are restored, and so are attributes of the modules that forward
     set to a tensor that does not outlive vmap. One thread at a time can be in this context of a
-    model, or of models that share layers.
+    model, or of models that share layers (if several were used before, those of the first one).
 
     Args:
         params: {name: tensor}; a name is looked up in the model, then in the criterion, where

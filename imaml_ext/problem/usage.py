@@ -35,7 +35,7 @@ class Usage(TorchFunctionMode):
         self._modules: dict[int, tuple[nn.Module, bool]] = {}
         # Weak references: most are temporary, and could not change.
         self._tensors: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-        self._variables: dict[str, int] = {}
+        self._variables: dict[tuple[str, int], None] = {}  # an ordered set
 
     def __enter__(self) -> Any:
         thread = threading.get_ident()
@@ -64,7 +64,10 @@ class Usage(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _record(self, tensor: Tensor) -> None:
-        if id(tensor) in self._tensors or _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_functorch_wrapped_tensor(tensor):
+            return
+        known = self._tensors.get(id(tensor))
+        if known is not None and known[0]() is tensor:  # an id may be used again
             return
         self._tensors[id(tensor)] = weakref.ref(tensor), _state(tensor)
 
@@ -84,7 +87,7 @@ class Usage(TorchFunctionMode):
             )
         for name, tensor in captured_tensors(self._loss):
             if id(tensor) in self._tensors:
-                self._variables.setdefault(name, id(tensor))
+                self._variables[name, id(tensor)] = None
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError where data, tensors or training flags have changed."""
@@ -102,9 +105,9 @@ class Usage(TorchFunctionMode):
         for tensor in self._modified():
             name = f"{self._name(tensor)}, which the loss uses,"
             raise RuntimeError(_CHANGED.format(name, "modified"))
-        now_named = {name: id(tensor) for name, tensor in captured_tensors(self._loss)}
-        for name, number in self._variables.items():
-            if now_named.get(name) != number:
+        now_found = {(name, id(tensor)) for name, tensor in captured_tensors(self._loss)}
+        for name, number in self._variables:
+            if (name, number) not in now_found:
                 raise RuntimeError(_CHANGED.format(f"{name}, which the loss uses,", "replaced"))
 
     def _modified(self) -> Iterator[Tensor]:
@@ -120,8 +123,8 @@ class Usage(TorchFunctionMode):
 
 
 _CHANGED = (
-    "{} was {} between adapt and backward, which would give another gradient: call backward "
-    "before, or pass a copy to adapt"
+    "{} was {} between adapt and backward, which would change the gradient: call backward "
+    "before the change, or change a copy"
 )
 
 # Functions and attributes that do not depend on the values of a tensor.

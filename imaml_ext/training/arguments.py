@@ -57,7 +57,7 @@ def check_optimizer(method: Method, optimizer: Any, scheduler: Any) -> None:
         shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise ValueError(
             f"optimizer lacks {len(missing)} of the {len(learned)} tensors that the method learns "
-            f"({shown}): {over_all}; what is left out of the method keeps its value"
+            f"({shown}): {over_all}; to keep a tensor constant, leave it out of the method"
         )
     ids = {id(tensor) for tensor in learned.values()}
     unused = [t for t in owned.values() if t.requires_grad and id(t) not in ids]
@@ -80,10 +80,10 @@ def check_optimizer(method: Method, optimizer: Any, scheduler: Any) -> None:
 
 
 def warn_unless_repeatable(source: TaskSource) -> None:
-    """Warns, before a training is resumed, if its batches are not functions of the step."""
+    """Warns, before training is resumed, if its batches are not functions of the step."""
     if isinstance(source, LoaderSource) and not source.repeatable:
         warnings.warn(
-            "the position of the loader is not restored: the training continues with its next "
+            "the position of the loader is not restored: training continues with its next "
             "batches; a source with sample(step) resumes exactly",
             stacklevel=3,
         )

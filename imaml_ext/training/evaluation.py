@@ -187,5 +187,5 @@ def per_task(
         if not str(error).startswith("vmap: It looks like"):
             raise
         raise RuntimeError(
-            f"{label} reads the value of a tensor, as .item() and if do: return a 0-d tensor"
+            f"{label} reads the value of a tensor, by .item(), if or the like: return a 0-d tensor"
         ) from error

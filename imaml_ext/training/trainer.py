@@ -40,7 +40,8 @@ class Trainer:
     Args:
         method: holds the learned tensors.
         source: samples a batch for each step; or an iterable of batches, such as a DataLoader or a
-            list, in a form of `TaskBatch.of`, which is repeated and moved to the device of theta.
+            list, in any form that `TaskBatch.of` accepts. It restarts when it ends; its batches are
+            moved to theta's device.
         optimizer: over all tensors of `method.learned()`; default Adam with lr 1e-3. On CUDA it
             should be capturable.
         scheduler: schedule of the learning rate, stepped with the optimizer.

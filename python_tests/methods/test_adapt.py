@@ -435,6 +435,21 @@ def test_a_replaced_variable_is_an_error(monkeypatch):
         phi["w"].sum().backward()
 
 
+def test_one_of_several_captured_tensors_may_be_used():
+    first, others = torch.ones(4).double(), [torch.zeros(4).double(), torch.zeros(4).double()]
+    pair = [first, *others]
+    phi = adapt(
+        lambda p, d: fit(p, d) + (pair[0] * p["w"]).sum(), learned(), data(), lam=LAM, **EXACT
+    )
+    phi["w"].sum().backward()
+    model = nn.Linear(4, 3).double().requires_grad_(False)
+    loss = module_loss(model, nn.CrossEntropyLoss(weight=torch.ones(3).double()))
+    bias = {"bias": model.bias.requires_grad_()}
+    support = randn(3, 9, 4), torch.randint(0, 3, (3, 9))
+    adapt(loss, bias, support, lam=1.0, warn=False)["bias"].sum().backward()
+    assert model.bias.grad.norm() > 0
+
+
 def test_steps_on_the_adapted_parameters_and_on_an_unused_mode_are_no_errors():
     model = nn.Sequential(nn.Linear(4, 1), nn.Dropout(0.0)).double()
     params, loss = dict(model.named_parameters()), module_loss(model[:1], squared)
@@ -699,6 +714,16 @@ def test_a_task_without_a_query_gradient_does_not_hide_the_others():
     phi = adapt(fit, theta, (x, y), lam=1e-3)
     with pytest.warns(ConvergenceWarning):
         phi["w"][1].sum().backward()  # v = 0 for the others
+
+
+def test_a_saddle_point_in_one_task_does_not_hide_the_warning():
+    def loss(p, d):
+        return d[0] * p["w"].square().sum() / 2
+
+    curvature, theta = torch.tensor([[1.0], [-3.0], [2.0]]).double(), torch.zeros(2).double()
+    phi = adapt(loss, {"w": theta.requires_grad_()}, curvature, lam=0.5)
+    with pytest.warns(ConvergenceWarning, match="not positive definite"):
+        phi["w"].sum().backward()
 
 
 def test_an_unsolved_inner_problem_is_reported_with_a_neumann_series():

@@ -158,9 +158,10 @@ def with_true_residual(
     """The solution, CONVERGED only where `|b - A x|` is at most twice the tolerance.
 
     A row whose recurrence cannot have drifted, `drift <= max(residual, tolerance)`, is unchanged.
-    The others get their true residual, at one product for all rows; on the CPU it is skipped if no
-    row needs it. With rtol = atol = 0 there is no product: the tolerance is then `1000 eps |b|`,
-    and the others get the bound `residual + drift`.
+    The others, unless they stopped early with another status, get their true residual by one
+    product for all rows; on the CPU it is skipped if no row needs it. With rtol = atol = 0 there is
+    no product: the tolerance is then `1000 eps |b|`, and the others get the bound
+    `residual + drift`.
 
     Args:
         norm: `|b|`, [B] float64.

@@ -26,8 +26,8 @@ class MINRES(LinearSolver):
 
     A row ends as MAX_ITER where the residual can be reduced no further: at the least-squares
     solution of a singular system, `|A r| <= eps^(3/4) |A| |r|`, or where rounding errors prevent
-    it, on ill-conditioned systems: in float32 from a condition number of about 1e4. x is the
-    iterate before. CONVERGED is checked as described in `LinearSolver`.
+    further progress on an ill-conditioned system, in float32 from a condition number of about 1e4.
+    x is then the previous iterate. CONVERGED is checked as described in `LinearSolver`.
 
     Args:
         max_iter, rtol, atol, damping, curvature: as in `LinearSolver`.
