@@ -108,7 +108,24 @@ def test_adapt_with_a_nonfinite_task_has_a_nan_gradient(device):
     assert all(t.grad.isnan().all() for t in params.values())
 
 
+def in_inference_mode():
+    with torch.inference_mode():
+        return torch.zeros(4, 3, 2)
+
+
 BAD = [
+    (
+        {"support": (in_inference_mode(), torch.zeros(4, 3, 1))},
+        ValueError,
+        r"support \(tensor 0\) was created in inference mode.*pass its clone",
+    ),
+    (
+        {"support": (torch.zeros(4, 3, 2).to_sparse(), torch.zeros(4, 3, 1))},
+        TypeError,
+        r"support \(tensor 0\) is torch.sparse_coo: pass a dense tensor",
+    ),
+    ({"loss": torch.nn.functional.mse_loss}, TypeError, "got torch's mse_loss: build it by"),
+    ({"loss": torch.nn.Linear(2, 1)}, TypeError, r"loss must be a function of \(params, data\)"),
     ({"support": (torch.zeros(4, 3, 2), torch.zeros(3, 3, 1))}, ValueError, "same leading size B"),
     ({"query": (torch.zeros(3, 5, 2), torch.zeros(3, 5, 1))}, ValueError, "support has 4 tasks"),
     ({"support": (torch.zeros(0, 3, 2), torch.zeros(0, 3, 1))}, ValueError, "is empty: shape"),
