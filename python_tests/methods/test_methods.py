@@ -220,7 +220,6 @@ def linear_loss(params, data):
         (MODEL, r"got Linear\(input\)"),
         (lambda params: 0.0, r"got <lambda>\(params\)"),
     ],
-    ids=str,
 )
 def test_a_loss_that_is_no_function_of_parameters_and_data_is_refused(make, loss, got, name):
     if make is ALL["reptile"] and name == "query_loss":
@@ -266,7 +265,6 @@ def test_parameters_that_are_no_mapping_to_tensors_are_refused(make, params):
             "^inner.linear has curvature='ggn', .* build the loss by module_loss",
         ),
     ],
-    ids=str,
 )
 def test_solvers_that_would_fail_in_every_meta_gradient_are_refused(settings, error, message):
     settings = {"loss": LOSS, "params": dict(MODEL.named_parameters())} | settings

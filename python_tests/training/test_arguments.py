@@ -92,7 +92,6 @@ def test_a_scheduler_that_would_not_change_the_training_is_refused():
         ({"metrics": {"mse": 3}}, r"metrics\['mse'\] must be a function of \(params, query\)"),
         ({"metrics": {3: LOSS}}, "names in metrics must be strings, got 3"),
     ],
-    ids=str,
 )
 def test_arguments_of_another_type_are_refused(arguments, message):
     refused(TypeError, message, **arguments)
