@@ -72,7 +72,7 @@ def test_autograd_through_adapt_agrees_with_a_dense_solve(data):
     lam_tensors = [t.requires_grad_() for t in pytree.tree_leaves(lam) if isinstance(t, Tensor)]
     phi = adapt(
         problem.loss, leaves, problem.support, lam=lam, inner=inner,
-        linear=data.draw(linear_solvers(layout.dim)),
+        linear=data.draw(linear_solvers(layout.dim)), warn=False,
     )  # fmt: skip
     torch.func.vmap(problem.loss)(phi, problem.query).mean().backward()
     tried["adapt"] += 1
@@ -195,7 +195,7 @@ PARAMS = {
     "two devices": lambda p: p | {"last": torch.zeros(2, device="meta")},
 }
 LAMS = {
-    **{str(v): (lambda p, v=v: v) for v in (0.0, -1.0, torch.nan, torch.inf, 1e-330)},
+    **{str(v): (lambda p, v=v: v) for v in (-1.0, torch.nan, torch.inf)},
     "beyond any float": lambda p: 10**400,
     **{str(v): (lambda p, v=v: v) for v in (None, True, "1.0", [1.0], 1j)},
     "0-d nan": lambda p: first(p).new_full((), torch.nan),
