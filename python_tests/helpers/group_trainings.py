@@ -66,6 +66,7 @@ def with_a_frozen_body(group):
     torch.manual_seed(rank(group))
     model = mlp(1, 12, 1).to(torch.float64)
     head = {n: p for n, p in model.named_parameters() if n.startswith("2.")}
+    model[0].requires_grad_(False)
     method = FOMAML(module_loss(model, nn.functional.mse_loss), head)
     return make_trainer(CPU, source=sinusoid(CPU, TASKS), method=method, process_group=group)
 
