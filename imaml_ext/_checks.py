@@ -74,6 +74,19 @@ def check_callable(name: str, value: Any, parameters: str, remedy: str = "") -> 
     raise TypeError(f"{name} must be a function of {parameters}, got {got}{remedy}")
 
 
+def check_scalar(name: str, value: Any) -> None:
+    """Raises TypeError for anything but a real tensor, ValueError for one that is not 0-d."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must return a tensor, got {kind_of(value)}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, got {value.dtype}")
+    if value.dim() != 0:
+        raise ValueError(
+            f"{name} of one task must be a scalar, got shape {list(value.shape)}: "
+            "return its mean or sum"
+        )
+
+
 def kind_of(value: Any) -> str:
     """How messages name what was given."""
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

@@ -16,6 +16,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.func import vmap
 
+from imaml_ext._checks import check_scalar
 from imaml_ext.ops.vmap_layers import task_layers
 from imaml_ext.problem.batch import check_constant, count_tasks, versions
 from imaml_ext.problem.captured import captured_message, leaves_besides
@@ -321,16 +322,8 @@ def check_same_tasks(support: Objective, query: Objective) -> None:
 
 
 def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"the loss must return a tensor, got {type(loss).__name__}")
-    if loss.is_complex():
-        raise TypeError(f"the loss must be real, got {loss.dtype}")
-    if loss.dim() != 0:
-        raise ValueError(
-            f"the loss of one task must be a scalar, got shape {list(loss.shape)}: "
-            "return its mean or sum"
-        )
-    return loss
+    check_scalar("the loss", loss)
+    return cast(Tensor, loss)
 
 
 def _vjp(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from imaml_ext._checks import check_callable, check_instance, check_integer, kind_of
+from imaml_ext._checks import check_callable, check_instance, check_integer, check_scalar, kind_of
 from imaml_ext.data.tasks import TaskSource, batches
 from imaml_ext.methods.base import Method
 from imaml_ext.problem.layout import Params
@@ -169,15 +169,8 @@ def per_task(
     """
 
     def one(*operands: Any) -> Tensor:
-        value: Any = metric(*operands)
-        if not isinstance(value, Tensor) or value.is_complex():
-            got = value.dtype if isinstance(value, Tensor) else kind_of(value)
-            raise TypeError(f"{label} must return a real 0-d tensor, got {got}")
-        if value.dim() != 0:
-            raise ValueError(
-                f"{label} must return a 0-d tensor for each task, got shape {list(value.shape)}: "
-                "return its mean"
-            )
+        value = metric(*operands)
+        check_scalar(label, value)
         return value
 
     try:
