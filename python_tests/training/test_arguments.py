@@ -110,8 +110,8 @@ def test_a_metric_cannot_replace_an_entry_of_the_record():
 
 METRICS = {
     "a shape": (ValueError, lambda params, data: data[1], r"scalar, got shape \[10, 1\]"),
-    "a number": (TypeError, lambda params, data: 3.0, "real 0-d tensor, got float"),
-    "nothing": (TypeError, lambda params, data: None, "real 0-d tensor, got NoneType"),
+    "a number": (TypeError, lambda params, data: 3.0, "must return a tensor, got float"),
+    "nothing": (TypeError, lambda params, data: None, "must return a tensor, got NoneType"),
     "a pair": (TypeError, lambda params, data: (data[1].mean(),) * 2, "got tuple"),
     "complex": (TypeError, lambda params, data: data[1].mean() * 1j, "got torch.complex64"),
     "item": (RuntimeError, lambda params, data: data[1].mean().item(), "reads the value"),
