@@ -48,7 +48,7 @@ def test_no_singular_system_is_converged_far_from_its_tolerance(solver, smallest
         h, b = h.to(dtype), b.to(dtype)
         for rtol in rtols:
             got = SOLVERS[solver](max_iter=4 * dim, rtol=rtol).solve(product(h), b)
-            far = relative_residual(h, b, got.value) > 3 * rtol
+            far = relative_residual(h, b, got.value) > 2.1 * rtol  # 2, and rounding
             ours += int(((got.status == Status.CONVERGED) & far).sum())
             reached += int((~far).sum())
             scale = torch.linalg.matrix_norm(h.double(), 2) / b.double().norm(dim=1)
