@@ -88,6 +88,28 @@ def _tensors_of_module(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                         yield from ((f"{key}.{own}", t) for own, t in leaf.named_parameters())
 
 
+def captured_state(loss: Any) -> tuple[Any, ...]:
+    """What a loss finds in its variables and in attributes of its modules, to notice changes.
+
+    Numbers and texts by value, everything else by identity. Equal states compare equal.
+    """
+    state: list[Any] = []
+    for _, value in _variables(loss, set()):
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, nn.Module):
+                for module in leaf.modules():
+                    state += map(_value, vars(module).values())
+                    for tensors in (module._parameters, module._buffers):
+                        state += map(id, tensors.values())
+            else:
+                state.append(_value(leaf))
+    return tuple(state)
+
+
+def _value(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, (int, float, complex, str, type(None))) else id(leaf)
+
+
 def captured_modules(loss: Any) -> Iterator[tuple[str, nn.Module]]:
     """Modules by name that a loss may call."""
     for name, value in _variables(loss, set()):

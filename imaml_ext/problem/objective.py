@@ -29,6 +29,7 @@ from imaml_ext.problem.outputs import (
     refusing_stored,
 )
 from imaml_ext.problem.precision import one_precision
+from imaml_ext.problem.programs import recorded
 from imaml_ext.problem.unsupported import check_differentiable_twice, unsupported_layer_message
 from imaml_ext.problem.usage import Usage
 
@@ -91,16 +92,28 @@ class Objective:
         self._versions: list[int] | None = versions(data)  # None after the first evaluation
         if check:
             check_constant(data, label)
+        self._recorded = recorded(self)
 
     def with_inputs(self, data: Any, shared: Params) -> "Objective":
         """The same losses at other data, and at other values of the shared parameters."""
         other = copy(self)
         other.data, other.shared = data, shared
-        other._unchecked, other._versions = False, None
+        other._unchecked, other._versions, other._recorded = False, None, None
         return other
+
+    def of_tasks(self, data: Any, shared: Params) -> "Objective":
+        """The same losses for other tasks."""
+        return Objective(self.loss, self.layout, data, self._label, shared, check=self._unchecked)
 
     def losses(self, rows: Tensor) -> Tensor:
         """[B] from [B, D]."""
+        if self._recorded is not None:
+            found = self._recorded.losses(rows)
+            if found is not None:
+                return found
+        return self._losses(rows)
+
+    def _losses(self, rows: Tensor) -> Tensor:
         with self.computing():
             losses = self._for_each_task(self._one_loss, rows, self.data)
         self._end_first_evaluation()
@@ -108,7 +121,9 @@ class Objective:
 
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [B] and gradients [B, D]."""
-        leaf, losses = self._record(self.losses, rows)
+        if self._recorded is not None and (found := self._recorded.gradient(rows)) is not None:
+            return found
+        leaf, losses = self._record(self._losses, rows)
         self.check_inputs(losses, leaf)
         with self.computing():
             return losses.detach(), _vjp(losses, leaf, torch.ones_like(losses))
@@ -117,8 +132,12 @@ class Objective:
         """Gradients [B, D], in the graph of `rows` in grad mode."""
         if not torch.is_grad_enabled():
             return self.gradient(rows)[1]
+        if self._recorded is not None and rows.requires_grad:
+            found = self._recorded.differentiable_gradient(rows)
+            if found is not None:
+                return found
         at = rows if rows.requires_grad else rows.detach().requires_grad_()
-        losses = self.losses(at)
+        losses = self._losses(at)
         with self.computing():
             if self._unchecked:  # once: unrolled steps chain up to thousands of such graphs
                 check_differentiable_twice(losses, at)
@@ -131,6 +150,10 @@ class Objective:
         The graph of the gradient is recorded once; each product is one backward pass through it.
         The graph is freed with `matvec`.
         """
+        if self._recorded is not None:
+            found = self._recorded.linearise(rows, kind)
+            if found is not None:
+                return Linearisation(*found)
         with self.computing():
             at = self._hessian(rows) if kind == "hessian" else self._gauss_newton(rows)
 
@@ -148,7 +171,7 @@ class Objective:
         """
         if self._unchecked:
             self._unchecked = False
-            self._check_graph(losses, rows, self.losses)
+            self._check_graph(losses, rows, self._losses)
 
     def _check_graph(
         self, outputs: Tensor, at: Tensor, function: Callable[[Tensor], Tensor]
@@ -182,7 +205,7 @@ class Objective:
             raise RuntimeError(message) from error
 
     def _hessian(self, rows: Tensor) -> Linearisation:
-        leaf, losses = self._record(self.losses, rows)
+        leaf, losses = self._record(self._losses, rows)
         self.check_inputs(losses, leaf)
         check_differentiable_twice(losses, leaf)
         gradient = _vjp(losses, leaf, torch.ones_like(losses), create_graph=True)

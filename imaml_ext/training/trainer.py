@@ -4,16 +4,18 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import ref
 
 import torch
 
-from imaml_ext._checks import check_integer
+from imaml_ext._checks import check_choice, check_integer
 from imaml_ext.data.tasks import LoaderSource, TaskBatch, TaskSource, as_source
 from imaml_ext.methods.base import Method
 from imaml_ext.methods.meta_gradient import MetaGradient
+from imaml_ext.problem.programs import Programs
 from imaml_ext.training import arguments, checkpoint
 from imaml_ext.training.budget import Budget
 from imaml_ext.training.capture import Capture, cuda_graph, no_capture
@@ -24,6 +26,11 @@ from imaml_ext.training.logs import Log, Record
 from imaml_ext.training.optimisation import Optimisation
 from imaml_ext.training.record import ENTRIES, DeferredRecord, Pending, measure
 from imaml_ext.training.snapshot import ScheduleSnapshot
+
+
+Compile = Literal["auto", "on", "off"]
+
+_EAGER_STEPS = 20  # of a training on the CPU: recording takes as long as some of them
 
 
 class NonfiniteError(ArithmeticError):
@@ -48,6 +55,9 @@ class Trainer:
         metrics: reported with the loss, by name; evaluated on the query set at phi.
         meta_gradient: replaces `method.meta_gradient`, for example with a `RecordedMetaGradient`
             of it; on the CPU only.
+        compile: whether steps on the CPU replace PyTorch's operators by programs, which makes small
+            networks several times faster: "on", "off", or "auto", from the 20th step on where
+            the losses can be recorded; see docs/recording.md.
         capture: how to record a meta-step; default `cuda_graph` on CUDA. With `no_capture` the
             device decides whether a step is applied, without a recording. By default the host
             decides on the CPU.
@@ -61,6 +71,7 @@ class Trainer:
 
     Attributes:
         source: samples this process's tasks.
+        programs: those of the losses; None if `compile` does not apply.
         steps: number of meta-steps made.
         seconds: time spent in `step` and `read`, over all runs of this training. Steps that are
             read together share the time equally in their records.
@@ -81,6 +92,7 @@ class Trainer:
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         metrics: dict[str, Metric] | None = None,
         meta_gradient: Callable[[TaskBatch], MetaGradient] | None = None,
+        compile: Compile = "auto",
         capture: Capture | None = None,
         read_every: int = 50,
         budget: Budget | None = None,
@@ -98,6 +110,15 @@ class Trainer:
                 "meta_gradient is for the CPU without a capture: otherwise whole meta-steps are "
                 "recorded"
             )
+        check_choice("compile", compile, ("auto", "on", "off"))
+        host_only = not on_cuda and capture is None and meta_gradient is None
+        if compile == "on" and not host_only:
+            raise ValueError(
+                "compile='on' is for the CPU, without capture and meta_gradient: on CUDA whole "
+                "meta-steps are recorded"
+            )
+        self.compile: Compile = compile
+        self.programs = Programs() if host_only and compile != "off" else None
         self.method = method
         self.process_group = process_group
         self.source = shard(as_source(source, method.layout.device), process_group)
@@ -229,7 +250,10 @@ class Trainer:
 
     def _evaluate(self, batch: TaskBatch) -> Record:
         """Fill the gradients of the learned tensors, and return the record of the batch."""
-        out = (self.meta_gradient or self.method.meta_gradient)(batch)
+        with self._recording():
+            out = (self.meta_gradient or self.method.meta_gradient)(batch)
+        if self.compile == "on" and self.programs is not None:
+            self.programs.check()
         gradients, summary = measure(self.method, out, batch, self.metrics, self.process_group)
         numbers = torch.stack(list(summary.values())).tolist()
         record = dict(zip(summary, numbers, strict=True))
@@ -238,6 +262,12 @@ class Trainer:
         for name, tensor in self.method.learned().items():
             tensor.grad = gradients[name]
         return record
+
+    def _recording(self) -> AbstractContextManager[None]:
+        # Counted from the start of the training, so that a resumed run takes the same steps.
+        if self.programs is None or (self.compile == "auto" and self.steps < _EAGER_STEPS):
+            return nullcontext()
+        return self.programs.use()
 
     def _move_to_device(self, names: list[str]) -> None:
         """Let the device decide whether the following steps are applied, if the optimizer can."""
@@ -281,7 +311,8 @@ class Trainer:
         """
         check_metrics("metrics", metrics, "(params, query)", ENTRIES[:3])
         self.read()
-        means = evaluate(self.method, source, metrics, tasks=tasks).mean
+        with self._recording():
+            means = evaluate(self.method, source, metrics, tasks=tasks).mean
         return self._keep("val", self.steps, self.seconds, means)
 
     def state_dict(self) -> dict[str, Any]:

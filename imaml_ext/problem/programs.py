@@ -1,0 +1,229 @@
+"""Losses and their derivatives by task programs, instead of PyTorch's operators.
+
+The losses, the gradient, and the Hessian or Gauss-Newton product of one task are each traced once,
+and then run for all tasks by one call, whatever the solver.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from imaml_ext._tracing import is_recording
+from imaml_ext.problem.captured import captured_state
+from imaml_ext.programs.lowering import UnsupportedOperator
+from imaml_ext.programs.task_program import TaskProgram
+
+Piece = Literal["losses", "gradient", "hessian", "ggn"]
+
+_MOST_STATES = 8  # of one loss: other shapes, or another state of its model
+
+_active: ContextVar["Programs | None"] = ContextVar("active", default=None)
+
+
+class Programs:
+    """The programs of the losses that are evaluated within `use()`, on the CPU.
+
+    A program is traced when it is first needed. Its first result is compared with that of PyTorch's
+    operators. Another is traced if the shapes of the data change, the training mode of a module, or
+    any other number or tensor that the loss finds in its variables, or in attributes of its
+    modules.
+
+    Attributes:
+        refusals: why PyTorch's operators are used, for each loss where they are.
+    """
+
+    def __init__(self) -> None:
+        self.refusals: list[str] = []
+        self._found: dict[Any, dict[Piece, TaskProgram | None]] = {}
+        self._states: dict[int, int] = {}  # how many of each loss
+        self._losses: list[Any] = []  # keeps them, so that their ids remain theirs
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+    def check(self) -> None:
+        """Raises RuntimeError if PyTorch's operators were used for a loss, or if there was none."""
+        if self.refusals:
+            raise RuntimeError(f"cannot be recorded: {self.refusals[0]}")
+        if not self._found:
+            raise RuntimeError("cannot be recorded: nothing evaluates a loss on the CPU")
+
+    def of(self, objective: Any) -> dict[Piece, TaskProgram | None] | None:
+        """The programs of an objective's loss; None if it changes too often."""
+        data, structure = pytree.tree_flatten(objective.data)
+        key = (
+            id(objective.loss), structure, *((leaf.dtype, leaf.shape[1:]) for leaf in data),
+            *((name, t.shape) for name, t in objective.shared.items()),
+            *objective.layout.shapes.items(), objective.layout.dtype,
+            captured_state(objective.loss),
+        )  # fmt: skip
+        found = self._found.get(key)
+        if found is None:
+            states = self._states[id(objective.loss)] = self._states.get(id(objective.loss), 0) + 1
+            if states > _MOST_STATES:
+                if states == _MOST_STATES + 1:
+                    self.refusals.append(f"the loss changed more than {_MOST_STATES} times")
+                return None
+            self._losses.append(objective.loss)
+            found = self._found[key] = {}
+        return found
+
+
+def recorded(objective: Any) -> "Recorded | None":
+    """The programs of an objective; None outside of `Programs.use`, or where they cannot be used."""
+    active = _active.get()
+    if active is None or is_recording() or objective.usage is not None:
+        return None
+    if objective.layout.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
+    found = active.of(objective)
+    return None if found is None else Recorded(objective, active, found)
+
+
+class Recorded:
+    """The programs of an objective. Every method returns None if there is no program."""
+
+    def __init__(
+        self, objective: Any, programs: Programs, found: dict[Piece, TaskProgram | None]
+    ) -> None:
+        self._objective, self._programs, self._found = objective, programs, found
+        self._rest = [*pytree.tree_leaves(objective.data), *objective.shared.values()]
+
+    def losses(self, rows: Tensor) -> Tensor | None:
+        """[B] from [B, D]; in grad mode in the graph of the rows, for one derivative."""
+        if torch.is_grad_enabled():
+            if not rows.requires_grad or self._program("gradient", rows) is None:
+                return None
+            losses: Tensor = _Losses.apply(rows, self)
+            return losses
+        program = self._program("losses", rows)
+        return None if program is None else program(rows, *self._rest)[0]
+
+    def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Losses [B] and gradients [B, D]."""
+        program = self._program("gradient", rows)
+        if program is None:
+            return None
+        losses, gradient = program(rows, *self._rest)
+        return losses, gradient
+
+    def differentiable_gradient(self, rows: Tensor) -> Tensor | None:
+        """Gradients [B, D] in the graph of the rows, for one derivative."""
+        if self._program("hessian", rows) is None:
+            return None
+        gradient: Tensor = _Gradient.apply(rows, self)
+        return gradient
+
+    def linearise(
+        self, rows: Tensor, kind: Literal["hessian", "ggn"]
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]] | None:
+        """Losses [B], gradients [B, D], and the product of the curvature with rows [B, D]."""
+        program = self._program(kind, rows)
+        if program is None:
+            return None
+        (losses, gradient), product = program.begin(rows, *self._rest)
+        return losses, gradient, product
+
+    def _program(self, piece: Piece, rows: Tensor) -> TaskProgram | None:
+        if piece not in self._found:
+            try:
+                self._found[piece] = self._traced(piece, rows)
+            except UnsupportedOperator as reason:
+                self._found[piece] = None
+                if str(reason) not in self._programs.refusals:
+                    self._programs.refusals.append(str(reason))
+        return self._found[piece]
+
+    def _traced(self, piece: Piece, rows: Tensor) -> TaskProgram:
+        objective, structure = self._objective, pytree.tree_structure(self._objective.data)
+        names = list(objective.shared)
+        leaves = len(self._rest) - len(names)
+
+        def function(rows: Tensor, *rest: Tensor) -> Sequence[Tensor]:
+            data = pytree.tree_unflatten(rest[:leaves], structure)
+            shared = dict(zip(names, rest[leaves : leaves + len(names)], strict=True))
+            return _evaluate(objective.of_tasks(data, shared), piece, rows, *rest[len(self._rest) :])
+
+        is_shared = [False] * (1 + leaves) + [True] * len(names)
+        examples = [t if s else t[:1] for t, s in zip([rows, *self._rest], is_shared, strict=True)]
+        late = piece in ("hessian", "ggn")
+        if late:
+            is_shared.append(False)
+            examples.append(torch.ones_like(rows[:1]))
+        program = TaskProgram(function, examples, is_shared, late=int(late))
+        _compare(program, objective, piece, rows, self._rest)
+        return program
+
+
+class _Losses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, recorded: Recorded) -> Tensor:
+        found = recorded.gradient(rows)
+        assert found is not None
+        losses, ctx.gradient = found
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g[:, None] * ctx.gradient, None
+
+
+class _Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, recorded: Recorded) -> Tensor:
+        found = recorded.linearise(rows, "hessian")
+        assert found is not None
+        _, gradient, ctx.product = found
+        return gradient
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, vector: Tensor) -> tuple[Tensor, None]:
+        return ctx.product(vector), None
+
+
+def _evaluate(objective: Any, piece: Piece, rows: Tensor, *vector: Tensor) -> list[Tensor]:
+    """By PyTorch's operators."""
+    if piece == "losses":
+        return [objective.losses(rows)]
+    if piece == "gradient":
+        return list(objective.gradient(rows))
+    at = objective.linearise(rows, piece)
+    return [at.losses, at.gradient, at.matvec(*vector)]
+
+
+def _compare(
+    program: TaskProgram, objective: Any, piece: Piece, rows: Tensor, rest: Sequence[Tensor]
+) -> None:
+    """Raises UnsupportedOperator if a result differs from that of PyTorch's operators."""
+    token = _active.set(None)
+    try:
+        vector = [torch.ones_like(rows)] if piece in ("hessian", "ggn") else []
+        eager = objective.of_tasks(objective.data, objective.shared)
+        want = _evaluate(eager, piece, rows, *vector)
+    finally:
+        _active.reset(token)
+    if vector:
+        got, product = program.begin(rows, *rest)
+        got = [*got, product(*vector)]
+    else:
+        got = program(rows, *rest)
+    tolerance = torch.finfo(rows.dtype).eps ** 0.5 * 10
+    for a, b in zip(got, want, strict=True):
+        both = a.nan_to_num(), b.nan_to_num()
+        if not torch.equal(a.isfinite(), b.isfinite()) or not (
+            (both[0] - both[1]).norm() <= tolerance * both[1].norm()
+        ):
+            raise UnsupportedOperator(f"the program of the {piece} differs from PyTorch's result")

@@ -1,0 +1,90 @@
+"""Strided arrays of one task, and views of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["float", "int", "bool"]  # all are stored as floats
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Contiguous memory for `size` elements of one task.
+
+    Attributes:
+        input: the dtype of an input; None if the program writes the buffer.
+        constant: the value of all its elements; its size is 1.
+    """
+
+    size: int
+    input: torch.dtype | None = None
+    constant: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Array:
+    """A strided view of a buffer; offset and strides count elements."""
+
+    buffer: Buffer
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+    kind: Kind = "float"
+
+    @staticmethod
+    def new(
+        shape: Sequence[int], kind: Kind = "float", input: torch.dtype | None = None
+    ) -> "Array":
+        """A contiguous array in a new buffer."""
+        like = torch.empty(tuple(shape), device="meta")
+        return Array(Buffer(like.numel(), input), tuple(shape), like.stride(), kind=kind)
+
+    @staticmethod
+    def filled(value: float, shape: Sequence[int], kind: Kind = "float") -> "Array":
+        buffer = Buffer(1, constant=float(value))
+        return Array(buffer, tuple(shape), (0,) * len(shape), kind=kind)
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self._meta().is_contiguous()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its buffer, in order."""
+        return self.is_contiguous and self.offset == 0 and self.size == self.buffer.size
+
+    def expanded(self, shape: Sequence[int]) -> "Array":
+        return self.view(lambda t: t.expand(tuple(shape)))
+
+    def view(self, function: Callable[[Tensor], Any]) -> Any:
+        """The array, or arrays, that `function` returns for a tensor of these strides.
+
+        Raises:
+            RuntimeError: there is no such view.
+        """
+        meta = self._meta()
+        result = function(meta)
+        if isinstance(result, (tuple, list)):
+            return [self._of(view) for view in result]
+        return self._of(result)
+
+    def _of(self, view: Tensor) -> "Array":
+        return replace(
+            self,
+            shape=tuple(view.shape),
+            strides=view.stride(),
+            offset=int(view.storage_offset()),
+        )
+
+    def _meta(self) -> Tensor:
+        extent = self.offset + 1
+        extent += sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True) if n)
+        memory = torch.empty(extent, device="meta")
+        return memory.as_strided(self.shape, self.strides, self.offset)

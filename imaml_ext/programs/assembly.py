@@ -1,0 +1,270 @@
+"""From instructions on arrays to programs: fusion, and where each buffer lies in memory."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from imaml_ext.programs.arrays import Array, Buffer
+from imaml_ext.programs.lowering import Instruction
+
+_ALIGNMENT = 16  # elements: a cache line of float32
+
+
+def without_unused(
+    instructions: Sequence[Instruction], outputs: Iterable[Buffer]
+) -> list[Instruction]:
+    """The instructions that the outputs depend on."""
+    needed = set(outputs)
+    kept = []
+    for each in reversed(instructions):
+        if each.result.buffer in needed:
+            needed.update(a.buffer for a in each.arrays)
+            kept.append(each)
+    return kept[::-1]
+
+
+def with_fused_sums(
+    instructions: Sequence[Instruction], outputs: Iterable[Buffer]
+) -> list[Instruction]:
+    """`add(matmul(a, b), c)` as one matrix product that starts from c."""
+    uses = Counter(a.buffer for each in instructions for a in each.operands)
+    uses.update(outputs)
+    writer: dict[Buffer, int] = {}
+    fused: list[Instruction | None] = []
+    for each in instructions:
+        if each.name == "add" and each.scalars == (1.0,):
+            for product, other in (each.operands, each.operands[::-1]):
+                at = writer.get(product.buffer)
+                if at is None or uses[product.buffer] > 1 or not _is_complete(product, each.result):
+                    continue
+                matmul = fused[at]
+                if matmul is None or matmul.name != "matmul" or len(matmul.arrays) > 3:
+                    continue
+                moved = _matmul_into(matmul, product, each.result, other)
+                if moved is not None:
+                    fused[at] = None
+                    each = moved
+                    break
+        writer[each.result.buffer] = len(fused)
+        fused.append(each)
+    return [each for each in fused if each is not None]
+
+
+def _is_complete(product: Array, result: Array) -> bool:
+    return product.size == product.buffer.size == result.size
+
+
+def _matmul_into(
+    matmul: Instruction, product: Array, result: Array, other: Array
+) -> Instruction | None:
+    """The matmul, writing to `result` instead of `product`, a view of its own result, plus `other`.
+
+    None if the loops of the addition are not those of the matmul's result, possibly transposed.
+    """
+    kept = [d for d in range(len(matmul.sizes)) if d != len(matmul.sizes) - 1]
+    own = matmul.result
+    order: list[int] = []  # dimension of `product` for each loop of the matmul
+    for d in kept:
+        if matmul.sizes[d] == 1:
+            order.append(-1)
+            continue
+        found = [
+            e for e in range(len(product.shape))
+            if product.shape[e] == matmul.sizes[d] and product.strides[e] == own.strides[d]
+        ]  # fmt: skip
+        if len(found) != 1 or found[0] in order:
+            return None
+        order.append(found[0])
+    if any(n > 1 and e not in order for e, n in enumerate(product.shape)):
+        return None
+
+    def strides(a: Array) -> tuple[int, ...]:
+        return (*(0 if e < 0 else a.strides[e] for e in order), 0)
+
+    sizes = matmul.sizes
+    arrays = [replace(a, shape=sizes, strides=strides(a)) for a in (result, other)]
+    return replace(matmul, arrays=(arrays[0], *matmul.operands, arrays[1]))
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The arguments of `_C.Program`.
+
+    Attributes:
+        arena: elements of scratch memory.
+        instructions: as in `_C.Program`.
+        constants: its constants.
+    """
+
+    arena: int
+    constants: list[float]
+    instructions: list[Any]
+
+
+def assemble(
+    instructions: Sequence[Instruction],
+    inputs: Sequence[Buffer],
+    outputs: Sequence[Sequence[Buffer]],
+) -> Assembled:
+    """Place every buffer, and translate the instructions.
+
+    Args:
+        instructions: in order.
+        inputs: the buffers of the slots 2, 3, ...
+        outputs: for each of the following slots, the buffers that lie there one after another.
+    """
+    place: dict[Buffer, tuple[int, int]] = {buffer: (2 + k, 0) for k, buffer in enumerate(inputs)}
+    for k, buffers in enumerate(outputs, 2 + len(inputs)):
+        start = 0
+        for buffer in buffers:
+            place[buffer] = k, start
+            start += rounded(buffer.size)
+    instructions = _written_in_place(instructions, place)
+    constants: dict[str, int] = {}
+    values: list[float] = []
+    arena = _Arena()
+    last = {a.buffer: k for k, each in enumerate(instructions) for a in each.arrays}
+    translated = []
+    for k, each in enumerate(instructions):
+        for a in each.arrays:
+            if a.buffer.constant is not None:
+                name = repr(a.buffer.constant)  # NaN differs from itself, -0.0 equals 0.0
+                if name not in constants:
+                    constants[name] = len(values)
+                    values.append(a.buffer.constant)
+                place[a.buffer] = 1, constants[name]
+            elif a.buffer not in place:
+                place[a.buffer] = 0, arena.take(a.buffer.size)
+        for buffer in {a.buffer for a in each.arrays}:
+            if place[buffer][0] == 0 and last[buffer] == k:
+                arena.free(place[buffer][1], buffer.size)
+        operands = []
+        for a in each.arrays:
+            slot, start = place[a.buffer]
+            operands.append((slot, start + a.offset, list(a.strides)))
+        translated.append(
+            (each.name, list(each.sizes), operands, list(each.integers), list(each.scalars))
+        )
+    return Assembled(arena.size, values, translated)
+
+
+def _written_in_place(
+    instructions: Sequence[Instruction], place: dict[Buffer, tuple[int, int]]
+) -> list[Instruction]:
+    """Without copies of whole buffers: the copied buffer is written at its destination."""
+    moves: dict[Buffer, _Move] = {}
+    written = {each.result.buffer for each in instructions}
+    modified = {each.result.buffer for each in instructions if each.name.startswith("scatter")}
+    views: dict[Buffer, list[Array]] = {}
+    for each in instructions:
+        for a in each.arrays:
+            views.setdefault(a.buffer, []).append(a)
+    kept = []
+    for each in instructions:
+        target, source = each.result, each.arrays[-1]
+        movable = each.name == "copy" and source.buffer in written
+        if movable and source.buffer not in place and source.buffer not in moves:
+            move = None if target.buffer in modified else _move(source, target)
+            if move is not None and all(move.maps(a) for a in views[source.buffer]):
+                moves[source.buffer] = move
+                continue
+        kept.append(each)
+
+    def moved(a: Array) -> Array:
+        while a.buffer in moves:
+            a = moves[a.buffer].apply(a)
+        return a
+
+    return [_by_rows(replace(each, arrays=tuple(map(moved, each.arrays)))) for each in kept]
+
+
+def _by_rows(each: Instruction) -> Instruction:
+    """A matrix product whose result has contiguous columns as the transposed product."""
+    if each.name != "matmul" or each.result.strides[-2] == 1 or each.result.strides[-3] != 1:
+        return each
+
+    def swapped(values: tuple[int, ...]) -> tuple[int, ...]:
+        *others, m, n, k = values
+        return *others, n, m, k
+
+    result, a, b, *c = (
+        replace(array, shape=swapped(array.shape), strides=swapped(array.strides))
+        for array in each.arrays
+    )
+    return replace(each, sizes=swapped(each.sizes), arrays=(result, b, a, *c))
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A buffer as a part of another one.
+
+    Attributes:
+        target, offset: the other buffer, and where the part begins.
+        strides: new strides by the old ones; None if all remain.
+    """
+
+    target: Buffer
+    offset: int
+    strides: dict[int, int] | None
+
+    def maps(self, a: Array) -> bool:
+        if self.strides is None:
+            return True
+        known = (s in self.strides for n, s in zip(a.shape, a.strides, strict=True) if n > 1 and s)
+        return a.offset == 0 and all(known)
+
+    def apply(self, a: Array) -> Array:
+        strides = a.strides
+        if self.strides is not None:
+            strides = tuple(self.strides.get(s, 0) for s in strides)
+        return replace(a, buffer=self.target, strides=strides, offset=a.offset + self.offset)
+
+
+def _move(source: Array, target: Array) -> _Move | None:
+    """The move that makes a copy from `source` to `target` unnecessary, if there is one."""
+    if source.is_whole and target.is_contiguous:
+        return _Move(target.buffer, target.offset, None)
+    order = sorted(
+        (stride, d)
+        for d, (n, stride) in enumerate(zip(source.shape, source.strides, strict=True))
+        if n > 1
+    )
+    expected = 1
+    for stride, d in order:  # whether the source is all of its buffer, permuted
+        if stride != expected:
+            return None
+        expected *= source.shape[d]
+    if expected != source.buffer.size or source.offset:
+        return None
+    return _Move(target.buffer, target.offset, {s: target.strides[d] for s, d in order})
+
+
+class _Arena:
+    """First fit, with holes."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._holes: list[tuple[int, int]] = []  # start, end
+
+    def take(self, size: int) -> int:
+        size = rounded(size)
+        for k, (start, end) in enumerate(self._holes):
+            if end - start >= size:
+                self._holes[k] = start + size, end
+                return start
+        self.size += size
+        return self.size - size
+
+    def free(self, start: int, size: int) -> None:
+        holes = sorted([*self._holes, (start, start + rounded(size))])
+        self._holes = []
+        for start, end in holes:
+            if self._holes and self._holes[-1][1] == start:
+                self._holes[-1] = self._holes[-1][0], end
+            elif end > start:
+                self._holes.append((start, end))
+
+
+def rounded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,431 @@
+"""From a traced graph to instructions on arrays."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from imaml_ext.programs.arrays import Array, Kind
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+class UnsupportedOperator(RuntimeError):
+    """A program cannot contain this operator."""
+
+
+@dataclass(frozen=True, eq=False)
+class Instruction:
+    """An instruction of `_C.Program`: a loop nest over arrays, of which the first is written.
+
+    Attributes:
+        name: as in csrc/cpu/program.h.
+        sizes: of the loops.
+        arrays: one dimension per loop; the first is the result.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    arrays: tuple[Array, ...]
+    integers: tuple[int, ...] = ()
+    scalars: tuple[float, ...] = ()
+
+    @property
+    def result(self) -> Array:
+        return self.arrays[0]
+
+    @property
+    def operands(self) -> tuple[Array, ...]:
+        return self.arrays[1:]
+
+
+_UNARY = {
+    getattr(aten, name).default: name
+    for name in (
+        "neg", "abs", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "sin", "cos",
+        "tanh", "sigmoid", "erf", "relu", "floor", "ceil", "sign",
+    )
+} | {aten.sgn.default: "sign"}  # fmt: skip
+_TESTS = {aten.logical_not.default: "logical_not", aten.isnan.default: "isnan"}
+_BINARY = {
+    getattr(getattr(aten, name), overload): name
+    for name in ("add", "sub", "mul", "div")
+    for overload in ("Tensor", "Scalar")
+} | {
+    aten.pow.Tensor_Scalar: "pow",
+    aten.pow.Tensor_Tensor: "pow",
+    aten.maximum.default: "maximum",
+    aten.minimum.default: "minimum",
+    aten.tanh_backward.default: "tanh_backward",
+    aten.sigmoid_backward.default: "sigmoid_backward",
+}
+_COMPARISONS = {
+    getattr(getattr(aten, name), overload): name
+    for name in ("eq", "ne", "lt", "le", "gt", "ge")
+    for overload in ("Tensor", "Scalar")
+} | {
+    aten.logical_and.default: "logical_and",
+    aten.logical_or.default: "logical_or",
+    aten.bitwise_and.Tensor: "logical_and",
+    aten.bitwise_or.Tensor: "logical_or",
+}
+_VIEWS = {
+    aten.alias.default, aten.as_strided.default, aten.diagonal.default, aten.expand.default,
+    aten.narrow.default, aten.permute.default, aten.select.int, aten.slice.Tensor,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.squeeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.t.default, aten.transpose.int, aten.unbind.int, aten.unsqueeze.default,
+    aten.unfold.default,
+}  # fmt: skip
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_SAME = {
+    aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default, aten.alias.default,
+    aten.contiguous.default, aten.lift_fresh.default,
+}  # fmt: skip
+_REDUCTIONS = {
+    aten.sum.default: "sum",
+    aten.sum.dim_IntList: "sum",
+    aten.mean.default: "sum",
+    aten.mean.dim: "sum",
+    aten.amax.default: "amax",
+    aten.amin.default: "amin",
+}
+_FILLED = {
+    aten.zeros_like.default: 0.0,
+    aten.ones_like.default: 1.0,
+    aten.empty_like.default: math.nan,
+    aten.new_zeros.default: 0.0,
+    aten.new_ones.default: 1.0,
+    aten.zeros.default: 0.0,
+    aten.ones.default: 1.0,
+    aten.full.default: None,
+    aten.full_like.default: None,
+    aten.new_full.default: None,
+    aten.scalar_tensor.default: None,
+}
+
+
+_IN_PLACE = {
+    getattr(getattr(aten, f"{name}_"), overload): name
+    for name in ("add", "sub", "mul", "div")
+    for overload in ("Tensor", "Scalar")
+} | {aten.fill_.Scalar: "fill", aten.zero_.default: "fill", aten.copy_.default: "copy"}
+
+
+class Lowering:
+    """Translates a graph, node by node.
+
+    Args:
+        dtype: of the program's arithmetic.
+        inputs: an array for each placeholder of the graph.
+
+    Attributes:
+        instructions: in order.
+        outputs: the graph's outputs.
+
+    Raises:
+        UnsupportedOperator: the graph has an operator, or a dtype, without an instruction.
+    """
+
+    def __init__(self, graph: fx.Graph, dtype: torch.dtype, inputs: Sequence[Array]) -> None:
+        self.dtype = dtype
+        self.instructions: list[Instruction] = []
+        self.outputs: list[Array] = []
+        self._values: dict[fx.Node, Any] = {}
+        self._known: dict[Any, Array] = {}  # results of maps
+        given = iter([self._converted(a) for a in inputs])
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                self._values[node] = next(given)
+            elif node.op == "output":
+                self.outputs = list(fx.node.map_arg(node.args[0], self._values.__getitem__))
+            else:
+                self._values[node] = self._lower(node)
+
+    def _lower(self, node: fx.Node) -> Any:
+        target: Any = node.target
+        args = fx.node.map_arg(node.args, self._values.__getitem__)
+        kwargs = fx.node.map_arg(dict(node.kwargs), self._values.__getitem__)
+        if node.op == "call_function" and getattr(target, "__name__", "") == "getitem":
+            return args[0][args[1]]
+        if target in _IN_PLACE:
+            return self._modify(node, *args)
+        kind = self._kind(node)
+        if target in _VIEWS:
+            return args[0].view(lambda t: target(t, *args[1:], **kwargs))
+        if target in _RESHAPES:
+            return self._reshape(args[0], args[1])
+        if target in _SAME or target is aten._to_copy.default:
+            return _with_kind(args[0], kind)
+        if target in _FILLED:
+            return self._filled(node, kind, args)
+        if target in _UNARY:
+            return self._map(_UNARY[target], args, kind)
+        if target in _TESTS:
+            return self._map(_TESTS[target], args, "bool")
+        if target is aten.bitwise_not.default and args[0].kind == "bool":
+            return self._map("logical_not", args, "bool")
+        if target in _BINARY:
+            return self._binary(_BINARY[target], args, kwargs, kind)
+        if target in _COMPARISONS:
+            return self._map(_COMPARISONS[target], args, "bool")
+        if target is aten.threshold_backward.default:
+            return self._map("threshold_backward", args[:2], kind, (float(args[2]),))
+        if target is aten.where.self:
+            return self._map("where", args, kind)
+        if target in _REDUCTIONS:
+            return self._reduce(node, *args, **kwargs)
+        if target is prims.broadcast_in_dim.default:
+            return _broadcast(*args)
+        if target is prims.var.default:
+            return self._variance(*args, **kwargs)
+        if target in (aten.mm.default, aten.bmm.default):
+            return self._matmul(*args)
+        if target is aten.cat.default:
+            return self._cat(*args, **kwargs)
+        if target is aten.gather.default:
+            return self._gather(*args)
+        if target in (aten.scatter.src, aten.scatter.value, aten.scatter_add.default):
+            return self._scatter(target is aten.scatter_add.default, *args)
+        raise UnsupportedOperator(str(target))
+
+    def _modify(self, node: fx.Node, a: Array, *others: Any) -> Array:
+        """An operator in place: whatever is the modified array is the result from now on."""
+        if a.buffer.input is not None:
+            raise UnsupportedOperator(f"{node.target} of an input")
+        name = _IN_PLACE[node.target]
+        if name == "fill":
+            result = Array.filled(others[0] if others else 0.0, a.shape, a.kind)
+        elif name == "copy":
+            result = _with_kind(others[0].expanded(a.shape), a.kind)
+        else:
+            result = self._binary(name, (a, *others), node.kwargs, a.kind)
+        for other, value in self._values.items():
+            if isinstance(value, Array) and value.buffer is a.buffer:
+                if _identity(value) != _identity(a) or value.shape != a.shape:
+                    raise UnsupportedOperator(f"{node.target} of a view")
+                self._values[other] = result
+        return result
+
+    def _kind(self, node: fx.Node) -> Kind:
+        """What a node computes: floats must have the program's dtype."""
+        value = node.meta.get("val", node.meta.get("tensor_meta"))
+        dtype = getattr(value, "dtype", None)
+        if dtype is None or dtype == self.dtype:
+            return "float"
+        if dtype == torch.bool:
+            return "bool"
+        if dtype.is_floating_point or dtype.is_complex:
+            raise UnsupportedOperator(f"{node.target} in {dtype}")
+        return "int"
+
+    def _emit(
+        self,
+        name: str,
+        sizes: Sequence[int],
+        arrays: Sequence[Array],
+        integers: Sequence[int] = (),
+        scalars: Sequence[float] = (),
+    ) -> None:
+        self.instructions.append(
+            Instruction(name, tuple(sizes), tuple(arrays), tuple(integers), tuple(scalars))
+        )
+
+    def _map(
+        self, name: str, operands: Sequence[Any], kind: Kind, scalars: Sequence[float] = ()
+    ) -> Array:
+        arrays = [a if isinstance(a, Array) else Array.filled(a, ()) for a in operands]
+        if kind == "int" and name != "where":
+            raise UnsupportedOperator(f"{name} of integers")
+        shape = torch.broadcast_shapes(*(a.shape for a in arrays))
+        arrays = [a.expanded(shape) for a in arrays]
+        key = name, tuple(scalars), shape, *(_identity(a) for a in arrays)
+        if key not in self._known:  # the derivative of a loss repeats what the loss computes
+            self._known[key] = Array.new(shape, kind)
+            self._emit(name, shape, [self._known[key], *arrays], (), scalars)
+        return self._known[key]
+
+    def _binary(self, name: str, args: Any, kwargs: Any, kind: Kind) -> Array:
+        """Arithmetic. What does not change a value, as `x * 1` and `x + 0`, needs no instruction."""
+        a, b = args[0], args[1]
+        alpha = float(kwargs.get("alpha", args[2] if len(args) > 2 else 1))
+        scalars = (alpha,) if name in ("add", "sub") else ()
+        neutral = {"mul": 1.0, "div": 1.0, "add": 0.0, "sub": 0.0, "pow": 1.0}.get(name)
+        if neutral is not None and _constant(b) == neutral and _keeps_shape(a, b):
+            return _with_kind(a, kind)
+        if name == "mul" and _constant(a) == 1.0 and _keeps_shape(b, a):
+            return _with_kind(b, kind)
+        if name == "add" and alpha == 1 and _constant(a) == 0.0 and _keeps_shape(b, a):
+            return _with_kind(b, kind)
+        values = [_constant(a), _constant(b)]
+        if None not in values:
+            return self._folded(name, a, b, alpha, kind)
+        if name == "pow" and values[1] == 2.0:
+            return self._map("mul", (a, a), kind)
+        return self._map(name, (a, b), kind, scalars)
+
+    def _folded(self, name: str, a: Any, b: Any, alpha: float, kind: Kind) -> Array:
+        x, y = (torch.tensor(_constant(each), dtype=self.dtype) for each in (a, b))
+        value = torch.add(x, y, alpha=alpha) if name == "add" else None
+        value = torch.sub(x, y, alpha=alpha) if name == "sub" else value
+        if value is None:
+            value = {"mul": torch.mul, "div": torch.div, "pow": torch.pow}.get(
+                name, getattr(torch, name, None)
+            )(x, y)
+        shapes = [each.shape if isinstance(each, Array) else () for each in (a, b)]
+        return Array.filled(value.item(), torch.broadcast_shapes(*shapes), kind)
+
+    def _filled(self, node: fx.Node, kind: Kind, args: Any) -> Array:
+        value = _FILLED[node.target]
+        if value is None:  # the number follows the shape, if there is one
+            value = args[0] if node.target is aten.scalar_tensor.default else args[-1]
+        meta = node.meta.get("val", node.meta.get("tensor_meta"))
+        return Array.filled(float(value), meta.shape, kind)
+
+    def _reshape(self, a: Array, shape: Sequence[int]) -> Array:
+        if a.buffer.constant is not None:
+            shape = torch.empty(a.shape, device="meta").reshape(tuple(shape)).shape
+            return Array.filled(a.buffer.constant, shape, a.kind)
+        try:
+            return a.view(lambda t: t.view(tuple(shape)))
+        except RuntimeError:
+            return self.copied(a).view(lambda t: t.view(tuple(shape)))
+
+    def _converted(self, a: Array) -> Array:
+        """An input in the program's dtype."""
+        return a if a.buffer.input == self.dtype else self.copied(a)
+
+    def copied(self, a: Array) -> Array:
+        """A copy in a new buffer."""
+        result = Array.new(a.shape, a.kind)
+        self._emit("copy", a.shape, [result, a])
+        return result
+
+    def _reduce(
+        self, node: fx.Node, a: Array, dims: Any = None, keepdim: bool = False, **kwargs: Any
+    ) -> Array:
+        dims, name = _all_dims(a, dims), _REDUCTIONS[node.target]
+        if a.kind != "float" and name != "sum":  # a number of examples
+            raise UnsupportedOperator(f"{node.target} of {a.kind}")
+        result = self._reduced(name, a, dims)
+        if node.target in (aten.mean.default, aten.mean.dim):
+            result = self._divided(result, a.size // result.size)
+        return result if keepdim else result.view(lambda t: t.squeeze(dims))
+
+    def _variance(self, a: Array, dims: Any = None, correction: float = 1) -> Array:
+        dims = _all_dims(a, dims)
+        total = self._reduced("sum", a, dims)
+        count = a.size // total.size
+        centred = self._map("sub", (a, self._divided(total, count)), "float", (1.0,))
+        squares = self._reduced("sum", self._map("mul", (centred, centred), "float"), dims)
+        return self._divided(squares, count - correction).view(lambda t: t.squeeze(dims))
+
+    def _reduced(self, name: str, a: Array, dims: Sequence[int]) -> Array:
+        """The reduction, with reduced dimensions of size 1."""
+        kind: Kind = "float" if a.kind == "float" else "int"
+        result = Array.new([1 if d in dims else n for d, n in enumerate(a.shape)], kind)
+        if result.size == a.size:
+            return _with_kind(a, kind)
+        self._emit(name, a.shape, [result.expanded(a.shape), a])
+        return result
+
+    def _divided(self, a: Array, count: float) -> Array:
+        return a if count == 1 else self._map("div", (a, float(count)), "float")
+
+    def _matmul(self, a: Array, b: Array) -> Array:
+        (m, k), n = a.shape[-2:], b.shape[-1]
+        sizes = (*a.shape[:-2], m, n, k)
+        result = Array.new((*a.shape[:-2], m, n))
+        arrays = (
+            result.view(lambda t: t.unsqueeze(-1).expand(sizes)),
+            a.view(lambda t: t.unsqueeze(-2).expand(sizes)),
+            b.view(lambda t: t.mT.unsqueeze(-3).expand(sizes)),
+        )
+        self._emit("matmul", sizes, arrays)
+        return result
+
+    def _cat(self, arrays: Sequence[Array], dim: int = 0) -> Array:
+        arrays = [a for a in arrays if a.shape != (0,)]
+        shape = list(arrays[0].shape)
+        dim %= len(shape)
+        shape[dim] = sum(a.shape[dim] for a in arrays)
+        result, start = Array.new(shape, arrays[0].kind), 0
+        for a in arrays:
+            part = result.view(lambda t, a=a, start=start: t.narrow(dim, start, a.shape[dim]))
+            self._emit("copy", a.shape, [part, a])
+            start += a.shape[dim]
+        return result
+
+    def _gather(self, source: Array, dim: int, index: Array) -> Array:
+        at, stride = _indexed(source, dim, index.shape)
+        result = Array.new(index.shape, source.kind)
+        integers = (stride, source.shape[dim])
+        self._emit("gather", index.shape, [result, at, index], integers)
+        return result
+
+    def _scatter(self, adds: bool, a: Array, dim: int, index: Array, value: Any) -> Array:
+        value = value if isinstance(value, Array) else Array.filled(value, index.shape)
+        value = value.view(lambda t: t[tuple(slice(n) for n in index.shape)])
+        result = self.copied(a)
+        at, stride = _indexed(result, dim, index.shape)
+        name = "scatter_add" if adds else "scatter_set"
+        self._emit(name, index.shape, [at, index, value], (stride, a.shape[dim]))
+        return result
+
+
+def _broadcast(a: Array, shape: Sequence[int], dims: Sequence[int]) -> Array:
+    """The array with its dimensions in the places `dims` of `shape`."""
+
+    def view(t: Tensor) -> Tensor:
+        for d in range(len(shape)):
+            t = t if d in dims else t.unsqueeze(d)
+        return t.expand(tuple(shape))
+
+    return a.view(view)
+
+
+def _all_dims(a: Array, dims: Any) -> tuple[int, ...]:
+    """The dimensions of a reduction, counted from 0."""
+    if dims is None or len(dims) == 0:
+        return tuple(range(len(a.shape)))
+    return tuple(d % len(a.shape) for d in dims)
+
+
+def _indexed(a: Array, dim: int, shape: Sequence[int]) -> tuple[Array, int]:
+    """The array at index 0 of `dim`, of this shape, and the stride of `dim`."""
+    dim %= max(len(a.shape), 1)
+    stride = a.strides[dim]
+
+    def first(t: Tensor) -> Tensor:
+        t = t[tuple(slice(1) if d == dim else slice(n) for d, n in enumerate(shape))]
+        return t.expand(tuple(shape))
+
+    return a.view(first), stride
+
+
+def _with_kind(a: Array, kind: Kind) -> Array:
+    if a.kind == kind:
+        return a
+    if a.kind == "float":
+        raise UnsupportedOperator(f"conversion of {a.kind} to {kind}")
+    return Array(a.buffer, a.shape, a.strides, a.offset, kind)
+
+
+def _constant(value: Any) -> float | None:
+    if isinstance(value, Array):
+        return value.buffer.constant
+    return float(value)
+
+
+def _identity(a: Array) -> Any:
+    """Equal for arrays of the same values."""
+    if a.buffer.constant is not None:
+        return repr(a.buffer.constant)  # equal for NaN, different for -0.0 and 0.0
+    return a.buffer, a.offset, a.strides
+
+
+def _keeps_shape(a: Any, b: Any) -> bool:
+    shape = b.shape if isinstance(b, Array) else ()
+    return isinstance(a, Array) and torch.broadcast_shapes(a.shape, shape) == a.shape

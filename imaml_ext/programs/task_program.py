@@ -1,0 +1,211 @@
+"""A function of one task as a program that runs for all tasks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml_ext.ops.batching import contiguous_per_task
+from imaml_ext.ops.extension import extension
+from imaml_ext.programs.arrays import Array, Buffer, Kind
+from imaml_ext.programs.assembly import assemble, rounded, with_fused_sums, without_unused
+from imaml_ext.programs.lowering import Instruction, Lowering, UnsupportedOperator
+from imaml_ext.programs.tracing import trace
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.uint8: "uint8",
+    torch.bool: "uint8",
+}
+
+
+class TaskProgram:
+    """A function of one task, traced once, that runs for all tasks at once.
+
+    Args:
+        function: `(*inputs) -> tensors`. Inputs and results have a leading dimension of 1 for the
+            task, except shared inputs.
+        examples: the inputs of one task; the dtype of the first is that of the results.
+        shared: for each input, whether it is the same for all tasks.
+        late: the number of inputs, at the end, that only the last result depends on.
+
+    Raises:
+        UnsupportedOperator: the function uses an operator or a dtype without an instruction, or
+            reads the value of a tensor.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        examples: Sequence[Tensor],
+        shared: Sequence[bool],
+        *,
+        late: int = 0,
+    ) -> None:
+        graph, captured = trace(function, examples)
+        self._dtype = examples[0].dtype
+        early = len(examples) - late
+        inputs = [_Input(t, s) for t, s in zip(examples, shared, strict=True)]
+        held = [_Input(t, True) for t in captured]
+        arrays = [each.array(k) for k, each in enumerate([*inputs, *held])]
+        lowering = Lowering(graph.graph, self._dtype, arrays)
+        results = [lowering.copied(a) for a in lowering.outputs]
+        buffers = [a.buffer for a in arrays]
+        first, second = _split(
+            without_unused(lowering.instructions, [a.buffer for a in results]),
+            set(buffers[early : early + late]),
+        )
+        saved = _passed_on(first, second)
+        self._saved = sum(rounded(buffer.size) for buffer in saved)
+        self._shapes = [a.shape[1:] for a in results]
+        self._captured = list(zip(held, captured, strict=True))
+        self._early, self._late = inputs[:early], inputs[early:]
+        # The slots of the first program: captured tensors, early inputs, results, saved. Those of
+        # the second one: captured tensors, early inputs, late inputs, saved, the last result.
+        common = buffers[early + late :] + buffers[:early]
+        ends = [[a.buffer] for a in results]
+        types = [each.dtype for each in (*held, *self._early)]
+        if late:
+            last = [*common, *buffers[early : early + late]]
+            late_types = [*types, *(each.dtype for each in self._late)]
+            self._second = self._program(second, last, late_types, [saved, ends.pop()])
+            ends.append(saved)
+        self._first = self._program(first, common, types, ends)
+
+    def _program(
+        self,
+        instructions: Sequence[Instruction],
+        inputs: Sequence[Buffer],
+        types: Sequence[torch.dtype],
+        outputs: Sequence[Sequence[Buffer]],
+    ) -> Any:
+        fused = with_fused_sums(instructions, [buffer for group in outputs for buffer in group])
+        parts = assemble(fused, inputs, outputs)
+        slots = [_DTYPES[t] for t in (*types, *(self._dtype for _ in outputs))]
+        return extension.Program(
+            _DTYPES[self._dtype], parts.arena, parts.constants, slots, parts.instructions
+        )
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """The results [B, ...] of inputs [B, ...]."""
+        operands = self._operands(inputs)
+        results = [operands.new(shape, self._dtype) for shape in self._shapes]
+        operands.run(self._first, results)
+        return results
+
+    def begin(self, *inputs: Tensor) -> tuple[list[Tensor], Callable[..., Tensor]]:
+        """All results but the last, of the early inputs; and a function of the late inputs.
+
+        The function returns the last result, and can be called any number of times.
+        """
+        operands = self._operands(inputs)
+        results = [operands.new(shape, self._dtype) for shape in self._shapes[:-1]]
+        saved = operands.new((self._saved,), self._dtype)
+        operands.run(self._first, [*results, saved])
+
+        def finish(*late: Tensor) -> Tensor:
+            both = operands.copy()
+            both.add(self._late, late)
+            result = both.new(self._shapes[-1], self._dtype)
+            both.run(self._second, [saved, result])
+            return result
+
+        return results, finish
+
+    def _operands(self, inputs: Sequence[Tensor]) -> "_Operands":
+        operands = _Operands(len(inputs[0]))
+        for held, tensor in self._captured:
+            operands.add([held], [tensor])
+        operands.add(self._early, inputs)
+        return operands
+
+
+class _Input:
+    """The form of an input."""
+
+    def __init__(self, example: Tensor, is_shared: bool) -> None:
+        if example.dtype not in _DTYPES or example.layout != torch.strided:
+            raise UnsupportedOperator(f"an input of {example.dtype}")
+        self.dtype = example.dtype
+        self.is_shared = is_shared
+        self.shape = example.shape if is_shared else example.shape[1:]
+
+    def array(self, number: int) -> Array:
+        kind: Kind = "float" if self.dtype.is_floating_point else "int"
+        kind = "bool" if self.dtype == torch.bool else kind
+        shape = self.shape if self.is_shared else (1, *self.shape)
+        return Array.new(shape, kind, self.dtype)
+
+    def contiguous(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a copy in contiguous memory.
+
+        Raises:
+            ValueError: its shape or dtype is not that of the example.
+        """
+        shape = tensor.shape if self.is_shared else tensor.shape[1:]
+        if shape != self.shape or tensor.dtype != self.dtype:
+            raise ValueError(
+                f"a tensor of one task was recorded as {list(self.shape)} {self.dtype}, and is now "
+                f"{list(shape)} {tensor.dtype}: record again"
+            )
+        if tensor.is_contiguous():
+            return tensor
+        return tensor.contiguous() if self.is_shared else contiguous_per_task(tensor)
+
+
+class _Operands:
+    """The tensors of a run, in the order of the program's slots."""
+
+    def __init__(self, tasks: int) -> None:
+        self.tasks = tasks
+        self._tensors: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._strides: list[int] = []  # elements from one task to the next
+
+    def copy(self) -> "_Operands":
+        other = _Operands(self.tasks)
+        other._tensors = list(self._tensors)
+        other._addresses, other._strides = list(self._addresses), list(self._strides)
+        return other
+
+    def add(self, inputs: Sequence[_Input], tensors: Sequence[Tensor]) -> None:
+        for each, tensor in zip(inputs, tensors, strict=True):
+            tensor = each.contiguous(tensor)
+            self._tensors.append(tensor)
+            self._addresses.append(tensor.data_ptr())
+            self._strides.append(0 if each.is_shared else tensor.stride(0))
+
+    def new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty((self.tasks, *shape), dtype=dtype)
+
+    def run(self, program: Any, results: Sequence[Tensor]) -> None:
+        """Run a program whose last slots are the results, contiguous."""
+        addresses = self._addresses + [t.data_ptr() for t in results]
+        strides = self._strides + [t.stride(0) for t in results]
+        program.run(self.tasks, addresses, strides)
+
+
+def _split(
+    instructions: Sequence[Instruction], changing: set[Buffer]
+) -> tuple[list[Instruction], list[Instruction]]:
+    """The instructions that do not depend on some buffers, and those that do."""
+    changing = set(changing)
+    first, second = [], []
+    for each in instructions:
+        if any(a.buffer in changing for a in each.arrays):
+            changing.add(each.result.buffer)
+            second.append(each)
+        else:
+            first.append(each)
+    return first, second
+
+
+def _passed_on(first: Sequence[Instruction], second: Sequence[Instruction]) -> list[Buffer]:
+    """The buffers that the first instructions write and the second ones read."""
+    written = {each.result.buffer for each in first}
+    read = dict.fromkeys(a.buffer for each in second for a in each.arrays)
+    return [buffer for buffer in read if buffer in written]
