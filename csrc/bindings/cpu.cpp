@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "bindings/layer_operators.h"
+#include "bindings/parallel.h"
 #include "bindings/row_operators.h"
 #include "cpu/batch_norm.h"
 #include "cpu/conv.h"
@@ -64,6 +65,12 @@ struct Cpu {
 };
 
 }  // namespace
+
+void run_in_parallel(int64_t n, int64_t grain, ParallelBody body, const void* context) {
+  torch::stable::parallel_for(0, n, grain,
+                              [=](int64_t first, int64_t last) { body(context, first, last); });
+}
+
 }  // namespace imaml
 
 STABLE_TORCH_LIBRARY_IMPL(imaml, CPU, m) {

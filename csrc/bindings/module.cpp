@@ -1,7 +1,8 @@
 // The Python module imaml_ext._C. Loading it runs the static initialisers that register the
-// operators. It exposes only build information and the occupancy of cg_step_, no tensors.
+// operators. It exposes build information, programs and the occupancy of cg_step_, no tensors.
 #include <pybind11/pybind11.h>
 
+#include "bindings/program.h"
 #include "cpu/row_kernels.h"
 #if IMAML_HAS_CUDA
 #include "cuda/launch.h"
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
     info["instruction_set"] = imaml::cpu::instruction_set();
     return info;
   });
+  imaml::define_program(m);
 #if IMAML_HAS_CUDA
   m.def("cg_occupancy", [](std::int64_t rows, std::int64_t dim, bool is_double) {
     namespace cuda = imaml::cuda;

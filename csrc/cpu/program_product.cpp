@@ -1,0 +1,229 @@
+// matmul: result[.., m, n] = c[.., m, n] + sum_k a[.., m, k] b[.., k, n], c being optional.
+//
+// The tile of conv_tiles.h, up to kTileRows rows of two vectors of columns, needs b and the result
+// contiguous along n. Preparation exchanges m and n where the result is contiguous along m; a b
+// that is not contiguous along n is transposed into scratch, kTileLanes columns at a time. The
+// elements of a are broadcast one by one, from any layout. Few rows or columns whose operands are
+// contiguous along k are computed as dot products.
+#include <algorithm>
+#include <utility>
+
+#include "cpu/conv_tiles.h"
+#include "cpu/isa.h"
+#include "cpu/program_call.h"
+
+namespace imaml::cpu {
+namespace {
+
+enum Loop { kDepth, kColumns, kRows, kBatch };  // innermost first
+
+template <typename T>
+constexpr int64_t kVectorLanes = kTileLanes<T> / 2;
+
+// One product. c may be null.
+template <typename T>
+struct Product {
+  int64_t rows, columns, depth;
+  T* result;
+  int64_t result_row, result_column;
+  const T* a;
+  int64_t a_row, a_depth;
+  const T* b;
+  int64_t b_depth, b_column;
+  const T* c;
+  int64_t c_row, c_column;
+};
+
+template <typename T>
+IMAML_INLINE Vector<T> load(const T* from) {
+  return *reinterpret_cast<const Vector<T>*>(from);
+}
+
+// Stores `width` columns of a row.
+template <typename T>
+IMAML_INLINE void store(const Product<T>& p, int64_t row, int64_t column, int64_t width,
+                        Vector<T> value) {
+  T* to = p.result + row * p.result_row + column * p.result_column;
+  const T* c = p.c == nullptr ? nullptr : p.c + row * p.c_row + column * p.c_column;
+  if (width == kVectorLanes<T> && p.result_column == 1) {
+    if (c != nullptr && p.c_column == 1) value += load(c);
+    if (c != nullptr && p.c_column != 1)
+      for (int64_t i = 0; i < width; ++i) value[i] += c[i * p.c_column];
+    *reinterpret_cast<Vector<T>*>(to) = value;
+    return;
+  }
+  for (int64_t i = 0; i < width; ++i)
+    to[i * p.result_column] = value[i] + (c == nullptr ? T(0) : c[i * p.c_column]);
+}
+
+// kTile rows of kVectors vectors of columns. The panel holds row k of b at panel + k * stride.
+template <int64_t kTile, int64_t kVectors, typename T>
+IMAML_INLINE void product_tile(const Product<T>& p, const T* panel, int64_t stride, int64_t row,
+                               int64_t column, int64_t width) {
+  constexpr int64_t lanes = kVectorLanes<T>;
+  Vector<T> total[kTile][kVectors] = {};
+  const T* a = p.a + row * p.a_row;
+  for (int64_t k = 0; k < p.depth; ++k) {
+    Vector<T> factor[kVectors];
+    for (int64_t v = 0; v < kVectors; ++v) factor[v] = load(panel + k * stride + v * lanes);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kTile; ++r) {
+      const T scalar = a[r * p.a_row + k * p.a_depth];
+      for (int64_t v = 0; v < kVectors; ++v) total[r][v] += scalar * factor[v];
+    }
+  }
+  for (int64_t r = 0; r < kTile; ++r)
+    for (int64_t v = 0; v < kVectors; ++v)
+      store(p, row + r, column + v * lanes, std::min(lanes, width - v * lanes), total[r][v]);
+}
+
+// Transposes or pads `width` columns of b into `panel`, whose rows have `stride` elements.
+template <typename T>
+IMAML_INLINE void pack_columns(const Product<T>& p, int64_t column, int64_t width, int64_t stride,
+                               T* panel) {
+  const T* b = p.b + column * p.b_column;
+  for (int64_t n = 0; n < stride; ++n)
+    for (int64_t k = 0; k < p.depth; ++k)
+      panel[k * stride + n] = n < width ? b[k * p.b_depth + n * p.b_column] : T(0);
+}
+
+template <int64_t kVectors, typename T>
+IMAML_INLINE void product_block(const Product<T>& p, int64_t column, int64_t width, T* scratch) {
+  constexpr int64_t lanes = kVectors * kVectorLanes<T>;
+  const bool direct = p.b_column == 1 && width == lanes;
+  if (!direct) pack_columns(p, column, width, lanes, scratch);
+  const T* panel = direct ? p.b + column : scratch;
+  const int64_t stride = direct ? p.b_depth : lanes;
+  for_tiles(p.rows, [&](auto tile, int64_t row) IMAML_INLINE_LAMBDA {
+    product_tile<tile(), kVectors>(p, panel, stride, row, column, width);
+  });
+}
+
+template <typename T>
+IMAML_INLINE void tiled_product(const Product<T>& p, T* scratch) {
+  constexpr int64_t vector = kVectorLanes<T>;
+  int64_t column = 0;
+  for (; column + 2 * vector <= p.columns; column += 2 * vector)
+    product_block<2>(p, column, 2 * vector, scratch);
+  if (const int64_t rest = p.columns - column; rest > vector)
+    product_block<2>(p, column, rest, scratch);
+  else if (rest > 0)
+    product_block<1>(p, column, rest, scratch);
+}
+
+template <typename T>
+IMAML_INLINE T dot_product(const T* a, const T* b, int64_t n) {
+  constexpr int64_t lanes = kVectorLanes<T>;
+  Vector<T> total[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes)
+    for (int64_t v = 0; v < 4; ++v) total[v] += load(a + i + v * lanes) * load(b + i + v * lanes);
+  for (; i + lanes <= n; i += lanes) total[0] += load(a + i) * load(b + i);
+  T rest = 0;
+  for (; i < n; ++i) rest += a[i] * b[i];
+  const Vector<T> all = (total[0] + total[1]) + (total[2] + total[3]);
+  T lane[lanes];
+  for (int64_t k = 0; k < lanes; ++k) lane[k] = all[k];
+  for (int64_t width = lanes / 2; width > 0; width /= 2)
+    for (int64_t k = 0; k < width; ++k) lane[k] += lane[k + width];
+  return lane[0] + rest;
+}
+
+template <typename T>
+IMAML_INLINE void product_of_dots(const Product<T>& p) {
+  for (int64_t m = 0; m < p.rows; ++m)
+    for (int64_t n = 0; n < p.columns; ++n) {
+      const T c = p.c == nullptr ? T(0) : p.c[m * p.c_row + n * p.c_column];
+      p.result[m * p.result_row + n * p.result_column] =
+          c + dot_product(p.a + m * p.a_row, p.b + n * p.b_column, p.depth);
+    }
+}
+
+// Fewer would not repay the transposition of b.
+constexpr int64_t kLeastTiled = 3;
+
+template <typename T>
+IMAML_INLINE void product(const Call& call, Frame& frame) {
+  const Place *r = &call.places[0], *a = &call.places[1], *b = &call.places[2],
+              *c = &call.places[3];
+  const bool has_c = call.integers[0] != 0;
+  Product<T> p{.rows = call.size[kRows],
+               .columns = call.size[kColumns],
+               .depth = call.size[kDepth],
+               .result = nullptr,
+               .result_row = r->stride[kRows],
+               .result_column = r->stride[kColumns],
+               .a = nullptr,
+               .a_row = a->stride[kRows],
+               .a_depth = a->stride[kDepth],
+               .b = nullptr,
+               .b_depth = b->stride[kDepth],
+               .b_column = b->stride[kColumns],
+               .c = nullptr,
+               .c_row = c->stride[kRows],
+               .c_column = c->stride[kColumns]};
+  const bool dots = call.integers[1] != 0;
+  for_loops<4>(call, kBatch, call.loops, [&](const int64_t* at) IMAML_INLINE_LAMBDA {
+    p.result = frame.at<T>(*r) + at[0];
+    p.a = frame.at<const T>(*a) + at[1];
+    p.b = frame.at<const T>(*b) + at[2];
+    p.c = has_c ? frame.at<const T>(*c) + at[3] : nullptr;
+    dots ? product_of_dots(p) : tiled_product(p, static_cast<T*>(frame.scratch));
+  });
+}
+
+}  // namespace
+
+namespace kernels {
+
+#define IMAML_DEFINE(T) \
+  IMAML_MULTIVERSION void matmul_##T(const Call& call, Frame& frame) { product<T>(call, frame); }
+IMAML_DEFINE(float)
+IMAML_DEFINE(double)
+#undef IMAML_DEFINE
+
+}  // namespace kernels
+
+namespace {
+
+void exchange_rows_and_columns(Call& call) {
+  std::swap(call.size[kRows], call.size[kColumns]);
+  for (Place& place : call.places) std::swap(place.stride[kRows], place.stride[kColumns]);
+  std::swap(call.places[1], call.places[2]);
+}
+
+// A result that is contiguous along n, or one row instead of one column.
+bool exchange_helps(const Call& call) {
+  const int64_t* result = call.places[0].stride;
+  if (call.size[kRows] == 1) return false;
+  if (call.size[kColumns] == 1) return true;
+  return result[kColumns] != 1 && result[kRows] == 1;
+}
+
+void prepare_product(const std::string&, const Types& types, Call& call) {
+  for (; call.loops < kBatch; ++call.loops) call.size[call.loops] = 1;
+  const bool has_c = call.places.size() == 4;
+  if (!has_c) call.places.push_back(call.places[0]);  // never read
+  drop_unit_loops(call, kBatch);
+  for (int k = kRows; k < call.loops; ++k)
+    if (call.size[k] == 0) return;
+  if (call.size[kColumns] == 0) return;
+  merge_loops(call, kBatch);
+  if (exchange_helps(call)) exchange_rows_and_columns(call);
+  const int64_t *a = call.places[1].stride, *b = call.places[2].stride;
+  const bool dots = a[kDepth] == 1 && b[kDepth] == 1 && call.size[kDepth] > 1 &&
+                    std::min(call.size[kRows], call.size[kColumns]) < kLeastTiled;
+  call.integers = {has_c, dots};
+  call.scratch = dots ? 0 : call.size[kDepth] * 16;
+  call.kernel = KernelPair{kernels::matmul_float, kernels::matmul_double}.of(types.result);
+}
+
+}  // namespace
+
+Prepare find_product(const std::string& name, Signature& signature) {
+  if (name != "matmul") return nullptr;
+  signature = {.operands = 3, .more_operands = 1};
+  return prepare_product;
+}
+
+}  // namespace imaml::cpu
