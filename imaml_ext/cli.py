@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder of the run (default: runs/DATASET-TIME)")
     add("--resume", action="store_true",
         help="resume from OUT/checkpoint.pt; under torchrun, start if it is missing")  # fmt: skip
-    add("--compile", action="store_true", help="compile the meta-gradient; CPU only")
+    add("--compile", nargs="?", choices=("auto", "on", "off"), const="on", default="auto",
+        help="run the losses' derivatives as recorded programs, on the CPU; "
+        "auto: where they can be recorded, from meta-step 20 on")  # fmt: skip
     add("--validations", type=int, default=20, help="number of validations during the run")
     add("--save-every", type=float, default=60.0, metavar="SECONDS",
         help="time between checkpoints")  # fmt: skip
@@ -179,12 +181,7 @@ def _train_in(group: Group | None, device: torch.device, options: argparse.Names
         config = dataclasses.replace(PRESETS[options.dataset], **given_settings(options))
     torch.manual_seed(config.seed + rank(group))  # different dropout masks in each process
     experiment = build(config, data=options.data, device=device, download=options.download)
-    try:
-        trainer = experiment.trainer(compile=options.compile, process_group=group)
-    except RuntimeError as error:
-        if not options.compile:
-            raise
-        raise ValueError(f"--compile: {str(error).splitlines()[0]}") from error
+    trainer = experiment.trainer(compile=options.compile, process_group=group)
     train_to_end(
         experiment, trainer, checkpoint, resume=resume, validations=options.validations,
         save_every=options.save_every, with_tensorboard=options.tensorboard,

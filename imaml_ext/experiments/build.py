@@ -17,7 +17,7 @@ from imaml_ext.experiments.registry import CHOICES, DATASETS, Images, make_metho
 from imaml_ext.methods.base import Method
 from imaml_ext.problem.module_loss import ModuleLoss, module_loss
 from imaml_ext.training.budget import Budget
-from imaml_ext.training.distributed import Group, shard
+from imaml_ext.training.distributed import Group
 from imaml_ext.training.evaluation import (
     Evaluation,
     Metric,
@@ -26,9 +26,8 @@ from imaml_ext.training.evaluation import (
     evaluate,
     support_accuracy,
 )
-from imaml_ext.training.recorded import RecordedMetaGradient
 from imaml_ext.training.support_statistics import SupportStatistics
-from imaml_ext.training.trainer import Trainer
+from imaml_ext.training.trainer import Compile, Trainer
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,13 @@ class Experiment:
     metrics: dict[str, Metric]
     support_metrics: dict[str, SupportMetric]
 
-    def trainer(self, *, compile: bool = False, process_group: Group | None = None) -> Trainer:
+    def trainer(
+        self, *, compile: Compile = "auto", process_group: Group | None = None
+    ) -> Trainer:
         """A trainer with Adam, on a constant or a decaying learning rate.
 
         Args:
-            compile: whether to compile the meta-gradient; on the CPU only.
-            process_group: as in `Trainer`.
+            compile, process_group: as in `Trainer`.
 
         Raises:
             ValueError: a setting is incompatible with the group or the device.
@@ -67,12 +67,6 @@ class Experiment:
             eps=config.meta_eps,
             capturable=on_cuda,
         )
-        meta_gradient = None
-        if compile:
-            if on_cuda:
-                raise ValueError("--compile is for the CPU: on CUDA whole meta-steps are recorded")
-            example = shard(source, process_group).sample(0)
-            meta_gradient = RecordedMetaGradient(self.method.meta_gradient, example)
         budget = Budget(config.meta_steps, config.minutes)
         scheduler = None
         if config.decay == "linear":
@@ -85,7 +79,7 @@ class Experiment:
             optimizer,
             scheduler=scheduler,
             metrics={name: metric for name, metric in self.metrics.items() if name != "loss"},
-            meta_gradient=meta_gradient,
+            compile=compile,
             budget=budget,
             process_group=process_group,
         )

@@ -126,12 +126,16 @@ def train_to_end(
             stack.enter_context(_logged(trainer, checkpoint.parent, with_tensorboard))
         bar = stack.enter_context(_progress_bar(trainer, config, name))
         received = stack.enter_context(_stop_signals())
-        last_saved, shown = trainer.seconds, -math.inf
+        last_saved, shown, told = trainer.seconds, -math.inf, False
         try:
             while (before := budget.progress) < 1 and not (received and leads):
                 trainer.step()
                 if not leads:
                     continue
+                if not told and trainer.programs is not None:
+                    if text := trainer.programs.describe():
+                        bar.write(text, file=sys.stderr)
+                        told = True
                 if time.monotonic() >= shown + _SHOWN_EVERY:
                     bar.set_postfix(_postfix(trainer), refresh=False)
                     shown = time.monotonic()

@@ -55,9 +55,15 @@ class Programs:
     def check(self) -> None:
         """Raises RuntimeError if PyTorch's operators were used for a loss, or if there was none."""
         if self.refusals:
-            raise RuntimeError(f"cannot be recorded: {self.refusals[0]}")
+            raise RuntimeError(f"cannot be recorded: no program for {self.refusals[0]}")
         if not self._found:
-            raise RuntimeError("cannot be recorded: nothing evaluates a loss on the CPU")
+            raise RuntimeError("cannot be recorded: it evaluates no loss on the CPU")
+
+    def describe(self) -> str:
+        """What is used, in one line; empty before a loss has been evaluated."""
+        if self.refusals:
+            return f"PyTorch's operators are used on the CPU: no program for {self.refusals[0]}"
+        return "gradients and curvature products run as recorded programs" if self._found else ""
 
     def of(self, objective: Any) -> dict[Piece, TaskProgram | None] | None:
         """The programs of an objective's loss; None if it changes too often."""
@@ -138,7 +144,8 @@ class Recorded:
     def _program(self, piece: Piece, rows: Tensor) -> TaskProgram | None:
         if piece not in self._found:
             try:
-                self._found[piece] = self._traced(piece, rows)
+                with torch.random.fork_rng(devices=[]):  # of a loss that draws random numbers
+                    self._found[piece] = self._traced(piece, rows)
             except UnsupportedOperator as reason:
                 self._found[piece] = None
                 if str(reason) not in self._programs.refusals:
@@ -204,13 +211,19 @@ def _evaluate(objective: Any, piece: Piece, rows: Tensor, *vector: Tensor) -> li
     return [at.losses, at.gradient, at.matvec(*vector)]
 
 
+def _generic(rows: Tensor) -> Tensor:
+    """A direction without structure, [B, D], the same in every call."""
+    numbers = torch.arange(1.0, rows.numel() + 1, dtype=rows.dtype)
+    return (numbers * numbers).sin().view_as(rows)
+
+
 def _compare(
     program: TaskProgram, objective: Any, piece: Piece, rows: Tensor, rest: Sequence[Tensor]
 ) -> None:
     """Raises UnsupportedOperator if a result differs from that of PyTorch's operators."""
     token = _active.set(None)
     try:
-        vector = [torch.ones_like(rows)] if piece in ("hessian", "ggn") else []
+        vector = [_generic(rows)] if piece in ("hessian", "ggn") else []
         eager = objective.of_tasks(objective.data, objective.shared)
         want = _evaluate(eager, piece, rows, *vector)
     finally:

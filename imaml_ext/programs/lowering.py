@@ -1,6 +1,7 @@
 """From a traced graph to instructions on arrays."""
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,7 @@ _BINARY = {
     for name in ("add", "sub", "mul", "div")
     for overload in ("Tensor", "Scalar")
 } | {
+    **{getattr(prims, name).default: name for name in ("add", "sub", "mul", "div")},
     aten.pow.Tensor_Scalar: "pow",
     aten.pow.Tensor_Tensor: "pow",
     aten.maximum.default: "maximum",
@@ -111,7 +113,17 @@ _IN_PLACE = {
     getattr(getattr(aten, f"{name}_"), overload): name
     for name in ("add", "sub", "mul", "div")
     for overload in ("Tensor", "Scalar")
-} | {aten.fill_.Scalar: "fill", aten.zero_.default: "fill", aten.copy_.default: "copy"}
+} | {
+    **{getattr(aten, f"{name}_").default: name for name in _UNARY.values()},
+    aten.fill_.Scalar: "fill",
+    aten.zero_.default: "fill",
+    aten.copy_.default: "copy",
+    aten.masked_fill_.Scalar: "masked_fill",
+    aten.unsqueeze_.default: "unsqueeze",
+    aten.squeeze_.dim: "squeeze",
+    aten.transpose_.default: "transpose",
+    aten.t_.default: "t",
+}
 
 
 class Lowering:
@@ -135,8 +147,10 @@ class Lowering:
         self.outputs: list[Array] = []
         self._values: dict[fx.Node, Any] = {}
         self._known: dict[Any, Array] = {}  # results of maps
+        self._memory: dict[fx.Node, fx.Node] = {}  # the node whose result a node's is a view of
         given = iter([self._converted(a) for a in inputs])
         for node in graph.nodes:
+            self._memory[node] = self._memory[node.args[0]] if _is_view(node) else node
             if node.op == "placeholder":
                 self._values[node] = next(given)
             elif node.op == "output":
@@ -148,19 +162,21 @@ class Lowering:
         target: Any = node.target
         args = fx.node.map_arg(node.args, self._values.__getitem__)
         kwargs = fx.node.map_arg(dict(node.kwargs), self._values.__getitem__)
-        if node.op == "call_function" and getattr(target, "__name__", "") == "getitem":
+        if target is operator.getitem:
             return args[0][args[1]]
         if target in _IN_PLACE:
             return self._modify(node, *args)
-        kind = self._kind(node)
+        if target in _FILLED:
+            return self._filled(node, args)
         if target in _VIEWS:
             return args[0].view(lambda t: target(t, *args[1:], **kwargs))
         if target in _RESHAPES:
             return self._reshape(args[0], args[1])
+        if target is aten.where.self and _meta(node).dtype.is_floating_point:
+            return self._map("where", args, "float")  # exact in any precision
+        kind = self._kind(node)
         if target in _SAME or target is aten._to_copy.default:
             return _with_kind(args[0], kind)
-        if target in _FILLED:
-            return self._filled(node, kind, args)
         if target in _UNARY:
             return self._map(_UNARY[target], args, kind)
         if target in _TESTS:
@@ -177,6 +193,8 @@ class Lowering:
             return self._map("where", args, kind)
         if target in _REDUCTIONS:
             return self._reduce(node, *args, **kwargs)
+        if target is prims.sum.default:
+            return self._reduced("sum", args[0], args[1]).view(lambda t: t.squeeze(args[1]))
         if target is prims.broadcast_in_dim.default:
             return _broadcast(*args)
         if target is prims.var.default:
@@ -185,6 +203,11 @@ class Lowering:
             return self._matmul(*args)
         if target is aten.cat.default:
             return self._cat(*args, **kwargs)
+        if target is aten.select_scatter.default:
+            source, value, dim, start = args
+            return self._inserted(source, value.view(lambda t: t.unsqueeze(dim)), dim, start)
+        if target is aten.slice_scatter.default:
+            return self._inserted(*args)
         if target is aten.gather.default:
             return self._gather(*args)
         if target in (aten.scatter.src, aten.scatter.value, aten.scatter_add.default):
@@ -192,28 +215,41 @@ class Lowering:
         raise UnsupportedOperator(str(target))
 
     def _modify(self, node: fx.Node, a: Array, *others: Any) -> Array:
-        """An operator in place: whatever is the modified array is the result from now on."""
+        """An operator in place: what was the modified array is the result from now on."""
         if a.buffer.input is not None:
             raise UnsupportedOperator(f"{node.target} of an input")
         name = _IN_PLACE[node.target]
+        if name in ("unsqueeze", "squeeze", "transpose", "t"):
+            result = a.view(lambda t: getattr(t, name)(*others))
+            self._values[node.args[0]] = result
+            return result
         if name == "fill":
             result = Array.filled(others[0] if others else 0.0, a.shape, a.kind)
+        elif name == "masked_fill":
+            result = self._map("where", (others[0], others[1], a), a.kind)
         elif name == "copy":
             result = _with_kind(others[0].expanded(a.shape), a.kind)
+        elif name in _UNARY.values():
+            result = self._map(name, (a,), a.kind)
         else:
             result = self._binary(name, (a, *others), node.kwargs, a.kind)
         for other, value in self._values.items():
-            if isinstance(value, Array) and value.buffer is a.buffer:
-                if _identity(value) != _identity(a) or value.shape != a.shape:
-                    raise UnsupportedOperator(f"{node.target} of a view")
-                self._values[other] = result
+            if self._memory[other] is self._memory[node] and isinstance(value, Array):
+                self._values[other] = self._modified(node, value, a, result)
         return result
+
+    def _modified(self, node: fx.Node, other: Array, a: Array, result: Array) -> Array:
+        """The new value of another view of a modified array."""
+        if _identity(other) == _identity(a) and other.shape == a.shape:
+            return result
+        if other.size == a.size and other.is_contiguous and a.is_contiguous:
+            return self._reshape(result, other.shape)
+        raise UnsupportedOperator(f"{node.target} of a view")
 
     def _kind(self, node: fx.Node) -> Kind:
         """What a node computes: floats must have the program's dtype."""
-        value = node.meta.get("val", node.meta.get("tensor_meta"))
-        dtype = getattr(value, "dtype", None)
-        if dtype is None or dtype == self.dtype:
+        dtype = getattr(_meta(node), "dtype", self.dtype)  # None of several results
+        if dtype == self.dtype:
             return "float"
         if dtype == torch.bool:
             return "bool"
@@ -277,12 +313,14 @@ class Lowering:
         shapes = [each.shape if isinstance(each, Array) else () for each in (a, b)]
         return Array.filled(value.item(), torch.broadcast_shapes(*shapes), kind)
 
-    def _filled(self, node: fx.Node, kind: Kind, args: Any) -> Array:
+    def _filled(self, node: fx.Node, args: Any) -> Array:
         value = _FILLED[node.target]
         if value is None:  # the number follows the shape, if there is one
             value = args[0] if node.target is aten.scalar_tensor.default else args[-1]
-        meta = node.meta.get("val", node.meta.get("tensor_meta"))
-        return Array.filled(float(value), meta.shape, kind)
+        like = _meta(node)
+        value = torch.tensor(value, dtype=like.dtype).item()
+        kind: Kind = "float" if like.dtype.is_floating_point else "int"
+        return Array.filled(value, like.shape, "bool" if like.dtype == torch.bool else kind)
 
     def _reshape(self, a: Array, shape: Sequence[int]) -> Array:
         if a.buffer.constant is not None:
@@ -358,6 +396,19 @@ class Lowering:
             start += a.shape[dim]
         return result
 
+    def _inserted(
+        self, a: Array, value: Array, dim: int = 0, start: int | None = 0, end: Any = None, step: int = 1
+    ) -> Array:
+        """The array with `value` in place of a slice."""
+        if step != 1:
+            raise UnsupportedOperator("slice_scatter with a step")
+        count = a.shape[dim]
+        first = min(max((start or 0) + (count if (start or 0) < 0 else 0), 0), count)
+        after = first + value.shape[dim]
+        before = a.view(lambda t: t.narrow(dim, 0, first))
+        rest = a.view(lambda t: t.narrow(dim, after, count - after))
+        return self._cat([each for each in (before, value, rest) if each.size], dim)
+
     def _gather(self, source: Array, dim: int, index: Array) -> Array:
         at, stride = _indexed(source, dim, index.shape)
         result = Array.new(index.shape, source.kind)
@@ -391,6 +442,20 @@ def _all_dims(a: Array, dims: Any) -> tuple[int, ...]:
     if dims is None or len(dims) == 0:
         return tuple(range(len(a.shape)))
     return tuple(d % len(a.shape) for d in dims)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node's result shares memory with its first argument."""
+    target: Any = node.target
+    if node.op != "call_function":
+        return False
+    views = target in _VIEWS or target in _RESHAPES or target in _IN_PLACE
+    return views or target in (aten.detach.default, operator.getitem)
+
+
+def _meta(node: fx.Node) -> Any:
+    """What the tracer knows of a node's result: shape and dtype."""
+    return node.meta.get("val", node.meta.get("tensor_meta"))
 
 
 def _indexed(a: Array, dim: int, shape: Sequence[int]) -> tuple[Array, int]:

@@ -44,7 +44,7 @@ _DECOMPOSED = (
     aten.mish_backward, aten.celu, aten.selu, aten.hardsigmoid, aten.hardsigmoid_backward, aten.hardswish, aten.hardswish_backward, aten.relu6, aten.l1_loss,
     aten.masked_fill, aten.mse_loss, aten.mse_loss_backward, aten.mv, aten.native_group_norm,
     aten.native_group_norm_backward, aten.native_layer_norm, aten.native_layer_norm_backward,
-    aten.nll_loss_backward, aten.nll_loss_forward, aten.rsub, aten.select_backward, aten.silu,
+    aten.nll_loss2d_backward, aten.nll_loss2d_forward, aten.nll_loss_backward, aten.nll_loss_forward, aten.rsub, aten.select_backward, aten.silu,
     aten.silu_backward, aten.slice_backward, aten.smooth_l1_loss, aten.smooth_l1_loss_backward,
     aten.softplus, aten.softplus_backward, aten.square, aten.stack, aten.std, aten.var,
     aten.var_mean,
@@ -68,7 +68,7 @@ class _NoValueReads(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function in _VALUE_READS:
-            name = getattr(function, "__name__", function)
+            name = getattr(function, "__name__", str(function)).strip("_")
             raise UnsupportedOperator(f"{name} reads the value of a tensor")
         return function(*args, **(kwargs or {}))
 

@@ -1,0 +1,357 @@
+"""Programs instead of PyTorch's operators: the same meta-gradients, and when they are not used."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from imaml_ext import (
+    FOMAML,
+    IMAML,
+    LBFGS,
+    MAML,
+    MINRES,
+    Adam,
+    ConjugateGradient,
+    External,
+    GradientDescent,
+    HessianFree,
+    NeumannSeries,
+    Reptile,
+    TaskBatch,
+    TruncatedMAML,
+    adapt,
+    implicit_meta_grad,
+    module_loss,
+)
+from imaml_ext.problem.programs import Programs
+
+
+def data(*, classes=False, dtype=torch.float64, tasks=3):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, tasks, 6, 4, generator=generator, dtype=dtype)
+    y = torch.randn(2, tasks, 6, 3, generator=generator, dtype=dtype)
+    if classes:
+        y = torch.randint(0, 3, (2, tasks, 6), generator=generator)
+    return (x[0], y[0]), (x[1], y[1])
+
+
+def mlp(*middle, dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), *(middle or (nn.Tanh(),)), nn.Linear(8, 3)).to(dtype)
+
+
+def solve(loss, params, support, query, **settings):
+    settings = {"lam": 3.0, "inner": GradientDescent(lr=0.05, steps=3)} | settings
+    return implicit_meta_grad(loss, params, support, query, **settings)
+
+
+def compare(call, *, tolerance=1e-9):
+    """The results of `call` with programs, after a comparison with those without; and Programs."""
+    want, programs = call(), Programs()
+    with programs.use():
+        call()
+        got = call()
+    assert_close(got.named(), want.named(), rtol=tolerance, atol=tolerance)
+    for solve in ("inner", "linear"):
+        a, b = getattr(got, solve), getattr(want, solve)
+        if a is not None:
+            assert torch.equal(a.status, b.status)
+            assert torch.equal(a.steps, b.steps)
+            assert_close(a.residual, b.residual, rtol=1e-6, atol=1e-9)
+    assert_close([got.support_loss, got.query_loss], [want.support_loss, want.query_loss])
+    return got, programs
+
+
+def pieces(programs):
+    return {name for found in programs._found.values() for name, one in found.items() if one}
+
+
+MIDDLES = {
+    "tanh": nn.Tanh(),
+    "relu": nn.ReLU(),
+    "gelu": nn.GELU(),
+    "silu": nn.SiLU(),
+    "softplus": nn.Softplus(),
+    "layer norm": nn.LayerNorm(8),
+    "group norm": nn.GroupNorm(2, 8),
+    "deep": nn.Sequential(nn.ReLU(), nn.Linear(8, 8, bias=False), nn.Sigmoid()),
+    "dropout in eval mode": nn.Dropout(0.5).eval(),
+}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "curvature"), [(F.mse_loss, "hessian"), (F.cross_entropy, "ggn")]
+)
+@pytest.mark.parametrize("middle", MIDDLES)
+def test_networks(middle, criterion, curvature):
+    model = mlp(MIDDLES[middle])
+    loss, params = module_loss(model, criterion), dict(model.named_parameters())
+    sets = data(classes=criterion is F.cross_entropy)
+    linear = ConjugateGradient(max_iter=4, curvature=curvature)
+    _, programs = compare(lambda: solve(loss, params, *sets, linear=linear))
+    assert not programs.refusals
+    assert pieces(programs) == {"gradient", curvature}
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        GradientDescent(lr=0.05, steps=5, momentum=0.5, nesterov=True),
+        GradientDescent(lr=0.05, steps=60, tol=0.3),
+        Adam(steps=4),
+        LBFGS(steps=4),
+        HessianFree(steps=3),
+        HessianFree(steps=2, linear=ConjugateGradient(curvature="hessian")),
+    ],
+    ids=lambda inner: type(inner).__name__,
+)
+@pytest.mark.parametrize(
+    "linear",
+    [
+        ConjugateGradient(max_iter=30, rtol=1e-3),
+        ConjugateGradient(max_iter=4, preconditioner="jacobi"),
+        MINRES(max_iter=4),
+        NeumannSeries(max_iter=4, lr=0.05),
+    ],
+    ids=["CG", "Jacobi", "MINRES", "Neumann"],
+)
+def test_solvers(inner, linear):
+    model = mlp()
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+    _, programs = compare(lambda: solve(loss, params, *data(), inner=inner, linear=linear))
+    assert not programs.refusals
+
+
+def test_forms_of_lam_and_float32():
+    model = mlp(nn.ReLU(), dtype=torch.float32)
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+    lam = {name: torch.full_like(p, 2.0, requires_grad=True) for name, p in params.items()}
+    _, programs = compare(
+        lambda: solve(loss, params, *data(dtype=torch.float32), lam=lam), tolerance=1e-4
+    )
+    assert not programs.refusals
+
+
+def test_shared_parameters_and_their_new_values():
+    model = mlp()
+    loss = module_loss(model, F.mse_loss)
+    params = {"2.weight": model[2].weight, "2.bias": model[2].bias}
+    shared = {"0.weight": model[0].weight, "0.bias": model[0].bias}
+    want, programs = solve(loss, params, *data(), shared=shared), Programs()
+    with programs.use():
+        assert_close(solve(loss, params, *data(), shared=shared).named(), want.named())
+        with torch.no_grad():
+            model[0].weight.mul_(2.0)
+        got = solve(loss, params, *data(), shared=shared)
+    assert_close(got.named(), solve(loss, params, *data(), shared=shared).named())
+    assert not programs.refusals
+
+
+@pytest.mark.parametrize("method", ["MAML", "lam", "learned rate", "truncated", "FOMAML", "Reptile"])
+def test_methods(method):
+    model = mlp()
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+    inner = GradientDescent(lr=0.05, steps=4, momentum=0.3)
+    made = {
+        "MAML": lambda: MAML(loss, params, inner=inner),
+        "lam": lambda: MAML(loss, params, inner=inner, lam=0.5),
+        "learned rate": lambda: MAML(loss, params, inner=inner, learn_lr=True),
+        "truncated": lambda: TruncatedMAML(loss, params, inner=inner, last=2),
+        "FOMAML": lambda: FOMAML(loss, params, inner=inner),
+        "Reptile": lambda: Reptile(loss, params, inner=inner),
+    }[method]()
+    _, programs = compare(lambda: made.meta_gradient(TaskBatch(*data())))
+    assert not programs.refusals
+    assert pieces(programs)
+
+
+def test_an_external_solver_and_adapt():
+    model = mlp()
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+
+    def descend(problem):
+        phi = problem.start()
+        for _ in range(3):
+            phi = phi - 0.05 * problem.value_and_gradient(phi)[1]
+        return phi
+
+    compare(lambda: solve(loss, params, *data(), inner=External(descend)))
+    support, query = data()
+
+    def gradients():
+        model.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            phi = adapt(loss, params, support, lam=3.0)
+            torch.func.vmap(loss)(phi, query).mean().backward()
+        return [p.grad.clone() for p in params.values()]
+
+    want = gradients()
+    with Programs().use():
+        assert_close(gradients(), want)
+
+
+def test_a_loss_that_is_not_a_module_loss():
+    scale = torch.tensor(1.5, dtype=torch.float64)
+
+    def loss(params, data):
+        x, y = data["x"], data["y"]
+        prediction = torch.tanh(x @ params["w"]) * scale + params["b"]
+        weight = data["mask"].to(x.dtype)
+        return ((prediction - y).square() * weight[:, None]).sum() / weight.sum()
+
+    generator = torch.Generator().manual_seed(1)
+    params = {
+        "w": torch.randn(4, 3, dtype=torch.float64, generator=generator),
+        "b": torch.zeros(3, dtype=torch.float64),
+    }
+    support, query = (
+        {"x": x, "y": y, "mask": x[..., 0] > -0.5} for x, y in data()
+    )
+    _, programs = compare(lambda: solve(loss, params, support, query))
+    assert not programs.refusals
+    scale.fill_(0.5)  # read at every call
+    with programs.use():
+        got = solve(loss, params, support, query)
+    assert_close(got.named(), solve(loss, params, support, query).named())
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3, dtype=torch.float64)
+        self.dropout = nn.Dropout(0.0)
+        self.factor = 1.0
+        self.register_buffer("shift", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x):
+        x = x.tanh() if self.training else x
+        return self.linear(x) * self.factor + self.shift
+
+
+def test_changes_of_a_model_are_noticed():
+    torch.manual_seed(0)
+    model = Scaled()
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+    programs = Programs()
+
+    def check():
+        with programs.use():
+            got = solve(loss, params, *data())
+        assert_close(got.named(), solve(loss, params, *data()).named())
+
+    check()
+    model.eval()
+    check()
+    model.factor = 2.0
+    check()
+    model.shift.add_(1.0)
+    check()
+    model.shift = torch.full_like(model.shift, 3.0)
+    check()
+    with torch.no_grad():
+        model.linear.weight.data = model.linear.weight * 2
+    check()
+    assert not programs.refusals
+
+
+def test_a_loss_that_changes_all_the_time_is_not_recorded_again_and_again():
+    model = Scaled()
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+    programs = Programs()
+    for step in range(12):
+        model.factor = 1.0 + step
+        with programs.use():
+            got = solve(loss, params, *data())
+        assert_close(got.named(), solve(loss, params, *data()).named())
+    assert len(programs._found) == 8
+    assert programs.refusals == ["the loss changed more than 8 times"]
+
+
+def test_other_shapes_of_the_data_are_recorded_too():
+    model = mlp()
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+    programs = Programs()
+    for tasks in (1, 2, 5):
+        for examples in (2, 6):
+            sets = [(x[:, :examples], y[:, :examples]) for x, y in data(tasks=tasks)]
+            with programs.use():
+                got = solve(loss, params, *sets)
+            assert_close(got.named(), solve(loss, params, *sets).named())
+    assert len(programs._found) == 2  # any number of tasks
+
+
+def test_what_cannot_be_recorded_uses_pytorch():
+    model = mlp(nn.Dropout(0.5))
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+    programs = Programs()
+    torch.manual_seed(0)
+    want = solve(loss, params, *data())
+    torch.manual_seed(0)
+    with programs.use():
+        got = solve(loss, params, *data())
+    assert torch.equal(got.params["0.weight"], want.params["0.weight"])
+    assert len(programs.refusals) == 1
+    assert not pieces(programs)
+    with pytest.raises(RuntimeError, match="cannot be recorded: no program for"):
+        programs.check()
+
+
+def test_a_program_that_differs_from_pytorch_is_not_used(monkeypatch):
+    calls = []
+
+    def loss(params, data):  # a different loss in every evaluation
+        calls.append(None)
+        return (params["w"] * len(calls)).square().sum() + data.sum()
+
+    params = {"w": torch.ones(3, dtype=torch.float64)}
+    data = torch.ones(2, 1, dtype=torch.float64)
+    programs = Programs()
+    with programs.use():
+        solve(loss, params, data, data)
+    assert "differs from PyTorch's result" in programs.refusals[0]
+
+
+def test_failed_tasks_are_reported():
+    model = mlp()
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+    support, query = data()
+    support[0][1] = torch.inf
+    got, programs = Programs(), Programs()
+    with programs.use():
+        got = solve(loss, params, support, query)
+    assert got.failed.tolist() == [False, True, False]
+    assert all(t.isnan().all() for t in got.params.values())
+
+
+def test_errors_are_the_same():
+    model = mlp()
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+    support, query = data()
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    with Programs().use():
+        with pytest.raises(ValueError, match="params"):
+            solve(lambda p, d: loss(p, d) * weight, params, support, query)
+        with pytest.raises((RuntimeError, ValueError), match="in model.x. with x .6, 3. float64 of one task"):
+            solve(loss, params, (support[0][..., :3], support[1]), query)
+
+
+def test_imaml_trains_to_the_same_parameters():
+    def train(use):
+        model = mlp()
+        method = IMAML(module_loss(model, F.mse_loss), dict(model.named_parameters()), lam=3.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        programs = Programs()
+        for _ in range(5):
+            with programs.use() if use else torch.enable_grad():
+                out = method.meta_gradient(TaskBatch(*data()))
+            for name, parameter in model.named_parameters():
+                parameter.grad = out.params[name]
+            optimizer.step()
+        return list(model.parameters())
+
+    assert_close(train(True), train(False), rtol=1e-9, atol=1e-12)
