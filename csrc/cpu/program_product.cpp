@@ -39,76 +39,156 @@ IMAML_INLINE Vector<T> load(const T* from) {
   return *reinterpret_cast<const Vector<T>*>(from);
 }
 
-// Stores `width` columns of a row.
-template <typename T>
-IMAML_INLINE void store(const Product<T>& p, int64_t row, int64_t column, int64_t width,
-                        Vector<T> value) {
-  T* to = p.result + row * p.result_row + column * p.result_column;
-  const T* c = p.c == nullptr ? nullptr : p.c + row * p.c_row + column * p.c_column;
-  if (width == kVectorLanes<T> && p.result_column == 1) {
-    if (c != nullptr && p.c_column == 1) value += load(c);
-    if (c != nullptr && p.c_column != 1)
-      for (int64_t i = 0; i < width; ++i) value[i] += c[i * p.c_column];
-    *reinterpret_cast<Vector<T>*>(to) = value;
-    return;
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define IMAML_HAS_SHUFFLE 1
+#endif
+#endif
+
+#if defined(IMAML_HAS_SHUFFLE)
+// Transposes a square of one vector per row.
+IMAML_INLINE void transpose(Vector<double> (&row)[4]) {
+  Vector<double> pair[4];
+  for (int i = 0; i < 4; i += 2) {
+    pair[i] = __builtin_shufflevector(row[i], row[i + 1], 0, 4, 2, 6);
+    pair[i + 1] = __builtin_shufflevector(row[i], row[i + 1], 1, 5, 3, 7);
   }
-  for (int64_t i = 0; i < width; ++i)
-    to[i * p.result_column] = value[i] + (c == nullptr ? T(0) : c[i * p.c_column]);
+  for (int i = 0; i < 2; ++i) {
+    row[i] = __builtin_shufflevector(pair[i], pair[i + 2], 0, 1, 4, 5);
+    row[i + 2] = __builtin_shufflevector(pair[i], pair[i + 2], 2, 3, 6, 7);
+  }
 }
+
+IMAML_INLINE void transpose(Vector<float> (&row)[8]) {
+  Vector<float> pair[8], quad[8];
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = __builtin_shufflevector(row[i], row[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pair[i + 1] = __builtin_shufflevector(row[i], row[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      const Vector<float> first = pair[i + k], second = pair[i + k + 2];
+      quad[i + 2 * k] = __builtin_shufflevector(first, second, 0, 1, 8, 9, 4, 5, 12, 13);
+      quad[i + 2 * k + 1] = __builtin_shufflevector(first, second, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; ++i) {
+    row[i] = __builtin_shufflevector(quad[i], quad[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    row[i + 4] = __builtin_shufflevector(quad[i], quad[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+#endif
+
+// Transposes `width` columns of b into `panel`, in rows of kVectors vectors padded with zeros.
+template <int64_t kVectors, typename T>
+IMAML_INLINE void pack_columns(const Product<T>& p, int64_t column, int64_t width, T* panel) {
+  constexpr int64_t lanes = kVectorLanes<T>, stride = kVectors * lanes;
+  const T* b = p.b + column * p.b_column;
+  for (int64_t first = 0; first < stride; first += lanes) {
+    int64_t k = 0;
+#if defined(IMAML_HAS_SHUFFLE)
+    for (; p.b_depth == 1 && first + lanes <= width && k + lanes <= p.depth; k += lanes) {
+      Vector<T> square[lanes];
+      for (int64_t n = 0; n < lanes; ++n) square[n] = load(b + (first + n) * p.b_column + k);
+      transpose(square);
+      for (int64_t i = 0; i < lanes; ++i)
+        *reinterpret_cast<Vector<T>*>(panel + (k + i) * stride + first) = square[i];
+    }
+#endif
+    for (; k < p.depth; ++k)
+      for (int64_t n = first; n < first + lanes; ++n)
+        panel[k * stride + n] = n < width ? b[k * p.b_depth + n * p.b_column] : T(0);
+  }
+}
+
+// Where a tile is stored. c may be null.
+template <typename T>
+struct Target {
+  T* to;
+  int64_t to_row;
+  const T* c;
+  int64_t c_row;
+};
 
 // kTile rows of kVectors vectors of columns. The panel holds row k of b at panel + k * stride.
 template <int64_t kTile, int64_t kVectors, typename T>
-IMAML_INLINE void product_tile(const Product<T>& p, const T* panel, int64_t stride, int64_t row,
-                               int64_t column, int64_t width) {
+IMAML_INLINE void product_tile(const T* a, int64_t a_row, int64_t a_depth, const T* panel,
+                               int64_t stride, int64_t depth, Target<T> target) {
   constexpr int64_t lanes = kVectorLanes<T>;
   Vector<T> total[kTile][kVectors] = {};
-  const T* a = p.a + row * p.a_row;
-  for (int64_t k = 0; k < p.depth; ++k) {
+  for (int64_t k = 0; k < depth; ++k, a += a_depth, panel += stride) {
     Vector<T> factor[kVectors];
-    for (int64_t v = 0; v < kVectors; ++v) factor[v] = load(panel + k * stride + v * lanes);
-#pragma GCC unroll 8
+    for (int64_t v = 0; v < kVectors; ++v) factor[v] = load(panel + v * lanes);
+#pragma GCC unroll 12
     for (int64_t r = 0; r < kTile; ++r) {
-      const T scalar = a[r * p.a_row + k * p.a_depth];
+      const T scalar = a[r * a_row];
       for (int64_t v = 0; v < kVectors; ++v) total[r][v] += scalar * factor[v];
     }
   }
   for (int64_t r = 0; r < kTile; ++r)
-    for (int64_t v = 0; v < kVectors; ++v)
-      store(p, row + r, column + v * lanes, std::min(lanes, width - v * lanes), total[r][v]);
+    for (int64_t v = 0; v < kVectors; ++v) {
+      if (target.c != nullptr) total[r][v] += load(target.c + r * target.c_row + v * lanes);
+      *reinterpret_cast<Vector<T>*>(target.to + r * target.to_row + v * lanes) = total[r][v];
+    }
 }
 
-// Transposes or pads `width` columns of b into `panel`, whose rows have `stride` elements.
+// Calls body(std::integral_constant<int64_t, count>) for a count in [1, kMost].
+template <int64_t kMost, typename Body>
+IMAML_INLINE void with_constant(int64_t count, const Body& body) {
+  if constexpr (kMost == 1) {
+    body(std::integral_constant<int64_t, 1>{});
+  } else {
+    count == kMost ? body(std::integral_constant<int64_t, kMost>{})
+                   : with_constant<kMost - 1>(count, body);
+  }
+}
+
+// The first `width` columns of a tile whose result or c is not contiguous.
 template <typename T>
-IMAML_INLINE void pack_columns(const Product<T>& p, int64_t column, int64_t width, int64_t stride,
-                               T* panel) {
-  const T* b = p.b + column * p.b_column;
-  for (int64_t n = 0; n < stride; ++n)
-    for (int64_t k = 0; k < p.depth; ++k)
-      panel[k * stride + n] = n < width ? b[k * p.b_depth + n * p.b_column] : T(0);
+IMAML_INLINE void store_columns(const Product<T>& p, int64_t row, int64_t rows, int64_t column,
+                                int64_t width, const T* from, int64_t from_row) {
+  for (int64_t r = row; r < row + rows; ++r, from += from_row)
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t n = column + i;
+      p.result[r * p.result_row + n * p.result_column] =
+          p.c == nullptr ? from[i] : from[i] + p.c[r * p.c_row + n * p.c_column];
+    }
 }
 
+// `width` columns, at most kVectors vectors.
 template <int64_t kVectors, typename T>
 IMAML_INLINE void product_block(const Product<T>& p, int64_t column, int64_t width, T* scratch) {
   constexpr int64_t lanes = kVectors * kVectorLanes<T>;
   const bool direct = p.b_column == 1 && width == lanes;
-  if (!direct) pack_columns(p, column, width, lanes, scratch);
+  if (!direct) pack_columns<kVectors>(p, column, width, scratch);
   const T* panel = direct ? p.b + column : scratch;
   const int64_t stride = direct ? p.b_depth : lanes;
-  for_tiles(p.rows, [&](auto tile, int64_t row) IMAML_INLINE_LAMBDA {
-    product_tile<tile(), kVectors>(p, panel, stride, row, column, width);
-  });
+  const bool full = width == lanes && p.result_column == 1 && (p.c == nullptr || p.c_column == 1);
+  // Twelve of AVX2's sixteen registers, in tiles of nearly equal height.
+  constexpr int64_t most = 12 / kVectors;
+  int64_t row = 0;
+  for (int64_t tiles = (p.rows + most - 1) / most; tiles > 0; --tiles) {
+    const int64_t rows = (p.rows - row + tiles - 1) / tiles;
+    T buffer[most * lanes];
+    const Target<T> target =
+        full ? Target<T>{p.result + row * p.result_row + column, p.result_row,
+                         p.c == nullptr ? nullptr : p.c + row * p.c_row + column, p.c_row}
+             : Target<T>{buffer, lanes, nullptr, 0};
+    with_constant<most>(rows, [&](auto tile) IMAML_INLINE_LAMBDA {
+      product_tile<tile(), kVectors>(p.a + row * p.a_row, p.a_row, p.a_depth, panel, stride,
+                                     p.depth, target);
+    });
+    if (!full) store_columns(p, row, rows, column, width, buffer, lanes);
+    row += rows;
+  }
 }
 
 template <typename T>
 IMAML_INLINE void tiled_product(const Product<T>& p, T* scratch) {
   constexpr int64_t vector = kVectorLanes<T>;
   int64_t column = 0;
-  for (; column + 2 * vector <= p.columns; column += 2 * vector)
-    product_block<2>(p, column, 2 * vector, scratch);
-  if (const int64_t rest = p.columns - column; rest > vector)
-    product_block<2>(p, column, rest, scratch);
-  else if (rest > 0)
-    product_block<1>(p, column, rest, scratch);
+  for (; column + vector < p.columns; column += 2 * vector)
+    product_block<2>(p, column, std::min(2 * vector, p.columns - column), scratch);
+  if (column < p.columns) product_block<1>(p, column, p.columns - column, scratch);
 }
 
 template <typename T>
@@ -214,7 +294,7 @@ void prepare_product(const std::string&, const Types& types, Call& call) {
   const bool dots = a[kDepth] == 1 && b[kDepth] == 1 && call.size[kDepth] > 1 &&
                     std::min(call.size[kRows], call.size[kColumns]) < kLeastTiled;
   call.integers = {has_c, dots};
-  call.scratch = dots ? 0 : call.size[kDepth] * 16;
+  call.scratch = dots ? 0 : call.size[kDepth] * kTileLanes<float>;
   call.kernel = KernelPair{kernels::matmul_float, kernels::matmul_double}.of(types.result);
 }
 

@@ -1,8 +1,8 @@
 // sum, amax, amin over the loops in which the result's stride is 0. amax and amin propagate NaN.
 //
 // Sums of floats are accumulated in double, in an order that depends only on the sizes and strides.
-// Where the loop in which the operand is contiguous is reduced, kLanes partial sums run along it;
-// where it is kept, up to kLanes of its results are summed at the same time.
+// Where the loop in which the operand is contiguous is reduced, 16 partial sums run along it; where
+// it is kept, up to 16 of its results are summed at the same time.
 #include <algorithm>
 #include <limits>
 
@@ -12,53 +12,78 @@
 namespace imaml::cpu {
 namespace {
 
-constexpr int kLanes = 16;
+template <typename T>
+struct FourOf;
+template <>
+struct FourOf<float> {
+  using type = float __attribute__((vector_size(16), aligned(4)));
+};
+template <>
+struct FourOf<double> {
+  using type = double __attribute__((vector_size(32), aligned(8)));
+};
+template <typename T>
+using Four = typename FourOf<T>::type;
 
+// A reduction of Total's; `add` takes scalars and vectors.
 template <typename T>
 struct Sum {
   using Total = double;
-  static constexpr double initial = 0;
-  IMAML_INLINE static double add(double total, double value) { return total + value; }
+  static constexpr Total initial = 0;
+  template <typename V>
+  IMAML_INLINE static V add(V total, V value) {
+    return total + value;
+  }
 };
 
 template <typename T>
 struct Max {
   using Total = T;
-  static constexpr T initial = -std::numeric_limits<T>::infinity();
-  IMAML_INLINE static T add(T total, T value) {
-    return value > total || value != value ? value : total;
+  static constexpr Total initial = -std::numeric_limits<T>::infinity();
+  template <typename V>
+  IMAML_INLINE static V add(V total, V value) {
+    return (value > total) | (value != value) ? value : total;
   }
 };
 
 template <typename T>
 struct Min {
   using Total = T;
-  static constexpr T initial = std::numeric_limits<T>::infinity();
-  IMAML_INLINE static T add(T total, T value) {
-    return value < total || value != value ? value : total;
+  static constexpr Total initial = std::numeric_limits<T>::infinity();
+  template <typename V>
+  IMAML_INLINE static V add(V total, V value) {
+    return (value < total) | (value != value) ? value : total;
   }
 };
 
-// Reduces contiguous rows, so that element i of a row adds to lane i % kLanes.
+template <typename Op, typename T>
+IMAML_INLINE Four<typename Op::Total> load(const T* from) {
+  return __builtin_convertvector(*reinterpret_cast<const Four<T>*>(from), Four<typename Op::Total>);
+}
+
+// A reduction in 16 lanes, for long rows, and in 4 and 1 for the rest of a row.
 template <typename Op, typename T>
 struct Lanes {
-  typename Op::Total lane[kLanes];
+  using Total = typename Op::Total;
+  using Totals = Four<Total>;
+  Totals many[4];
+  Total one = Op::initial;
 
   IMAML_INLINE Lanes() {
-    for (auto& one : lane) one = Op::initial;
+    for (Totals& four : many) four = Totals{} + Op::initial;
   }
   IMAML_INLINE void add(const T* from, int64_t n) {
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-      for (int k = 0; k < kLanes; ++k) lane[k] = Op::add(lane[k], from[i + k]);
-    for (int k = 0; i + k < n; ++k) lane[k] = Op::add(lane[k], from[i + k]);
+    for (; i + 16 <= n; i += 16)
+      for (int k = 0; k < 4; ++k) many[k] = Op::add(many[k], load<Op>(from + i + 4 * k));
+    for (; i + 4 <= n; i += 4) many[0] = Op::add(many[0], load<Op>(from + i));
+    for (; i < n; ++i) add(from[i]);
   }
+  IMAML_INLINE void add(T value) { one = Op::add(one, static_cast<Total>(value)); }
   IMAML_INLINE T total() const {
-    typename Op::Total all[kLanes];
-    for (int k = 0; k < kLanes; ++k) all[k] = lane[k];
-    for (int width = kLanes / 2; width > 0; width /= 2)
-      for (int k = 0; k < width; ++k) all[k] = Op::add(all[k], all[k + width]);
-    return static_cast<T>(all[0]);
+    const Totals all = Op::add(Op::add(many[0], many[1]), Op::add(many[2], many[3]));
+    const Total four = Op::add(Op::add(all[0], all[1]), Op::add(all[2], all[3]));
+    return static_cast<T>(Op::add(four, one));
   }
 };
 
@@ -75,25 +100,35 @@ IMAML_INLINE void reduce_inner(const Call& call, Frame& frame, int reduced) {
       if (stride == 1)
         lanes.add(first + at[1], n);
       else
-        for (int64_t i = 0; i < n; ++i)
-          lanes.lane[i % kLanes] = Op::add(lanes.lane[i % kLanes], first[at[1] + i * stride]);
+        for (int64_t i = 0; i < n; ++i) lanes.add(first[at[1] + i * stride]);
     });
     result[kept[0]] = lanes.total();
   });
 }
 
-// Reduces kWidth neighbours over the loops [1, reduced].
-template <typename Op, int kWidth, typename T>
+// Reduces 4 kFours neighbours over the loops [1, reduced].
+template <typename Op, int kFours, typename T>
 IMAML_INLINE void reduce_columns(const Call& call, int reduced, const T* from, T* to) {
-  typename Op::Total total[kWidth];
-  for (int k = 0; k < kWidth; ++k) total[k] = Op::initial;
+  Four<typename Op::Total> total[kFours];
+  for (auto& four : total) four = Four<typename Op::Total>{} + Op::initial;
   for_loops<2>(call, 2, reduced + 1, [&](const int64_t* at) IMAML_INLINE_LAMBDA {
     const T* row = from + at[1];
     for (int64_t i = 0; i < call.size[1]; ++i, row += call.places[1].stride[1])
-      for (int k = 0; k < kWidth; ++k) total[k] = Op::add(total[k], row[k]);
+      for (int k = 0; k < kFours; ++k) total[k] = Op::add(total[k], load<Op>(row + 4 * k));
   });
   const int64_t stride = call.places[0].stride[0];
-  for (int k = 0; k < kWidth; ++k) to[k * stride] = static_cast<T>(total[k]);
+  for (int k = 0; k < 4 * kFours; ++k) to[k * stride] = static_cast<T>(total[k / 4][k % 4]);
+}
+
+template <typename Op, typename T>
+IMAML_INLINE void reduce_column(const Call& call, int reduced, const T* from, T* to) {
+  typename Op::Total total = Op::initial;
+  for_loops<2>(call, 2, reduced + 1, [&](const int64_t* at) IMAML_INLINE_LAMBDA {
+    const T* row = from + at[1];
+    for (int64_t i = 0; i < call.size[1]; ++i, row += call.places[1].stride[1])
+      total = Op::add(total, static_cast<typename Op::Total>(*row));
+  });
+  *to = static_cast<T>(total);
 }
 
 // Loops: a kept one, which is contiguous, then the reduced ones, then the other kept ones.
@@ -106,10 +141,9 @@ IMAML_INLINE void reduce_outer(const Call& call, Frame& frame, int reduced) {
     T* to = result + kept[0];
     const T* row = from + kept[1];
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-      reduce_columns<Op, kLanes>(call, reduced, row + i, to + i * stride);
-    for (; i + 4 <= n; i += 4) reduce_columns<Op, 4>(call, reduced, row + i, to + i * stride);
-    for (; i < n; ++i) reduce_columns<Op, 1>(call, reduced, row + i, to + i * stride);
+    for (; i + 16 <= n; i += 16) reduce_columns<Op, 4>(call, reduced, row + i, to + i * stride);
+    for (; i + 4 <= n; i += 4) reduce_columns<Op, 1>(call, reduced, row + i, to + i * stride);
+    for (; i < n; ++i) reduce_column<Op>(call, reduced, row + i, to + i * stride);
   });
 }
 
