@@ -3,7 +3,7 @@
 
 #include "cpu/conv_tiles.h"
 #include "cpu/isa.h"
-#include "cpu/transpose.h"
+#include "cpu/panels.h"
 
 namespace imaml::cpu {
 namespace {
@@ -76,8 +76,9 @@ IMAML_INLINE void gather(const Gather<T>& a, const PixelClass& pixels, int64_t i
   T partial[kChunkPixels * lanes];  // the results of a block that has fewer outputs than lanes
   T* partial_rows[kChunkPixels];
   for (int64_t r = 0; r < kChunkPixels; ++r) partial_rows[r] = partial + r * lanes;
-  for (int64_t begin = 0; begin < rows; begin += kChunkPixels) {
-    const int64_t count = std::min(kChunkPixels, rows - begin);
+  const int64_t chunk_pixels = a.panel * (a.blocks.last - a.blocks.first) <= 4096 ? kTileRows : kChunkPixels;
+  for (int64_t begin = 0; begin < rows; begin += chunk_pixels) {
+    const int64_t count = std::min(chunk_pixels, rows - begin);
     const Pixels<T> chunk(a, pixels.pixels, begin, count);
     for (int64_t block = a.blocks.first; block < a.blocks.last; ++block) {
       const int64_t width = std::min(lanes, a.outputs - block * lanes);
@@ -103,22 +104,24 @@ IMAML_INLINE void forward_blocks(const ConvShape& s, const PixelMap& map, const 
   constexpr int64_t lanes = kTileLanes<T>;
   const int64_t in = s.image_size(), out = s.out_pixels() * s.filters;
   const int64_t depth = s.channels , patch = s.patch_size();
-  const Scratch<T> panels((blocks.last - blocks.first) * patch * lanes);
+  const Scratch<T> panels((blocks.last - blocks.first) * map.panel_rows * lanes);
   const Scratch<T> start((blocks.last - blocks.first) * lanes);
   std::vector<int64_t> rows;  // of a panel, in the order of the weights
   for (int64_t c = 0; c < depth; ++c)
     for (const int64_t row : map.rows) rows.push_back(row + c);
   for (int64_t block = blocks.first; block < blocks.last; ++block) {
-    T* panel = panels.data() + (block - blocks.first) * patch * lanes;
+    T* panel = panels.data() + (block - blocks.first) * map.panel_rows * lanes;
     T* starts = start.data() + (block - blocks.first) * lanes;
     for (int64_t lane = 0; lane < lanes; ++lane)
       starts[lane] = bias != nullptr && block * lanes + lane < s.filters
                          ? bias[task * s.filters + block * lanes + lane]
                          : T(0);
-    transpose_to_lanes(
-        w + task * s.task_stride + block * lanes * patch, patch,
-        std::min(lanes, s.filters - block * lanes), patch,
-        [&](int64_t k) IMAML_INLINE_LAMBDA { return panel + rows[static_cast<std::size_t>(k)] * lanes; });
+    pack_panel({.slices = 1,
+                .slice_stride = 0,
+                .width = std::min(lanes, s.filters - block * lanes),
+                .lane_stride = patch,
+                .count = patch},
+               w + task * s.task_stride + block * lanes * patch, rows.data(), panel);
   }
   const Gather<T> operands{.source = x + task * s.images * in,
                            .source_image = in,
@@ -127,7 +130,7 @@ IMAML_INLINE void forward_blocks(const ConvShape& s, const PixelMap& map, const 
                            .result_image = out,
                            .outputs = s.filters,
                            .blocks = blocks,
-                           .panel = s.taps() * depth * lanes,
+                           .panel = map.panel_rows * lanes,
                            .panels = panels.data(),
                            .start = start.data()};
   for (const PixelClass& pixels : map.classes) gather(operands, pixels, s.images);
@@ -139,19 +142,17 @@ IMAML_INLINE void data_blocks(const ConvShape& s, const PixelMap& map, const T* 
   constexpr int64_t lanes = kTileLanes<T>;
   const int64_t in = s.image_size(), out = s.out_pixels() * s.filters;
   const int64_t depth = s.filters, taps = s.taps();
-  const Scratch<T> panels((blocks.last - blocks.first) * taps * depth * lanes);
+  const Scratch<T> panels((blocks.last - blocks.first) * map.panel_rows * lanes);
   const Scratch<T> start((blocks.last - blocks.first) * lanes);
   for (int64_t block = blocks.first; block < blocks.last; ++block) {
-    T* panel = panels.data() + (block - blocks.first) * taps * depth * lanes;
+    T* panel = panels.data() + (block - blocks.first) * map.panel_rows * lanes;
     std::fill_n(start.data() + (block - blocks.first) * lanes, lanes, T(0));
-    const T* from = w + task * s.task_stride + block * lanes * taps;
-    for (int64_t o = 0; o < depth; ++o)
-      transpose_to_lanes(from + o * s.patch_size(), taps,
-                         std::min(lanes, s.channels - block * lanes), taps,
-                         [&](int64_t tap) IMAML_INLINE_LAMBDA {
-                           return panel +
-                                  (map.rows[static_cast<std::size_t>(tap)] + o) * lanes;
-                         });
+    pack_panel({.slices = depth,
+                .slice_stride = s.patch_size(),
+                .width = std::min(lanes, s.channels - block * lanes),
+                .lane_stride = taps,
+                .count = taps},
+               w + task * s.task_stride + block * lanes * taps, map.rows.data(), panel);
   }
   const Gather<T> operands{.source = g + task * s.images * out,
                            .source_image = out,
@@ -160,7 +161,7 @@ IMAML_INLINE void data_blocks(const ConvShape& s, const PixelMap& map, const T* 
                            .result_image = in,
                            .outputs = s.channels,
                            .blocks = blocks,
-                           .panel = s.taps() * depth * lanes,
+                           .panel = map.panel_rows * lanes,
                            .panels = panels.data(),
                            .start = start.data()};
   for (const PixelClass& pixels : map.classes) gather(operands, pixels, s.images);

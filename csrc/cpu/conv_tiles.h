@@ -25,18 +25,24 @@ template <typename T>
 using Vector = typename VectorOf<T>::type;
 
 template <typename T>
+IMAML_INLINE const Vector<T>& vector_at(const T* from) {
+  return *reinterpret_cast<const Vector<T>*>(from);
+}
+template <typename T>
+IMAML_INLINE Vector<T>& vector_at(T* to) {
+  return *reinterpret_cast<Vector<T>*>(to);
+}
+
+template <typename T>
 struct Lanes {
   Vector<T> low, high;
 
   IMAML_INLINE static Lanes load(const T* from) {
-    constexpr int64_t half = kTileLanes<T> / 2;
-    return {*reinterpret_cast<const Vector<T>*>(from),
-            *reinterpret_cast<const Vector<T>*>(from + half)};
+    return {vector_at(from), vector_at(from + kTileLanes<T> / 2)};
   }
   IMAML_INLINE void store(T* to) const {
-    constexpr int64_t half = kTileLanes<T> / 2;
-    *reinterpret_cast<Vector<T>*>(to) = low;
-    *reinterpret_cast<Vector<T>*>(to + half) = high;
+    vector_at(to) = low;
+    vector_at(to + kTileLanes<T> / 2) = high;
   }
   IMAML_INLINE void add_product(T scalar, const Lanes& lanes) {
     low += scalar * lanes.low;

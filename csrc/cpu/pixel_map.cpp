@@ -92,10 +92,16 @@ PixelMap product(const Axis& rows, const Axis& columns, int64_t result_width, in
   const int64_t kernel_w = static_cast<int64_t>(columns.taps.size());
   PixelMap map;
   map.rows.resize(rows.taps.size() * columns.taps.size());
-  int64_t rank = 0;
-  for (const int64_t row : rows.taps)
-    for (const int64_t column : columns.taps)
-      map.rows[static_cast<std::size_t>(row * kernel_w + column)] = depth * rank++;
+  map.panel_rows = 0;
+  for (const int64_t row : rows.taps) {
+    for (const int64_t column : columns.taps) {
+      map.rows[static_cast<std::size_t>(row * kernel_w + column)] = map.panel_rows;
+      map.panel_rows += depth;
+    }
+    // The taps of one channel are packed together: at distances of 4 KB they would compete for the
+    // same lines of the cache.
+    ++map.panel_rows;
+  }
   for (const AxisClass& row : rows.classes)
     for (const AxisClass& column : columns.classes) {
       PixelClass one;

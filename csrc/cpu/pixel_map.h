@@ -31,6 +31,7 @@ struct PixelClass {
 };
 
 struct PixelMap {
+  int64_t panel_rows;
   std::vector<int64_t> rows;  // of a panel: those of the taps' first channels
   std::vector<PixelClass> classes;
 };
