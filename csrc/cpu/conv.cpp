@@ -76,7 +76,10 @@ IMAML_INLINE void gather(const Gather<T>& a, const PixelClass& pixels, int64_t i
   T partial[kChunkPixels * lanes];  // the results of a block that has fewer outputs than lanes
   T* partial_rows[kChunkPixels];
   for (int64_t r = 0; r < kChunkPixels; ++r) partial_rows[r] = partial + r * lanes;
-  const int64_t chunk_pixels = a.panel * (a.blocks.last - a.blocks.first) <= 4096 ? kTileRows : kChunkPixels;
+  // Where all panels stay in cache, the results of a pixel are written together.
+  const int64_t panels_size = (a.blocks.last - a.blocks.first) * a.panel;
+  const int64_t chunk_pixels =
+      panels_size * static_cast<int64_t>(sizeof(T)) <= 16384 ? kTileRows : kChunkPixels;
   for (int64_t begin = 0; begin < rows; begin += chunk_pixels) {
     const int64_t count = std::min(chunk_pixels, rows - begin);
     const Pixels<T> chunk(a, pixels.pixels, begin, count);
@@ -103,34 +106,33 @@ IMAML_INLINE void forward_blocks(const ConvShape& s, const PixelMap& map, const 
                                  const T* bias, T* y, int64_t task, Blocks blocks) {
   constexpr int64_t lanes = kTileLanes<T>;
   const int64_t in = s.image_size(), out = s.out_pixels() * s.filters;
-  const int64_t depth = s.channels , patch = s.patch_size();
-  const Scratch<T> panels((blocks.last - blocks.first) * map.panel_rows * lanes);
-  const Scratch<T> start((blocks.last - blocks.first) * lanes);
-  std::vector<int64_t> rows;  // of a panel, in the order of the weights
-  for (int64_t c = 0; c < depth; ++c)
-    for (const int64_t row : map.rows) rows.push_back(row + c);
-  for (int64_t block = blocks.first; block < blocks.last; ++block) {
-    T* panel = panels.data() + (block - blocks.first) * map.panel_rows * lanes;
-    T* starts = start.data() + (block - blocks.first) * lanes;
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      starts[lane] = bias != nullptr && block * lanes + lane < s.filters
-                         ? bias[task * s.filters + block * lanes + lane]
-                         : T(0);
+  const int64_t panel = map.panel_rows * lanes, patch = s.patch_size();
+  const int64_t count = blocks.last - blocks.first, filter = blocks.first * lanes;
+  const Scratch<int64_t> rows(patch);  // of a panel, in the order of the weights
+  int64_t k = 0;
+  for (int64_t c = 0; c < s.channels; ++c)
+    for (const int64_t row : map.rows) rows.data()[k++] = row + c;
+  const Scratch<T> panels(count * panel), start(count * lanes);
+  for (int64_t block = 0; block < count; ++block)
     pack_panel({.slices = 1,
                 .slice_stride = 0,
-                .width = std::min(lanes, s.filters - block * lanes),
+                .width = std::min(lanes, s.filters - filter - block * lanes),
                 .lane_stride = patch,
                 .count = patch},
-               w + task * s.task_stride + block * lanes * patch, rows.data(), panel);
-  }
+               w + task * s.task_stride + (filter + block * lanes) * patch, rows.data(),
+               panels.data() + block * panel);
+  std::fill_n(start.data(), count * lanes, T(0));
+  if (bias != nullptr)
+    std::copy_n(bias + task * s.filters + filter, std::min(count * lanes, s.filters - filter),
+                start.data());
   const Gather<T> operands{.source = x + task * s.images * in,
                            .source_image = in,
-                           .depth = depth,
+                           .depth = s.channels,
                            .result = y + task * s.images * out,
                            .result_image = out,
                            .outputs = s.filters,
                            .blocks = blocks,
-                           .panel = map.panel_rows * lanes,
+                           .panel = panel,
                            .panels = panels.data(),
                            .start = start.data()};
   for (const PixelClass& pixels : map.classes) gather(operands, pixels, s.images);
@@ -141,27 +143,26 @@ IMAML_INLINE void data_blocks(const ConvShape& s, const PixelMap& map, const T* 
                               T* dx, int64_t task, Blocks blocks) {
   constexpr int64_t lanes = kTileLanes<T>;
   const int64_t in = s.image_size(), out = s.out_pixels() * s.filters;
-  const int64_t depth = s.filters, taps = s.taps();
-  const Scratch<T> panels((blocks.last - blocks.first) * map.panel_rows * lanes);
-  const Scratch<T> start((blocks.last - blocks.first) * lanes);
-  for (int64_t block = blocks.first; block < blocks.last; ++block) {
-    T* panel = panels.data() + (block - blocks.first) * map.panel_rows * lanes;
-    std::fill_n(start.data() + (block - blocks.first) * lanes, lanes, T(0));
-    pack_panel({.slices = depth,
+  const int64_t panel = map.panel_rows * lanes, taps = s.taps();
+  const int64_t count = blocks.last - blocks.first, channel = blocks.first * lanes;
+  const Scratch<T> panels(count * panel), start(count * lanes);
+  for (int64_t block = 0; block < count; ++block)
+    pack_panel({.slices = s.filters,
                 .slice_stride = s.patch_size(),
-                .width = std::min(lanes, s.channels - block * lanes),
+                .width = std::min(lanes, s.channels - channel - block * lanes),
                 .lane_stride = taps,
                 .count = taps},
-               w + task * s.task_stride + block * lanes * taps, map.rows.data(), panel);
-  }
+               w + task * s.task_stride + (channel + block * lanes) * taps, map.rows.data(),
+               panels.data() + block * panel);
+  std::fill_n(start.data(), count * lanes, T(0));
   const Gather<T> operands{.source = g + task * s.images * out,
                            .source_image = out,
-                           .depth = depth,
+                           .depth = s.filters,
                            .result = dx + task * s.images * in,
                            .result_image = in,
                            .outputs = s.channels,
                            .blocks = blocks,
-                           .panel = map.panel_rows * lanes,
+                           .panel = panel,
                            .panels = panels.data(),
                            .start = start.data()};
   for (const PixelClass& pixels : map.classes) gather(operands, pixels, s.images);
@@ -169,16 +170,15 @@ IMAML_INLINE void data_blocks(const ConvShape& s, const PixelMap& map, const T* 
 
 }  // namespace
 
-#define IMAML_DEFINE(T)                                                                      \
-  IMAML_MULTIVERSION void conv_blocks(const ConvShape& s, const PixelMap& map, const T* x,   \
-                                      const T* w, const T* bias, T* y, int64_t task,         \
-                                      Blocks blocks) {                                       \
-    forward_blocks<T>(s, map, x, w, bias, y, task, blocks);                                  \
-  }                                                                                          \
-  IMAML_MULTIVERSION void conv_data_blocks(const ConvShape& s, const PixelMap& map,          \
-                                           const T* g, const T* w, T* dx, int64_t task,      \
-                                           Blocks blocks) {                                  \
-    data_blocks<T>(s, map, g, w, dx, task, blocks);                                          \
+#define IMAML_DEFINE(T)                                                                         \
+  IMAML_MULTIVERSION void conv_blocks(const ConvShape& s, const PixelMap& map, const T* x,      \
+                                      const T* w, const T* bias, T* y, int64_t task,            \
+                                      Blocks blocks) {                                          \
+    forward_blocks<T>(s, map, x, w, bias, y, task, blocks);                                     \
+  }                                                                                             \
+  IMAML_MULTIVERSION void conv_data_blocks(const ConvShape& s, const PixelMap& map, const T* g, \
+                                           const T* w, T* dx, int64_t task, Blocks blocks) {    \
+    data_blocks<T>(s, map, g, w, dx, task, blocks);                                             \
   }
 IMAML_DEFINE(float)
 IMAML_DEFINE(double)

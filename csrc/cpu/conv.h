@@ -34,7 +34,7 @@ inline constexpr int64_t kTileRows = 6;
                    int64_t task, Blocks);                                                          \
   void conv_data_blocks(const ConvShape&, const PixelMap&, const T* g, const T* w, T* dx,          \
                         int64_t task, Blocks);                                                     \
-  void conv_weight_blocks(const ConvShape&, const WeightPlan&, const T* x, const T* g, T* dw,     \
+  void conv_weight_blocks(const ConvShape&, const WeightPlan&, const T* x, const T* g, T* dw,      \
                           int64_t task, Blocks);
 IMAML_DECLARE(float)
 IMAML_DECLARE(double)

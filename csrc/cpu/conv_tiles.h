@@ -84,8 +84,7 @@ IMAML_INLINE void for_tiles(int64_t count, const Add& add) {
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : values_(new (kAlignment) T[static_cast<std::size_t>(count)]) {}
+  explicit Scratch(int64_t count) : values_(new(kAlignment) T[static_cast<std::size_t>(count)]) {}
   T* data() const { return values_.get(); }
 
  private:

@@ -76,9 +76,8 @@ IMAML_INLINE void pack(const WeightBlock& block, const T* weights, const int64_t
               T(), [&](int n) IMAML_INLINE_LAMBDA { return weights + (lane + n) * stride + k; },
               [&](int n) IMAML_INLINE_LAMBDA { return panel + rows[k + n] * lanes + lane; });
         },
-        [&](int64_t k, int64_t lane) IMAML_INLINE_LAMBDA {
-          panel[rows[k] * lanes + lane] = weights[lane * stride + k];
-        });
+        [&](int64_t k, int64_t lane)
+            IMAML_INLINE_LAMBDA { panel[rows[k] * lanes + lane] = weights[lane * stride + k]; });
     for (int64_t k = 0; block.width < lanes && k < block.count; ++k)
       std::fill(panel + rows[k] * lanes + block.width, panel + (rows[k] + 1) * lanes, T(0));
   }
@@ -94,21 +93,19 @@ IMAML_INLINE void unpack(const T* panel, int64_t width, int64_t count, T* weight
             T(), [&](int n) IMAML_INLINE_LAMBDA { return panel + (k + n) * lanes + lane; },
             [&](int n) IMAML_INLINE_LAMBDA { return weights + (lane + n) * count + k; });
       },
-      [&](int64_t k, int64_t lane) IMAML_INLINE_LAMBDA {
-        weights[lane * count + k] = panel[k * lanes + lane];
-      });
+      [&](int64_t k, int64_t lane)
+          IMAML_INLINE_LAMBDA { weights[lane * count + k] = panel[k * lanes + lane]; });
 }
 
 }  // namespace
 
-#define IMAML_DEFINE(T)                                                                         \
-  IMAML_MULTIVERSION void pack_panel(const WeightBlock& block, const T* weights,                \
-                                     const int64_t* rows, T* panel) {                           \
-    pack<T>(block, weights, rows, panel);                                                       \
-  }                                                                                             \
-  IMAML_MULTIVERSION void unpack_panel(const T* panel, int64_t width, int64_t count,            \
-                                       T* weights) {                                            \
-    unpack<T>(panel, width, count, weights);                                                    \
+#define IMAML_DEFINE(T)                                                                            \
+  IMAML_MULTIVERSION void pack_panel(const WeightBlock& block, const T* weights,                   \
+                                     const int64_t* rows, T* panel) {                              \
+    pack<T>(block, weights, rows, panel);                                                          \
+  }                                                                                                \
+  IMAML_MULTIVERSION void unpack_panel(const T* panel, int64_t width, int64_t count, T* weights) { \
+    unpack<T>(panel, width, count, weights);                                                       \
   }
 IMAML_DEFINE(float)
 IMAML_DEFINE(double)

@@ -8,8 +8,7 @@ namespace imaml::cpu {
 
 using std::int64_t;
 
-// An output pixel and the input pixel that a tap reads for it, as offsets of elements in a chunk's
-// images and in its rows of lanes.
+// An output pixel and the input pixel that a tap reads for it, as offsets of elements in a chunk.
 struct WeightTerm {
   int64_t x, g;
 };
@@ -25,9 +24,11 @@ struct WeightJob {
 // One job per tap, whose weights are those of all channels; or, with few channels, one job per
 // class of pixels, whose weights are those of all taps inside the image, so that they fill a tile.
 struct WeightPlan {
-  bool by_class;         // then the jobs have weights in common
   int64_t chunk_images;  // whose terms the jobs contain
   int64_t chunk_pixels;  // that are processed at a time: rows of lanes that stay in cache
+  // With one job per tap, x are rows of lanes in this order of pixels: those that a tap reads are
+  // adjacent. Empty with one job per class: then x are images.
+  std::vector<int64_t> slots;
   std::vector<WeightJob> jobs;
 };
 
