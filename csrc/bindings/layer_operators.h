@@ -107,10 +107,11 @@ Tensor conv_weight_gradient(const Tensor& x, const Tensor& g, int64_t kernel_h, 
   constexpr const char* kName = "conv_weight_gradient";
   const Checker checker(kName, "x", x, 5, Empty::kRefused);
   checker.operand("g", g, {x.size(0), x.size(1), kAny, kAny, kAny});
-  const ConvShape s = Window{kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w}.on(
+  ConvShape s = Window{kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w}.on(
       kName, {x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)}, g.size(4), 0);
   checker.operand("g", g, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
   Tensor dw = new_result(kName, x, {s.tasks, s.filters, s.channels, kernel_h, kernel_w});
+  s.task_stride = s.weights();
   const Device device(kName, x);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);

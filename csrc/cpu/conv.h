@@ -20,6 +20,7 @@
 #include "conv_shape.h"
 #include "cpu/blocks.h"
 #include "cpu/pixel_map.h"
+#include "cpu/weight_plan.h"
 
 namespace imaml::cpu {
 
@@ -31,9 +32,9 @@ inline constexpr int64_t kTileRows = 6;
 #define IMAML_DECLARE(T)                                                                           \
   void conv_blocks(const ConvShape&, const PixelMap&, const T* x, const T* w, const T* bias, T* y, \
                    int64_t task, Blocks);                                                          \
-  void conv_data_blocks(const ConvShape&, const std::vector<PixelMap>&, const T* g, const T* w,    \
-                        T* dx, int64_t task, Blocks);                                              \
-  void conv_weight_blocks(const ConvShape&, const PixelMap&, const T* x, const T* g, T* dw,        \
+  void conv_data_blocks(const ConvShape&, const PixelMap&, const T* g, const T* w, T* dx,          \
+                        int64_t task, Blocks);                                                     \
+  void conv_weight_blocks(const ConvShape&, const WeightPlan&, const T* x, const T* g, T* dw,      \
                           int64_t task, Blocks);
 IMAML_DECLARE(float)
 IMAML_DECLARE(double)
@@ -57,19 +58,19 @@ void conv(const ConvShape& s, const T* x, const T* w, const T* bias, T* y, int t
 template <typename T, typename ParallelFor>
 void conv_data_gradient(const ConvShape& s, const T* g, const T* w, T* dx, int threads,
                         const ParallelFor& parallel_for) {
-  const std::vector<PixelMap> maps = input_pixels(s);
+  const PixelMap map = input_pixels(s);
   for_blocks(
       s.tasks, tile_blocks<T>(s.channels), threads, parallel_for,
-      [&](int64_t task, Blocks blocks) { conv_data_blocks(s, maps, g, w, dx, task, blocks); });
+      [&](int64_t task, Blocks blocks) { conv_data_blocks(s, map, g, w, dx, task, blocks); });
 }
 
 template <typename T, typename ParallelFor>
 void conv_weight_gradient(const ConvShape& s, const T* x, const T* g, T* dw, int threads,
                           const ParallelFor& parallel_for) {
-  const PixelMap map = output_pixels(s);
+  const WeightPlan plan = weight_plan(s, kTileLanes<T>);
   for_blocks(
       s.tasks, tile_blocks<T>(s.filters), threads, parallel_for,
-      [&](int64_t task, Blocks blocks) { conv_weight_blocks(s, map, x, g, dw, task, blocks); });
+      [&](int64_t task, Blocks blocks) { conv_weight_blocks(s, plan, x, g, dw, task, blocks); });
 }
 
 }  // namespace imaml::cpu

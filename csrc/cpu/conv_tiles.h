@@ -1,13 +1,13 @@
 // The register tile that the convolutions accumulate in: up to kTileRows rows of kTileLanes lanes.
 #pragma once
+#include <cstddef>
+#include <memory>
+#include <new>
 #include <type_traits>
 
 #include "cpu/conv.h"
 
 namespace imaml::cpu {
-
-// Pixels that are processed for all blocks before the next ones.
-inline constexpr int64_t kChunkPixels = 96;
 
 // Half a tile's lanes. A row of the tile is two of these: six rows take twelve of AVX2's sixteen
 // vector registers and leave four for the factors.
@@ -25,18 +25,24 @@ template <typename T>
 using Vector = typename VectorOf<T>::type;
 
 template <typename T>
+IMAML_INLINE const Vector<T>& vector_at(const T* from) {
+  return *reinterpret_cast<const Vector<T>*>(from);
+}
+template <typename T>
+IMAML_INLINE Vector<T>& vector_at(T* to) {
+  return *reinterpret_cast<Vector<T>*>(to);
+}
+
+template <typename T>
 struct Lanes {
   Vector<T> low, high;
 
   IMAML_INLINE static Lanes load(const T* from) {
-    constexpr int64_t half = kTileLanes<T> / 2;
-    return {*reinterpret_cast<const Vector<T>*>(from),
-            *reinterpret_cast<const Vector<T>*>(from + half)};
+    return {vector_at(from), vector_at(from + kTileLanes<T> / 2)};
   }
   IMAML_INLINE void store(T* to) const {
-    constexpr int64_t half = kTileLanes<T> / 2;
-    *reinterpret_cast<Vector<T>*>(to) = low;
-    *reinterpret_cast<Vector<T>*>(to + half) = high;
+    vector_at(to) = low;
+    vector_at(to + kTileLanes<T> / 2) = high;
   }
   IMAML_INLINE void add_product(T scalar, const Lanes& lanes) {
     low += scalar * lanes.low;
@@ -45,23 +51,48 @@ struct Lanes {
 };
 
 // Calls add(std::integral_constant<int64_t, rows>, first) for tiles that together cover [0, count).
+// They are as equal as possible: a tile of few rows waits for its own sums.
 template <typename Add>
 IMAML_INLINE void for_tiles(int64_t count, const Add& add) {
-  int64_t first = 0;
-  for (; first + kTileRows <= count; first += kTileRows)
-    add(std::integral_constant<int64_t, kTileRows>{}, first);
-  switch (count - first) {
-    case 5:
-      return add(std::integral_constant<int64_t, 5>{}, first);
-    case 4:
-      return add(std::integral_constant<int64_t, 4>{}, first);
-    case 3:
-      return add(std::integral_constant<int64_t, 3>{}, first);
-    case 2:
-      return add(std::integral_constant<int64_t, 2>{}, first);
-    case 1:
-      return add(std::integral_constant<int64_t, 1>{}, first);
+  const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
+    const int64_t rows = (count - first) / (tiles - tile);
+    switch (rows) {
+      case 6:
+        add(std::integral_constant<int64_t, 6>{}, first);
+        break;
+      case 5:
+        add(std::integral_constant<int64_t, 5>{}, first);
+        break;
+      case 4:
+        add(std::integral_constant<int64_t, 4>{}, first);
+        break;
+      case 3:
+        add(std::integral_constant<int64_t, 3>{}, first);
+        break;
+      case 2:
+        add(std::integral_constant<int64_t, 2>{}, first);
+        break;
+      default:
+        add(std::integral_constant<int64_t, 1>{}, first);
+    }
+    first += rows;
   }
 }
+
+// Uninitialised memory in whole cache lines.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : values_(new(kAlignment) T[static_cast<std::size_t>(count)]) {}
+  T* data() const { return values_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(T* values) const { ::operator delete[](values, kAlignment); }
+  };
+  std::unique_ptr<T[], Delete> values_;
+};
 
 }  // namespace imaml::cpu

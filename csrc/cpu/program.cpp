@@ -33,7 +33,7 @@ int64_t round_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment *
 
 Prepare find(const std::string& name, Signature& signature) {
   for (const auto find_kind :
-       {find_unary, find_binary, find_reduction, find_product, find_indexing})
+       {find_unary, find_binary, find_reduction, find_product, find_indexing, find_layer})
     if (const Prepare prepare = find_kind(name, signature)) return prepare;
   return nullptr;
 }
@@ -71,12 +71,16 @@ class Preparation {
     Call call;
     call.loops = static_cast<int>(one.sizes.size());
     std::reverse_copy(one.sizes.begin(), one.sizes.end(), call.size);
-    for (std::size_t o = 0; o < one.operands.size(); ++o) call.places.push_back(place(one, o));
+    for (std::size_t o = 0; o < one.operands.size(); ++o)
+      call.places.push_back(place(one, o, o < form.results));
     call.integers = one.integers;
     call.scalars = one.scalars;
     prepare(one.name, {type_, type_of(one.operands.at(1).slot)}, call);
     return call;
   }
+
+  // The slots of all results.
+  const std::vector<int64_t>& results() const { return results_; }
 
   std::vector<int64_t> extents() const {
     return {extents_.begin() + kBuiltinSlots, extents_.end()};
@@ -101,7 +105,7 @@ class Preparation {
       if (size < 0) fail(one.name, ": sizes must not be negative, got ", size);
   }
 
-  Place place(const Instruction& one, std::size_t index) {
+  Place place(const Instruction& one, std::size_t index, bool is_result) {
     const Operand& operand = one.operands[index];
     const auto refuse = [&](const auto&... parts) {
       fail(one.name, ": operand ", index, " ", parts...);
@@ -113,7 +117,8 @@ class Preparation {
     if (operand.offset < 0) refuse("must not have a negative offset, got ", operand.offset);
     for (const int64_t stride : operand.strides)
       if (stride < 0) refuse("must not have a negative stride, got ", stride);
-    if (index == 0 && operand.slot == 1) refuse("is the result and must not be in the constants");
+    if (is_result) results_.push_back(operand.slot);
+    if (is_result && operand.slot == 1) refuse("is a result and must not be in the constants");
     if (type_of(operand.slot) != type_ && (one.name != "copy" || index != 1))
       refuse("must have the program's dtype: only 'copy' converts, and only its source");
     use(one, index, refuse);
@@ -146,6 +151,7 @@ class Preparation {
       empty = empty || one.integers[1] == 0;
       last += static_cast<__int128>(one.integers[1] - 1) * one.integers[0];
     }
+    if (const int64_t elements = layer_elements(one, index); elements > 0) last += elements - 1;
     if (empty) return;
     const auto slot = static_cast<std::size_t>(operand.slot);
     const int64_t most =
@@ -158,14 +164,14 @@ class Preparation {
 
   DType type_;
   const std::vector<DType>& slots_;
-  std::vector<int64_t> extents_, limits_;
+  std::vector<int64_t> extents_, limits_, results_;
 };
 
 int64_t work_of(const Instruction& one) {
   double work = 50;
   double elements = 1;
   for (const int64_t size : one.sizes) elements *= static_cast<double>(size);
-  work += elements;
+  work += std::max(elements, layer_work(one));
   return static_cast<int64_t>(std::min(work, 1e9));
 }
 
@@ -187,12 +193,12 @@ Program::Program(DType type, int64_t arena, const std::vector<double>& constants
   int64_t work = 1;
   for (const Instruction& one : instructions) {
     Call call = preparation.prepare(one);
-    if (const int64_t slot = one.operands[0].slot; slot >= kBuiltinSlots)
-      written_[static_cast<std::size_t>(slot - kBuiltinSlots)] = true;
     work += work_of(one);
     scratch_ = std::max(scratch_, call.scratch);
     if (call.kernel != nullptr) calls_.push_back(std::move(call));
   }
+  for (const int64_t slot : preparation.results())
+    if (slot >= kBuiltinSlots) written_[static_cast<std::size_t>(slot - kBuiltinSlots)] = true;
   extents_ = preparation.extents();
   grain_ = std::max<int64_t>(1, kThreadWork / work);
 }

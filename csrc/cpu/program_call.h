@@ -1,5 +1,6 @@
 // Prepared instructions: what program.cpp runs and program_*.cpp define.
 #pragma once
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -38,7 +39,8 @@ struct Call {
   std::vector<Place> places;
   std::vector<int64_t> integers;
   std::vector<double> scalars;
-  int64_t scratch = 0;  // elements
+  int64_t scratch = 0;               // elements
+  std::shared_ptr<const void> plan;  // what a layer prepares
 };
 
 // One kernel for each type.
@@ -51,6 +53,7 @@ struct KernelPair {
 struct Signature {
   std::size_t operands = 0, more_operands = 0;  // more: optional
   std::size_t integers = 0, scalars = 0;
+  std::size_t results = 1;  // the first operands
 };
 
 // What an instruction's preparation may depend on.
@@ -68,6 +71,13 @@ Prepare find_binary(const std::string& name, Signature& signature);
 Prepare find_reduction(const std::string& name, Signature& signature);
 Prepare find_product(const std::string& name, Signature& signature);
 Prepare find_indexing(const std::string& name, Signature& signature);
+Prepare find_layer(const std::string& name, Signature& signature);
+
+// The number of elements of a layer's operand, which is contiguous; 0 of other instructions. Throws
+// std::invalid_argument if the integers are not those of a layer.
+int64_t layer_elements(const Instruction& one, std::size_t operand);
+// The multiplications of a layer; 0 of other instructions.
+double layer_work(const Instruction& one);
 
 // program_loops.cpp. Loops are numbered from the innermost.
 void drop_unit_loops(Call& call, int first = 0);

@@ -178,9 +178,30 @@ void test_layers() {
   // Every remainder of the pixels modulo a tile's rows.
   for (int64_t images = 1; images <= 7; ++images)
     test_conv<float>(shape_of(1, images, 3, 3, 4, 4, 3, 3, 1, 1, 1, 1));
-  // More pixels than the weight gradient processes at once, in one image and in many.
-  test_conv<float>(shape_of(1, 2, 12, 11, 6, 5, 3, 3, 1, 1, 1, 1));
-  test_conv<float>(shape_of(1, 60, 4, 4, 2, 5, 3, 3, 2, 2, 1, 1));
+  // Images of few-shot learning: outputs of 1 x 1, 2 x 2 and 7 x 7.
+  for (const int64_t channels : {1, 3, 16, 64, 65})
+    for (const int64_t side : {1, 4, 14})
+      for (const int64_t images : {1, 5, 7, 20})
+        if (side < 14 || images == 5)
+          test_conv<float>(shape_of(2, images, side, side, channels, 17, 3, 3, 2, 2, 1, 1));
+  test_conv<double>(shape_of(2, 5, 7, 7, 65, 9, 3, 3, 2, 2, 1, 1));
+  // Every class of border pixels.
+  for (const int64_t stride : {1, 2, 3})
+    for (const int64_t pad : {0, 1, 2})
+      for (const int64_t channels : {2, 7}) {
+        test_conv<float>(shape_of(2, 5, 7, 6, channels, 9, 3, 3, stride, stride, pad, pad));
+        test_conv<double>(shape_of(2, 1, 6, 7, channels, 9, 3, 2, stride, stride, pad, pad));
+      }
+  // More pixels, and more rows of a panel, than are processed at once.
+  test_conv<float>(shape_of(1, 3, 9, 8, 33, 34, 3, 3, 1, 1, 1, 1));
+  test_conv<double>(shape_of(1, 1, 9, 13, 33, 31, 3, 3, 1, 1, 1, 1));
+  // More pixels than the weight gradient processes at once, in one image and in many, with one
+  // job per class and with one per tap.
+  for (const int64_t channels : {2, 6}) {
+    test_conv<float>(shape_of(1, 2, 12, 11, channels, 5, 3, 3, 1, 1, 1, 1));
+    test_conv<float>(shape_of(1, 2, 20, 17, channels, 5, 3, 3, 1, 1, 1, 1));
+    test_conv<float>(shape_of(1, 70, 4, 4, channels, 5, 3, 3, 2, 2, 1, 1));
+  }
   // Even, odd and pointwise kernels, strides larger than the kernel and than the image, padding
   // larger than the kernel, a kernel as large as the image.
   for (const auto& s :
