@@ -151,7 +151,10 @@ class Preparation {
       empty = empty || one.integers[1] == 0;
       last += static_cast<__int128>(one.integers[1] - 1) * one.integers[0];
     }
-    if (const int64_t elements = layer_elements(one, index); elements > 0) last += elements - 1;
+    if (const int64_t elements = layer_elements(one, index); elements >= 0) {
+      empty = elements == 0;
+      last += elements - 1;
+    }
     if (empty) return;
     const auto slot = static_cast<std::size_t>(operand.slot);
     const int64_t most =

@@ -73,7 +73,7 @@ Prepare find_product(const std::string& name, Signature& signature);
 Prepare find_indexing(const std::string& name, Signature& signature);
 Prepare find_layer(const std::string& name, Signature& signature);
 
-// The number of elements of a layer's operand, which is contiguous; 0 of other instructions. Throws
+// The number of elements of a layer's operand, which is contiguous; -1 of other instructions. Throws
 // std::invalid_argument if the integers are not those of a layer.
 int64_t layer_elements(const Instruction& one, std::size_t operand);
 // The multiplications of a layer; 0 of other instructions.

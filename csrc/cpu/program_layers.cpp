@@ -244,7 +244,7 @@ Prepare find_layer(const std::string& name, Signature& signature) {
 
 int64_t layer_elements(const Instruction& one, std::size_t operand) {
   const Layer layer = layer_of(one.name);
-  if (layer == Layer::kNone) return 0;
+  if (layer == Layer::kNone) return -1;
   check(one.name, one.integers);
   if (is_conv(layer)) {
     const ConvShape s = conv_shape(one.integers);

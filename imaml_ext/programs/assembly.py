@@ -18,7 +18,7 @@ def without_unused(
     needed = set(outputs)
     kept = []
     for each in reversed(instructions):
-        if each.result.buffer in needed:
+        if any(a.buffer in needed for a in each.results):
             needed.update(a.buffer for a in each.arrays)
             kept.append(each)
     return kept[::-1]
@@ -36,17 +36,17 @@ def with_fused_sums(
         if each.name == "add" and each.scalars == (1.0,):
             for product, other in (each.operands, each.operands[::-1]):
                 at = writer.get(product.buffer)
-                if at is None or uses[product.buffer] > 1 or not _is_complete(product, each.result):
+                if at is None or uses[product.buffer] > 1 or not _is_complete(product, each.arrays[0]):
                     continue
                 matmul = fused[at]
                 if matmul is None or matmul.name != "matmul" or len(matmul.arrays) > 3:
                     continue
-                moved = _matmul_into(matmul, product, each.result, other)
+                moved = _matmul_into(matmul, product, each.arrays[0], other)
                 if moved is not None:
                     fused[at] = None
                     each = moved
                     break
-        writer[each.result.buffer] = len(fused)
+        writer |= {a.buffer: len(fused) for a in each.results}
         fused.append(each)
     return [each for each in fused if each is not None]
 
@@ -63,7 +63,7 @@ def _matmul_into(
     None if the loops of the addition are not those of the matmul's result, possibly transposed.
     """
     kept = [d for d in range(len(matmul.sizes)) if d != len(matmul.sizes) - 1]
-    own = matmul.result
+    own = matmul.arrays[0]
     order: list[int] = []  # dimension of `product` for each loop of the matmul
     for d in kept:
         if matmul.sizes[d] == 1:
@@ -142,7 +142,8 @@ def assemble(
         operands = []
         for a in each.arrays:
             slot, start = place[a.buffer]
-            operands.append((slot, start + a.offset, list(a.strides)))
+            strides = a.strides[: len(each.sizes)]  # none of a layer, which is contiguous
+            operands.append((slot, start + a.offset, list(strides)))
         translated.append(
             (each.name, list(each.sizes), operands, list(each.integers), list(each.scalars))
         )
@@ -154,19 +155,21 @@ def _written_in_place(
 ) -> list[Instruction]:
     """Without copies of whole buffers: the copied buffer is written at its destination."""
     moves: dict[Buffer, _Move] = {}
-    written = {each.result.buffer for each in instructions}
-    modified = {each.result.buffer for each in instructions if each.name.startswith("scatter")}
-    views: dict[Buffer, list[Array]] = {}
+    written = {a.buffer for each in instructions for a in each.results}
+    modified = {
+        a.buffer for each in instructions if each.name.startswith("scatter") for a in each.results
+    }
+    views: dict[Buffer, list[tuple[Array, bool]]] = {}
     for each in instructions:
         for a in each.arrays:
-            views.setdefault(a.buffer, []).append(a)
+            views.setdefault(a.buffer, []).append((a, len(each.sizes) < len(a.shape)))
     kept = []
     for each in instructions:
-        target, source = each.result, each.arrays[-1]
+        target, source = each.arrays[0], each.arrays[-1]
         movable = each.name == "copy" and source.buffer in written
         if movable and source.buffer not in place and source.buffer not in moves:
             move = None if target.buffer in modified else _move(source, target)
-            if move is not None and all(move.maps(a) for a in views[source.buffer]):
+            if move is not None and all(move.maps(*view) for view in views[source.buffer]):
                 moves[source.buffer] = move
                 continue
         kept.append(each)
@@ -181,7 +184,8 @@ def _written_in_place(
 
 def _by_rows(each: Instruction) -> Instruction:
     """A matrix product whose result has contiguous columns as the transposed product."""
-    if each.name != "matmul" or each.result.strides[-2] == 1 or each.result.strides[-3] != 1:
+    result = each.arrays[0]
+    if each.name != "matmul" or result.strides[-2] == 1 or result.strides[-3] != 1:
         return each
 
     def swapped(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -201,23 +205,26 @@ class _Move:
 
     Attributes:
         target, offset: the other buffer, and where the part begins.
-        strides: new strides by the old ones; None if all remain.
+        dims: the size and the new stride of each dimension by its old stride; None if all remain.
     """
 
     target: Buffer
     offset: int
-    strides: dict[int, int] | None
+    dims: dict[int, tuple[int, int]] | None
 
-    def maps(self, a: Array) -> bool:
-        if self.strides is None:
+    def maps(self, a: Array, is_of_layer: bool) -> bool:
+        """Whether a view of the buffer remains one; that of a layer must stay contiguous."""
+        if self.dims is None:
             return True
-        known = (s in self.strides for n, s in zip(a.shape, a.strides, strict=True) if n > 1 and s)
-        return a.offset == 0 and all(known)
+        if is_of_layer or a.offset:
+            return False
+        moving = [(n, s) for n, s in zip(a.shape, a.strides, strict=True) if n > 1 and s]
+        return all(n <= self.dims.get(s, (0, 0))[0] for n, s in moving)
 
     def apply(self, a: Array) -> Array:
         strides = a.strides
-        if self.strides is not None:
-            strides = tuple(self.strides.get(s, 0) for s in strides)
+        if self.dims is not None:
+            strides = tuple(self.dims.get(s, (0, 0))[1] for s in strides)
         return replace(a, buffer=self.target, strides=strides, offset=a.offset + self.offset)
 
 
@@ -237,7 +244,8 @@ def _move(source: Array, target: Array) -> _Move | None:
         expected *= source.shape[d]
     if expected != source.buffer.size or source.offset:
         return None
-    return _Move(target.buffer, target.offset, {s: target.strides[d] for s, d in order})
+    dims = {s: (source.shape[d], target.strides[d]) for s, d in order}
+    return _Move(target.buffer, target.offset, dims)
 
 
 class _Arena:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from imaml_ext.programs.arrays import Array, Kind
+from imaml_ext.programs.layers import LAYERS
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -20,12 +21,13 @@ class UnsupportedOperator(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Instruction:
-    """An instruction of `_C.Program`: a loop nest over arrays, of which the first is written.
+    """An instruction of `_C.Program`: a loop nest over arrays.
 
     Attributes:
-        name: as in csrc/cpu/program.h.
-        sizes: of the loops.
-        arrays: one dimension per loop; the first is the result.
+        name, integers, scalars: as in csrc/cpu/program_*.cpp.
+        sizes: of the loops; () for a layer.
+        arrays: the results, then the operands; one dimension per loop.
+        written: the number of results.
     """
 
     name: str
@@ -33,14 +35,15 @@ class Instruction:
     arrays: tuple[Array, ...]
     integers: tuple[int, ...] = ()
     scalars: tuple[float, ...] = ()
+    written: int = 1
 
     @property
-    def result(self) -> Array:
-        return self.arrays[0]
+    def results(self) -> tuple[Array, ...]:
+        return self.arrays[: self.written]
 
     @property
     def operands(self) -> tuple[Array, ...]:
-        return self.arrays[1:]
+        return self.arrays[self.written :]
 
 
 _UNARY = {
@@ -208,6 +211,8 @@ class Lowering:
             return self._inserted(source, value.view(lambda t: t.unsqueeze(dim)), dim, start)
         if target is aten.slice_scatter.default:
             return self._inserted(*args)
+        if target in LAYERS:
+            return self._layer(node, args)
         if target is aten.gather.default:
             return self._gather(*args)
         if target in (aten.scatter.src, aten.scatter.value, aten.scatter_add.default):
@@ -395,6 +400,20 @@ class Lowering:
             self._emit("copy", a.shape, [part, a])
             start += a.shape[dim]
         return result
+
+    def _layer(self, node: fx.Node, args: Sequence[Any]) -> Any:
+        """A layer of this package; its operands must be contiguous."""
+        layer = LAYERS[node.target]
+        operands = [a if a.is_contiguous else self.copied(a) for a in layer.operands(args)]
+        meta = _meta(node)
+        shapes = [t.shape for t in ([meta] if isinstance(meta, Tensor) else meta)]
+        results = [Array.new(shape) for shape in shapes]
+        integers, scalars = layer.settings(args, shapes)
+        arrays = (*results, *operands)
+        self.instructions.append(
+            Instruction(layer.name, (), arrays, integers, scalars, written=len(results))
+        )
+        return results if len(results) > 1 else results[0]
 
     def _inserted(
         self, a: Array, value: Array, dim: int = 0, start: int | None = 0, end: Any = None, step: int = 1

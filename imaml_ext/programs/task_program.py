@@ -197,7 +197,7 @@ def _split(
     first, second = [], []
     for each in instructions:
         if any(a.buffer in changing for a in each.arrays):
-            changing.add(each.result.buffer)
+            changing.update(a.buffer for a in each.results)
             second.append(each)
         else:
             first.append(each)
@@ -206,6 +206,6 @@ def _split(
 
 def _passed_on(first: Sequence[Instruction], second: Sequence[Instruction]) -> list[Buffer]:
     """The buffers that the first instructions write and the second ones read."""
-    written = {each.result.buffer for each in first}
+    written = {a.buffer for each in first for a in each.results}
     read = dict.fromkeys(a.buffer for each in second for a in each.arrays)
     return [buffer for buffer in read if buffer in written]
