@@ -1,8 +1,9 @@
 """Layers with one set of weights per task, for the vmapped forward pass.
 
-Under `vmap` a convolution with batched weights becomes a grouped convolution, and batch norm a
-dozen passes over memory. Both are slow, and slower with every derivative. Inside `task_layers()`
-the `conv2d` and `batch_norm` calls of a vmapped function run this package's operators instead.
+Under `vmap` a convolution with batched weights becomes a grouped convolution, batch norm a dozen
+passes over memory, and a linear layer a dozen operators. All are slow, and slower with every
+derivative. Inside `task_layers()` the `conv2d`, `batch_norm` and `linear` calls of a vmapped
+function run other operators instead, the first two those of this package.
 
 On the CPU a convolution and its two gradients are three operators that are each other's
 derivatives. On CUDA a convolution is a matrix product with patches: patches and their transpose are
@@ -26,6 +27,7 @@ from imaml_ext._checks import check_choice
 from imaml_ext.ops.batch_norm import batch_norm, batch_norm_relu
 from imaml_ext.ops.batching import call_with_tasks
 from imaml_ext.ops.conv import Pair, direct_conv2d, patches_conv2d
+from imaml_ext.ops.linear import linear
 from imaml_ext.ops.vmap_forms import FORMS, VmapForms
 
 
@@ -69,7 +71,9 @@ class _TaskLayers(VmapForms):
         if function in _NEED_CONTIGUOUS and _have_tasks(args[0]):
             args = args[0].contiguous(), *args[1:]
         result = None
-        if function is F.conv2d:
+        if function is F.linear:
+            result = _linear(*args, **kwargs)
+        elif function is F.conv2d:
             result = self._conv2d(*args, **kwargs)
         elif function is F.batch_norm:
             result = self._batch_norm(*args, **kwargs)
@@ -133,18 +137,32 @@ class _TaskLayers(VmapForms):
         return call_with_tasks(partial(batch_norm_relu, eps=eps), *operands)
 
 
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if weight.dim() != 2 or input.dim() == 0 or not _have_tasks(input, weight, bias):
+        return None
+    if input.numel() == 0 or input.shape[-1] != weight.shape[1]:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return None  # torch raises the error, as above
+    return call_with_tasks(linear, input, weight, bias)
+
+
 def _pair(value: int | Sequence[int]) -> Pair:
     if isinstance(value, Sequence):
         return value[0], value[-1]
     return index(value), index(value)
 
 
-def _have_tasks(*tensors: Tensor | None) -> bool:
+def _have_tasks(first: Tensor, *others: Tensor | None) -> bool:
     """Whether vmap is the only active transform, and every tensor has a task dimension."""
     return (
         _functorch.maybe_current_level() == 1
         and forward_ad._current_level < 0
-        and all(t is None or _functorch.is_batchedtensor(t) for t in tensors)
-        and {t.dtype for t in tensors if t is not None} in ({torch.float32}, {torch.float64})
-        and not any(torch.is_autocast_enabled(t.device.type) for t in tensors if t is not None)
+        and first.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled(first.device.type)
+        and all(
+            _functorch.is_batchedtensor(t) and t.dtype == first.dtype
+            for t in (first, *others)
+            if t is not None
+        )
     )

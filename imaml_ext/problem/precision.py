@@ -7,7 +7,7 @@ layers are TF32 by default.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 _cudnn: Any = torch.backends.cudnn
 
 
-@contextmanager
-def one_precision(device: torch.device) -> Iterator[None]:
+def one_precision(device: torch.device) -> AbstractContextManager[None]:
     """Context in which cuDNN's layers have the precision of matrix products, in all threads."""
-    if device.type != "cuda":
-        yield
-        return
+    return _one_precision() if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _one_precision() -> Iterator[None]:
     precisions = _precisions()
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     older = _older_setting()
