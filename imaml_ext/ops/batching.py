@@ -1,6 +1,7 @@
 """vmap over tasks, and calls outside of it from a function that it maps."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ def for_each_task(function: Callable[..., Any], tasks: int, *operands: Any) -> A
     Operands and results are pytrees of tensors, [tasks, ...]; they are not checked. Does what vmap
     does, whose wrappers cost more than a small layer.
     """
-    lazy_load_decompositions()
+    _load_decompositions()
     level = _functorch._vmap_increment_nesting(tasks, "different")
     try:
         results = function(*_map(lambda t: _functorch._add_batch_dim(t, 0, level), operands))
         return _map(lambda t: _functorch._remove_batch_dim(t, level, tasks, 0), results)
     finally:
         _functorch._vmap_decrement_nesting()
+
+
+_load_decompositions = cache(lazy_load_decompositions)
 
 
 def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

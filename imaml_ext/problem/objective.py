@@ -293,8 +293,8 @@ class Objective:
 
     def _scalar(self, loss: Any) -> Tensor:
         check_scalar("the loss", loss)
-        dtype = self.layout.dtype
-        return cast(Tensor, loss if loss.dtype == dtype else loss.to(dtype))
+        scalar: Tensor = loss if loss.dtype == self.layout.dtype else loss.to(self.layout.dtype)
+        return scalar
 
 
 def check_inference_mode() -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 _cudnn: Any = torch.backends.cudnn
+_NOTHING = nullcontext()
 
 
 def one_precision(device: torch.device) -> AbstractContextManager[None]:
     """Context in which cuDNN's layers have the precision of matrix products, in all threads."""
-    return _one_precision() if device.type == "cuda" else nullcontext()
+    return _one_precision() if device.type == "cuda" else _NOTHING
 
 
 @contextmanager
