@@ -143,8 +143,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     shape, of_weight = input.shape, weight.shape
     if len(of_weight) != 2 or not shape or 0 in shape or not _have_tasks(input, weight, bias):
         return None
-    if shape[-1] != of_weight[1] or (bias is not None and bias.shape != of_weight[:1]):
-        return None  # torch raises the error
+    if bias is not None and bias.shape != of_weight[:1]:
+        return None  # torch broadcasts it, or raises the error
     return call_with_tasks(linear, input, weight, bias)
 
 
