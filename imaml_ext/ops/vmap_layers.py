@@ -1,8 +1,9 @@
 """Layers with one set of weights per task, for the vmapped forward pass.
 
-Under `vmap` a convolution with batched weights becomes a grouped convolution, and batch norm a
-dozen passes over memory. Both are slow, and slower with every derivative. Inside `task_layers()`
-the `conv2d` and `batch_norm` calls of a vmapped function run this package's operators instead.
+Under `vmap` a convolution with batched weights becomes a grouped convolution, batch norm a dozen
+passes over memory, and a linear layer a dozen operators. All are slow, and slower with every
+derivative. Inside `task_layers()` the `conv2d`, `batch_norm` and `linear` calls of a vmapped
+function run other operators instead, the first two those of this package.
 
 On the CPU a convolution and its two gradients are three operators that are each other's
 derivatives. On CUDA a convolution is a matrix product with patches: patches and their transpose are
@@ -26,6 +27,7 @@ from imaml_ext._checks import check_choice
 from imaml_ext.ops.batch_norm import batch_norm, batch_norm_relu
 from imaml_ext.ops.batching import call_with_tasks
 from imaml_ext.ops.conv import Pair, direct_conv2d, patches_conv2d
+from imaml_ext.ops.linear import linear
 from imaml_ext.ops.vmap_forms import FORMS, VmapForms
 
 
@@ -51,6 +53,8 @@ class _Form(NamedTuple):
 
 _FORMS = {"direct": _Form(direct_conv2d, False), "patches": _Form(patches_conv2d, True)}
 
+_REAL = (torch.float32, torch.float64)
+
 # These need the memory order of the dimensions, which channels-last images do not have.
 _NEED_CONTIGUOUS = (torch.Tensor.view, torch.Tensor.view_as, F.group_norm, torch.group_norm)
 
@@ -75,7 +79,9 @@ class _TaskLayers(VmapForms):
             result = self._batch_norm(*args, **kwargs)
         elif function is F.relu and previous is not None:
             result = self._relu(previous, *args, **kwargs)
-        elif function in FORMS:
+        elif function in _FORMS_OF_TASKS:
+            result = _FORMS_OF_TASKS[function](*args, **kwargs)
+        if result is None and function in FORMS:
             result = FORMS[function](*args, **kwargs)
         return function(*args, **kwargs) if result is None else result
 
@@ -133,18 +139,54 @@ class _TaskLayers(VmapForms):
         return call_with_tasks(partial(batch_norm_relu, eps=eps), *operands)
 
 
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    shape, of_weight = input.shape, weight.shape
+    if len(of_weight) != 2 or not shape or 0 in shape or not _have_tasks(input, weight, bias):
+        return None
+    if bias is not None and bias.shape != of_weight[:1]:
+        return None  # torch broadcasts it, or raises the error
+    return call_with_tasks(linear, input, weight, bias)
+
+
+def _mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Any:
+    if size_average is not None or reduce is not None or reduction != "mean" or weight is not None:
+        return None
+    if input.shape != target.shape or input.dim() == 0 or not _have_tasks(input, target):
+        return None
+    return call_with_tasks(_mean_squared_error, input, target)
+
+
+def _mean_squared_error(input: Tensor, target: Tensor) -> Tensor:
+    squares: Tensor = torch.ops.aten.mse_loss(input, target, 0)  # F.mse_loss, reduction="none"
+    return squares.mean(tuple(range(1, input.dim())))
+
+
+_FORMS_OF_TASKS: dict[Any, Callable[..., Any]] = {F.linear: _linear, F.mse_loss: _mse_loss}
+
+
 def _pair(value: int | Sequence[int]) -> Pair:
     if isinstance(value, Sequence):
         return value[0], value[-1]
     return index(value), index(value)
 
 
-def _have_tasks(*tensors: Tensor | None) -> bool:
+def _have_tasks(first: Tensor, *others: Tensor | None) -> bool:
     """Whether vmap is the only active transform, and every tensor has a task dimension."""
-    return (
-        _functorch.maybe_current_level() == 1
-        and forward_ad._current_level < 0
-        and all(t is None or _functorch.is_batchedtensor(t) for t in tensors)
-        and {t.dtype for t in tensors if t is not None} in ({torch.float32}, {torch.float64})
-        and not any(torch.is_autocast_enabled(t.device.type) for t in tensors if t is not None)
-    )
+    dtype = first.dtype
+    if _functorch.maybe_current_level() != 1 or forward_ad._current_level >= 0:
+        return False
+    if dtype not in _REAL or torch.is_autocast_enabled(first.device.type):
+        return False
+    for tensor in (first, *others):  # a loop is much faster here than all()
+        if tensor is not None and not (
+            _functorch.is_batchedtensor(tensor) and tensor.dtype == dtype
+        ):
+            return False
+    return True

@@ -81,10 +81,10 @@ class Layout:
 
     def unflatten(self, flat: Tensor) -> Params:
         """{name: [..., *shape]} from [..., D], by one split: its backward is one concatenation."""
-        parts = flat.split(self.sizes, dim=-1)
+        parts = flat.split_with_sizes(self.sizes, dim=-1)
         batch = flat.shape[:-1]
         return {
-            name: part.reshape(batch + shape)
+            name: part if len(shape) == 1 else part.reshape(batch + shape)
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 

@@ -4,19 +4,19 @@ Only the forward pass is vmapped. The losses of the tasks are summed, so one cal
 on the stacked rows gives every task's gradient: row i of the sum's gradient is that of task i.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
-from torch.func import vmap
 
 from imaml_ext._checks import check_scalar
+from imaml_ext.ops.batching import for_each_task
 from imaml_ext.ops.vmap_layers import task_layers
 from imaml_ext.problem.batch import check_constant, count_tasks, versions
 from imaml_ext.problem.captured import captured_message, leaves_besides
@@ -33,6 +33,7 @@ from imaml_ext.problem.programs import recorded
 from imaml_ext.problem.unsupported import check_differentiable_twice, unsupported_layer_message
 from imaml_ext.problem.usage import Usage
 
+T = TypeVar("T")
 Matvec = Callable[[Tensor], Tensor]  # [B, D] -> [B, D], row i times the matrix of task i
 CurvatureKind = Literal["hessian", "ggn"]
 Loss = Callable[[Params, Any], Tensor]  # (params, data) -> 0-d, for one task
@@ -115,7 +116,7 @@ class Objective:
 
     def _losses(self, rows: Tensor) -> Tensor:
         with self.computing():
-            losses = self._for_each_task(self._one_loss, rows, self.data)
+            losses: Tensor = for_each_task(self._one_loss, self.tasks, rows, self.data)
         self._end_first_evaluation()
         return losses
 
@@ -188,21 +189,13 @@ class Objective:
                 f"{self._label}: the loss does not depend differentiably on the parameters"
             )
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self) -> AbstractContextManager[None]:
         """Context in which losses are computed and differentiated: precision, and error messages.
 
         Raises:
             RuntimeError: PyTorch cannot batch or differentiate an operator; with a remedy.
         """
-        try:
-            with one_precision(self.layout.device):
-                yield
-        except RuntimeError as error:
-            message = unsupported_layer_message(error)
-            if message is None:
-                raise
-            raise RuntimeError(message) from error
+        return _Computing(self.layout.device)
 
     def _hessian(self, rows: Tensor) -> Linearisation:
         leaf, losses = self._record(self._losses, rows)
@@ -236,12 +229,12 @@ class Objective:
             nonlocal constants, together
             one: Any = partial(self._one_output, parts=parts)
             given = (leaf, x) if is_known else (leaf, self.data, copies)
-            outputs, constants, *together = cast(Any, self._for_each_task(one, *given))
+            outputs, constants, *together = for_each_task(one, self.tasks, *given)
             return cast(Tensor, outputs)
 
         def losses_at(z: Tensor) -> Tensor:
             one = partial(self._one_criterion, parts=parts)
-            return self._for_each_task(one, z, constants, y)
+            return cast(Tensor, for_each_task(one, self.tasks, z, constants, y))
 
         leaf, outputs = self._record(outputs_at, rows)
         if not is_known:
@@ -277,12 +270,11 @@ class Objective:
         with torch.enable_grad():
             return leaf, function(leaf)
 
-    def _for_each_task(self, function: Callable[..., Tensor], *operands: Any) -> Tensor:
-        with task_layers(self.layout.device), self._recording_usage():
-            return vmap(function, randomness="different")(*operands)
-
-    def _recording_usage(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.usage is None or self.usage.recorded else self.usage
+    def _evaluate(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(*args)` with the layers' forms, while what it uses is recorded."""
+        recording = nullcontext() if self.usage is None or self.usage.recorded else self.usage
+        with task_layers(self.layout.device), recording:
+            return function(*args)
 
     def _end_first_evaluation(self) -> None:
         """Raises ValueError if the loss modified what it used."""
@@ -302,24 +294,30 @@ class Objective:
         return self.layout.unflatten(row) | self.shared
 
     def _one_loss(self, row: Tensor, data: Any) -> Tensor:
-        return _scalar(call_loss(self.loss, self._params(row), data)).to(self.layout.dtype)
+        return self._scalar(self._evaluate(call_loss, self.loss, self._params(row), data))
 
     def _one_output(
         self, row: Tensor, data: Any, copy: Tensor | None = None, *, parts: OutputParts
     ) -> tuple[Any, ...]:
         assert isinstance(self.loss, ModuleLoss)
+        params = self._params(row)
         if copy is None:
-            return parts.take_apart(self.loss.outputs(self._params(row), data))
-        params, copies = self._params(row), self._params(copy)
-        z, constants, loss = self.loss.parts_and_loss(params, copies, data, parts)
-        return z, constants, _scalar(loss).to(self.layout.dtype)
+            return parts.take_apart(self._evaluate(self.loss.outputs, params, data))
+        given = params, self._params(copy), data, parts
+        z, constants, loss = self._evaluate(self.loss.parts_and_loss, *given)
+        return z, constants, self._scalar(loss)
 
     def _one_criterion(
         self, z: Tensor, constants: list[Tensor], y: Any, *, parts: OutputParts
     ) -> Tensor:
         assert isinstance(self.loss, ModuleLoss)
-        loss = self.loss.of_outputs(parts.put_together(z, constants), y, self.shared)
-        return _scalar(loss).to(self.layout.dtype)
+        outputs = parts.put_together(z, constants)
+        return self._scalar(self._evaluate(self.loss.of_outputs, outputs, y, self.shared))
+
+    def _scalar(self, loss: Any) -> Tensor:
+        check_scalar("the loss", loss)
+        scalar: Tensor = loss if loss.dtype == self.layout.dtype else loss.to(self.layout.dtype)
+        return scalar
 
 
 def check_inference_mode() -> None:
@@ -344,9 +342,19 @@ def check_same_tasks(support: Objective, query: Objective) -> None:
         )
 
 
-def _scalar(loss: Any) -> Tensor:
-    check_scalar("the loss", loss)
-    return cast(Tensor, loss)
+class _Computing:
+    def __init__(self, device: torch.device) -> None:
+        self._precision = one_precision(device)
+
+    def __enter__(self) -> None:
+        self._precision.__enter__()
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self._precision.__exit__(kind, error, traceback)
+        if isinstance(error, RuntimeError):
+            message = unsupported_layer_message(error)
+            if message is not None:
+                raise RuntimeError(message) from error
 
 
 def _vjp(

@@ -7,21 +7,23 @@ layers are TF32 by default.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any
 
 import torch
 
 _cudnn: Any = torch.backends.cudnn
+_NOTHING = nullcontext()
+
+
+def one_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Context in which cuDNN's layers have the precision of matrix products, in all threads."""
+    return _one_precision() if device.type == "cuda" else _NOTHING
 
 
 @contextmanager
-def one_precision(device: torch.device) -> Iterator[None]:
-    """Context in which cuDNN's layers have the precision of matrix products, in all threads."""
-    if device.type != "cuda":
-        yield
-        return
+def _one_precision() -> Iterator[None]:
     precisions = _precisions()
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     older = _older_setting()

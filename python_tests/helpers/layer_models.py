@@ -93,6 +93,17 @@ class RunningStatistics(Residual):
         return y.flatten(1)
 
 
+class OneExample(nn.Module):
+    """The linear layer receives a vector, not a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x[0])) * self.layer(x).mean(0)
+
+
 def norm_of(size, *dims):
     kind = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[len(dims) or 1]
     return kind(size, track_running_stats=False)
@@ -121,6 +132,16 @@ MODELS = {
     ),
     "tanh": (lambda: convs(nn.Conv2d(2, 3, 2, bias=False), norm_of(3, 1, 1), nn.Tanh()), (2, 4, 4)),
     "1d": (lambda: convs(nn.Linear(4, 6), norm_of(6), nn.ReLU()), (4,)),
+    "linear": (
+        lambda: convs(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3, bias=False), nn.Tanh()),
+        (4,),
+    ),
+    "linear, 4-d": (lambda: convs(nn.Linear(4, 3), nn.Tanh()), (2, 3, 4)),
+    "linear, strided": (
+        lambda: convs(nn.Conv2d(2, 3, 2), nn.Linear(3, 2), nn.Tanh()),
+        (2, 4, 4),
+    ),
+    "linear, 1-d": (OneExample, (4,)),
     "3d": (lambda: convs(nn.Conv3d(1, 3, 2), norm_of(3, 1, 1, 1), nn.ReLU()), (1, 3, 3, 3)),
     "groups": (lambda: convs(nn.Conv2d(4, 6, 2, groups=2), nn.Tanh()), (4, 4, 4)),
     "dilation": (lambda: convs(nn.Conv2d(2, 3, 2, dilation=2), nn.Tanh()), (2, 4, 4)),

@@ -50,7 +50,7 @@ def test_the_result_of_a_fused_relu_may_be_overwritten(form, monkeypatch):
     assert_close(got, computed("scaled"))
 
 
-@pytest.mark.parametrize("name", ["relu and sigmoid", "tanh", "relu in place", "1d"])
+@pytest.mark.parametrize("name", ["relu and sigmoid", "tanh", "relu in place", "1d", "linear"])
 def test_the_third_derivative_is_right(name, layers_device):
     # Not against vmap: in the third derivative torch's batch norm treats statistics as constants.
     objective, rows = make_objective(name, device=layers_device)
@@ -68,6 +68,28 @@ def test_layers_with_shared_parameters_are_left_to_vmap(frozen, layers_device, m
     name = "tanh" if "0.bias" not in frozen else "relu in place"
     objective, rows = make_objective(name, frozen, layers_device)
     assert_close(*both(monkeypatch, lambda: derivatives(objective, rows)))
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (6, 1), (2, 3, 1)])
+def test_a_mean_squared_error_has_the_derivatives_of_plain_vmap(shape, monkeypatch):
+    layer = nn.Linear(2, 1).double()
+
+    def loss(params, data):
+        x, y = data
+        z = torch.tanh(functional_call(layer, params, (x,)))
+        return F.mse_loss(z.mean() if shape == () else z.reshape(shape), y)
+
+    params = dict(layer.named_parameters())
+    layout = Layout(params)
+    rows = layout.flatten(params).detach() + torch.rand(TASKS, 1).double()
+    data = torch.rand(TASKS, 6, 2).double(), torch.rand(TASKS, *shape).double()
+    objective = Objective(loss, layout, data)
+
+    def computed():
+        _, first, product = product_with_graph(objective, rows, torch.randn_like(rows))
+        return objective.losses(rows), first, product
+
+    assert_close(*both(monkeypatch, computed))
 
 
 def count_calls(monkeypatch):
@@ -137,6 +159,21 @@ def launches(tasks, compute):
     with Launches() as counted:
         matvec(v) if compute == "product" else objective.gradient(rows)
     return counted.count
+
+
+def test_a_gradient_of_linear_layers_takes_few_operators():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    params = dict(model.named_parameters())
+    layout = Layout(params)
+    data = torch.rand(TASKS, 5, 3), torch.rand(TASKS, 5, 2)
+    objective = Objective(module_loss(model, F.mse_loss), layout, data)
+    rows = layout.flatten(params).detach().expand(TASKS, -1).clone()
+    with Launches() as counted:
+        objective.gradient(rows)
+    # Per layer one product forward, one backward for each operand, and the sum of the bias.
+    assert counted.count["aten::baddbmm"] == 2
+    assert counted.count["aten::bmm"] == 3  # the data need no gradient
+    assert counted.count.total() <= 20
 
 
 @pytest.mark.parametrize(("compute", "most"), [("product", 90), ("gradient", 75)])

@@ -89,5 +89,8 @@ class GradientDescent(InnerSolver):
                 phi, problem.unfused(phi, gradient), problem.theta, problem.lam.fused, lr=self.lr,
                 velocity=velocity, momentum=self.momentum, nesterov=self.nesterov, status=status,
             )  # fmt: skip
-            steps += status == Status.RUNNING
+            if self.tol is not None:
+                steps += status == Status.RUNNING
+        if self.tol is None:
+            steps += self.steps
         return unverified(phi, status, steps)
