@@ -80,8 +80,10 @@ IMAML_INLINE void gather(const Gather<T>& a, const PixelClass& pixels, int64_t i
   const int64_t panels_size = (a.blocks.last - a.blocks.first) * a.panel;
   const int64_t chunk_pixels =
       panels_size * static_cast<int64_t>(sizeof(T)) <= 16384 ? kTileRows : kChunkPixels;
-  for (int64_t begin = 0; begin < rows; begin += chunk_pixels) {
-    const int64_t count = std::min(chunk_pixels, rows - begin);
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < rows; begin += count) {
+    const int64_t chunks = (rows - begin + chunk_pixels - 1) / chunk_pixels;
+    count = (rows - begin) / chunks;
     const Pixels<T> chunk(a, pixels.pixels, begin, count);
     for (int64_t block = a.blocks.first; block < a.blocks.last; ++block) {
       const int64_t width = std::min(lanes, a.outputs - block * lanes);

@@ -7,11 +7,12 @@
 // Except for the bias, all three are linear in each operand, and each is a derivative of the
 // others: a network can be differentiated to any order with them.
 //
-// No column matrix is built: a tile of kTileRows pixels by kTileLanes outputs stays in registers
-// and gathers its pixels through pointers; pixels outside the image point to zeros. A few pixels at
-// a time are processed for all blocks of kTileLanes outputs, whose weights stay in cache. Work is
-// divided by task, or by blocks where tasks are few; no sum is split: the same input gives the same
-// bits for any number of threads.
+// No column matrix is built. A tile of kTileRows pixels by kTileLanes outputs stays in registers
+// and gathers its pixels through pointers; for the weight gradient, a tile is kTileRows weights of
+// kTileLanes filters. Pixels are grouped by the taps that are inside the image, so that no product
+// with padding is computed. Work is divided by task, or by blocks of kTileLanes filters or channels
+// where tasks are few; no sum is split: the same input gives the same bits for any number of
+// threads.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -64,12 +65,13 @@ void conv_data_gradient(const ConvShape& s, const T* g, const T* w, T* dx, int t
       [&](int64_t task, Blocks blocks) { conv_data_blocks(s, map, g, w, dx, task, blocks); });
 }
 
+// dw[b] are task_stride elements apart.
 template <typename T, typename ParallelFor>
 void conv_weight_gradient(const ConvShape& s, const T* x, const T* g, T* dw, int threads,
                           const ParallelFor& parallel_for) {
   const WeightPlan plan = weight_plan(s, kTileLanes<T>);
   for_blocks(
-      s.tasks, tile_blocks<T>(s.filters), threads, parallel_for,
+      s.tasks, tile_blocks<T>(plan.slots.empty() ? s.filters : s.channels), threads, parallel_for,
       [&](int64_t task, Blocks blocks) { conv_weight_blocks(s, plan, x, g, dw, task, blocks); });
 }
 

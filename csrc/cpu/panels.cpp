@@ -84,28 +84,29 @@ IMAML_INLINE void pack(const WeightBlock& block, const T* weights, const int64_t
 }
 
 template <typename T>
-IMAML_INLINE void unpack(const T* panel, int64_t width, int64_t count, T* weights) {
+IMAML_INLINE void unpack(const T* panel, int64_t width, int64_t count, T* weights, int64_t stride) {
   constexpr int64_t lanes = kTileLanes<T>;
   for_squares<T>(
       count, width,
       [&](int64_t k, int64_t lane) IMAML_INLINE_LAMBDA {
         transpose(
             T(), [&](int n) IMAML_INLINE_LAMBDA { return panel + (k + n) * lanes + lane; },
-            [&](int n) IMAML_INLINE_LAMBDA { return weights + (lane + n) * count + k; });
+            [&](int n) IMAML_INLINE_LAMBDA { return weights + (lane + n) * stride + k; });
       },
       [&](int64_t k, int64_t lane)
-          IMAML_INLINE_LAMBDA { weights[lane * count + k] = panel[k * lanes + lane]; });
+          IMAML_INLINE_LAMBDA { weights[lane * stride + k] = panel[k * lanes + lane]; });
 }
 
 }  // namespace
 
-#define IMAML_DEFINE(T)                                                                            \
-  IMAML_MULTIVERSION void pack_panel(const WeightBlock& block, const T* weights,                   \
-                                     const int64_t* rows, T* panel) {                              \
-    pack<T>(block, weights, rows, panel);                                                          \
-  }                                                                                                \
-  IMAML_MULTIVERSION void unpack_panel(const T* panel, int64_t width, int64_t count, T* weights) { \
-    unpack<T>(panel, width, count, weights);                                                       \
+#define IMAML_DEFINE(T)                                                                          \
+  IMAML_MULTIVERSION void pack_panel(const WeightBlock& block, const T* weights,                 \
+                                     const int64_t* rows, T* panel) {                            \
+    pack<T>(block, weights, rows, panel);                                                        \
+  }                                                                                              \
+  IMAML_MULTIVERSION void unpack_panel(const T* panel, int64_t width, int64_t count, T* weights, \
+                                       int64_t lane_stride) {                                    \
+    unpack<T>(panel, width, count, weights, lane_stride);                                        \
   }
 IMAML_DEFINE(float)
 IMAML_DEFINE(double)

@@ -15,10 +15,10 @@ struct WeightBlock {
 
 // pack_panel:    panel[rows[k] + slice, lane] = weights[slice, lane, k], and 0 for lanes from width
 //                on.
-// unpack_panel:  weights[lane, k] = panel[k, lane], where weights are [width, count].
+// unpack_panel:  weights[lane, k] = panel[k, lane] for k < count and lane < width.
 #define IMAML_DECLARE(T)                                                                \
   void pack_panel(const WeightBlock&, const T* weights, const int64_t* rows, T* panel); \
-  void unpack_panel(const T* panel, int64_t width, int64_t count, T* weights);
+  void unpack_panel(const T* panel, int64_t width, int64_t count, T* weights, int64_t lane_stride);
 IMAML_DECLARE(float)
 IMAML_DECLARE(double)
 #undef IMAML_DECLARE
