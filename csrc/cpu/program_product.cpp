@@ -6,6 +6,7 @@
 // elements of a are broadcast one by one, from any layout. Few rows or columns whose operands are
 // contiguous along k are computed as dot products.
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
 
 #include "cpu/conv_tiles.h"
@@ -280,15 +281,31 @@ bool exchange_helps(const Call& call) {
   return result[kColumns] != 1 && result[kRows] == 1;
 }
 
+// Each operand must be constant along the loop that it does not have.
+void check_strides(Call& call) {
+  const auto check = [&](std::size_t operand, Loop loop, const char* loop_name) {
+    int64_t& stride = call.places[operand].stride[loop];
+    if (call.size[loop] <= 1) stride = 0;
+    if (stride != 0)
+      throw std::invalid_argument("matmul: operand " + std::to_string(operand) +
+                                  " must have stride 0 along " + loop_name + ", got " +
+                                  std::to_string(stride));
+  };
+  check(0, kDepth, "k");
+  check(1, kColumns, "n");
+  check(2, kRows, "m");
+  check(3, kDepth, "k");
+}
+
 void prepare_product(const std::string&, const Types& types, Call& call) {
   for (; call.loops < kBatch; ++call.loops) call.size[call.loops] = 1;
   const bool has_c = call.places.size() == 4;
   if (!has_c) call.places.push_back(call.places[0]);  // never read
-  drop_unit_loops(call, kBatch);
-  for (int k = kRows; k < call.loops; ++k)
+  check_strides(call);
+  for (int k = kColumns; k < call.loops; ++k)
     if (call.size[k] == 0) return;
-  if (call.size[kColumns] == 0) return;
-  merge_loops(call, kBatch);
+  drop_unit_loops(call, kBatch);
+  merge_loops(call, kRows);  // rows of one product where b is shared by the batch
   if (exchange_helps(call)) exchange_rows_and_columns(call);
   const int64_t *a = call.places[1].stride, *b = call.places[2].stride;
   const bool dots = a[kDepth] == 1 && b[kDepth] == 1 && call.size[kDepth] > 1 &&

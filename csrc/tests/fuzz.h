@@ -149,5 +149,13 @@ template <typename T>
 void fuzz_patches(Draw& draw);
 template <typename T>
 void fuzz_batch_norm(Draw& draw);
+template <typename T>
+void fuzz_map(Draw& draw);
+template <typename T>
+void fuzz_reduction(Draw& draw);
+template <typename T>
+void fuzz_product(Draw& draw);
+template <typename T>
+void fuzz_indexing(Draw& draw);
 
 }  // namespace imaml

@@ -87,5 +87,6 @@ constexpr int64_t kManyBlocks = 2048 * 512 + 3;
 void test_cg_step();
 void test_prox();
 void test_layers();
+void test_program();
 
 }  // namespace imaml

@@ -133,6 +133,7 @@ int main() {
   imaml::test_cg_step();
   imaml::test_prox();
   imaml::test_layers();
+  imaml::test_program();
   std::printf("%lld checks, %d failed\n", static_cast<long long>(imaml::checks), imaml::failures);
   return imaml::failures == 0 ? 0 : 1;
 }
