@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,21 +44,16 @@ def task_layers(device: torch.device) -> AbstractContextManager[Any]:
     return _TaskLayers(_FORMS[name])
 
 
-class _Form(NamedTuple):
-    conv2d: Callable[..., Tensor]
-    positive: bool  # batch norm also writes its positive part: cheaper than launching a ReLU
-
-
-_FORMS = {"direct": _Form(direct_conv2d, False), "patches": _Form(patches_conv2d, True)}
+_FORMS: dict[str, Callable[..., Tensor]] = {"direct": direct_conv2d, "patches": patches_conv2d}
 
 # These need the memory order of the dimensions, which channels-last images do not have.
 _NEED_CONTIGUOUS = (torch.Tensor.view, torch.Tensor.view_as, F.group_norm, torch.group_norm)
 
 
 class _TaskLayers(VmapForms):
-    def __init__(self, form: _Form) -> None:
+    def __init__(self, conv2d: Callable[..., Tensor]) -> None:
         super().__init__()
-        self._form = form
+        self._conv2d_form = conv2d
         self._previous: tuple[Any, ...] | None = None  # set if the last call was a batch norm
 
     def __torch_function__(
@@ -98,7 +93,7 @@ class _TaskLayers(VmapForms):
         if input.shape[1] != weight.shape[1]:
             return None  # torch raises the error
         window = *_pair(stride), *_pair(padding)
-        return call_with_tasks(partial(self._form.conv2d, window=window), input, weight, bias)
+        return call_with_tasks(partial(self._conv2d_form, window=window), input, weight, bias)
 
     def _batch_norm(
         self,
@@ -118,15 +113,15 @@ class _TaskLayers(VmapForms):
         # torch raises the errors: one value per channel, and other invalid arguments.
         if input.dim() < 2 or input.numel() <= input.shape[1] or eps <= 0:
             return None
-        function = partial(batch_norm, eps=eps, positive=self._form.positive)
+        function = partial(batch_norm, eps=eps)
         y, positive, *statistics = call_with_tasks(function, input, weight, bias)
         version = _functorch.get_unwrapped(y)._version
-        self._previous = (y, positive, input, weight, bias, *statistics), eps, version
+        self._previous = y, (positive, input, weight, bias, *statistics), eps, version
         return y
 
     def _relu(self, previous: tuple[Any, ...], input: Tensor, inplace: bool = False) -> Any:
-        operands, eps, version = previous
-        if input is not operands[0] or inplace or not _have_tasks(input):
+        y, operands, eps, version = previous
+        if input is not y or inplace or not _have_tasks(input):
             return None
         if _functorch.get_unwrapped(input)._version != version:
             return None
