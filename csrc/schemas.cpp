@@ -31,6 +31,9 @@ STABLE_TORCH_LIBRARY(imaml, m) {
       "conv_weight_gradient(Tensor x, Tensor g, int kernel_h, int kernel_w, int stride_h, "
       "int stride_w, int pad_h, int pad_w) -> Tensor");
   m.def(
+      "conv_weight_gradient_(Tensor(a!) dw, Tensor x, Tensor g, int stride_h, int stride_w, "
+      "int pad_h, int pad_w) -> ()");
+  m.def(
       "patches(Tensor x, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, "
       "int pad_w) -> Tensor");
   m.def(
@@ -39,7 +42,7 @@ STABLE_TORCH_LIBRARY(imaml, m) {
 
   // x, g, a and the first result [B, R, C], the others [B, C]; norm_formulas.h has the formulas.
   // batch_norm returns y, max(y, 0) (empty without relu), the mean and 1 / sqrt(variance + eps).
-  // w, gamma, beta, b and c need only be contiguous within each task.
+  // w, dw, gamma, beta, b and c need only be contiguous within each task.
   m.def(
       "batch_norm(Tensor x, Tensor gamma, Tensor beta, float eps, bool relu) -> (Tensor, Tensor, "
       "Tensor, Tensor)");

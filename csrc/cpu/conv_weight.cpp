@@ -96,7 +96,7 @@ IMAML_INLINE void weight_blocks(const ConvShape& s, const PixelMap& map, const T
   const int64_t end = std::min(blocks.last * lanes, s.filters);
   for (int64_t o = blocks.first * lanes; o < end; ++o) {
     const T* result = results.data() + (o / lanes - blocks.first) * block_size + o % lanes;
-    T* out = dw + task * s.weights() + o * s.channels * s.taps();
+    T* out = dw + task * s.task_stride + o * s.channels * s.taps();
     for (int64_t c = 0; c < s.channels; ++c)
       for (int64_t t = 0; t < s.taps(); ++t) *out++ = result[(t * s.channels + c) * lanes];
   }

@@ -64,7 +64,8 @@ struct ConvProblem {
 
 template <typename T>
 struct ConvResults {
-  std::vector<T> y, dx, dw;
+  std::vector<T> y, dx;
+  std::vector<T> dw;  // with the gaps of w
   bool same(const ConvResults& o) const {
     return same_bits(y, o.y) && same_bits(dx, o.dx) && same_bits(dw, o.dw);
   }
@@ -77,7 +78,7 @@ ConvResults<T> run_conv(const ConvProblem<T>& problem, bool biased, int threads 
   // NaN, to detect entries that are not written.
   ConvResults<T> got{std::vector<T>(problem.g.size(), T(NAN)),
                      std::vector<T>(problem.x.size(), T(NAN)),
-                     std::vector<T>(at(s.tasks * s.weights()), T(NAN))};
+                     std::vector<T>(problem.w.size(), T(NAN))};
   Operands operands(offset);
   const T *x = operands.in(problem.x), *w = operands.in(problem.w), *g = operands.in(problem.g);
   cpu::conv<T>(s, x, w, biased ? operands.in(problem.bias) : nullptr, operands.out(got.y), threads,
@@ -144,7 +145,7 @@ void check_conv(const ConvProblem<T>& problem, bool biased, const ConvResults<T>
   const ConvShape& s = problem.shape;
   Sums y(task * problem.outputs(), problem.outputs()),
       dx(task * problem.images(), problem.images());
-  Sums dw(task * s.weights(), s.weights());
+  Sums dw(task * s.task_stride, s.weights());
   for_products(s, task, [&](int64_t to_y, int64_t to_x, int64_t tap) {
     const double x = double(problem.x[at(to_x)]), g = double(problem.g[at(to_y)]);
     const double w = double(problem.w[at(task * s.task_stride + tap)]);
@@ -158,6 +159,8 @@ void check_conv(const ConvProblem<T>& problem, bool biased, const ConvResults<T>
   expect_sums(got.y, y, finite, "y");
   expect_sums(got.dx, dx, finite, "dx");
   expect_sums(got.dw, dw, finite, "dw");
+  for (int64_t i = s.weights(); task + 1 < s.tasks && i < s.task_stride; ++i)
+    expect(std::isnan(got.dw[at(dw.first + i)]), "dw: written between tasks");
 }
 
 }  // namespace imaml

@@ -22,6 +22,13 @@ ConvShape drawn_shape(Draw& draw) {
   }
 }
 
+// Of a task.
+template <typename T>
+std::vector<T> weights_of(const ConvShape& s, const std::vector<T>& w, int64_t task) {
+  const auto first = w.begin() + task * s.task_stride;
+  return {first, first + s.weights()};
+}
+
 template <typename T>
 ConvProblem<T> only(const ConvProblem<T>& problem, int64_t task) {
   ConvProblem<T> one = problem;
@@ -29,8 +36,7 @@ ConvProblem<T> only(const ConvProblem<T>& problem, int64_t task) {
   one.x = part(problem.x, task, problem.images());
   one.g = part(problem.g, task, problem.outputs());
   one.bias = part(problem.bias, task, problem.shape.filters);
-  const auto first = problem.w.begin() + task * problem.shape.task_stride;
-  one.w.assign(first, first + problem.shape.weights());
+  one.w = weights_of(problem.shape, problem.w, task);
   return one;
 }
 
@@ -170,7 +176,7 @@ void fuzz_conv(Draw& draw) {
   const int64_t task = draw.from(0, s.tasks - 1);
   const ConvResults<T> want{part(serial.y, task, problem.outputs()),
                             part(serial.dx, task, problem.images()),
-                            part(serial.dw, task, s.weights())};
+                            weights_of(problem.shape, serial.dw, task)};
   expect(run_conv(only(problem, task), biased).same(want), "a task changes another's bits");
 }
 

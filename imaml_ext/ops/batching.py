@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 
 
 def call_with_tasks(function: Callable[..., Any], *operands: Tensor | None) -> Any:
@@ -20,6 +21,11 @@ def call_with_tasks(function: Callable[..., Any], *operands: Tensor | None) -> A
     if isinstance(result, tuple):
         return tuple(_functorch._add_batch_dim(t, 0, level) for t in result)
     return _functorch._add_batch_dim(result, 0, level)
+
+
+def is_only_transform() -> bool:
+    """Whether one vmap is active, and no other transform or forward-mode differentiation."""
+    return _functorch.maybe_current_level() == 1 and forward_ad._current_level < 0
 
 
 def is_grads_batched(vector: Tensor) -> bool:
@@ -39,7 +45,9 @@ def call_for_each(
 
 
 def tasks_first(batched: Tensor) -> Tensor:
-    return _functorch.get_unwrapped(batched).movedim(_functorch.maybe_get_bdim(batched), 0)
+    dim = _functorch.maybe_get_bdim(batched)
+    tensor = _functorch.get_unwrapped(batched)
+    return tensor.movedim(dim, 0) if dim else tensor
 
 
 def channels_last(x: Tensor) -> Tensor:

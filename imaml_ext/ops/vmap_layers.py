@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
-from torch.autograd import forward_ad
 
 from imaml_ext._checks import check_choice
 from imaml_ext.ops.batch_norm import batch_norm, batch_norm_relu
-from imaml_ext.ops.batching import call_with_tasks
+from imaml_ext.ops.batching import call_with_tasks, is_only_transform
 from imaml_ext.ops.conv import Pair, direct_conv2d, patches_conv2d
 from imaml_ext.ops.vmap_forms import FORMS, VmapForms
 
@@ -137,8 +136,7 @@ def _pair(value: int | Sequence[int]) -> Pair:
 def _have_tasks(*tensors: Tensor | None) -> bool:
     """Whether vmap is the only active transform, and every tensor has a task dimension."""
     return (
-        _functorch.maybe_current_level() == 1
-        and forward_ad._current_level < 0
+        is_only_transform()
         and all(t is None or _functorch.is_batchedtensor(t) for t in tensors)
         and {t.dtype for t in tensors if t is not None} in ({torch.float32}, {torch.float64})
         and not any(torch.is_autocast_enabled(t.device.type) for t in tensors if t is not None)

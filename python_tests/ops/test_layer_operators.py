@@ -18,6 +18,7 @@ def operands():
         "conv": (x, w, torch.rand(2, 6), 2, 1, 1, 0),
         "conv_data_gradient": (g, w, 5, 4, 2, 1, 1, 0),
         "conv_weight_gradient": (x, g, 3, 2, 2, 1, 1, 0),
+        "conv_weight_gradient_": (torch.empty_like(w), x, g, 2, 1, 1, 0),
         "patches": (x, 3, 2, 2, 1, 1, 0),
         "patches_transpose": (torch.rand(2, 27, 12), 5, 4, 3, 2, 2, 1, 1, 0),
         "batch_norm": (rows, channels, channels, 1e-5, True),
@@ -29,6 +30,29 @@ def operands():
 @pytest.mark.parametrize("name", operands())
 def test_an_operator_passes_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.imaml, name).default, operands()[name])
+
+
+def test_weight_gradients_are_written_to_slices_of_rows():
+    x, g, *_ = operands()["conv_weight_gradient"]
+    rows = torch.full((2, 100), torch.nan)
+    slices = rows[:, 10:82].view(2, 6, 2, 3, 2)
+    torch.ops.imaml.conv_weight_gradient_(slices, x, g, 2, 1, 1, 0)
+    want = torch.nn.grad.conv2d_weight(
+        x[1].permute(0, 3, 1, 2), (6, 2, 3, 2), g[1].permute(0, 3, 1, 2), (2, 1), (1, 0)
+    )
+    torch.testing.assert_close(rows[1, 10:82], want.flatten())
+    assert rows[:, :10].isnan().all()
+    assert rows[:, 82:].isnan().all()
+
+
+def test_weight_gradients_are_not_written_where_they_overlap():
+    x, g, *_ = operands()["conv_weight_gradient"]
+    memory = torch.rand(400)
+    x_in_memory = memory[80:].as_strided(x.shape, x.stride())
+    for stride, images, match in ((0, x, "must not overlap"), (100, x_in_memory, "share memory")):
+        dw = memory.as_strided((2, 6, 2, 3, 2), (stride, 12, 6, 2, 1))
+        with pytest.raises(RuntimeError, match=match):
+            torch.ops.imaml.conv_weight_gradient_(dw, images, g, 2, 1, 1, 0)
 
 
 ON_BOTH = [name for name in operands() if not name.startswith("conv")]
