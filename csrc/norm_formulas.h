@@ -134,10 +134,16 @@ IMAML_INLINE T positive_part(T y) {
 // The functions *_terms call add(k, term) with the terms, computed in Sum, whose means over a
 // channel the second pass needs.
 
+// A factor of a term, in Sum. Specialised for vectors.
+template <typename Sum, typename T>
+struct Factor {
+  IMAML_INLINE static Sum of(T x) { return static_cast<Sum>(x); }
+};
+
 // Relative to an element of the channel, so that a large mean does not cancel the variance.
 template <typename Sum, typename T, typename Add>
 IMAML_INLINE void norm_terms(T x, T origin, const Add& add) {
-  const Sum offset = static_cast<Sum>(x - origin);
+  const Sum offset = Factor<Sum, T>::of(x - origin);
   add(0, offset);
   add(1, offset * offset);
 }
@@ -158,8 +164,9 @@ IMAML_INLINE T norm_scale(double mean_offset, double mean_offset2, double eps) {
 // `g` is a result of relu_grad.
 template <typename Sum, typename T, typename Add>
 IMAML_INLINE void norm_backward_terms(T h, T g, const Add& add) {
-  add(0, static_cast<Sum>(g));
-  add(1, static_cast<Sum>(h) * static_cast<Sum>(g));
+  const Sum hs = Factor<Sum, T>::of(h), gs = Factor<Sum, T>::of(g);
+  add(0, gs);
+  add(1, hs * gs);
 }
 
 template <typename T>
@@ -169,7 +176,7 @@ IMAML_INLINE T norm_dx(const NormChannel<T>& channel, T h, T g, T mean_g, T mean
 
 template <typename Sum, typename T, typename Add>
 IMAML_INLINE void norm_double_terms(T h, T g, T a, const Add& add) {
-  const Sum hs = static_cast<Sum>(h), gs = static_cast<Sum>(g), as = static_cast<Sum>(a);
+  const Sum hs = Factor<Sum, T>::of(h), gs = Factor<Sum, T>::of(g), as = Factor<Sum, T>::of(a);
   add(0, as);
   add(1, gs);
   add(2, hs * as);

@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(imaml, m) {
       "Tensor? status) -> ()");
   m.def("prox_norms(Tensor phi, Tensor grad, Tensor theta, Tensor lam) -> Tensor");
   m.def("row_dot(Tensor a, Tensor b) -> Tensor");
+  m.def("pull_back(Tensor x, Tensor phi, Tensor theta, Tensor weight, Tensor use) -> Tensor");
 
   // Layers with one set of weights per task: images [B, N, H, W, C], weights [B, O, C, kH, kW],
   // bias [B, O]; the output is [B, N, H', W', O] with H' = (H + 2 pad_h - kH) / stride_h + 1.

@@ -9,7 +9,19 @@
 
 #include "cpu/isa.h"
 
-namespace imaml::cpu {
+namespace imaml {
+
+// Eight lanes in float64.
+using Wide = double __attribute__((vector_size(64), aligned(8)));
+template <>
+struct Factor<Wide, float __attribute__((vector_size(32)))> {
+  template <typename Vector>
+  IMAML_INLINE static Wide of(const Vector& x) {
+    return __builtin_convertvector(x, Wide);
+  }
+};
+
+namespace cpu {
 namespace {
 
 // One vector register of AVX2. Its lanes are channels, so the formulas apply to vectors as well.
@@ -75,10 +87,10 @@ struct Chunk {
   }
 
   // Adds to sums[k] over the rows the terms that add_terms(elements, add) passes to add(k, term).
-  template <int kSums, typename AddTerms>
-  IMAML_INLINE void sum(Vector<T> (&sums)[kSums], const AddTerms& add_terms) const {
+  template <int kSums, typename Sum, typename AddTerms>
+  IMAML_INLINE void sum(Sum (&sums)[kSums], const AddTerms& add_terms) const {
     for_rows([&](const auto& elements) IMAML_INLINE_LAMBDA {
-      add_terms(elements, [&](int k, Vector<T> term) IMAML_INLINE_LAMBDA { sums[k] += term; });
+      add_terms(elements, [&](int k, const auto& term) IMAML_INLINE_LAMBDA { sums[k] += term; });
     });
   }
 };
@@ -96,7 +108,14 @@ template <int kSums, typename T>
 struct Sums {
   double values[kSums][kStripLanes<T>] = {};
 
-  IMAML_INLINE void add(const Vector<T> (&part)[kSums]) {
+  bool finite() const {
+    double rest = 0;  // NaN if a sum is not finite
+    for (const auto& lanes : values)
+      for (const double lane : lanes) rest += lane - lane;
+    return rest == 0;
+  }
+  template <typename Sum>
+  IMAML_INLINE void add(const Sum (&part)[kSums]) {
     for (int k = 0; k < kSums; ++k)
       for (int64_t lane = 0; lane < kStripLanes<T>; ++lane)
         values[k][lane] += static_cast<double>(part[k][lane]);
@@ -144,12 +163,27 @@ struct TaskStrips {
     return (task * (shape.rows - 1) + row) * shape.channels + strip.channel;
   }
 
-  // Adds up sums with add(strip, chunk, sums), then calls use(strip, means) for every strip.
+  // Adds up sums with add(strip, chunk, sums, zero), where terms have the type of zero; then calls
+  // use(strip, means) for every strip. float32 terms may overflow where float64 ones do not, so
+  // strips whose sums are not finite are added up once more.
   template <int kSums, typename Add, typename Use>
   IMAML_INLINE void reduce(const Add& add, const Use& use) const {
     auto table = this->template table<Sums<kSums, T>>();
     for_chunks([&](const Strip& strip, const Chunk<T>& chunk)
-                   IMAML_INLINE_LAMBDA { add(strip, chunk, table[strip.index()]); });
+                   IMAML_INLINE_LAMBDA { add(strip, chunk, table[strip.index()], Vector<T>{}); });
+    if constexpr (sizeof(T) < sizeof(double)) {
+      auto again = this->template table<char>();
+      bool any = false;
+      for_strips([&](const Strip& strip) IMAML_INLINE_LAMBDA {
+        if (table[strip.index()].finite()) return;
+        again[strip.index()] = any = true;
+        table[strip.index()] = {};
+      });
+      if (any)
+        for_chunks([&](const Strip& strip, const Chunk<T>& chunk) IMAML_INLINE_LAMBDA {
+          if (again[strip.index()]) add(strip, chunk, table[strip.index()], Wide{});
+        });
+    }
     for_strips([&](const Strip& strip) IMAML_INLINE_LAMBDA {
       auto& means = table[strip.index()].values;
       for (auto& lanes : means)
@@ -180,7 +214,8 @@ IMAML_INLINE void run(const NormForward<T>& p, const TaskStrips<T>& all) {
   using V = Vector<T>;
   auto channels = all.template table<Channels<T>>();
   all.template reduce<2>(
-      [&](const Strip& strip, const Chunk<T>& chunk, Sums<2, T>& sums) IMAML_INLINE_LAMBDA {
+      [&](const Strip& strip, const Chunk<T>& chunk, Sums<2, T>& sums,
+          auto zero) IMAML_INLINE_LAMBDA {
         // Relative to the chunk's first row in T, then to the task's first row in float64.
         Table<2, T> origins;
         for (int64_t lane = 0; lane < strip.width; ++lane) {
@@ -188,9 +223,10 @@ IMAML_INLINE void run(const NormForward<T>& p, const TaskStrips<T>& all) {
           origins.values[1][lane] = p.x[all.index(strip, 0) + lane];
         }
         const V origin = origins.at(0);
-        V part[2] = {};
-        chunk.sum(part, [&](const auto& e, const auto& add)
-                            IMAML_INLINE_LAMBDA { norm_terms<V>(e.of(p.x), origin, add); });
+        decltype(zero) part[2] = {};
+        chunk.sum(part, [&](const auto& e, const auto& add) IMAML_INLINE_LAMBDA {
+          norm_terms<decltype(zero)>(e.of(p.x), origin, add);
+        });
         sums.add(part);
         const double rows = static_cast<double>(chunk.rows);
         for (int64_t lane = 0; lane < kStripLanes<T>; ++lane) {
@@ -226,15 +262,16 @@ IMAML_INLINE void run(const NormBackward<T>& p, const TaskStrips<T>& all) {
   all.for_strips([&](const Strip& strip)
                      IMAML_INLINE_LAMBDA { channels[strip.index()].set(p, strip); });
   all.template reduce<2>(
-      [&](const Strip& strip, const Chunk<T>& chunk, Sums<2, T>& sums) IMAML_INLINE_LAMBDA {
-        const NormChannel<V> channel = channels[strip.index()].get();
-        V part[2] = {};
-        chunk.sum(part, [&](const auto& e, const auto& add) IMAML_INLINE_LAMBDA {
-          const V x = e.of(p.x), g = channel.template relu_grad<kRelu>(x, e.of(p.g));
-          norm_backward_terms<V>(channel.h(x), g, add);
-        });
-        sums.add(part);
-      },
+      [&](const Strip& strip, const Chunk<T>& chunk, Sums<2, T>& sums, auto zero)
+          IMAML_INLINE_LAMBDA {
+            const NormChannel<V> channel = channels[strip.index()].get();
+            decltype(zero) part[2] = {};
+            chunk.sum(part, [&](const auto& e, const auto& add) IMAML_INLINE_LAMBDA {
+              const V x = e.of(p.x), g = channel.template relu_grad<kRelu>(x, e.of(p.g));
+              norm_backward_terms<decltype(zero)>(channel.h(x), g, add);
+            });
+            sums.add(part);
+          },
       [&](const Strip& strip, auto& means) IMAML_INLINE_LAMBDA {
         const double rows = static_cast<double>(all.shape.rows);
         for (int64_t lane = 0; lane < strip.width; ++lane) {
@@ -276,15 +313,16 @@ IMAML_INLINE void run(const NormDoubleBackward<T>& p, const TaskStrips<T>& all) 
   all.for_strips([&](const Strip& strip)
                      IMAML_INLINE_LAMBDA { channels[strip.index()].set(p, strip); });
   all.template reduce<5>(
-      [&](const Strip& strip, const Chunk<T>& chunk, Sums<5, T>& sums) IMAML_INLINE_LAMBDA {
-        const NormChannel<V> channel = channels[strip.index()].get();
-        V part[5] = {};
-        chunk.sum(part, [&](const auto& e, const auto& add) IMAML_INLINE_LAMBDA {
-          const V x = e.of(p.x), g = channel.template relu_grad<kRelu>(x, e.of(p.g));
-          norm_double_terms<V>(channel.h(x), g, e.of(p.a), add);
-        });
-        sums.add(part);
-      },
+      [&](const Strip& strip, const Chunk<T>& chunk, Sums<5, T>& sums, auto zero)
+          IMAML_INLINE_LAMBDA {
+            const NormChannel<V> channel = channels[strip.index()].get();
+            decltype(zero) part[5] = {};
+            chunk.sum(part, [&](const auto& e, const auto& add) IMAML_INLINE_LAMBDA {
+              const V x = e.of(p.x), g = channel.template relu_grad<kRelu>(x, e.of(p.g));
+              norm_double_terms<decltype(zero)>(channel.h(x), g, e.of(p.a), add);
+            });
+            sums.add(part);
+          },
       [&](const Strip& strip, auto& means) IMAML_INLINE_LAMBDA {
         for (int64_t lane = 0; lane < strip.width; ++lane) {
           const double mean[] = {means[0][lane], means[1][lane], means[2][lane], means[3][lane],
@@ -323,4 +361,5 @@ IMAML_DEFINE(NormDoubleBackward, float)
 IMAML_DEFINE(NormDoubleBackward, double)
 #undef IMAML_DEFINE
 
-}  // namespace imaml::cpu
+}  // namespace cpu
+}  // namespace imaml

@@ -116,6 +116,19 @@ def test_an_invalid_window_is_refused(window, message):
         torch.ops.imaml.conv(torch.rand(1, 1, 2, 2, 1), torch.rand(1, 1, 1, 3, 3), None, *window)
 
 
+def test_statistics_do_not_overflow_where_squares_do(dtype, device):
+    x = torch.randn(2, 70, 3, dtype=dtype, device=device)
+    ones, zeros = torch.ones_like(x[:, 0]), torch.zeros_like(x[:, 0])
+    y, _, mean, scale = torch.ops.imaml.batch_norm(1e25 * x, ones, zeros, 1e-5, False)
+    expected = F.batch_norm(x[1].double(), None, None, training=True, eps=0)
+    torch.testing.assert_close(y[1].double(), expected, rtol=1e-4, atol=1e-5)
+    dx, dgamma, _ = torch.ops.imaml.batch_norm_backward(
+        1e36 * y, 1e25 * x, ones, zeros, mean, scale, False
+    )
+    assert dx.isfinite().all()
+    torch.testing.assert_close(dgamma.double() / 1e36, (y.double() ** 2).sum(1), rtol=1e-4, atol=0)
+
+
 def test_statistics_survive_a_large_mean_and_a_constant_channel(dtype, device):
     torch.manual_seed(0)
     x = torch.randn(2, 500, 3, dtype=torch.float64)
