@@ -21,7 +21,7 @@ struct ConvShape {
   std::int64_t kernel_h, kernel_w;
   std::int64_t stride_h, stride_w;
   std::int64_t pad_h, pad_w;
-  std::int64_t task_stride;  // elements from one task's weights to the next, where they are given
+  std::int64_t task_stride;  // elements from one task's weights to the next
 
   IMAML_INLINE std::int64_t in_pixels() const { return in_h * in_w; }
   IMAML_INLINE std::int64_t out_pixels() const { return out_h * out_w; }

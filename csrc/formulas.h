@@ -270,4 +270,33 @@ struct Adam {
   }
 };
 
+// ---- the gradient of a meta-parameter --------------------------------------------------------
+
+// Sums over the rows of w x and of w x (phi - theta), elementwise: [2, dim]. A row's x counts as 0
+// unless `use` is positive, and its displacement phi - theta unless `use` is 2.
+template <typename T>
+struct PullBackArgs {
+  const T* x;               // [rows, dim]
+  const T* phi;             // [rows, dim]
+  const T* theta;           // [dim]
+  const T* weight;          // [1]: w
+  const std::int32_t* use;  // [rows]
+  T* sums;                  // [2, dim]
+  std::int64_t rows, dim;
+};
+
+// The terms of an element of a row. The weight is applied before the sum, which may overflow where
+// the mean does not; one that is NaN makes every sum NaN.
+template <typename T>
+struct PullBackTerms {
+  double x, product;
+
+  IMAML_INLINE PullBackTerms(std::int32_t use, T x, T phi, T theta, T weight) {
+    const T weighted = (use > 0 ? x : T(0)) * weight;
+    const T displacement = use > 1 ? phi - theta : T(0);
+    this->x = static_cast<double>(weighted);
+    product = static_cast<double>(weighted) * static_cast<double>(displacement);
+  }
+};
+
 }  // namespace imaml

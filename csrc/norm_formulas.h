@@ -16,7 +16,7 @@
 //
 // (P is linear and symmetric, and dh = P dx / s.)
 //
-// x, y, g and a are [tasks, rows, channels], the others [tasks, channels]. Sums are in float64.
+// x, y, g and a are [tasks, rows, channels], the others [tasks, channels]. Totals are in float64.
 #pragma once
 #include <cmath>
 
@@ -93,7 +93,7 @@ bool includes_relu(const NormOperands<T>& p) {
   return p.relu;
 }
 
-// Normalises the elements of a channel, and applies the derivative of relu.
+// Normalises the elements of a channel, and applies the derivative of relu. T may be a vector type.
 template <typename T>
 struct NormChannel {
   T mean, scale;
@@ -105,7 +105,10 @@ struct NormChannel {
   // `grad`, or with relu 0 where y <= 0.
   template <bool kRelu>
   IMAML_INLINE T relu_grad(T x, T grad) const {
-    return !kRelu || y(x) > T(0) ? grad : T(0);
+    if constexpr (kRelu)
+      return y(x) > T{} ? grad : T{};
+    else
+      return grad;
   }
 };
 
@@ -125,16 +128,22 @@ IMAML_INLINE NormChannel<T> norm_channel(const Pass<T>& p, const ChannelCoord& c
 // max(y, 0). NaN stays NaN.
 template <typename T>
 IMAML_INLINE T positive_part(T y) {
-  return y <= T(0) ? T(0) : y;
+  return y <= T{} ? T{} : y;
 }
 
-// The functions *_terms call add(k, term) with the terms whose means over a channel the second pass
-// needs.
+// The functions *_terms call add(k, term) with the terms, computed in Sum, whose means over a
+// channel the second pass needs.
 
-// Relative to the channel's first element, so that a large mean does not cancel the variance.
-template <typename T, typename Add>
-IMAML_INLINE void norm_terms(T x, T first, const Add& add) {
-  const double offset = static_cast<double>(x - first);
+// A factor of a term, in Sum. Specialised for vectors.
+template <typename Sum, typename T>
+struct Factor {
+  IMAML_INLINE static Sum of(T x) { return static_cast<Sum>(x); }
+};
+
+// Relative to an element of the channel, so that a large mean does not cancel the variance.
+template <typename Sum, typename T, typename Add>
+IMAML_INLINE void norm_terms(T x, T origin, const Add& add) {
+  const Sum offset = Factor<Sum, T>::of(x - origin);
   add(0, offset);
   add(1, offset * offset);
 }
@@ -153,10 +162,11 @@ IMAML_INLINE T norm_scale(double mean_offset, double mean_offset2, double eps) {
 }
 
 // `g` is a result of relu_grad.
-template <typename T, typename Add>
+template <typename Sum, typename T, typename Add>
 IMAML_INLINE void norm_backward_terms(T h, T g, const Add& add) {
-  add(0, static_cast<double>(g));
-  add(1, static_cast<double>(h) * static_cast<double>(g));
+  const Sum hs = Factor<Sum, T>::of(h), gs = Factor<Sum, T>::of(g);
+  add(0, gs);
+  add(1, hs * gs);
 }
 
 template <typename T>
@@ -164,15 +174,14 @@ IMAML_INLINE T norm_dx(const NormChannel<T>& channel, T h, T g, T mean_g, T mean
   return channel.factor * (g - mean_g - mean_hg * h);
 }
 
-template <typename T, typename Add>
+template <typename Sum, typename T, typename Add>
 IMAML_INLINE void norm_double_terms(T h, T g, T a, const Add& add) {
-  const double hd = static_cast<double>(h), gd = static_cast<double>(g);
-  const double ad = static_cast<double>(a);
-  add(0, ad);
-  add(1, gd);
-  add(2, hd * ad);
-  add(3, hd * gd);
-  add(4, ad * gd);
+  const Sum hs = Factor<Sum, T>::of(h), gs = Factor<Sum, T>::of(g), as = Factor<Sum, T>::of(a);
+  add(0, as);
+  add(1, gs);
+  add(2, hs * as);
+  add(3, hs * gs);
+  add(4, as * gs);
 }
 
 // A channel's coefficients in the second pass of the second derivative.

@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(imaml, m) {
       "Tensor? status) -> ()");
   m.def("prox_norms(Tensor phi, Tensor grad, Tensor theta, Tensor lam) -> Tensor");
   m.def("row_dot(Tensor a, Tensor b) -> Tensor");
+  m.def("pull_back(Tensor x, Tensor phi, Tensor theta, Tensor weight, Tensor use) -> Tensor");
 
   // Layers with one set of weights per task: images [B, N, H, W, C], weights [B, O, C, kH, kW],
   // bias [B, O]; the output is [B, N, H', W', O] with H' = (H + 2 pad_h - kH) / stride_h + 1.
@@ -31,6 +32,9 @@ STABLE_TORCH_LIBRARY(imaml, m) {
       "conv_weight_gradient(Tensor x, Tensor g, int kernel_h, int kernel_w, int stride_h, "
       "int stride_w, int pad_h, int pad_w) -> Tensor");
   m.def(
+      "conv_weight_gradient_(Tensor(a!) dw, Tensor x, Tensor g, int stride_h, int stride_w, "
+      "int pad_h, int pad_w) -> ()");
+  m.def(
       "patches(Tensor x, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, "
       "int pad_w) -> Tensor");
   m.def(
@@ -39,7 +43,7 @@ STABLE_TORCH_LIBRARY(imaml, m) {
 
   // x, g, a and the first result [B, R, C], the others [B, C]; norm_formulas.h has the formulas.
   // batch_norm returns y, max(y, 0) (empty without relu), the mean and 1 / sqrt(variance + eps).
-  // w, gamma, beta, b and c need only be contiguous within each task.
+  // w, dw, gamma, beta, b and c need only be contiguous within each task.
   m.def(
       "batch_norm(Tensor x, Tensor gamma, Tensor beta, float eps, bool relu) -> (Tensor, Tensor, "
       "Tensor, Tensor)");

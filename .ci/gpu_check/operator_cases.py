@@ -15,7 +15,8 @@ from imaml_ext.solvers.solution import Status
 Case = tuple[str, dict[str, Any]]
 Cases = Callable[[list[int]], Iterator[Case]]  # argument: numbers of parameters D
 
-SHARED = {"lam", "theta"}  # the same for all rows
+SHARED = {"lam", "theta", "weight"}  # the same for all rows
+SUMS = {"pull_back"}  # operators whose result is a sum over the rows
 ALWAYS_DOUBLE = {"rr", "rz", "tol2", "curvature", "beta"}  # in row operators
 ROWS = 5
 LONG = 10_000  # for longer rows only some combinations: the host would take too long
@@ -120,6 +121,16 @@ def row_dot(dims: list[int]) -> Iterator[Case]:
         yield f"D={dim}", {"a": a, "b": a + 0.5 * draw.normal(ROWS, dim)}
 
 
+def pull_back(dims: list[int]) -> Iterator[Case]:
+    for dim in dims:
+        draw = Draw(dim)
+        use = torch.tensor([2, 1, 0, 2, 2], dtype=torch.int32)
+        operands = {"x": draw.normal(ROWS, dim), "phi": draw.normal(ROWS, dim)}
+        operands["x"][2] = torch.nan
+        shared = {"theta": draw.normal(dim), "weight": draw.positive(1)}
+        yield f"D={dim}", operands | shared | {"use": use}
+
+
 # Shapes of images [B, N, H, W, C] and of a kernel, strides and padding: conv4's, and unusual ones.
 WINDOWS = (
     ((3, 5, 28, 28, 1), (64, 3, 3), (2, 2, 1, 1)),
@@ -162,6 +173,14 @@ def conv_weight_gradient(dims: list[int]) -> Iterator[Case]:
     for label, draw, (images, kernel, _), size, numbers in windows():
         x, g = draw.normal(*images), draw.normal(*images[:2], *size, kernel[0])
         yield label, {"x": x, "g": g, "kernel_h": kernel[1], "kernel_w": kernel[2], **numbers}
+
+
+def conv_weight_gradient_(dims: list[int]) -> Iterator[Case]:
+    for label, operands in conv_weight_gradient(dims):
+        kernel = operands.pop("kernel_h"), operands.pop("kernel_w")
+        x, g = operands["x"], operands["g"]
+        dw = torch.zeros(len(x), g.shape[4], x.shape[4], *kernel, dtype=torch.float64)
+        yield label, operands | {"dw": dw}
 
 
 def patches(dims: list[int]) -> Iterator[Case]:
@@ -224,11 +243,13 @@ ON_ROWS: dict[str, Cases] = {
     "prox_adam_": prox_adam,
     "prox_norms": prox_norms,
     "row_dot": row_dot,
+    "pull_back": pull_back,
 }
 CASES: dict[str, Cases] = ON_ROWS | {
     "conv": conv,
     "conv_data_gradient": conv_data_gradient,
     "conv_weight_gradient": conv_weight_gradient,
+    "conv_weight_gradient_": conv_weight_gradient_,
     "patches": patches,
     "patches_transpose": patches_transpose,
     "batch_norm": batch_norm,

@@ -145,7 +145,8 @@ class Checker {
   Empty empty_;
 };
 
-// The bytes of a contiguous operand. Absent and empty operands have an empty range.
+// The bytes from the first to the last element of an operand. Absent and empty operands have an
+// empty range.
 struct MemoryRange {
   const char* name;
   const char* begin = nullptr;
@@ -154,7 +155,7 @@ struct MemoryRange {
   MemoryRange(const char* name, const Tensor& t)
       : name(name),
         begin(static_cast<const char*>(t.const_data_ptr())),
-        end(begin + t.numel() * (t.scalar_type() == ScalarType::Double ? 8 : 4)) {}
+        end(begin + extent(t) * (t.scalar_type() == ScalarType::Double ? 8 : 4)) {}
   MemoryRange(const char* name, const std::optional<Tensor>& t)
       : MemoryRange(t ? MemoryRange(name, *t) : MemoryRange(name)) {}
 
@@ -165,6 +166,13 @@ struct MemoryRange {
 
  private:
   explicit MemoryRange(const char* name) : name(name) {}
+
+  static int64_t extent(const Tensor& t) {
+    int64_t elements = t.numel() == 0 ? 0 : 1;
+    for (int64_t k = 0; elements != 0 && k < t.dim(); ++k)
+      elements += (t.size(k) - 1) * t.stride(k);
+    return elements;
+  }
 };
 
 // A kernel's reads and writes are unordered, so what it writes must not overlap another operand.

@@ -39,6 +39,10 @@ struct Cpu {
     cpu::row_dot(a, b, out, rows, dim, threads(), parallel_for);
   }
   template <typename T>
+  void pull_back(const PullBackArgs<T>& a) const {
+    cpu::pull_back(a, parallel_for);
+  }
+  template <typename T>
   void conv(const ConvShape& s, const T* x, const T* w, const T* bias, T* y) const {
     cpu::conv(s, x, w, bias, y, threads(), parallel_for);
   }

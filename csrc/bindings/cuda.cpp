@@ -42,6 +42,10 @@ class Cuda {
     check(cuda::row_dot(a, b, out, workspace.mutable_data_ptr<double>(), rows, dim, stream_));
   }
   template <typename T>
+  void pull_back(const PullBackArgs<T>& a) const {
+    check(cuda::pull_back(a, stream_));
+  }
+  template <typename T>
   void patches(const ConvShape& s, const T* images, T* rows) const {
     check_size(s);
     check(cuda::patches(s, images, rows, stream_));

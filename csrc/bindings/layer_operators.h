@@ -101,24 +101,54 @@ Tensor conv_data_gradient(const Tensor& g, const Tensor& w, int64_t in_h, int64_
   return dx;
 }
 
-template <typename Device>
-Tensor conv_weight_gradient(const Tensor& x, const Tensor& g, int64_t kernel_h, int64_t kernel_w,
-                            int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w) {
-  constexpr const char* kName = "conv_weight_gradient";
-  const Checker checker(kName, "x", x, 5, Empty::kRefused);
+// For weight gradients whose tasks follow each other.
+inline ConvShape weight_gradient_shape(const char* op, const Tensor& x, const Tensor& g,
+                                       const Window& window) {
+  const Checker checker(op, "x", x, 5, Empty::kRefused);
   checker.operand("g", g, {x.size(0), x.size(1), kAny, kAny, kAny});
-  ConvShape s = Window{kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w}.on(
-      kName, {x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)}, g.size(4), 0);
-  checker.operand("g", g, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
-  Tensor dw = new_result(kName, x, {s.tasks, s.filters, s.channels, kernel_h, kernel_w});
+  ConvShape s = window.on(op, {x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)}, g.size(4),
+                          /*task_stride=*/0);
   s.task_stride = s.weights();
-  const Device device(kName, x);
+  checker.operand("g", g, {s.tasks, s.images, s.out_h, s.out_w, s.filters});
+  return s;
+}
+
+template <typename Device>
+void launch_weight_gradient(const char* op, const ConvShape& s, const Tensor& x, const Tensor& g,
+                            Tensor& dw) {
+  const Device device(op, x);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     device.conv_weight_gradient(s, x.const_data_ptr<T>(), g.const_data_ptr<T>(),
                                 dw.mutable_data_ptr<T>());
   });
+}
+
+template <typename Device>
+Tensor conv_weight_gradient(const Tensor& x, const Tensor& g, int64_t kernel_h, int64_t kernel_w,
+                            int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w) {
+  constexpr const char* kName = "conv_weight_gradient";
+  const ConvShape s = weight_gradient_shape(
+      kName, x, g, Window{kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w});
+  Tensor dw = new_result(kName, x, {s.tasks, s.filters, s.channels, kernel_h, kernel_w});
+  launch_weight_gradient<Device>(kName, s, x, g, dw);
   return dw;
+}
+
+template <typename Device>
+void conv_weight_gradient_(Tensor dw, const Tensor& x, const Tensor& g, int64_t stride_h,
+                           int64_t stride_w, int64_t pad_h, int64_t pad_w) {
+  constexpr const char* kName = "conv_weight_gradient_";
+  const Checker checker(kName, "x", x, 5, Empty::kRefused);
+  checker.per_task("dw", dw, {x.size(0), kAny, x.size(4), kAny, kAny});
+  ConvShape s = weight_gradient_shape(
+      kName, x, g, Window{dw.size(3), dw.size(4), stride_h, stride_w, pad_h, pad_w});
+  checker.per_task("dw", dw, {s.tasks, s.filters, s.channels, s.kernel_h, s.kernel_w});
+  s.task_stride = dw.stride(0);
+  if (s.tasks > 1 && s.task_stride < s.weights())
+    fail(kName, "dw is written, so its tasks must not overlap, got stride ", s.task_stride);
+  check_no_alias(kName, {{"dw", dw}}, {{"x", x}, {"g", g}});
+  launch_weight_gradient<Device>(kName, s, x, g, dw);
 }
 
 template <typename Device>
@@ -272,6 +302,7 @@ void register_direct_convolutions(Library& m) {
   m.impl("conv", TORCH_BOX(&conv<Device>));
   m.impl("conv_data_gradient", TORCH_BOX(&conv_data_gradient<Device>));
   m.impl("conv_weight_gradient", TORCH_BOX(&conv_weight_gradient<Device>));
+  m.impl("conv_weight_gradient_", TORCH_BOX(&conv_weight_gradient_<Device>));
 }
 
 template <typename Device, typename Library>

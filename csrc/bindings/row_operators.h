@@ -167,6 +167,32 @@ Tensor row_dot(const Tensor& a, const Tensor& b) {
   return out;
 }
 
+template <typename Device>
+Tensor pull_back(const Tensor& x, const Tensor& phi, const Tensor& theta, const Tensor& weight,
+                 const Tensor& use) {
+  constexpr const char* kName = "pull_back";
+  const Checker checker(kName, "x", x, 2, Empty::kAllowed);
+  const int64_t rows = x.size(0), dim = x.size(1);
+  checker.operand("phi", phi, {rows, dim})
+      .operand("theta", theta, {dim})
+      .operand("weight", weight, {1})
+      .typed("use", use, {rows}, ScalarType::Int);
+  Tensor sums = new_result(kName, x, {2, dim});
+  const Device device(kName, x);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    device.pull_back(PullBackArgs<T>{.x = x.const_data_ptr<T>(),
+                                     .phi = phi.const_data_ptr<T>(),
+                                     .theta = theta.const_data_ptr<T>(),
+                                     .weight = weight.const_data_ptr<T>(),
+                                     .use = use.const_data_ptr<std::int32_t>(),
+                                     .sums = sums.mutable_data_ptr<T>(),
+                                     .rows = rows,
+                                     .dim = dim});
+  });
+  return sums;
+}
+
 template <typename Device, typename Library>
 void register_rows(Library& m) {
   m.impl("cg_step_", TORCH_BOX(&cg_step_<Device>));
@@ -174,6 +200,7 @@ void register_rows(Library& m) {
   m.impl("prox_adam_", TORCH_BOX(&prox_adam_<Device>));
   m.impl("prox_norms", TORCH_BOX(&prox_norms<Device>));
   m.impl("row_dot", TORCH_BOX(&row_dot<Device>));
+  m.impl("pull_back", TORCH_BOX(&pull_back<Device>));
 }
 
 }  // namespace imaml

@@ -2,8 +2,10 @@
 // norm_formulas.h.
 //
 // Bound by memory: a pass reads its images twice and writes once, kNormRows rows at a time for all
-// blocks of kNormLanes channels. The order of a sum does not depend on the division of the work:
-// the same input gives the same bits for any number of threads.
+// blocks of kNormLanes channels. Terms are added up in T over those rows, and in float64 over the
+// groups of rows: converting every term would take longer than reading it. The order of a sum does
+// not depend on the division of the work: the same input gives the same bits for any number of
+// threads.
 #pragma once
 #include "cpu/blocks.h"
 #include "norm_formulas.h"
@@ -11,7 +13,7 @@
 namespace imaml::cpu {
 
 inline constexpr int64_t kNormLanes = 16;
-inline constexpr int64_t kNormRows = 64;
+inline constexpr int64_t kNormRows = 16;
 
 #define IMAML_DECLARE(Pass) void norm_blocks(const Pass&, int64_t task, Blocks);
 IMAML_DECLARE(NormForward<float>)

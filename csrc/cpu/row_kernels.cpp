@@ -135,6 +135,44 @@ IMAML_INLINE double dot_body(const T* __restrict a, const T* __restrict b, int64
   return sum_lanes(total);
 }
 
+// Elements of a row that are added to all sums before those of the next row.
+constexpr int64_t kSumsInCache = 512;
+
+// kUse is the row's `use`.
+template <int kUse, typename T>
+IMAML_INLINE void add_terms(const PullBackArgs<T>& a, int64_t row, int64_t begin, int64_t count,
+                            double* __restrict sums, double* __restrict products) {
+  const T* __restrict x = a.x + row * a.dim + begin;
+  const T* __restrict phi = a.phi + row * a.dim + begin;
+  const T* __restrict theta = a.theta + begin;
+  const T weight = a.weight[0];
+  for (int64_t i = 0; i < count; ++i) {
+    const PullBackTerms<T> terms(kUse, x[i], phi[i], theta[i], weight);
+    sums[i] += terms.x;
+    products[i] += terms.product;
+  }
+}
+
+template <typename T>
+IMAML_INLINE void pull_back_body(const PullBackArgs<T>& a, int64_t begin, int64_t end) {
+  for (; begin < end; begin += kSumsInCache) {
+    const int64_t count = end - begin < kSumsInCache ? end - begin : kSumsInCache;
+    double sums[kSumsInCache] = {}, products[kSumsInCache] = {};
+    for (int64_t row = 0; row < a.rows; ++row) {
+      if (a.use[row] > 1)
+        add_terms<2>(a, row, begin, count, sums, products);
+      else if (a.use[row] > 0)
+        add_terms<1>(a, row, begin, count, sums, products);
+      else
+        add_terms<0>(a, row, begin, count, sums, products);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      a.sums[begin + i] = static_cast<T>(sums[i]);
+      a.sums[a.dim + begin + i] = static_cast<T>(products[i]);
+    }
+  }
+}
+
 template <typename T>
 IMAML_INLINE CgNorms update_any(const CgArgs<T>& a, const CgStep& step, int64_t row, int64_t begin,
                                 int64_t end) {
@@ -177,6 +215,9 @@ IMAML_INLINE CgNorms update_any(const CgArgs<T>& a, const CgStep& step, int64_t 
   }                                                                                              \
   IMAML_MULTIVERSION double dot(const T* a, const T* b, int64_t begin, int64_t end) {            \
     return dot_body(a, b, begin, end);                                                           \
+  }                                                                                              \
+  IMAML_MULTIVERSION void pull_back(const PullBackArgs<T>& a, int64_t begin, int64_t end) {      \
+    pull_back_body(a, begin, end);                                                               \
   }
 IMAML_DEFINE(float)
 IMAML_DEFINE(double)

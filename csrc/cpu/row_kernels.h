@@ -29,7 +29,8 @@ struct ProxSums {
   void prox_step(const ProxArgs<T>&, const Descent<T>&, int64_t row, int64_t begin, int64_t end); \
   void prox_step(const ProxArgs<T>&, const Adam<T>&, int64_t row, int64_t begin, int64_t end);    \
   ProxSums prox_sums(const ProxArgs<T>&, int64_t row, int64_t begin, int64_t end);                \
-  double dot(const T* a, const T* b, int64_t begin, int64_t end);
+  double dot(const T* a, const T* b, int64_t begin, int64_t end);                                 \
+  void pull_back(const PullBackArgs<T>&, int64_t begin, int64_t end);
 IMAML_DECLARE(float)
 IMAML_DECLARE(double)
 #undef IMAML_DECLARE

@@ -121,4 +121,11 @@ void row_dot(const T* a, const T* b, double* out, int64_t rows, int64_t dim, int
   });
 }
 
+// Every element of the sums is added by one thread, in the order of the rows.
+template <typename T, typename ParallelFor>
+void pull_back(const PullBackArgs<T>& a, const ParallelFor& parallel_for) {
+  for_chunks(a.dim, parallel_for,
+             [&](int64_t begin, int64_t end, int64_t) { pull_back(a, begin, end); });
+}
+
 }  // namespace imaml::cpu

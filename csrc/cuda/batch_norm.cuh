@@ -47,7 +47,7 @@ struct NormWork<kPositive, NormForward<T>> {
       : p(p), coord(coord), first(p.x[image]) {}
   __device__ T load(int64_t i) const { return p.x[i]; }
   __device__ void add(T x, double (&sum)[kSums]) const {
-    norm_terms(x, first, [&](int k, double term) { sum[k] += term; });
+    norm_terms<double>(x, first, [&](int k, double term) { sum[k] += term; });
   }
   __device__ void finish(const double (&mean)[kSums]) {
     const auto [task, index] = coord;
@@ -83,7 +83,7 @@ struct NormWork<kRelu, NormBackward<T>> {
     return {channel.h(p.x[i]), channel.template relu_grad<kRelu>(p.x[i], p.g[i])};
   }
   __device__ void add(const Read& e, double (&sum)[kSums]) const {
-    norm_backward_terms(e.h, e.g, [&](int k, double term) { sum[k] += term; });
+    norm_backward_terms<double>(e.h, e.g, [&](int k, double term) { sum[k] += term; });
   }
   __device__ void finish(const double (&mean)[kSums]) {
     mean_g = static_cast<T>(mean[0]);
@@ -117,7 +117,7 @@ struct NormWork<kRelu, NormDoubleBackward<T>> {
     return {x, channel.h(x), channel.template relu_grad<kRelu>(x, p.g[i]), p.a[i]};
   }
   __device__ void add(const Read& e, double (&sum)[kSums]) const {
-    norm_double_terms(e.h, e.g, e.a, [&](int k, double term) { sum[k] += term; });
+    norm_double_terms<double>(e.h, e.g, e.a, [&](int k, double term) { sum[k] += term; });
   }
   __device__ void finish(const double (&mean)[kSums]) {
     coefficients = norm_coefficients(p, coord, mean);

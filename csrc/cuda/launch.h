@@ -41,6 +41,9 @@ template <typename T>
 int row_dot(const T* a, const T* b, double* out, double* workspace, int64_t rows, int64_t dim,
             void* stream);
 
+template <typename T>
+int pull_back(const PullBackArgs<T>&, void* stream);
+
 // The shape must pass fits_31_bits.
 template <typename T>
 int patches(const ConvShape&, const T* images, T* patches, void* stream);

@@ -64,7 +64,8 @@ struct ConvProblem {
 
 template <typename T>
 struct ConvResults {
-  std::vector<T> y, dx, dw;
+  std::vector<T> y, dx;
+  std::vector<T> dw;  // with the gaps of w
   bool same(const ConvResults& o) const {
     return same_bits(y, o.y) && same_bits(dx, o.dx) && same_bits(dw, o.dw);
   }

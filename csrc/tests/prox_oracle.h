@@ -1,6 +1,7 @@
 // Proximal problems, and the results of the steps and row sums on them, in float64.
 #pragma once
 #include "cuda/prox_step.cuh"
+#include "cuda/pull_back.cuh"
 #include "cuda/row_sums.cuh"
 #include "operands.h"
 
@@ -174,6 +175,47 @@ RowSums cuda_sums(const Problem<T>& problem, std::size_t offset = 0) {
                    nullptr);
   operands.copy_back();
   return sums;
+}
+
+// The sums of pull_back with x = grad; the rows are used in turn not at all, for x, and for both.
+template <typename T, typename Run>
+std::vector<T> pull_back_sums(const Problem<T>& problem, const Run& run) {
+  std::vector<T> sums(at(2 * problem.dim), T(NAN)), weight{T(0.37)};
+  std::vector<std::int32_t> use(at(problem.rows));
+  for (int64_t row = 0; row < problem.rows; ++row) use[at(row)] = static_cast<int>(row % 3);
+  Operands operands(0);
+  PullBackArgs<T> args{};
+  args.x = operands.in(problem.grad);
+  args.phi = operands.in(problem.phi);
+  args.theta = operands.in(problem.theta);
+  args.weight = operands.in(weight);
+  args.use = operands.in(use);
+  args.sums = operands.out(sums);
+  args.rows = problem.rows;
+  args.dim = problem.dim;
+  run(args);
+  operands.copy_back();
+  return sums;
+}
+
+template <typename T>
+void check_pull_back(const Problem<T>& problem, const std::vector<T>& got, const char* what) {
+  const double weight = double(T(0.37));
+  for (int64_t i = 0; i < problem.dim; ++i) {
+    double sum = 0, product = 0, size = 0, product_size = 0;
+    for (int64_t row = 0; row < problem.rows; ++row) {
+      const int64_t j = row * problem.dim + i;
+      const double x = row % 3 > 0 ? weight * double(problem.grad[at(j)]) : 0;
+      const double displacement = row % 3 == 2 ? problem.displacement(j) : 0;
+      sum += x;
+      size += std::abs(x);
+      product += x * displacement;
+      product_size += std::abs(x) * (std::abs(double(problem.phi[at(j)])) +
+                                     std::abs(double(problem.theta[at(i)])));
+    }
+    expect_close<T>(double(got[at(i)]), sum, size, what);
+    expect_close<T>(double(got[at(problem.dim + i)]), product, product_size, what);
+  }
 }
 
 template <typename T>

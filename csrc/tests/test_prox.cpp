@@ -30,12 +30,27 @@ void test_sums(const Problem<T>& problem) {
 }
 
 template <typename T>
+void test_pull_back(const Problem<T>& problem) {
+  context = name_of<T>("pull_back", problem.rows, problem.dim);
+  const auto on = [&](const auto& parallel_for) {
+    return pull_back_sums(problem, [&](const auto& args) { cpu::pull_back(args, parallel_for); });
+  };
+  const std::vector<T> serial = on(cpu::Serial{});
+  check_pull_back(problem, serial, "cpu");
+  expect(same_bits(on(Threads{5}), serial), "the number of threads changes a sum's bits");
+  check_pull_back(problem,
+                  pull_back_sums(problem, [](const auto& args) { cuda::pull_back(args, nullptr); }),
+                  "cuda");
+}
+
+template <typename T>
 void test_all(int64_t rows, int64_t dim, bool diagonal) {
   const Problem<T> problem(rows, dim, diagonal, static_cast<std::uint64_t>(rows * 7919 + dim));
   const bool momentum = dim % 2 == 1, nesterov = diagonal;
   test_step(problem, !momentum ? kPlain : nesterov ? kNesterov : kMomentum);
   test_step(problem, kAdam);
   test_sums(problem);
+  test_pull_back(problem);
 }
 
 template <typename T>

@@ -46,9 +46,7 @@ class Experiment:
     metrics: dict[str, Metric]
     support_metrics: dict[str, SupportMetric]
 
-    def trainer(
-        self, *, compile: Compile = "auto", process_group: Group | None = None
-    ) -> Trainer:
+    def trainer(self, *, compile: Compile = "auto", process_group: Group | None = None) -> Trainer:
         """A trainer with Adam, on a constant or a decaying learning rate.
 
         Args:

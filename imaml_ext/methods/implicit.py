@@ -32,8 +32,8 @@ from imaml_ext.methods.meta_gradient import (
 )
 from imaml_ext.methods.shared import check_shared, direct_gradient, gradient_through_phi
 from imaml_ext.ops.batching import call_for_each, is_grads_batched
-from imaml_ext.ops.rows import row_dot
-from imaml_ext.problem.lam import Lam, LamOperator, flatten_lam, unflatten_lam_gradient
+from imaml_ext.ops.rows import prox_norms, pull_back, row_dot
+from imaml_ext.problem.lam import Lam, flatten_lam, unflatten_lam_gradient
 from imaml_ext.problem.layout import Layout, Params
 from imaml_ext.problem.objective import Loss, Objective, check_same_tasks
 from imaml_ext.problem.proximal import Proximal
@@ -215,7 +215,7 @@ class _Solvers:
         x = self.linear.solve(
             at_phi.matvec, v, problem.lam.values, second_moment=solution.second_moment
         )
-        x = _without_overflow(x, phi - problem.theta, problem.lam)
+        x = _without_overflow(x, phi, problem)
         inner = replace(solution, status=status, residual=residual)
         if self.linear.curvature == "hessian" and x.lanczos is not None:
             inner = replace(inner, lanczos=x.lanczos.shifted(-self.linear.damping))
@@ -309,17 +309,20 @@ def _given(phi: Tensor, problem: Proximal) -> Solution:
     return unverified(phi, status, torch.zeros_like(status))
 
 
-def _without_overflow(solution: Solution, displacement: Tensor, lam: LamOperator) -> Solution:
+def _without_overflow(solution: Solution, phi: Tensor, problem: Proximal) -> Solution:
     """The linear solve, NONFINITE where the products of x with Λ or phi - theta may overflow.
 
     If an inner solve diverges, both factors can be finite and the gradient infinite.
     """
     x = solution.value
-    x_norm, displacement_norm = row_dot(x, x).sqrt(), row_dot(displacement, displacement).sqrt()
-    lam_norm = torch.linalg.vector_norm(lam.values, dtype=torch.float64)
+    _, distance2 = prox_norms(phi, phi, problem.theta, phi.new_ones(1))  # as the penalty of Λ = I
+    x_norm, displacement_norm = row_dot(x, x).sqrt(), distance2.sqrt()
+    lam_norm = torch.linalg.vector_norm(problem.lam.values, dtype=torch.float64)
     largest = x_norm * torch.maximum(displacement_norm, lam_norm)  # Cauchy-Schwarz
     # A displacement that is not finite is already reported by the inner solve.
     overflows = (largest > torch.finfo(x.dtype).max / 4) & displacement_norm.isfinite()
+    if may_read_values(x) and not bool(overflows.any()):
+        return solution
     return replace(
         solution,
         value=torch.where(overflows[:, None], 0.0, x),
@@ -345,6 +348,11 @@ def _pull_back(
 
     Weights are applied before the sum, which may overflow where the mean does not.
     """
-    x = torch.where(ok[:, None], x, 0.0) * weight
-    displacement = torch.where((ok & ~first_order)[:, None], phi - problem.theta, 0.0)
-    return problem.lam.mv(x.sum(0, keepdim=True))[0], problem.lam.gradient(x, displacement)
+    theta, lam, displaced = problem.theta, problem.lam, ok & ~first_order
+    if lam.is_dense:
+        x = torch.where(ok[:, None], x, 0.0) * weight
+        displacement = torch.where(displaced[:, None], phi - theta, 0.0)
+        return lam.mv(x.sum(0, keepdim=True))[0], lam.gradient(x, displacement)
+    use = ok.to(torch.int32) + displaced.to(torch.int32)
+    x_sum, products = pull_back(x, phi, theta, weight.reshape(1), use)
+    return lam.mv(x_sum), lam.gradient_of_products(products)

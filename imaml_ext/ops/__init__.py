@@ -7,6 +7,7 @@ from imaml_ext.ops.rows import (
     prox_adam_,
     prox_gd_,
     prox_norms,
+    pull_back,
     row_dot,
 )
 
@@ -18,5 +19,6 @@ __all__ = [
     "prox_adam_",
     "prox_gd_",
     "prox_norms",
+    "pull_back",
     "row_dot",
 ]

@@ -17,24 +17,25 @@ from imaml_ext.ops.extension import fake
 class BatchNorm(torch.autograd.Function):
     """`gamma (x - mean) scale + beta`.
 
-    Also returns, outside the graph, its positive part (empty unless `positive`), mean and scale.
+    Also returns, outside the graph, its positive part, mean and scale.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, positive: bool
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, positive_part, mean, scale = torch.ops.imaml.batch_norm(x, gamma, beta, eps, positive)
+        # One more write costs less than a pass of its own for the ReLU that usually follows.
+        y, positive, mean, scale = torch.ops.imaml.batch_norm(x, gamma, beta, eps, True)
         ctx.save_for_backward(x, gamma, beta, mean, scale)
-        ctx.mark_non_differentiable(positive_part, mean, scale)
+        ctx.mark_non_differentiable(positive, mean, scale)
         ctx.set_materialize_grads(False)
         ctx.eps = eps
-        return y, positive_part, mean, scale
+        return y, positive, mean, scale
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: None) -> Any:
         grads = BatchNormBackward.apply(g.contiguous(), *ctx.saved_tensors, ctx.eps, False)
-        return *grads, None, None
+        return *grads, None
 
 
 class BatchNormReLU(torch.autograd.Function):
@@ -134,16 +135,15 @@ def differentiable_double_backward(
 
 
 def batch_norm(
-    x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, positive: bool
+    x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y like x, then its positive part as rows (empty unless `positive`), mean and scale."""
+    """y like x, then its positive part as rows, mean and scale."""
     parameters = contiguous_per_task(gamma), contiguous_per_task(beta)
-    y, *others = BatchNorm.apply(_rows(x), *parameters, eps, positive)
+    y, *others = BatchNorm.apply(_rows(x), *parameters, eps)
     return _images(y, x), *others
 
 
 def batch_norm_relu(
-    y: Tensor,
     positive: Tensor,
     x: Tensor,
     gamma: Tensor,
@@ -153,13 +153,9 @@ def batch_norm_relu(
     *,
     eps: float,
 ) -> Tensor:
-    """The ReLU of y; `y, positive, mean, scale` are the results of `batch_norm(x, gamma, beta)`."""
+    """The ReLU of y; `y, positive, mean, scale = batch_norm(x, gamma, beta)`."""
     parameters = contiguous_per_task(gamma), contiguous_per_task(beta)
-    rows = _rows(y.detach())
-
-    def relu() -> Tensor:
-        return positive.detach() if positive.numel() else rows.relu()
-
+    relu = positive.detach  # called inside the Function: its result is not one of the inputs
     return _images(BatchNormReLU.apply(relu, _rows(x), *parameters, mean, scale, eps), x)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 
@@ -53,6 +54,11 @@ def call_with_tasks(function: Callable[..., Any], *operands: Tensor | None) -> A
     if isinstance(result, tuple):
         return tuple(_functorch._add_batch_dim(t, 0, level) for t in result)
     return _functorch._add_batch_dim(result, 0, level)
+
+
+def is_only_transform() -> bool:
+    """Whether one vmap is active, and no other transform or forward-mode differentiation."""
+    return _functorch.maybe_current_level() == 1 and forward_ad._current_level < 0
 
 
 def is_grads_batched(vector: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imaml_ext.ops.batching import channels_first, channels_last, contiguous_per_task
 from imaml_ext.ops.extension import fake
+from imaml_ext.ops.row_slices import destination
 
 Pair = tuple[int, int]
 Window = tuple[int, int, int, int]
@@ -37,7 +38,7 @@ class Conv(torch.autograd.Function):
         g = g.contiguous()
         return (
             ConvDataGradient.apply(g, w, x.shape[2:4], ctx.window) if need_x else None,
-            ConvWeightGradient.apply(x, g, w.shape[3:], ctx.window) if need_w else None,
+            _weight_gradient(ctx, x, g) if need_w else None,
             g.sum((1, 2, 3)) if need_bias else None,
             None,
         )
@@ -59,7 +60,7 @@ class ConvDataGradient(torch.autograd.Function):
         x = x.contiguous()
         return (
             Conv.apply(x, w, None, ctx.window) if need_g else None,
-            ConvWeightGradient.apply(x, g, w.shape[3:], ctx.window) if need_w else None,
+            _weight_gradient(ctx, x, g) if need_w else None,
             None,
             None,
         )
@@ -85,6 +86,20 @@ class ConvWeightGradient(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _weight_gradient(ctx: Any, x: Tensor, g: Tensor) -> Tensor | None:
+    """The gradient of `<g, x * w>` for the operand w of a Function; None if it is written."""
+    to = destination(ctx, 1)
+    kernel = ctx.saved_tensors[1].shape[3:]
+    if to is None:
+        gradient: Tensor = ConvWeightGradient.apply(x, g, kernel, ctx.window)
+        return gradient
+    if to.accumulate:
+        to.part.add_(torch.ops.imaml.conv_weight_gradient(x, g, *kernel, *ctx.window))
+    else:
+        torch.ops.imaml.conv_weight_gradient_(to.part, x, g, *ctx.window)
+    return None
 
 
 class Patches(torch.autograd.Function):
@@ -183,6 +198,11 @@ def _(g, w, in_h, in_w, *window):  # type: ignore[no-untyped-def]
 @fake("conv_weight_gradient")
 def _(x, g, kernel_h, kernel_w, *window):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], g.shape[4], x.shape[4], kernel_h, kernel_w))
+
+
+@fake("conv_weight_gradient_")
+def _(dw, x, g, *window):  # type: ignore[no-untyped-def]
+    return None
 
 
 @fake("patches")

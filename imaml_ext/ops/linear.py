@@ -17,7 +17,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     rows = x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
     if bias is None:
         y = torch.bmm(rows, w.mT)
-    elif is_tracing():  # the compiler fuses a product with a vector, but not baddbmm
+    elif is_tracing():  # a program adds it to the product
         y = torch.bmm(rows, w.mT) + bias.unsqueeze(1)
     else:
         y = torch.baddbmm(bias.unsqueeze(1), rows, w.mT)

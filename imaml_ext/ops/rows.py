@@ -55,6 +55,11 @@ def _(a, b):  # type: ignore[no-untyped-def]
     return a.new_empty((a.shape[0],), dtype=torch.float64)
 
 
+@fake("pull_back")
+def _(x, phi, theta, weight, use):  # type: ignore[no-untyped-def]
+    return x.new_empty((2, x.shape[1]))
+
+
 def cg_step_(
     x: Tensor,
     r: Tensor,
@@ -209,3 +214,25 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     refuse_gradients("row_dot", a, b)
     product: Tensor = torch.ops.imaml.row_dot(a, b)
     return product
+
+
+def pull_back(
+    x: Tensor, phi: Tensor, theta: Tensor, weight: Tensor, use: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`Σ_i w x_i` and `Σ_i w x_i * (phi_i - theta)`, [D] each, where a row's terms may count as 0.
+
+    Reads x and phi once. The weight is applied before the sums; one that is NaN makes them NaN.
+
+    Args:
+        x, phi: [B, D].
+        theta: [D].
+        weight: w, [1].
+        use: [B] int32: 2 for a row that counts; 1 where `phi_i - theta` counts as 0; 0 where x_i
+            does too.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device or layout.
+    """
+    refuse_gradients("pull_back", x, phi, theta, weight)
+    x_sum, product_sum = torch.ops.imaml.pull_back(x, phi, theta, weight, use).unbind(0)
+    return x_sum, product_sum

@@ -15,17 +15,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
-from torch.autograd import forward_ad
 
 from imaml_ext._checks import check_choice
 from imaml_ext.ops.batch_norm import batch_norm, batch_norm_relu
-from imaml_ext.ops.batching import call_with_tasks
+from imaml_ext.ops.batching import call_with_tasks, is_only_transform
 from imaml_ext.ops.conv import Pair, direct_conv2d, patches_conv2d
 from imaml_ext.ops.linear import linear
 from imaml_ext.ops.vmap_forms import FORMS, VmapForms
@@ -46,12 +45,7 @@ def task_layers(device: torch.device) -> AbstractContextManager[Any]:
     return _TaskLayers(_FORMS[name])
 
 
-class _Form(NamedTuple):
-    conv2d: Callable[..., Tensor]
-    positive: bool  # batch norm also writes its positive part: cheaper than launching a ReLU
-
-
-_FORMS = {"direct": _Form(direct_conv2d, False), "patches": _Form(patches_conv2d, True)}
+_FORMS: dict[str, Callable[..., Tensor]] = {"direct": direct_conv2d, "patches": patches_conv2d}
 
 _REAL = (torch.float32, torch.float64)
 
@@ -60,9 +54,9 @@ _NEED_CONTIGUOUS = (torch.Tensor.view, torch.Tensor.view_as, F.group_norm, torch
 
 
 class _TaskLayers(VmapForms):
-    def __init__(self, form: _Form) -> None:
+    def __init__(self, conv2d: Callable[..., Tensor]) -> None:
         super().__init__()
-        self._form = form
+        self._conv2d_form = conv2d
         self._previous: tuple[Any, ...] | None = None  # set if the last call was a batch norm
 
     def __torch_function__(
@@ -104,7 +98,7 @@ class _TaskLayers(VmapForms):
         if input.shape[1] != weight.shape[1]:
             return None  # torch raises the error
         window = *_pair(stride), *_pair(padding)
-        return call_with_tasks(partial(self._form.conv2d, window=window), input, weight, bias)
+        return call_with_tasks(partial(self._conv2d_form, window=window), input, weight, bias)
 
     def _batch_norm(
         self,
@@ -124,15 +118,15 @@ class _TaskLayers(VmapForms):
         # torch raises the errors: one value per channel, and other invalid arguments.
         if input.dim() < 2 or input.numel() <= input.shape[1] or eps <= 0:
             return None
-        function = partial(batch_norm, eps=eps, positive=self._form.positive)
+        function = partial(batch_norm, eps=eps)
         y, positive, *statistics = call_with_tasks(function, input, weight, bias)
         version = _functorch.get_unwrapped(y)._version
-        self._previous = (y, positive, input, weight, bias, *statistics), eps, version
+        self._previous = y, (positive, input, weight, bias, *statistics), eps, version
         return y
 
     def _relu(self, previous: tuple[Any, ...], input: Tensor, inplace: bool = False) -> Any:
-        operands, eps, version = previous
-        if input is not operands[0] or inplace or not _have_tasks(input):
+        y, operands, eps, version = previous
+        if input is not y or inplace or not _have_tasks(input):
             return None
         if _functorch.get_unwrapped(input)._version != version:
             return None
@@ -180,9 +174,9 @@ def _pair(value: int | Sequence[int]) -> Pair:
 def _have_tasks(first: Tensor, *others: Tensor | None) -> bool:
     """Whether vmap is the only active transform, and every tensor has a task dimension."""
     dtype = first.dtype
-    if _functorch.maybe_current_level() != 1 or forward_ad._current_level >= 0:
+    if not is_only_transform() or dtype not in _REAL:
         return False
-    if dtype not in _REAL or torch.is_autocast_enabled(first.device.type):
+    if torch.is_autocast_enabled(first.device.type):
         return False
     for tensor in (first, *others):  # a loop is much faster here than all()
         if tensor is not None and not (

@@ -77,8 +77,11 @@ class LamOperator:
         if self.is_dense:
             product = _matmul(x.T, displacement)
             return -0.5 * (product + product.T)
-        diagonal = -(x * displacement).sum(0)
-        return diagonal.sum().reshape(1) if self.values.numel() == 1 else diagonal
+        return self.gradient_of_products((x * displacement).sum(0))
+
+    def gradient_of_products(self, products: Tensor) -> Tensor:
+        """The gradient for a scalar or diagonal Λ, from `Σ_i x_i * (phi_i - theta)`, [D]."""
+        return -(products.sum().reshape(1) if self.values.numel() == 1 else products)
 
 
 def flatten_lam(layout: Layout, lam: Any) -> Tensor:

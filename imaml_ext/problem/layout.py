@@ -1,11 +1,15 @@
 """The parameter layout: named tensors as flat rows. No other module handles names and shapes."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
+
+from imaml_ext.ops.batching import call_with_tasks, is_only_transform
+from imaml_ext.ops.row_slices import RowSlices
 
 Params = dict[str, Tensor]
 
@@ -87,6 +91,13 @@ class Layout:
             name: part if len(shape) == 1 else part.reshape(batch + shape)
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
+
+    def slices(self, row: Tensor) -> Params:
+        """As `unflatten` of the row of a task that vmap maps; see `RowSlices`."""
+        if not is_only_transform():
+            return self.unflatten(row)
+        slices = partial(RowSlices.apply, shapes=self.shapes.values(), sizes=self.sizes)
+        return dict(zip(self.shapes, call_with_tasks(slices, row), strict=True))
 
     def check_like_parameters(self, label: str, tensor: Any) -> None:
         if not isinstance(tensor, Tensor):

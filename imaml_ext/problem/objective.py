@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from imaml_ext._checks import check_scalar
 from imaml_ext.ops.batching import for_each_task
+from imaml_ext.ops.row_slices import WritingRows
 from imaml_ext.ops.vmap_layers import task_layers
 from imaml_ext.problem.batch import check_constant, count_tasks, versions
 from imaml_ext.problem.captured import captured_message, leaves_besides
@@ -291,7 +292,7 @@ class Objective:
             self.usage.end()
 
     def _params(self, row: Tensor) -> Params:
-        return self.layout.unflatten(row) | self.shared
+        return self.layout.slices(row) | self.shared
 
     def _one_loss(self, row: Tensor, data: Any) -> Tensor:
         return self._scalar(self._evaluate(call_loss, self.loss, self._params(row), data))
@@ -368,7 +369,7 @@ def _vjp(
     """`vector' d outputs / d inputs`; zero where `outputs` does not depend on `inputs`."""
     if not outputs.requires_grad:
         return torch.zeros_like(inputs)
-    with torch.set_grad_enabled(create_graph):
+    with torch.set_grad_enabled(create_graph), WritingRows():
         (product,) = torch.autograd.grad(
             outputs,
             inputs,

@@ -36,7 +36,11 @@ def with_fused_sums(
         if each.name == "add" and each.scalars == (1.0,):
             for product, other in (each.operands, each.operands[::-1]):
                 at = writer.get(product.buffer)
-                if at is None or uses[product.buffer] > 1 or not _is_complete(product, each.arrays[0]):
+                if (
+                    at is None
+                    or uses[product.buffer] > 1
+                    or not _is_complete(product, each.arrays[0])
+                ):
                     continue
                 matmul = fused[at]
                 if matmul is None or matmul.name != "matmul" or len(matmul.arrays) > 3:

@@ -416,7 +416,13 @@ class Lowering:
         return results if len(results) > 1 else results[0]
 
     def _inserted(
-        self, a: Array, value: Array, dim: int = 0, start: int | None = 0, end: Any = None, step: int = 1
+        self,
+        a: Array,
+        value: Array,
+        dim: int = 0,
+        start: int | None = 0,
+        end: Any = None,
+        step: int = 1,
     ) -> Array:
         """The array with `value` in place of a slice."""
         if step != 1:

@@ -27,7 +27,6 @@ from imaml_ext.training.optimisation import Optimisation
 from imaml_ext.training.record import ENTRIES, DeferredRecord, Pending, measure
 from imaml_ext.training.snapshot import ScheduleSnapshot
 
-
 Compile = Literal["auto", "on", "off"]
 
 _EAGER_STEPS = 20  # of a training on the CPU: recording takes as long as some of them

@@ -43,6 +43,9 @@ OPERATORS = {
     ),
     "prox_norms": Operator(f"phi:BD:t {PROX}", ("result",)),
     "row_dot": Operator("a:BD:t b:BD:t", ("result",)),
+    "pull_back": Operator(
+        "x:BD:t phi:BD:t theta:D:t weight:1:t use:B:i", ("x_sum", "product_sum")
+    ),
     "conv": Operator("x:BNHWC:t w:BOCKM:t bias:BO:t?", ("result",), "images", False),
     "conv_data_gradient": Operator("g:BNPQO:t w:BOCKM:t", ("result",), "images", False),
     "conv_weight_gradient": Operator("x:BNHWC:t g:BNPQO:t", ("result",), "images", False),
@@ -105,7 +108,7 @@ def sizes_of(draw, kind):
     if kind == "rows":
         dim = draw(sampled(0, 1, 2, 3, 15, 16, 17, 31, 255, 256, 257, 4095, 4096, 4097, 8193))
         rows = draw(sampled(0, 1, 2, 3, 17)) if dim < 4000 else draw(sampled(1, 2))
-        return {"B": rows, "D": dim, "L": draw(sampled(1, dim))}
+        return {"B": rows, "D": dim, "L": draw(sampled(1, dim)), "1": 1}
     size = {name: draw(st.integers(1, 3)) for name in "BNKM"}
     size |= {"O": draw(sampled(1, 2, 7, 8, 9, 16, 17)), "C": draw(sampled(1, 2, 5, 6, 7, 8, 17))}
     for side, kernel, out in (("H", "K", "P"), ("W", "M", "Q")):
@@ -219,7 +222,7 @@ def with_gaps(w, how):
 
 def is_valid(call):
     """Whether the call is valid according to the documentation of its operator."""
-    spec, numbers, size = OPERATORS[call.operator], call.numbers, {}
+    spec, numbers, size = OPERATORS[call.operator], call.numbers, {"1": 1}
     present = {n: t for n, t in call.by_name.items() if t is not None}
     dtypes = {
         present[name].dtype

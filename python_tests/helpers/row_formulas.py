@@ -133,6 +133,25 @@ def row_dot(o):
     return {"result": ((a * b).sum(1), _sums_slack(slack))}
 
 
+def pull_back(o):
+    rounding, use = Rounding(o["x"].dtype), o["use"][:, None]
+    x, phi, theta, weight = (o[name].double() for name in ("x", "phi", "theta", "weight"))
+    x = torch.where(use > 0, x, 0.0) * weight
+    size = torch.where(use > 0, size_of(o["x"]), 0.0) * size_of(weight)
+    displacement = torch.where(use > 1, phi - theta, 0.0)
+    displacement_size = torch.where(use > 1, size_of(phi) + size_of(theta), 0.0)
+    products = size * displacement_size
+    # x, the displacement and the weighted x are rounded; so are the sums.
+    rounds = rounding.slack(size), rounding.slack(displacement_size), rounding.slack(products)
+    slack = rounds[0] * displacement_size + size * rounds[1] + rounds[0] * rounds[1] + rounds[2]
+    return {
+        "x_sum": (x.sum(0), _sums_slack(rounds[0].sum(0) + rounding.slack(size.sum(0)))),
+        "product_sum": (
+            (x * displacement).sum(0), _sums_slack(slack.sum(0) + rounding.slack(products.sum(0))),
+        ),
+    }  # fmt: skip
+
+
 def _sums_slack(slack):
     return slack.nan_to_num(torch.inf, torch.inf) + 1e-300
 

@@ -18,6 +18,7 @@ def operands():
         "conv": (x, w, torch.rand(2, 6), 2, 1, 1, 0),
         "conv_data_gradient": (g, w, 5, 4, 2, 1, 1, 0),
         "conv_weight_gradient": (x, g, 3, 2, 2, 1, 1, 0),
+        "conv_weight_gradient_": (torch.empty_like(w), x, g, 2, 1, 1, 0),
         "patches": (x, 3, 2, 2, 1, 1, 0),
         "patches_transpose": (torch.rand(2, 27, 12), 5, 4, 3, 2, 2, 1, 1, 0),
         "batch_norm": (rows, channels, channels, 1e-5, True),
@@ -29,6 +30,29 @@ def operands():
 @pytest.mark.parametrize("name", operands())
 def test_an_operator_passes_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.imaml, name).default, operands()[name])
+
+
+def test_weight_gradients_are_written_to_slices_of_rows():
+    x, g, *_ = operands()["conv_weight_gradient"]
+    rows = torch.full((2, 100), torch.nan)
+    slices = rows[:, 10:82].view(2, 6, 2, 3, 2)
+    torch.ops.imaml.conv_weight_gradient_(slices, x, g, 2, 1, 1, 0)
+    want = torch.nn.grad.conv2d_weight(
+        x[1].permute(0, 3, 1, 2), (6, 2, 3, 2), g[1].permute(0, 3, 1, 2), (2, 1), (1, 0)
+    )
+    torch.testing.assert_close(rows[1, 10:82], want.flatten())
+    assert rows[:, :10].isnan().all()
+    assert rows[:, 82:].isnan().all()
+
+
+def test_weight_gradients_are_not_written_where_they_overlap():
+    x, g, *_ = operands()["conv_weight_gradient"]
+    memory = torch.rand(400)
+    x_in_memory = memory[80:].as_strided(x.shape, x.stride())
+    for stride, images, match in ((0, x, "must not overlap"), (100, x_in_memory, "share memory")):
+        dw = memory.as_strided((2, 6, 2, 3, 2), (stride, 12, 6, 2, 1))
+        with pytest.raises(RuntimeError, match=match):
+            torch.ops.imaml.conv_weight_gradient_(dw, images, g, 2, 1, 1, 0)
 
 
 ON_BOTH = [name for name in operands() if not name.startswith("conv")]
@@ -92,6 +116,21 @@ def test_an_invalid_window_is_refused(window, message):
         torch.ops.imaml.conv(torch.rand(1, 1, 2, 2, 1), torch.rand(1, 1, 1, 3, 3), None, *window)
 
 
+def test_statistics_do_not_overflow_where_squares_do(dtype, device):
+    x = torch.randn(2, 70, 3, dtype=dtype, device=device)
+    ones, zeros = torch.ones_like(x[:, 0]), torch.zeros_like(x[:, 0])
+    y, _, mean, scale = torch.ops.imaml.batch_norm(1e25 * x, ones, zeros, 1e-5, False)
+    double = x.double()
+    expected = (double - double.mean(1, True)) / double.std(1, correction=0, keepdim=True)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    a, g = torch.randn(2, *x.shape, dtype=dtype, device=device)
+    operands = 1e25 * a, zeros, zeros, 1e25 * g, 1e25 * x, ones, zeros, mean, scale
+    got = torch.ops.imaml.batch_norm_double_backward(*operands, False)[2]
+    g = g.double() - g.double().mean(1, True) - (expected * g).mean(1, True) * expected
+    to_gamma = (a * g).sum(1) / double.std(1, correction=0)
+    torch.testing.assert_close(1e-25 * got.double(), to_gamma, rtol=1e-4, atol=1e-4)
+
+
 def test_statistics_survive_a_large_mean_and_a_constant_channel(dtype, device):
     torch.manual_seed(0)
     x = torch.randn(2, 500, 3, dtype=torch.float64)
@@ -133,7 +172,7 @@ def test_batch_norm_and_convolution_pass_gradgradcheck():
         return torch.randn(*shape, 2, dtype=torch.float64)[..., 0].requires_grad_()
 
     def norm(x, gamma, beta):
-        return batch_norm(x, gamma, beta, eps=0.1, positive=True)[0].sin()
+        return batch_norm(x, gamma, beta, eps=0.1)[0].sin()
 
     operands = random(2, 2, 2, 3, 3), random(2, 3, 2, 3, 2), random(2, 3)
     for conv2d in (direct_conv2d, patches_conv2d):

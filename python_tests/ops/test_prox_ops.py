@@ -74,6 +74,23 @@ def test_prox_norms_and_row_dot_are_sums_over_each_row(shape, dtype, device):
     torch.testing.assert_close(ops.row_dot(phi, grad), (p * g).sum(1), rtol=1e-12, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pull_back_sums_over_the_rows_that_count(shape, dtype, device):
+    x, phi = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
+    theta = torch.randn(shape[1], dtype=dtype, device=device)
+    weight = torch.tensor([0.3], dtype=dtype, device=device)
+    use = torch.arange(shape[0], dtype=torch.int32, device=device) % 3
+    x[use == 0], phi[use < 2] = torch.nan, torch.inf  # these must not count
+    got = ops.pull_back(x, phi, theta, weight, use)
+    w, d = 0.3 * x[use > 0].double(), (phi - theta)[use == 2].double()
+    want = w.sum(0), (0.3 * x[use == 2].double() * d).sum(0)
+    for sums, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(sums, expected.to(dtype), rtol=1e-5, atol=1e-5)
+    if shape[0] > 0:
+        nan = ops.pull_back(x, phi, theta, torch.nan * weight, use)
+        assert all(sums.isnan().all() for sums in nan)
+
+
 def test_a_row_that_is_not_running_is_not_updated(dtype, device):
     phi = torch.randn(3, 9, dtype=dtype, device=device)
     before = phi.clone()

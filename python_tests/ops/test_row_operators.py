@@ -53,6 +53,8 @@ def samples(dtype, device):
     )
     yield torch.ops.imaml.prox_norms.default, (phi, grad, theta, lam)
     yield torch.ops.imaml.row_dot.default, (phi, grad)
+    use, weight = torch.tensor([0, 1, 2], dtype=torch.int32, device=device), arguments[-1][:1]
+    yield torch.ops.imaml.pull_back.default, (phi, grad, theta, weight, use)
 
 
 def test_every_operator_passes_opcheck(dtype, device):

@@ -151,7 +151,9 @@ def test_shared_parameters_and_their_new_values():
     assert not programs.refusals
 
 
-@pytest.mark.parametrize("method", ["MAML", "lam", "learned rate", "truncated", "FOMAML", "Reptile"])
+@pytest.mark.parametrize(
+    "method", ["MAML", "lam", "learned rate", "truncated", "FOMAML", "Reptile"]
+)
 def test_methods(method):
     model = mlp()
     loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
@@ -209,9 +211,7 @@ def test_a_loss_that_is_not_a_module_loss():
         "w": torch.randn(4, 3, dtype=torch.float64, generator=generator),
         "b": torch.zeros(3, dtype=torch.float64),
     }
-    support, query = (
-        {"x": x, "y": y, "mask": x[..., 0] > -0.5} for x, y in data()
-    )
+    support, query = ({"x": x, "y": y, "mask": x[..., 0] > -0.5} for x, y in data())
     _, programs = compare(lambda: solve(loss, params, support, query))
     assert not programs.refusals
     scale.fill_(0.5)  # read at every call
@@ -313,7 +313,10 @@ def test_a_program_that_differs_from_pytorch_is_not_used(monkeypatch):
     programs = Programs()
     with programs.use():
         solve(loss, params, data, data)
-    assert "differs from PyTorch's result" in programs.refusals[0]
+    assert programs.refusals == [
+        "a loss whose gradient is not that of the traced operators",
+        *programs.refusals[1:],
+    ]
 
 
 def test_failed_tasks_are_reported():
@@ -336,7 +339,9 @@ def test_errors_are_the_same():
     with Programs().use():
         with pytest.raises(ValueError, match="params"):
             solve(lambda p, d: loss(p, d) * weight, params, support, query)
-        with pytest.raises((RuntimeError, ValueError), match="in model.x. with x .6, 3. float64 of one task"):
+        with pytest.raises(
+            (RuntimeError, ValueError), match="in model.x. with x .6, 3. float64 of one task"
+        ):
             solve(loss, params, (support[0][..., :3], support[1]), query)
 
 

@@ -184,7 +184,9 @@ def _tasks(*tensors):
 def test_results_do_not_depend_on_the_number_of_threads():
     x, y, n = (t.repeat(7, *[1] * (t.dim() - 1)) for t in operands(torch.float32))
     program = TaskProgram(
-        lambda *one: [gradients(FUNCTIONS["softmax"])(*one)], [t[:1] for t in (x, y, n)], [False] * 3
+        lambda *one: [gradients(FUNCTIONS["softmax"])(*one)],
+        [t[:1] for t in (x, y, n)],
+        [False] * 3,
     )
     threads, results = torch.get_num_threads(), []
     try:
@@ -224,7 +226,9 @@ def _written(x):
 def test_inputs_of_another_form_are_refused():
     x, y, n = operands()
     program = TaskProgram(lambda x: [x.exp()], [x[:1]], [False])
-    with pytest.raises(ValueError, match=r"recorded as \[4, 6\] torch.float64, and is now \[4, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"recorded as \[4, 6\] torch.float64, and is now \[4, 5\]"
+    ):
         program(x[..., :5])
     with pytest.raises(ValueError, match="is now .* torch.float32"):
         program(x.float())

@@ -140,10 +140,11 @@ class LinearSolver(ABC):
         """Solve the system. Rows may be left RUNNING or not finite: `solve` sets their status."""
 
 
-def squared_tolerance(b: Tensor, rtol: float, atol: float) -> Tensor:
-    """`max(atol, rtol |b|, eps |b|)²` of every row, [B] float64."""
+def squared_tolerance(b: Tensor, rtol: float, atol: float, bb: Tensor | None = None) -> Tensor:
+    """`max(atol, rtol |b|, eps |b|)²` of every row, [B] float64. `bb` is b·b, if it is known."""
     rtol = max(rtol, torch.finfo(b.dtype).eps)
-    return (rtol * rtol * row_dot(b, b)).clamp_min(atol * atol)
+    bb = row_dot(b, b) if bb is None else bb
+    return (rtol * rtol * bb).clamp_min(atol * atol)
 
 
 def initial_status(rr: Tensor, tol2: Tensor) -> Tensor:
@@ -190,11 +191,15 @@ def with_true_residual(
 def finished(solution: Solution) -> Solution:
     """The solution with final statuses: MAX_ITER instead of RUNNING, NONFINITE if not finite."""
     x, status = solution.value, solution.status
-    finite = x.isfinite().all(1) & (status != Status.NONFINITE)
+    finite = status != Status.NONFINITE
+    # A finite sum of squares, without a pass that writes, has finite terms only.
+    if not (may_read_values(x) and bool((finite & row_dot(x, x).isfinite()).all())):
+        finite &= x.isfinite().all(1)
+        x = torch.where(finite[:, None], x, 0.0)
     status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status)
     return replace(
         solution,
-        value=torch.where(finite[:, None], x, 0.0),
+        value=x,
         status=torch.where(finite, status, Status.NONFINITE).to(torch.int32),
         residual=torch.where(finite, solution.residual, torch.nan),
     )

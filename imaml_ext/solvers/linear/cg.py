@@ -130,9 +130,10 @@ def _iterate(
     r = r0.clone()
     inverse = None if preconditioner is None else _inverse(preconditioner, b)
     rr = row_dot(r, r)
-    tol2 = squared_tolerance(b, rtol, atol)
+    tol2 = squared_tolerance(b, rtol, atol, rr if x0 is None else None)
     status = initial_status(rr, tol2)
-    x = torch.where(rr.isfinite()[:, None], x, 0.0)
+    if x0 is not None:
+        x = torch.where(rr.isfinite()[:, None], x, 0.0)
     start = _Start(r0, rr.sqrt(), None if x0 is None else x.clone())
     p = r.clone() if inverse is None else inverse * r
     rz = None if inverse is None else row_dot(r, p)
