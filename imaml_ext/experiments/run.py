@@ -132,10 +132,10 @@ def train_to_end(
                 trainer.step()
                 if not leads:
                     continue
-                if not told and trainer.programs is not None:
-                    if text := trainer.programs.describe():
-                        bar.write(text, file=sys.stderr)
-                        told = True
+                text = "" if told or trainer.programs is None else trainer.programs.describe()
+                if text:
+                    bar.write(text, file=sys.stderr)
+                    told = True
                 if time.monotonic() >= shown + _SHOWN_EVERY:
                     bar.set_postfix(_postfix(trainer), refresh=False)
                     shown = time.monotonic()

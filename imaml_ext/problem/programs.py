@@ -87,7 +87,7 @@ class Programs:
 
 
 def recorded(objective: Any) -> "Recorded | None":
-    """The programs of an objective; None outside of `Programs.use`, or where they cannot be used."""
+    """The programs of an objective; None outside of `Programs.use`, and where there are none."""
     active = _active.get()
     if active is None or is_recording() or objective.usage is not None:
         return None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -63,17 +63,17 @@ class Array:
     def expanded(self, shape: Sequence[int]) -> "Array":
         return self.view(lambda t: t.expand(tuple(shape)))
 
-    def view(self, function: Callable[[Tensor], Any]) -> Any:
-        """The array, or arrays, that `function` returns for a tensor of these strides.
+    def view(self, function: Callable[[Tensor], Tensor]) -> "Array":
+        """The array that `function` returns for a tensor of these strides.
 
         Raises:
             RuntimeError: there is no such view.
         """
-        meta = self._meta()
-        result = function(meta)
-        if isinstance(result, (tuple, list)):
-            return [self._of(view) for view in result]
-        return self._of(result)
+        return self._of(function(self._meta()))
+
+    def views(self, function: Callable[[Tensor], Sequence[Tensor]]) -> list["Array"]:
+        """As `view`, for several views."""
+        return [self._of(view) for view in function(self._meta())]
 
     def _of(self, view: Tensor) -> "Array":
         return replace(

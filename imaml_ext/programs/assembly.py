@@ -35,37 +35,30 @@ def with_fused_sums(
     for each in instructions:
         if each.name == "add" and each.scalars == (1.0,):
             for product, other in (each.operands, each.operands[::-1]):
-                at = writer.get(product.buffer)
-                if (
-                    at is None
-                    or uses[product.buffer] > 1
-                    or not _is_complete(product, each.arrays[0])
-                ):
+                at = writer.get(product.buffer, -1)
+                if at < 0 or uses[product.buffer] > 1:
                     continue
-                matmul = fused[at]
-                if matmul is None or matmul.name != "matmul" or len(matmul.arrays) > 3:
-                    continue
-                moved = _matmul_into(matmul, product, each.arrays[0], other)
-                if moved is not None:
-                    fused[at] = None
-                    each = moved
+                sum_ = _matmul_plus(fused[at], product, each.arrays[0], other)
+                if sum_ is not None:
+                    fused[at], each = None, sum_
                     break
         writer |= {a.buffer: len(fused) for a in each.results}
         fused.append(each)
     return [each for each in fused if each is not None]
 
 
-def _is_complete(product: Array, result: Array) -> bool:
-    return product.size == product.buffer.size == result.size
-
-
-def _matmul_into(
-    matmul: Instruction, product: Array, result: Array, other: Array
+def _matmul_plus(
+    matmul: Instruction | None, product: Array, result: Array, other: Array
 ) -> Instruction | None:
-    """The matmul, writing to `result` instead of `product`, a view of its own result, plus `other`.
+    """An addition to a matrix product as one instruction.
 
-    None if the loops of the addition are not those of the matmul's result, possibly transposed.
+    None if `matmul` is no plain matrix product, or if `product`, a view of its result, is only a
+    part of it, or has merged its dimensions.
     """
+    if matmul is None or matmul.name != "matmul" or len(matmul.arrays) > 3:
+        return None
+    if not product.size == product.buffer.size == result.size:
+        return None
     kept = [d for d in range(len(matmul.sizes)) if d != len(matmul.sizes) - 1]
     own = matmul.arrays[0]
     order: list[int] = []  # dimension of `product` for each loop of the matmul

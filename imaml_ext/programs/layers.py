@@ -37,7 +37,7 @@ def _conv(x: Sequence[int], y: Sequence[int], w: Sequence[int], window: Sequence
     return (*x[1:], *y[2:4], w[1], *w[3:], *window), ()
 
 
-LAYERS = {
+LAYERS: dict[Any, Layer] = {
     torch.ops.imaml.conv.default: Layer(
         "conv", 3, lambda a, r: _conv(a[0].shape, r[0], a[1].shape, a[3:7])
     ),

@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,15 +47,15 @@ class Instruction:
         return self.arrays[self.written :]
 
 
-_UNARY = {
+_UNARY: dict[Any, str] = {
     getattr(aten, name).default: name
     for name in (
         "neg", "abs", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "sin", "cos",
         "tanh", "sigmoid", "erf", "relu", "floor", "ceil", "sign",
     )
 } | {aten.sgn.default: "sign"}  # fmt: skip
-_TESTS = {aten.logical_not.default: "logical_not", aten.isnan.default: "isnan"}
-_BINARY = {
+_TESTS: dict[Any, str] = {aten.logical_not.default: "logical_not", aten.isnan.default: "isnan"}
+_BINARY: dict[Any, str] = {
     getattr(getattr(aten, name), overload): name
     for name in ("add", "sub", "mul", "div")
     for overload in ("Tensor", "Scalar")
@@ -67,7 +68,7 @@ _BINARY = {
     aten.tanh_backward.default: "tanh_backward",
     aten.sigmoid_backward.default: "sigmoid_backward",
 }
-_COMPARISONS = {
+_COMPARISONS: dict[Any, str] = {
     getattr(getattr(aten, name), overload): name
     for name in ("eq", "ne", "lt", "le", "gt", "ge")
     for overload in ("Tensor", "Scalar")
@@ -77,19 +78,19 @@ _COMPARISONS = {
     aten.bitwise_and.Tensor: "logical_and",
     aten.bitwise_or.Tensor: "logical_or",
 }
-_VIEWS = {
+_VIEWS: set[Any] = {
     aten.alias.default, aten.as_strided.default, aten.diagonal.default, aten.expand.default,
     aten.narrow.default, aten.permute.default, aten.select.int, aten.slice.Tensor,
-    aten.split.Tensor, aten.split_with_sizes.default, aten.squeeze.default, aten.squeeze.dim,
-    aten.squeeze.dims, aten.t.default, aten.transpose.int, aten.unbind.int, aten.unsqueeze.default,
-    aten.unfold.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.t.default, aten.transpose.int,
+    aten.unfold.default, aten.unsqueeze.default,
 }  # fmt: skip
-_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
-_SAME = {
+_SPLITS: set[Any] = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+_RESHAPES: set[Any] = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_SAME: set[Any] = {
     aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default, aten.alias.default,
     aten.contiguous.default, aten.lift_fresh.default,
 }  # fmt: skip
-_REDUCTIONS = {
+_REDUCTIONS: dict[Any, str] = {
     aten.sum.default: "sum",
     aten.sum.dim_IntList: "sum",
     aten.mean.default: "sum",
@@ -97,7 +98,7 @@ _REDUCTIONS = {
     aten.amax.default: "amax",
     aten.amin.default: "amin",
 }
-_FILLED = {
+_FILLED: dict[Any, float | None] = {
     aten.zeros_like.default: 0.0,
     aten.ones_like.default: 1.0,
     aten.empty_like.default: math.nan,
@@ -112,7 +113,7 @@ _FILLED = {
 }
 
 
-_IN_PLACE = {
+_IN_PLACE: dict[Any, str] = {
     getattr(getattr(aten, f"{name}_"), overload): name
     for name in ("add", "sub", "mul", "div")
     for overload in ("Tensor", "Scalar")
@@ -163,8 +164,8 @@ class Lowering:
 
     def _lower(self, node: fx.Node) -> Any:
         target: Any = node.target
-        args = fx.node.map_arg(node.args, self._values.__getitem__)
-        kwargs = fx.node.map_arg(dict(node.kwargs), self._values.__getitem__)
+        args: Any = fx.node.map_arg(node.args, self._values.__getitem__)
+        kwargs: Any = fx.node.map_arg(dict(node.kwargs), self._values.__getitem__)
         if target is operator.getitem:
             return args[0][args[1]]
         if target in _IN_PLACE:
@@ -173,6 +174,8 @@ class Lowering:
             return self._filled(node, args)
         if target in _VIEWS:
             return args[0].view(lambda t: target(t, *args[1:], **kwargs))
+        if target in _SPLITS:
+            return args[0].views(lambda t: target(t, *args[1:], **kwargs))
         if target in _RESHAPES:
             return self._reshape(args[0], args[1])
         if target is aten.where.self and _meta(node).dtype.is_floating_point:
@@ -226,7 +229,7 @@ class Lowering:
         name = _IN_PLACE[node.target]
         if name in ("unsqueeze", "squeeze", "transpose", "t"):
             result = a.view(lambda t: getattr(t, name)(*others))
-            self._values[node.args[0]] = result
+            self._values[node.all_input_nodes[0]] = result
             return result
         if name == "fill":
             result = Array.filled(others[0] if others else 0.0, a.shape, a.kind)
@@ -289,7 +292,7 @@ class Lowering:
         return self._known[key]
 
     def _binary(self, name: str, args: Any, kwargs: Any, kind: Kind) -> Array:
-        """Arithmetic. What does not change a value, as `x * 1` and `x + 0`, needs no instruction."""
+        """Arithmetic; without an instruction where it changes no value, as `x * 1`."""
         a, b = args[0], args[1]
         alpha = float(kwargs.get("alpha", args[2] if len(args) > 2 else 1))
         scalars = (alpha,) if name in ("add", "sub") else ()
@@ -308,13 +311,10 @@ class Lowering:
         return self._map(name, (a, b), kind, scalars)
 
     def _folded(self, name: str, a: Any, b: Any, alpha: float, kind: Kind) -> Array:
+        """The result of an operator on two constants, computed in the program's dtype."""
         x, y = (torch.tensor(_constant(each), dtype=self.dtype) for each in (a, b))
-        value = torch.add(x, y, alpha=alpha) if name == "add" else None
-        value = torch.sub(x, y, alpha=alpha) if name == "sub" else value
-        if value is None:
-            value = {"mul": torch.mul, "div": torch.div, "pow": torch.pow}.get(
-                name, getattr(torch, name, None)
-            )(x, y)
+        function: Any = getattr(torch, name, None) or getattr(aten, name)
+        value = function(x, y, alpha=alpha) if name in ("add", "sub") else function(x, y)
         shapes = [each.shape if isinstance(each, Array) else () for each in (a, b)]
         return Array.filled(value.item(), torch.broadcast_shapes(*shapes), kind)
 
@@ -396,7 +396,7 @@ class Lowering:
         shape[dim] = sum(a.shape[dim] for a in arrays)
         result, start = Array.new(shape, arrays[0].kind), 0
         for a in arrays:
-            part = result.view(lambda t, a=a, start=start: t.narrow(dim, start, a.shape[dim]))
+            part = result.view(partial(torch.narrow, dim=dim, start=start, length=a.shape[dim]))
             self._emit("copy", a.shape, [part, a])
             start += a.shape[dim]
         return result
@@ -474,8 +474,8 @@ def _is_view(node: fx.Node) -> bool:
     target: Any = node.target
     if node.op != "call_function":
         return False
-    views = target in _VIEWS or target in _RESHAPES or target in _IN_PLACE
-    return views or target in (aten.detach.default, operator.getitem)
+    views = (_VIEWS, _SPLITS, _RESHAPES, _IN_PLACE, (aten.detach.default, operator.getitem))
+    return any(target in kinds for kinds in views)
 
 
 def _meta(node: fx.Node) -> Any:

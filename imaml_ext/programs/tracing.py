@@ -35,19 +35,20 @@ def trace(
 
 
 _DECOMPOSED = (
-    aten._log_softmax, aten._log_softmax_backward_data, aten._softmax,
-    aten._softmax_backward_data, aten.addcdiv, aten.addcmul, aten.addmm, aten.baddbmm,
-    aten.binary_cross_entropy_with_logits, aten.clamp, aten.clamp_max, aten.clamp_min, aten.dot,
-    aten.elu, aten.elu_backward, aten.gelu, aten.gelu_backward, aten.hardtanh,
-    aten.hardtanh_backward, aten.huber_loss, aten.huber_loss_backward, aten.leaky_relu,
-    aten.leaky_relu_backward, aten.log_sigmoid_backward, aten.log_sigmoid_forward, aten.logsumexp, aten.mish,
-    aten.mish_backward, aten.celu, aten.selu, aten.hardsigmoid, aten.hardsigmoid_backward, aten.hardswish, aten.hardswish_backward, aten.relu6, aten.l1_loss,
-    aten.masked_fill, aten.mse_loss, aten.mse_loss_backward, aten.mv, aten.native_group_norm,
-    aten.native_group_norm_backward, aten.native_layer_norm, aten.native_layer_norm_backward,
-    aten.nll_loss2d_backward, aten.nll_loss2d_forward, aten.nll_loss_backward, aten.nll_loss_forward, aten.rsub, aten.select_backward, aten.silu,
-    aten.silu_backward, aten.slice_backward, aten.smooth_l1_loss, aten.smooth_l1_loss_backward,
-    aten.softplus, aten.softplus_backward, aten.square, aten.stack, aten.std, aten.var,
-    aten.var_mean,
+    aten._log_softmax, aten._log_softmax_backward_data, aten._softmax, aten._softmax_backward_data,
+    aten.addcdiv, aten.addcmul, aten.addmm, aten.baddbmm, aten.binary_cross_entropy_with_logits,
+    aten.celu, aten.clamp, aten.clamp_max, aten.clamp_min, aten.dot, aten.elu, aten.elu_backward,
+    aten.gelu, aten.gelu_backward, aten.hardsigmoid, aten.hardsigmoid_backward, aten.hardswish,
+    aten.hardswish_backward, aten.hardtanh, aten.hardtanh_backward, aten.huber_loss,
+    aten.huber_loss_backward, aten.l1_loss, aten.leaky_relu, aten.leaky_relu_backward,
+    aten.log_sigmoid_backward, aten.log_sigmoid_forward, aten.logsumexp, aten.masked_fill,
+    aten.mish, aten.mish_backward, aten.mse_loss, aten.mse_loss_backward, aten.mv,
+    aten.native_group_norm, aten.native_group_norm_backward, aten.native_layer_norm,
+    aten.native_layer_norm_backward, aten.nll_loss2d_backward, aten.nll_loss2d_forward,
+    aten.nll_loss_backward, aten.nll_loss_forward, aten.relu6, aten.rsub, aten.select_backward,
+    aten.selu, aten.silu, aten.silu_backward, aten.slice_backward, aten.smooth_l1_loss,
+    aten.smooth_l1_loss_backward, aten.softplus, aten.softplus_backward, aten.square, aten.stack,
+    aten.std, aten.var, aten.var_mean,
 )  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def test_nan_and_infinity_propagate_as_in_pytorch():
 
 
 def test_inputs_may_be_strided_and_shared():
-    x, y, n = operands()
+    x, y, _ = operands()
     rows = torch.randn(TASKS, 40, dtype=torch.float64)
     weights = rows[:, 3:27].view(TASKS, 4, 6)  # contiguous within a task
     check(lambda x, w: x @ w.mT, x, weights)
@@ -224,13 +224,13 @@ def _written(x):
 
 
 def test_inputs_of_another_form_are_refused():
-    x, y, n = operands()
+    x, _, _ = operands()
     program = TaskProgram(lambda x: [x.exp()], [x[:1]], [False])
     with pytest.raises(
         ValueError, match=r"recorded as \[4, 6\] torch.float64, and is now \[4, 5\]"
     ):
         program(x[..., :5])
-    with pytest.raises(ValueError, match="is now .* torch.float32"):
+    with pytest.raises(ValueError, match=r"is now .* torch.float32"):
         program(x.float())
 
 
