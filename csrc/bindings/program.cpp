@@ -2,6 +2,10 @@
 // scalars), an operand a tuple (slot, offset, strides); see cpu/program.h. Buffers are passed as
 // addresses, so that a call costs no more than the conversion of a few integers; that they are
 // valid and large enough (`extents`) is the caller's responsibility.
+//
+// `descend` and `conjugate_gradient` repeat a program together with a kernel of rows.h, task by
+// task; their buffers are those of ProxArgs (phi, grad, theta, lam, velocity or 0) and of CgArgs (x
+// to lam, inverse or 0, rr to beta), curvature and beta with a row for each iteration.
 #include "bindings/program.h"
 
 #include <pybind11/stl.h>
@@ -11,6 +15,7 @@
 
 #include "bindings/parallel.h"
 #include "cpu/program.h"
+#include "cpu/rows.h"
 
 namespace imaml {
 namespace {
@@ -56,12 +61,89 @@ constexpr auto parallel_for = [](int64_t n, int64_t grain, const auto& body) {
       &body);
 };
 
-void run(const cpu::Program& program, int64_t tasks, const std::vector<std::uintptr_t>& pointers,
-         const std::vector<int64_t>& strides) {
+using Address = std::uintptr_t;
+
+void repeat(const cpu::Program& program, int64_t times, int64_t tasks,
+            const std::vector<Address>& pointers, const std::vector<int64_t>& strides,
+            const cpu::After& after) {
   std::vector<void*> buffers;
-  for (const std::uintptr_t one : pointers) buffers.push_back(reinterpret_cast<void*>(one));
-  if (!program.run(tasks, buffers, strides, parallel_for))
+  for (const Address one : pointers) buffers.push_back(reinterpret_cast<void*>(one));
+  if (!program.repeat(times, tasks, buffers, strides, parallel_for, after))
     throw std::out_of_range("an index of gather or scatter is out of range");
+}
+
+void run(const cpu::Program& program, int64_t tasks, const std::vector<Address>& pointers,
+         const std::vector<int64_t>& strides) {
+  repeat(program, 1, tasks, pointers, strides, [](int64_t, int64_t) { return true; });
+}
+
+// A buffer of an array of addresses.
+template <typename T>
+T* at(const std::vector<Address>& buffers, std::size_t index) {
+  return reinterpret_cast<T*>(buffers.at(index));
+}
+
+template <typename T>
+void descend_as(const cpu::Program& program, int64_t steps, int64_t tasks,
+                const std::vector<Address>& pointers, const std::vector<int64_t>& strides,
+                const std::vector<Address>& buffers, int64_t dim, int64_t lam_stride, double lr,
+                double momentum, bool nesterov) {
+  const ProxArgs<T> args{at<T>(buffers, 0),
+                         at<const T>(buffers, 1),
+                         at<const T>(buffers, 2),
+                         at<const T>(buffers, 3),
+                         lam_stride,
+                         /*status=*/nullptr,
+                         tasks,
+                         dim};
+  const Descent<T> rule{at<T>(buffers, 4), static_cast<T>(lr), static_cast<T>(momentum), nesterov};
+  repeat(program, steps, tasks, pointers, strides, [&](int64_t task, int64_t) {
+    cpu::prox_step_row(args, rule, task, cpu::Serial{});
+    return true;
+  });
+}
+
+template <typename T>
+void iterate_as(const cpu::Program& program, int64_t iterations, int64_t tasks,
+                const std::vector<Address>& pointers, const std::vector<int64_t>& strides,
+                const std::vector<Address>& buffers, int64_t dim, int64_t lam_stride,
+                double damping) {
+  CgArgs<T> args{.x = at<T>(buffers, 0),
+                 .r = at<T>(buffers, 1),
+                 .p = at<T>(buffers, 2),
+                 .hp = at<const T>(buffers, 3),
+                 .lam = at<const T>(buffers, 4),
+                 .lam_stride = lam_stride,
+                 .damping = static_cast<T>(damping),
+                 .inverse = at<const T>(buffers, 5),
+                 .rr = at<double>(buffers, 6),
+                 .rz = at<double>(buffers, 7),
+                 .tol2 = at<const double>(buffers, 8),
+                 .status = at<std::int32_t>(buffers, 9),
+                 .steps = at<std::int32_t>(buffers, 10),
+                 .curvature = at<double>(buffers, 11),
+                 .beta = at<double>(buffers, 12),
+                 .rows = tasks,
+                 .dim = dim};
+  repeat(program, iterations, tasks, pointers, strides, [&](int64_t task, int64_t k) {
+    CgArgs<T> now = args;
+    now.curvature += k * tasks;
+    now.beta += k * tasks;
+    cpu::cg_step_row(now, task, cpu::Serial{});
+    return args.status[task] == kRunning;
+  });
+}
+
+template <typename... Args>
+void descend(const cpu::Program& program, Args... args) {
+  program.type() == cpu::DType::kFloat32 ? descend_as<float>(program, args...)
+                                         : descend_as<double>(program, args...);
+}
+
+template <typename... Args>
+void iterate(const cpu::Program& program, Args... args) {
+  program.type() == cpu::DType::kFloat32 ? iterate_as<float>(program, args...)
+                                         : iterate_as<double>(program, args...);
 }
 
 }  // namespace
@@ -73,6 +155,18 @@ void define_program(pybind11::module_& m) {
            py::arg("slots"), py::arg("instructions"))
       .def_property_readonly("extents", &cpu::Program::extents)
       .def("run", &run, py::arg("tasks"), py::arg("pointers"), py::arg("strides"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("descend",
+           &descend<int64_t, int64_t, const std::vector<Address>&, const std::vector<int64_t>&,
+                    const std::vector<Address>&, int64_t, int64_t, double, double, bool>,
+           py::arg("steps"), py::arg("tasks"), py::arg("pointers"), py::arg("strides"),
+           py::arg("buffers"), py::arg("dim"), py::arg("lam_stride"), py::arg("lr"),
+           py::arg("momentum"), py::arg("nesterov"), py::call_guard<py::gil_scoped_release>())
+      .def("conjugate_gradient",
+           &iterate<int64_t, int64_t, const std::vector<Address>&, const std::vector<int64_t>&,
+                    const std::vector<Address>&, int64_t, int64_t, double>,
+           py::arg("iterations"), py::arg("tasks"), py::arg("pointers"), py::arg("strides"),
+           py::arg("buffers"), py::arg("dim"), py::arg("lam_stride"), py::arg("damping"),
            py::call_guard<py::gil_scoped_release>());
 }
 

@@ -222,8 +222,9 @@ void Program::check_buffers(int64_t tasks, const std::vector<void*>& pointers,
   }
 }
 
-bool Program::run_tasks(int64_t first, int64_t last, const std::vector<void*>& pointers,
-                        const std::vector<int64_t>& strides) const {
+bool Program::run_tasks(int64_t times, int64_t first, int64_t last,
+                        const std::vector<void*>& pointers, const std::vector<int64_t>& strides,
+                        const After& after) const {
   const int64_t count = static_cast<int64_t>(slots_.size()) + kBuiltinSlots;
   const int64_t pointer_bytes = round_up(count * static_cast<int64_t>(sizeof(char*)));
   const int64_t arena_bytes = round_up(arena_ * size_of(type_));
@@ -237,7 +238,10 @@ bool Program::run_tasks(int64_t first, int64_t last, const std::vector<void*>& p
     for (std::size_t k = 0; k < slots_.size(); ++k)
       slots[k + kBuiltinSlots] =
           static_cast<char*>(pointers[k]) + task * strides[k] * size_of(slots_[k]);
-    for (const Call& call : calls_) call.kernel(call, frame);
+    for (int64_t k = 0; k < times; ++k) {
+      for (const Call& call : calls_) call.kernel(call, frame);
+      if (!after(task, k)) break;
+    }
   }
   return frame.in_range;
 }

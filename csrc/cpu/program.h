@@ -6,8 +6,10 @@
 // by all tasks, slots 2, 3, ... buffers of the caller. Every task is run by one thread, in order:
 // the result has the same bits for any number of threads.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -36,6 +38,8 @@ struct Instruction {
 
 struct Call;  // a prepared instruction
 
+using After = std::function<bool(int64_t task, int64_t run)>;
+
 class Program {
  public:
   // `slots` are the types of slots 2, 3, ... Throws std::invalid_argument.
@@ -54,19 +58,31 @@ class Program {
   template <typename ParallelFor>
   bool run(int64_t tasks, const std::vector<void*>& pointers, const std::vector<int64_t>& strides,
            const ParallelFor& parallel_for) const {
+    return repeat(1, tasks, pointers, strides, parallel_for, [](int64_t, int64_t) { return true; });
+  }
+
+  // Runs every task up to `times` times: after run k of a task, as long as after(task, k) is true.
+  // A task's data stay in cache between its runs.
+  template <typename ParallelFor>
+  bool repeat(int64_t times, int64_t tasks, const std::vector<void*>& pointers,
+              const std::vector<int64_t>& strides, const ParallelFor& parallel_for,
+              const After& after) const {
     check_buffers(tasks, pointers, strides);
     std::atomic<bool> in_range{true};
-    parallel_for(tasks, grain_, [&](int64_t first, int64_t last) {
-      if (!run_tasks(first, last, pointers, strides)) in_range = false;
+    const int64_t grain = std::max<int64_t>(1, grain_ / std::max<int64_t>(1, times));
+    parallel_for(tasks, grain, [&](int64_t first, int64_t last) {
+      if (!run_tasks(times, first, last, pointers, strides, after)) in_range = false;
     });
     return in_range;
   }
 
+  DType type() const { return type_; }
+
  private:
   void check_buffers(int64_t tasks, const std::vector<void*>& pointers,
                      const std::vector<int64_t>& strides) const;
-  bool run_tasks(int64_t first, int64_t last, const std::vector<void*>& pointers,
-                 const std::vector<int64_t>& strides) const;
+  bool run_tasks(int64_t times, int64_t first, int64_t last, const std::vector<void*>& pointers,
+                 const std::vector<int64_t>& strides, const After& after) const;
 
   DType type_;
   int64_t arena_;

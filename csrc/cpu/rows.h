@@ -65,40 +65,50 @@ Sum sum_chunks(int64_t dim, const ParallelFor& parallel_for, const Part& part) {
   return total;
 }
 
+// An iteration of one row; chunks are divided by `within`.
+template <typename T, typename ParallelFor>
+void cg_step_row(const CgArgs<T>& a, int64_t row, const ParallelFor& within) {
+  if (a.status[row] != kRunning) {
+    a.curvature[row] = a.beta[row] = 0;
+    return;
+  }
+  const CgSums sums = sum_chunks<CgSums>(a.dim, within, [&](int64_t begin, int64_t end) {
+    return cg_curvature(a, row, begin, end);
+  });
+  const double rz_old = cg_old_rz(a, row);
+  const CgStep step = cg_step_length<T>(sums, rz_old, a.steps[row]);
+  CgNorms norms;
+  if (step.action != kFreeze)
+    norms = sum_chunks<CgNorms>(a.dim, within, [&](int64_t begin, int64_t end) {
+      return cg_update(a, step, row, begin, end);
+    });
+  const CgDirection next = cg_direction(step, norms, rz_old, a.tol2[row]);
+  if (next.action != kFreeze)
+    for_chunks(a.dim, within, [&](int64_t begin, int64_t end, int64_t) {
+      cg_update_direction(a, next, row, begin, end);
+    });
+  cg_record(a, row, sums, step, next, norms, rz_old);
+}
+
 template <typename T, typename ParallelFor>
 void cg_step(const CgArgs<T>& a, int threads, const ParallelFor& parallel_for) {
-  for_rows(a.rows, a.dim, threads, parallel_for, [&](int64_t row, const auto& within) {
-    if (a.status[row] != kRunning) {
-      a.curvature[row] = a.beta[row] = 0;
-      return;
-    }
-    const CgSums sums = sum_chunks<CgSums>(a.dim, within, [&](int64_t begin, int64_t end) {
-      return cg_curvature(a, row, begin, end);
-    });
-    const double rz_old = cg_old_rz(a, row);
-    const CgStep step = cg_step_length<T>(sums, rz_old, a.steps[row]);
-    CgNorms norms;
-    if (step.action != kFreeze)
-      norms = sum_chunks<CgNorms>(a.dim, within, [&](int64_t begin, int64_t end) {
-        return cg_update(a, step, row, begin, end);
-      });
-    const CgDirection next = cg_direction(step, norms, rz_old, a.tol2[row]);
-    if (next.action != kFreeze)
-      for_chunks(a.dim, within, [&](int64_t begin, int64_t end, int64_t) {
-        cg_update_direction(a, next, row, begin, end);
-      });
-    cg_record(a, row, sums, step, next, norms, rz_old);
-  });
+  for_rows(a.rows, a.dim, threads, parallel_for,
+           [&](int64_t row, const auto& within) { cg_step_row(a, row, within); });
+}
+
+// A step of one row; chunks are divided by `within`.
+template <typename T, typename Rule, typename ParallelFor>
+void prox_step_row(const ProxArgs<T>& a, const Rule& rule, int64_t row, const ParallelFor& within) {
+  if (!prox_is_running(a, row)) return;
+  for_chunks(a.dim, within,
+             [&](int64_t begin, int64_t end, int64_t) { prox_step(a, rule, row, begin, end); });
 }
 
 template <typename T, typename Rule, typename ParallelFor>
 void prox_step(const ProxArgs<T>& a, const Rule& rule, int threads,
                const ParallelFor& parallel_for) {
-  for_rows(a.rows, a.dim, threads, parallel_for, [&](int64_t row, const auto& within) {
-    if (!prox_is_running(a, row)) return;
-    for_chunks(a.dim, within,
-               [&](int64_t begin, int64_t end, int64_t) { prox_step(a, rule, row, begin, end); });
-  });
+  for_rows(a.rows, a.dim, threads, parallel_for,
+           [&](int64_t row, const auto& within) { prox_step_row(a, rule, row, within); });
 }
 
 template <typename T, typename ParallelFor>

@@ -63,6 +63,7 @@ class Objective:
 
     Attributes:
         usage: what the first evaluation of the losses used; None if it is not tracked.
+        recorded: the programs that are used instead of PyTorch's operators; None without.
 
     Raises:
         TypeError: a leaf of the data is not a tensor, or its floating dtype differs from the rows'.
@@ -94,13 +95,13 @@ class Objective:
         self._versions: list[int] | None = versions(data)  # None after the first evaluation
         if check:
             check_constant(data, label)
-        self._recorded = recorded(self)
+        self.recorded = recorded(self)
 
     def with_inputs(self, data: Any, shared: Params) -> "Objective":
         """The same losses at other data, and at other values of the shared parameters."""
         other = copy(self)
         other.data, other.shared = data, shared
-        other._unchecked, other._versions, other._recorded = False, None, None
+        other._unchecked, other._versions, other.recorded = False, None, None
         return other
 
     def of_tasks(self, data: Any, shared: Params) -> "Objective":
@@ -109,8 +110,8 @@ class Objective:
 
     def losses(self, rows: Tensor) -> Tensor:
         """[B] from [B, D]."""
-        if self._recorded is not None:
-            found = self._recorded.losses(rows)
+        if self.recorded is not None:
+            found = self.recorded.losses(rows)
             if found is not None:
                 return found
         return self._losses(rows)
@@ -123,7 +124,7 @@ class Objective:
 
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [B] and gradients [B, D]."""
-        if self._recorded is not None and (found := self._recorded.gradient(rows)) is not None:
+        if self.recorded is not None and (found := self.recorded.gradient(rows)) is not None:
             return found
         leaf, losses = self._record(self._losses, rows)
         self.check_inputs(losses, leaf)
@@ -134,8 +135,8 @@ class Objective:
         """Gradients [B, D], in the graph of `rows` in grad mode."""
         if not torch.is_grad_enabled():
             return self.gradient(rows)[1]
-        if self._recorded is not None and rows.requires_grad:
-            found = self._recorded.differentiable_gradient(rows)
+        if self.recorded is not None and rows.requires_grad:
+            found = self.recorded.differentiable_gradient(rows)
             if found is not None:
                 return found
         at = rows if rows.requires_grad else rows.detach().requires_grad_()
@@ -152,8 +153,8 @@ class Objective:
         The graph of the gradient is recorded once; each product is one backward pass through it.
         The graph is freed with `matvec`.
         """
-        if self._recorded is not None:
-            found = self._recorded.linearise(rows, kind)
+        if self.recorded is not None:
+            found = self.recorded.linearise(rows, kind)
             if found is not None:
                 return Linearisation(*found)
         with self.computing():

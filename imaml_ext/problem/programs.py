@@ -4,7 +4,7 @@ The losses, the gradient, and the Hessian or Gauss-Newton product of one task ar
 and then run for all tasks by one call, whatever the solver.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from imaml_ext._tracing import is_recording
 from imaml_ext.problem.captured import captured_state
 from imaml_ext.programs.lowering import UnsupportedOperator
-from imaml_ext.programs.task_program import TaskProgram
+from imaml_ext.programs.task_program import Continuation, TaskProgram
 
 Piece = Literal["losses", "gradient", "hessian", "ggn"]
 
@@ -124,6 +124,18 @@ class Recorded:
         losses, gradient = program(rows, *self._rest)
         return losses, gradient
 
+    def descend(self, rows: Tensor, **settings: Any) -> bool:
+        """Steps of `prox_gd_` from rows [B, D], which are written; whether there is a program.
+
+        Args:
+            settings: steps, theta, lam and the others of `prox_gd_`.
+        """
+        program = self._program("gradient", rows)
+        if program is None:
+            return False
+        program.descend(rows, *self._rest, **settings)
+        return True
+
     def differentiable_gradient(self, rows: Tensor) -> Tensor | None:
         """Gradients [B, D] in the graph of the rows, for one derivative."""
         if self._program("hessian", rows) is None:
@@ -133,7 +145,7 @@ class Recorded:
 
     def linearise(
         self, rows: Tensor, kind: Literal["hessian", "ggn"]
-    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]] | None:
+    ) -> tuple[Tensor, Tensor, Continuation] | None:
         """Losses [B], gradients [B, D], and the product of the curvature with rows [B, D]."""
         program = self._program(kind, rows)
         if program is None:

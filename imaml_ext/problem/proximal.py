@@ -1,6 +1,7 @@
 """The inner problems of a batch of tasks: a loss for each, and the proximal term."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,17 @@ class Proximal:
             displacement = phi - self.theta
             pull = self.lam.mv(displacement)
             return losses + 0.5 * row_dot(displacement, pull), gradient + pull
+
+    def descend(self, phi: Tensor, **settings: Any) -> bool:
+        """Take all steps of gradient descent from phi [B, D], in place, if one call can.
+
+        Args:
+            settings: `steps`, and lr, velocity, momentum and nesterov as in `prox_gd_`.
+        """
+        recorded = self.objective.recorded
+        if recorded is None or self.lam.is_dense:
+            return False
+        return recorded.descend(phi, theta=self.theta, lam=self.lam.fused, **settings)
 
     def unfused(self, phi: Tensor, gradient: Tensor) -> Tensor:
         """From ∇L at phi, [B, D], the gradient to which the fused kernels add the rest of ∇G."""

@@ -1,7 +1,7 @@
 """From instructions on arrays to programs: fusion, and where each buffer lies in memory."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,35 +148,61 @@ def assemble(
 
 
 def _written_in_place(
-    instructions: Sequence[Instruction], place: dict[Buffer, tuple[int, int]]
+    instructions: Sequence[Instruction], place: Mapping[Buffer, tuple[int, int]]
 ) -> list[Instruction]:
-    """Without copies of whole buffers: the copied buffer is written at its destination."""
-    moves: dict[Buffer, _Move] = {}
+    """Without copies of whole buffers: the copied buffer is written at its destination.
+
+    A matrix product that starts from a buffer which nothing else reads is added to it in place.
+    """
     written = {a.buffer for each in instructions for a in each.results}
     modified = {
         a.buffer for each in instructions if each.name.startswith("scatter") for a in each.results
     }
-    views: dict[Buffer, list[tuple[Array, bool]]] = {}
-    for each in instructions:
-        for a in each.arrays:
-            views.setdefault(a.buffer, []).append((a, len(each.sizes) < len(a.shape)))
+    reads = Counter(a.buffer for each in instructions for a in each.operands)
+    moves = _Moves(instructions)
     kept = []
     for each in instructions:
-        target, source = each.arrays[0], each.arrays[-1]
-        movable = each.name == "copy" and source.buffer in written
-        if movable and source.buffer not in place and source.buffer not in moves:
-            move = None if target.buffer in modified else _move(source, target)
-            if move is not None and all(move.maps(*view) for view in views[source.buffer]):
-                moves[source.buffer] = move
+        source, target = each.arrays[-1], each.arrays[0]
+        free = source.buffer in written and source.buffer not in place
+        if each.name == "copy" and free and target.buffer not in modified:
+            if moves.add(source, target):
                 continue
+        elif each.name == "matmul" and len(each.arrays) > 3 and free and reads[source.buffer] == 1:
+            moves.add(_without_sum(source), _without_sum(target))
         kept.append(each)
+    return [_by_rows(replace(each, arrays=tuple(map(moves.apply, each.arrays)))) for each in kept]
 
-    def moved(a: Array) -> Array:
-        while a.buffer in moves:
-            a = moves[a.buffer].apply(a)
+
+def _without_sum(a: Array) -> Array:
+    """An operand of a matrix product without the loop of the sum."""
+    return replace(a, shape=a.shape[:-1], strides=a.strides[:-1])
+
+
+class _Moves:
+    """Buffers that become parts of others."""
+
+    def __init__(self, instructions: Sequence[Instruction]) -> None:
+        self._moves: dict[Buffer, _Move] = {}
+        # The views of each buffer, and whether a layer uses them.
+        self._views: dict[Buffer, list[tuple[Array, bool]]] = {}
+        for each in instructions:
+            for a in each.arrays:
+                of_layer = len(each.sizes) < len(a.shape)
+                self._views.setdefault(a.buffer, []).append((a, of_layer))
+
+    def add(self, source: Array, target: Array) -> bool:
+        """Let `source`, which must be all of its buffer, lie at `target`; whether that can be."""
+        move, views = _move(source, target), self._views[source.buffer]
+        if source.buffer in self._moves or move is None or not all(move.maps(*v) for v in views):
+            return False
+        self._moves[source.buffer] = move
+        self._views[target.buffer] += [(move.apply(a), of_layer) for a, of_layer in views]
+        return True
+
+    def apply(self, a: Array) -> Array:
+        while a.buffer in self._moves:
+            a = self._moves[a.buffer].apply(a)
         return a
-
-    return [_by_rows(replace(each, arrays=tuple(map(moved, each.arrays)))) for each in kept]
 
 
 def _by_rows(each: Instruction) -> Instruction:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from imaml_ext.ops.batching import contiguous_per_task
 from imaml_ext.ops.extension import extension
@@ -97,7 +98,7 @@ class TaskProgram:
         operands.run(self._first, results)
         return results
 
-    def begin(self, *inputs: Tensor) -> tuple[list[Tensor], Callable[..., Tensor]]:
+    def begin(self, *inputs: Tensor) -> tuple[list[Tensor], "Continuation"]:
         """All results but the last, of the early inputs; and a function of the late inputs.
 
         The function returns the last result, and can be called any number of times.
@@ -106,15 +107,36 @@ class TaskProgram:
         results = [operands.new(shape, self._dtype) for shape in self._shapes[:-1]]
         saved = operands.new((self._saved,), self._dtype)
         operands.run(self._first, [*results, saved])
+        return results, Continuation(
+            self._second, operands, self._late, saved, self._shapes[-1], self._dtype
+        )
 
-        def finish(*late: Tensor) -> Tensor:
-            both = operands.copy()
-            both.add(self._late, late)
-            result = both.new(self._shapes[-1], self._dtype)
-            both.run(self._second, [saved, result])
-            return result
+    def descend(
+        self,
+        phi: Tensor,
+        *others: Tensor,
+        theta: Tensor,
+        lam: Tensor,
+        steps: int,
+        lr: float,
+        velocity: Tensor | None = None,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        """`steps` times this program, whose last result is a gradient at phi, and `prox_gd_`.
 
-        return results, finish
+        Args:
+            phi: the first input, [B, D], contiguous; written.
+            others: the other inputs.
+            theta, lam, lr, velocity, momentum, nesterov: as in `prox_gd_`.
+        """
+        operands = self._operands((phi, *others))
+        results = [operands.new(shape, self._dtype) for shape in self._shapes]
+        buffers = (phi, results[-1], theta.contiguous(), lam.contiguous(), velocity)
+        addresses = [_address(t) for t in buffers]
+        tail = phi.shape[1], int(len(lam) > 1), lr, momentum, nesterov
+        self._first.descend(steps, *operands.arguments(results), addresses, *tail)
+        increment_version((phi,) if velocity is None else (phi, velocity))
 
     def _operands(self, inputs: Sequence[Tensor]) -> "_Operands":
         operands = _Operands(len(inputs[0]))
@@ -182,11 +204,77 @@ class _Operands:
     def new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty((self.tasks, *shape), dtype=dtype)
 
-    def run(self, program: Any, results: Sequence[Tensor]) -> None:
-        """Run a program whose last slots are the results, contiguous."""
+    def arguments(self, results: Sequence[Tensor]) -> tuple[int, list[int], list[int]]:
+        """Of a program whose last slots are the results, contiguous."""
         addresses = self._addresses + [t.data_ptr() for t in results]
         strides = self._strides + [t.stride(0) for t in results]
-        program.run(self.tasks, addresses, strides)
+        return self.tasks, addresses, strides
+
+    def run(self, program: Any, results: Sequence[Tensor]) -> None:
+        program.run(*self.arguments(results))
+
+
+class Continuation:
+    """The rest of a program, as a function of its late inputs [B, ...]."""
+
+    def __init__(
+        self,
+        program: Any,
+        operands: _Operands,
+        late: Sequence[_Input],
+        saved: Tensor,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
+        self._program, self._before, self._late = program, operands, late
+        self._saved, self._shape, self._dtype = saved, shape, dtype
+
+    def __call__(self, *late: Tensor) -> Tensor:
+        operands, result = self._bind(late)
+        operands.run(self._program, [self._saved, result])
+        return result
+
+    def conjugate_gradient(
+        self,
+        p: Tensor,
+        *,
+        x: Tensor,
+        r: Tensor,
+        lam: Tensor,
+        damping: float,
+        rr: Tensor,
+        tol2: Tensor,
+        status: Tensor,
+        steps: Tensor,
+        curvature: Tensor,
+        beta: Tensor,
+        inverse: Tensor | None = None,
+        rz: Tensor | None = None,
+    ) -> None:
+        """Iterations of conjugate gradient with this product, of the late input p: `cg_step_`.
+
+        Args:
+            curvature, beta: [iterations, B], zero before.
+            others: as in `cg_step_`; contiguous.
+        """
+        operands, hp = self._bind((p,))
+        lam = lam.contiguous()
+        buffers = (x, r, p, hp, lam, inverse, rr, rz, tol2, status, steps, curvature, beta)
+        addresses = [_address(t) for t in buffers]
+        tail = p.shape[1], int(len(lam) > 1), damping
+        arguments = operands.arguments([self._saved, hp])
+        self._program.conjugate_gradient(len(curvature), *arguments, addresses, *tail)
+        written = (x, r, p, rr, status, steps, curvature, beta)
+        increment_version(written if rz is None else (*written, rz))
+
+    def _bind(self, late: Sequence[Tensor]) -> tuple[_Operands, Tensor]:
+        operands = self._before.copy()
+        operands.add(self._late, late)
+        return operands, operands.new(self._shape, self._dtype)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _split(

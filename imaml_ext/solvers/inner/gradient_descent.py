@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,18 +78,22 @@ class GradientDescent(InnerSolver):
     def solve(self, problem: Proximal) -> Solution:
         phi = problem.start()
         velocity = torch.zeros_like(phi) if self.momentum else None
+        settings: Any = {
+            "lr": self.lr, "velocity": velocity, "momentum": self.momentum,
+            "nesterov": self.nesterov,
+        }  # fmt: skip
         status = new_status(problem)
         steps = torch.zeros_like(status)
+        if self.tol is None and problem.descend(phi, steps=self.steps, **settings):
+            return unverified(phi, status, steps + self.steps)
         for step in range(self.steps):
             _, gradient = problem.objective.gradient(phi)
             if self.tol is not None:
                 status = update_status(status, problem.residual(phi, gradient), self.tol)
                 if all_done(status, step):
                     break
-            prox_gd_(
-                phi, problem.unfused(phi, gradient), problem.theta, problem.lam.fused, lr=self.lr,
-                velocity=velocity, momentum=self.momentum, nesterov=self.nesterov, status=status,
-            )  # fmt: skip
+            gradient = problem.unfused(phi, gradient)
+            prox_gd_(phi, gradient, problem.theta, problem.lam.fused, status=status, **settings)
             if self.tol is not None:
                 steps += status == Status.RUNNING
         if self.tol is None:

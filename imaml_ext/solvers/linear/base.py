@@ -1,6 +1,7 @@
 """Linear solvers for `(H_i + Λ + damping I) x_i = b_i`: the system and the base class."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +48,10 @@ class LinearSystem:
         self.damping = damping
         self.second_moment = second_moment
         self._matvec = matvec
+        # All iterations of conjugate gradient by one call; None if matvec has no program.
+        self.conjugate_gradient: Callable[..., None] | None = None
+        if not self.lam.is_dense:
+            self.conjugate_gradient = getattr(matvec, "conjugate_gradient", None)
         self._grad_enabled = torch.is_grad_enabled()  # as the caller's matvec expects it
 
     def curvature_product(self, p: Tensor) -> Tensor:

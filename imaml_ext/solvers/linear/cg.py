@@ -1,7 +1,7 @@
 """Conjugate gradient on a batch of independent linear systems."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,15 +139,19 @@ def _iterate(
     rz = None if inverse is None else row_dot(r, p)
     steps = torch.zeros_like(status)
     curvature, beta = rr.new_zeros(2, max_iter, b.shape[0])
-    for k in range(max_iter):
-        if all_done(status, k):
-            break
-        hp = system.unfused_product(p)
-        cg_step_(
-            x, r, p, hp, system.lam.fused, damping=system.damping, rr=rr, tol2=tol2, status=status,
-            steps=steps, curvature=curvature[k], beta=beta[k], inverse=inverse, rz=rz,
-        )  # fmt: skip
-        del hp  # otherwise it would stay in memory while the next one is computed
+    state: Any = {
+        "x": x, "r": r, "lam": system.lam.fused, "damping": system.damping, "rr": rr, "tol2": tol2,
+        "status": status, "steps": steps, "inverse": inverse, "rz": rz,
+    }  # fmt: skip
+    if system.conjugate_gradient is not None:
+        system.conjugate_gradient(p, curvature=curvature, beta=beta, **state)
+    else:
+        for k in range(max_iter):
+            if all_done(status, k):
+                break
+            hp = system.unfused_product(p)
+            cg_step_(p=p, hp=hp, curvature=curvature[k], beta=beta[k], **state)
+            del hp  # otherwise it would stay in memory while the next one is computed
     negative = status == Status.NEGATIVE_CURVATURE
     if system.lam.is_dense:  # for a scalar or diagonal Λ the kernel has done this
         at_once = negative & (steps == 0)
