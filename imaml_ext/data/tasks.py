@@ -72,15 +72,20 @@ class TaskBatch:
         """Copy the tensors of another batch into this one's.
 
         Raises:
-            ValueError: their structures, shapes or dtypes differ; nothing is written.
+            ValueError: as `check_like`; nothing is written.
         """
+        self.check_like(other)
+        leaves = map(pytree.tree_leaves, (self._parts(), other._parts()))
+        for target, source in zip(*leaves, strict=True):
+            target.copy_(source)
+
+    def check_like(self, other: "TaskBatch") -> None:
+        """Raises ValueError if structures, shapes or dtypes differ from those of this batch."""
         mine, structure = pytree.tree_flatten(self._parts())
         theirs, other_structure = pytree.tree_flatten(other._parts())
         expected, got = ([(list(t.shape), t.dtype) for t in leaves] for leaves in (mine, theirs))
         if structure != other_structure or expected != got:
             raise ValueError(f"the batch must have the shapes and dtypes {expected}, got {got}")
-        for target, source in zip(mine, theirs, strict=True):
-            target.copy_(source)
 
     def rows(self, tasks: range) -> "TaskBatch":
         """These tasks of the batch, as views."""

@@ -32,7 +32,7 @@ from imaml_ext.methods.meta_gradient import (
 )
 from imaml_ext.methods.shared import check_shared, direct_gradient, gradient_through_phi
 from imaml_ext.ops.batching import call_for_each, is_grads_batched
-from imaml_ext.ops.rows import prox_norms, pull_back, row_dot
+from imaml_ext.ops.rows import is_finite, prox_norms, pull_back, row_dot
 from imaml_ext.problem.lam import Lam, flatten_lam, unflatten_lam_gradient
 from imaml_ext.problem.layout import Layout, Params
 from imaml_ext.problem.objective import Loss, Objective, check_same_tasks
@@ -208,7 +208,7 @@ class _Solvers:
         phi = solution.value
         at_phi = problem.objective.linearise(phi, self.linear.curvature)
         # On CUDA lam's values have not been checked: an invalid one makes the tasks NONFINITE.
-        usable = at_phi.losses.isfinite() & problem.lam.is_valid()
+        usable = is_finite(at_phi.losses) & problem.lam.is_valid()
         residual = torch.where(usable, problem.residual(phi, at_phi.gradient), torch.nan)
         status = update_status(solution.status, residual, self.inner.tol)
         status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status).to(torch.int32)
@@ -316,13 +316,16 @@ def _without_overflow(solution: Solution, phi: Tensor, problem: Proximal) -> Sol
     """
     x = solution.value
     _, distance2 = prox_norms(phi, phi, problem.theta, phi.new_ones(1))  # as the penalty of Λ = I
-    x_norm, displacement_norm = row_dot(x, x).sqrt(), distance2.sqrt()
+    x2, limit = row_dot(x, x), torch.finfo(x.dtype).max / 4
     lam_norm = torch.linalg.vector_norm(problem.lam.values, dtype=torch.float64)
-    largest = x_norm * torch.maximum(displacement_norm, lam_norm)  # Cauchy-Schwarz
+    if may_read_values(x):
+        most = max(distance2.amax().item() ** 0.5, lam_norm.item())
+        if x2.amax().item() ** 0.5 * most <= limit:
+            return solution
+    displacement_norm = distance2.sqrt()
+    largest = x2.sqrt() * torch.maximum(displacement_norm, lam_norm)  # Cauchy-Schwarz
     # A displacement that is not finite is already reported by the inner solve.
-    overflows = (largest > torch.finfo(x.dtype).max / 4) & displacement_norm.isfinite()
-    if may_read_values(x) and not bool(overflows.any()):
-        return solution
+    overflows = (largest > limit) & is_finite(displacement_norm)
     return replace(
         solution,
         value=torch.where(overflows[:, None], 0.0, x),

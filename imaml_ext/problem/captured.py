@@ -95,19 +95,30 @@ def captured_state(loss: Any) -> tuple[Any, ...]:
     """
     state: list[Any] = []
     for _, value in _variables(loss, set()):
-        for leaf in pytree.tree_leaves(value):
+        leaves = (value,) if isinstance(value, nn.Module) else pytree.tree_leaves(value)
+        for leaf in leaves:
             if isinstance(leaf, nn.Module):
                 for module in leaf.modules():
-                    state += map(_value, vars(module).values())
-                    for tensors in (module._parameters, module._buffers):
-                        state += map(id, tensors.values())
+                    state += _state_of_module(vars(module))
             else:
                 state.append(_value(leaf))
     return tuple(state)
 
 
+_PLAIN = (int, float, complex, str, type(None))
+_OWN = frozenset(vars(nn.Module())) - {"training"}  # entries of every module
+
+
+def _state_of_module(entries: dict[str, Any]) -> list[Any]:
+    state = [_value(value) for name, value in entries.items() if name not in _OWN]
+    state += [len(entries["_forward_hooks"]), len(entries["_forward_pre_hooks"])]
+    for tensors in (entries["_parameters"], entries["_buffers"]):
+        state += map(id, tensors.values())
+    return state
+
+
 def _value(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, (int, float, complex, str, type(None))) else id(leaf)
+    return leaf if isinstance(leaf, _PLAIN) else id(leaf)
 
 
 def captured_modules(loss: Any) -> Iterator[tuple[str, nn.Module]]:

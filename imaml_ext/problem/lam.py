@@ -57,7 +57,7 @@ class LamOperator:
     def is_valid(self) -> Tensor:
         """Whether Λ is positive definite, or the scalar 0 (no proximal term): 0-d bool."""
         if self.values.numel() == 1:
-            return self.values.isfinite().all() & (self.values >= 0).all()
+            return ((self.values >= 0) & (self.values < torch.inf)).all()
         return self.is_positive_definite()
 
     def is_positive_definite(self) -> Tensor:

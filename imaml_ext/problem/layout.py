@@ -63,6 +63,11 @@ class Layout:
         self.dtype = first.dtype
         self.device = first.device
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal layouts."""
+        return self.dtype, self.device, *self.shapes.items()
+
     def flatten(self, params: Mapping[str, Tensor], label: str = "params") -> Tensor:
         """[D] from tensors of the parameters' shapes, or [B, D] from tensors [B, ...]."""
         if not isinstance(params, Mapping) or not all(

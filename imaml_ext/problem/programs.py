@@ -32,7 +32,7 @@ class Programs:
     A program is traced when it is first needed. Its first result is compared with that of PyTorch's
     operators. Another is traced if the shapes of the data change, the training mode of a module, or
     any other number or tensor that the loss finds in its variables, or in attributes of its
-    modules.
+    modules, from one `use()` to the next.
 
     Attributes:
         refusals: why PyTorch's operators are used, for each loss where they are.
@@ -43,10 +43,12 @@ class Programs:
         self._found: dict[Any, dict[Piece, TaskProgram | None]] = {}
         self._states: dict[int, int] = {}  # how many of each loss
         self._losses: list[Any] = []  # keeps them, so that their ids remain theirs
+        self._states_now: dict[int, Any] = {}
 
     @contextmanager
     def use(self) -> Iterator[None]:
         token = _active.set(self)
+        self._states_now = {}
         try:
             yield
         finally:
@@ -68,15 +70,17 @@ class Programs:
     def of(self, objective: Any) -> dict[Piece, TaskProgram | None] | None:
         """The programs of an objective's loss; None if it changes too often."""
         data, structure = pytree.tree_flatten(objective.data)
+        loss = id(objective.loss)
+        if loss not in self._states_now:
+            self._states_now[loss] = captured_state(objective.loss)
         key = (
-            id(objective.loss), structure, *((leaf.dtype, leaf.shape[1:]) for leaf in data),
-            *((name, t.shape) for name, t in objective.shared.items()),
-            *objective.layout.shapes.items(), objective.layout.dtype,
-            captured_state(objective.loss),
+            loss, structure, *[(leaf.dtype, leaf.shape[1:]) for leaf in data],
+            *[(name, t.shape) for name, t in objective.shared.items()],
+            objective.layout.key, self._states_now[loss],
         )  # fmt: skip
         found = self._found.get(key)
         if found is None:
-            states = self._states[id(objective.loss)] = self._states.get(id(objective.loss), 0) + 1
+            states = self._states[loss] = self._states.get(loss, 0) + 1
             if states > _MOST_STATES:
                 if states == _MOST_STATES + 1:
                     self.refusals.append(f"the loss changed more than {_MOST_STATES} times")

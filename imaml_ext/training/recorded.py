@@ -16,13 +16,14 @@ from imaml_ext.training.compiled import compiled
 class RecordedMetaGradient:
     """A meta-gradient recorded once for batches of one shape; call it with a batch.
 
-    The next call overwrites the result: clone what you keep. Every call reads the current values of
-    theta and of lam's tensors; they may be updated in place, as optimizers do, but not replaced.
-    Plain numbers, such as a float lam, and the model's training mode are frozen.
+    Every call reads the current values of theta and of lam's tensors. As a CUDA graph, the next
+    call overwrites the result: clone what you keep. Tensors may then be updated in place, as
+    optimizers do, but not replaced, and plain numbers, such as a float lam, and the model's
+    training mode are frozen. On the CPU they may change; see `compiled`.
 
     Args:
         meta_gradient: `method.meta_gradient`, or any function of a batch that calls
-            `implicit_meta_grad`; it must not synchronise.
+            `implicit_meta_grad`; on CUDA it must not synchronise.
         batch: an example; all batches must have its shapes.
         capture: how to record; default `cuda_graph` on CUDA, `compiled` on the CPU.
 
@@ -51,15 +52,21 @@ class RecordedMetaGradient:
         check_callable("capture", capture, "(function, warmup)")
         if capture is cuda_graph and not example.is_cuda:
             raise RuntimeError(f"a CUDA graph needs a batch on CUDA, got one on {example.device}")
+        self._is_compiled = capture is compiled
         with torch.cuda.device_of(example):
             self._replay = capture(function, function)
 
     def __call__(self, batch: TaskBatch) -> MetaGradient:
-        """The meta-gradient of the batch, in the recording's memory. Does not synchronise.
+        """The meta-gradient of the batch. Does not synchronise.
 
         Raises:
             ValueError: the shapes of the batch differ from the recorded ones.
         """
         with self._lock:
-            self._batch.copy_(TaskBatch.of(batch))
+            batch = TaskBatch.of(batch)
+            if self._is_compiled:
+                self._batch.check_like(batch)
+                self._batch = batch
+            else:
+                self._batch.copy_(batch)
             return self._replay()

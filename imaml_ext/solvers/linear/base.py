@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imaml_ext._checks import check_choice, check_integer, check_like, check_range
 from imaml_ext._tracing import may_read_values
-from imaml_ext.ops.rows import row_dot
+from imaml_ext.ops.rows import is_finite, row_dot
 from imaml_ext.problem.lam import lam_of_rows
 from imaml_ext.problem.objective import CurvatureKind, Matvec
 from imaml_ext.solvers.solution import Solution, Status
@@ -155,7 +155,7 @@ def squared_tolerance(b: Tensor, rtol: float, atol: float, bb: Tensor | None = N
 def initial_status(rr: Tensor, tol2: Tensor) -> Tensor:
     """Status before the first iteration, from r·r and the squared tolerance, [B] int32."""
     status = torch.where(rr <= tol2, Status.CONVERGED, Status.RUNNING)
-    return torch.where(rr.isfinite(), status, Status.NONFINITE).to(torch.int32)
+    return torch.where(is_finite(rr), status, Status.NONFINITE).to(torch.int32)
 
 
 def with_true_residual(
@@ -198,7 +198,7 @@ def finished(solution: Solution) -> Solution:
     x, status = solution.value, solution.status
     finite = status != Status.NONFINITE
     # A finite sum of squares, without a pass that writes, has finite terms only.
-    if not (may_read_values(x) and bool((finite & row_dot(x, x).isfinite()).all())):
+    if not (may_read_values(x) and bool((finite & is_finite(row_dot(x, x))).all())):
         finite &= x.isfinite().all(1)
         x = torch.where(finite[:, None], x, 0.0)
     status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status)
