@@ -13,6 +13,7 @@ from imaml_ext.problem.lam import Lam, ProximalStrength
 from imaml_ext.problem.layout import Params
 from imaml_ext.problem.module_loss import module_loss
 from imaml_ext.problem.objective import CurvatureKind, Loss, Matvec
+from imaml_ext.problem.programs import Programs
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner import (
     LBFGS,
@@ -62,6 +63,7 @@ __all__ = [
     "Nonfinite",
     "NonfiniteError",
     "Params",
+    "Programs",
     "Proximal",
     "ProximalStrength",
     "RecordableSource",
