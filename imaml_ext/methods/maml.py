@@ -15,9 +15,10 @@ from imaml_ext._checks import check_choice, check_integer, kind_of
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.base import Method
 from imaml_ext.methods.meta_gradient import MetaGradient, Nonfinite, failed_tasks, task_weight
+from imaml_ext.problem.differentiation import check_inference_mode
 from imaml_ext.problem.lam import Lam, flatten_lam
 from imaml_ext.problem.layout import Params
-from imaml_ext.problem.objective import Loss, Objective, check_inference_mode, check_same_tasks
+from imaml_ext.problem.objective import Loss, Objective, check_same_tasks
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner import GradientDescent
 from imaml_ext.solvers.inner.base import new_status, update_status

@@ -12,15 +12,18 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch.autograd import forward_ad
 
 from imaml_ext._checks import check_scalar
 from imaml_ext.ops.batching import for_each_task
-from imaml_ext.ops.row_slices import WritingRows
 from imaml_ext.ops.vmap_layers import task_layers
 from imaml_ext.problem.batch import check_constant, count_tasks, versions
 from imaml_ext.problem.captured import captured_message, leaves_besides
+from imaml_ext.problem.differentiation import (
+    Computing,
+    check_inference_mode,
+    check_no_transform,
+    vjp,
+)
 from imaml_ext.problem.layout import Layout, Params
 from imaml_ext.problem.module_loss import ModuleLoss, call_loss
 from imaml_ext.problem.outputs import (
@@ -29,9 +32,8 @@ from imaml_ext.problem.outputs import (
     check_stored,
     refusing_stored,
 )
-from imaml_ext.problem.precision import one_precision
 from imaml_ext.problem.programs import recorded
-from imaml_ext.problem.unsupported import check_differentiable_twice, unsupported_layer_message
+from imaml_ext.problem.unsupported import check_differentiable_twice
 from imaml_ext.problem.usage import Usage
 
 T = TypeVar("T")
@@ -129,7 +131,7 @@ class Objective:
         leaf, losses = self._record(self._losses, rows)
         self.check_inputs(losses, leaf)
         with self.computing():
-            return losses.detach(), _vjp(losses, leaf, torch.ones_like(losses))
+            return losses.detach(), vjp(losses, leaf, torch.ones_like(losses))
 
     def differentiable_gradient(self, rows: Tensor) -> Tensor:
         """Gradients [B, D], in the graph of `rows` in grad mode."""
@@ -145,7 +147,7 @@ class Objective:
             if self._unchecked:  # once: unrolled steps chain up to thousands of such graphs
                 check_differentiable_twice(losses, at)
             self.check_inputs(losses, at)
-            return _vjp(losses, at, torch.ones_like(losses), create_graph=True)
+            return vjp(losses, at, torch.ones_like(losses), create_graph=True)
 
     def linearise(self, rows: Tensor, kind: CurvatureKind) -> Linearisation:
         """Losses, gradients and curvature products at rows [B, D].
@@ -192,22 +194,18 @@ class Objective:
             )
 
     def computing(self) -> AbstractContextManager[None]:
-        """Context in which losses are computed and differentiated: precision, and error messages.
-
-        Raises:
-            RuntimeError: PyTorch cannot batch or differentiate an operator; with a remedy.
-        """
-        return _Computing(self.layout.device)
+        """Context in which losses are computed and differentiated."""
+        return Computing(self.layout.device)
 
     def _hessian(self, rows: Tensor) -> Linearisation:
         leaf, losses = self._record(self._losses, rows)
         self.check_inputs(losses, leaf)
         check_differentiable_twice(losses, leaf)
-        gradient = _vjp(losses, leaf, torch.ones_like(losses), create_graph=True)
+        gradient = vjp(losses, leaf, torch.ones_like(losses), create_graph=True)
         return Linearisation(
             losses.detach(),
             gradient.detach(),
-            lambda vector: _vjp(gradient, leaf, vector, retain_graph=True),
+            lambda vector: vjp(gradient, leaf, vector, retain_graph=True),
         )
 
     def _gauss_newton(self, rows: Tensor) -> Linearisation:
@@ -253,15 +251,15 @@ class Objective:
             self._check_graph(losses, z, losses_at)
         check_differentiable_twice(losses, z)
         check_differentiable_twice(outputs, leaf)
-        out_grad = _vjp(losses, z, torch.ones_like(losses), create_graph=True)
-        gradient = _vjp(outputs, leaf, out_grad.detach(), retain_graph=True)
+        out_grad = vjp(losses, z, torch.ones_like(losses), create_graph=True)
+        gradient = vjp(outputs, leaf, out_grad.detach(), retain_graph=True)
         u = torch.zeros_like(outputs, requires_grad=True)
-        transposed = _vjp(outputs, leaf, u, create_graph=True)
+        transposed = vjp(outputs, leaf, u, create_graph=True)
 
         def matvec(vector: Tensor) -> Tensor:
-            tangent = _vjp(transposed, u, vector, retain_graph=True)
-            out_hvp = _vjp(out_grad, z, tangent, retain_graph=True)
-            return _vjp(outputs, leaf, out_hvp, retain_graph=True)
+            tangent = vjp(transposed, u, vector, retain_graph=True)
+            out_hvp = vjp(out_grad, z, tangent, retain_graph=True)
+            return vjp(outputs, leaf, out_hvp, retain_graph=True)
 
         return Linearisation(losses.detach(), gradient, matvec)
 
@@ -322,61 +320,8 @@ class Objective:
         return scalar
 
 
-def check_inference_mode() -> None:
-    """Raises RuntimeError in inference mode, where autograd is off even under enable_grad."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("imaml_ext cannot differentiate in inference mode: use no_grad")
-
-
-def check_no_transform() -> None:
-    """Raises RuntimeError inside torch.func's transforms and forward-mode differentiation."""
-    if _functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
-        raise RuntimeError(
-            "imaml_ext cannot run inside vmap, grad, jvp or another transform of torch.func: pass "
-            "all tasks as one batch, and differentiate adapt by backward() or autograd.grad"
-        )
-
-
 def check_same_tasks(support: Objective, query: Objective) -> None:
     if support.tasks != query.tasks:
         raise ValueError(
             f"support has {support.tasks} tasks and query {query.tasks}: B must be the same"
         )
-
-
-class _Computing:
-    def __init__(self, device: torch.device) -> None:
-        self._precision = one_precision(device)
-
-    def __enter__(self) -> None:
-        self._precision.__enter__()
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self._precision.__exit__(kind, error, traceback)
-        if isinstance(error, RuntimeError):
-            message = unsupported_layer_message(error)
-            if message is not None:
-                raise RuntimeError(message) from error
-
-
-def _vjp(
-    outputs: Tensor,
-    inputs: Tensor,
-    vector: Tensor,
-    *,
-    create_graph: bool = False,
-    retain_graph: bool = False,
-) -> Tensor:
-    """`vector' d outputs / d inputs`; zero where `outputs` does not depend on `inputs`."""
-    if not outputs.requires_grad:
-        return torch.zeros_like(inputs)
-    with torch.set_grad_enabled(create_graph), WritingRows():
-        (product,) = torch.autograd.grad(
-            outputs,
-            inputs,
-            vector,
-            create_graph=create_graph,
-            retain_graph=create_graph or retain_graph,
-            materialize_grads=True,
-        )
-    return product

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from imaml_ext._tracing import is_recording
 from imaml_ext.problem.captured import captured_state
-from imaml_ext.programs.lowering import UnsupportedOperator
+from imaml_ext.programs.operators import UnsupportedOperator
 from imaml_ext.programs.task_program import Continuation, TaskProgram
 
 Piece = Literal["losses", "gradient", "hessian", "ggn"]

@@ -1,0 +1,1 @@
+"""Functions of one task as programs: tracing, lowering to instructions, memory."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from imaml_ext.programs.operators import UnsupportedOperator
 
 Kind = Literal["float", "int", "bool"]  # all are stored as floats
 
@@ -60,6 +62,28 @@ class Array:
         """Whether it is all of its buffer, in order."""
         return self.is_contiguous and self.offset == 0 and self.size == self.buffer.size
 
+    @property
+    def identity(self) -> Any:
+        """Equal for arrays of one shape that have the same values."""
+        if self.buffer.constant is not None:
+            return repr(self.buffer.constant)  # equal for NaN, different for -0.0 and 0.0
+        return self.buffer, self.offset, self.strides
+
+    def with_kind(self, kind: Kind) -> "Array":
+        """The same numbers.
+
+        Raises:
+            UnsupportedOperator: floats would have to be rounded.
+        """
+        if self.kind == "float" != kind:
+            raise UnsupportedOperator(f"a conversion of {self.kind} to {kind}")
+        return replace(self, kind=kind)
+
+    def dimensions(self, dims: Sequence[int] | None) -> tuple[int, ...]:
+        """Dimensions counted from 0; all if none are given."""
+        count = len(self.shape)
+        return tuple(d % count for d in dims) if dims else tuple(range(count))
+
     def expanded(self, shape: Sequence[int]) -> "Array":
         return self.view(lambda t: t.expand(tuple(shape)))
 
@@ -88,3 +112,25 @@ class Array:
         extent += sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True) if n)
         memory = torch.empty(extent, device="meta")
         return memory.as_strided(self.shape, self.strides, self.offset)
+
+
+def placed_dimensions(a: Array, shape: Sequence[int], dims: Sequence[int]) -> Array:
+    """The array, expanded to `shape`, with its dimensions in the places `dims`."""
+
+    def view(t: Tensor) -> Tensor:
+        for d in range(len(shape)):
+            t = t if d in dims else t.unsqueeze(d)
+        return t.expand(tuple(shape))
+
+    return a.view(view)
+
+
+def indexed(a: Array, dim: int, shape: Sequence[int]) -> tuple[Array, int]:
+    """The array at index 0 of `dim`, of this shape, and the stride of `dim`."""
+    dim %= max(len(a.shape), 1)
+
+    def first(t: Tensor) -> Tensor:
+        t = t[tuple(slice(1) if d == dim else slice(n) for d, n in enumerate(shape))]
+        return t.expand(tuple(shape))
+
+    return a.view(first), a.strides[dim]

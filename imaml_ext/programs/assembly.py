@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from imaml_ext.programs.arrays import Array, Buffer
-from imaml_ext.programs.lowering import Instruction
+from imaml_ext.programs.instruction import Instruction
 
 _ALIGNMENT = 16  # elements: a cache line of float32
 

@@ -1,133 +1,34 @@
 """From a traced graph to instructions on arrays."""
 
-import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from imaml_ext.programs.arrays import Array, Kind
+from imaml_ext.programs.arrays import Array, Kind, indexed, placed_dimensions
+from imaml_ext.programs.instruction import Instruction
 from imaml_ext.programs.layers import LAYERS
-
-aten, prims = torch.ops.aten, torch.ops.prims
-
-
-class UnsupportedOperator(RuntimeError):
-    """A program cannot contain this operator."""
-
-
-@dataclass(frozen=True, eq=False)
-class Instruction:
-    """An instruction of `_C.Program`: a loop nest over arrays.
-
-    Attributes:
-        name, integers, scalars: as in csrc/cpu/program_*.cpp.
-        sizes: of the loops; () for a layer.
-        arrays: the results, then the operands; one dimension per loop.
-        written: the number of results.
-    """
-
-    name: str
-    sizes: tuple[int, ...]
-    arrays: tuple[Array, ...]
-    integers: tuple[int, ...] = ()
-    scalars: tuple[float, ...] = ()
-    written: int = 1
-
-    @property
-    def results(self) -> tuple[Array, ...]:
-        return self.arrays[: self.written]
-
-    @property
-    def operands(self) -> tuple[Array, ...]:
-        return self.arrays[self.written :]
-
-
-_UNARY: dict[Any, str] = {
-    getattr(aten, name).default: name
-    for name in (
-        "neg", "abs", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "sin", "cos",
-        "tanh", "sigmoid", "erf", "relu", "floor", "ceil", "sign",
-    )
-} | {aten.sgn.default: "sign"}  # fmt: skip
-_TESTS: dict[Any, str] = {aten.logical_not.default: "logical_not", aten.isnan.default: "isnan"}
-_BINARY: dict[Any, str] = {
-    getattr(getattr(aten, name), overload): name
-    for name in ("add", "sub", "mul", "div")
-    for overload in ("Tensor", "Scalar")
-} | {
-    **{getattr(prims, name).default: name for name in ("add", "sub", "mul", "div")},
-    aten.pow.Tensor_Scalar: "pow",
-    aten.pow.Tensor_Tensor: "pow",
-    aten.maximum.default: "maximum",
-    aten.minimum.default: "minimum",
-    aten.tanh_backward.default: "tanh_backward",
-    aten.sigmoid_backward.default: "sigmoid_backward",
-}
-_COMPARISONS: dict[Any, str] = {
-    getattr(getattr(aten, name), overload): name
-    for name in ("eq", "ne", "lt", "le", "gt", "ge")
-    for overload in ("Tensor", "Scalar")
-} | {
-    aten.logical_and.default: "logical_and",
-    aten.logical_or.default: "logical_or",
-    aten.bitwise_and.Tensor: "logical_and",
-    aten.bitwise_or.Tensor: "logical_or",
-}
-_VIEWS: set[Any] = {
-    aten.alias.default, aten.as_strided.default, aten.diagonal.default, aten.expand.default,
-    aten.narrow.default, aten.permute.default, aten.select.int, aten.slice.Tensor,
-    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.t.default, aten.transpose.int,
-    aten.unfold.default, aten.unsqueeze.default,
-}  # fmt: skip
-_SPLITS: set[Any] = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
-_RESHAPES: set[Any] = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
-_SAME: set[Any] = {
-    aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default, aten.alias.default,
-    aten.contiguous.default, aten.lift_fresh.default,
-}  # fmt: skip
-_REDUCTIONS: dict[Any, str] = {
-    aten.sum.default: "sum",
-    aten.sum.dim_IntList: "sum",
-    aten.mean.default: "sum",
-    aten.mean.dim: "sum",
-    aten.amax.default: "amax",
-    aten.amin.default: "amin",
-}
-_FILLED: dict[Any, float | None] = {
-    aten.zeros_like.default: 0.0,
-    aten.ones_like.default: 1.0,
-    aten.empty_like.default: math.nan,
-    aten.new_zeros.default: 0.0,
-    aten.new_ones.default: 1.0,
-    aten.zeros.default: 0.0,
-    aten.ones.default: 1.0,
-    aten.full.default: None,
-    aten.full_like.default: None,
-    aten.new_full.default: None,
-    aten.scalar_tensor.default: None,
-}
-
-
-_IN_PLACE: dict[Any, str] = {
-    getattr(getattr(aten, f"{name}_"), overload): name
-    for name in ("add", "sub", "mul", "div")
-    for overload in ("Tensor", "Scalar")
-} | {
-    **{getattr(aten, f"{name}_").default: name for name in _UNARY.values()},
-    aten.fill_.Scalar: "fill",
-    aten.zero_.default: "fill",
-    aten.copy_.default: "copy",
-    aten.masked_fill_.Scalar: "masked_fill",
-    aten.unsqueeze_.default: "unsqueeze",
-    aten.squeeze_.dim: "squeeze",
-    aten.transpose_.default: "transpose",
-    aten.t_.default: "t",
-}
+from imaml_ext.programs.operators import (
+    BINARY,
+    COMPARISONS,
+    FILLED,
+    IN_PLACE,
+    REDUCTIONS,
+    RESHAPES,
+    SAME,
+    SPLITS,
+    TESTS,
+    UNARY,
+    VIEWS,
+    UnsupportedOperator,
+    aten,
+    is_view,
+    meta_of,
+    prims,
+)
 
 
 class Lowering:
@@ -154,7 +55,7 @@ class Lowering:
         self._memory: dict[fx.Node, fx.Node] = {}  # the node whose result a node's is a view of
         given = iter([self._converted(a) for a in inputs])
         for node in graph.nodes:
-            self._memory[node] = self._memory[node.args[0]] if _is_view(node) else node
+            self._memory[node] = self._memory[node.args[0]] if is_view(node) else node
             if node.op == "placeholder":
                 self._values[node] = next(given)
             elif node.op == "output":
@@ -168,41 +69,41 @@ class Lowering:
         kwargs: Any = fx.node.map_arg(dict(node.kwargs), self._values.__getitem__)
         if target is operator.getitem:
             return args[0][args[1]]
-        if target in _IN_PLACE:
+        if target in IN_PLACE:
             return self._modify(node, *args)
-        if target in _FILLED:
+        if target in FILLED:
             return self._filled(node, args)
-        if target in _VIEWS:
+        if target in VIEWS:
             return args[0].view(lambda t: target(t, *args[1:], **kwargs))
-        if target in _SPLITS:
+        if target in SPLITS:
             return args[0].views(lambda t: target(t, *args[1:], **kwargs))
-        if target in _RESHAPES:
+        if target in RESHAPES:
             return self._reshape(args[0], args[1])
-        if target is aten.where.self and _meta(node).dtype.is_floating_point:
+        if target is aten.where.self and meta_of(node).dtype.is_floating_point:
             return self._map("where", args, "float")  # exact in any precision
         kind = self._kind(node)
-        if target in _SAME or target is aten._to_copy.default:
-            return _with_kind(args[0], kind)
-        if target in _UNARY:
-            return self._map(_UNARY[target], args, kind)
-        if target in _TESTS:
-            return self._map(_TESTS[target], args, "bool")
+        if target in SAME or target is aten._to_copy.default:
+            return args[0].with_kind(kind)
+        if target in UNARY:
+            return self._map(UNARY[target], args, kind)
+        if target in TESTS:
+            return self._map(TESTS[target], args, "bool")
         if target is aten.bitwise_not.default and args[0].kind == "bool":
             return self._map("logical_not", args, "bool")
-        if target in _BINARY:
-            return self._binary(_BINARY[target], args, kwargs, kind)
-        if target in _COMPARISONS:
-            return self._map(_COMPARISONS[target], args, "bool")
-        if target is aten.threshold_backward.default:
-            return self._map("threshold_backward", args[:2], kind, (float(args[2]),))
+        if target in BINARY:
+            return self._binary(BINARY[target], args, kwargs, kind)
+        if target in COMPARISONS:
+            return self._map(COMPARISONS[target], args, "bool")
         if target is aten.where.self:
             return self._map("where", args, kind)
-        if target in _REDUCTIONS:
+        if target is aten.threshold_backward.default:
+            return self._map("threshold_backward", args[:2], kind, (float(args[2]),))
+        if target in REDUCTIONS:
             return self._reduce(node, *args, **kwargs)
         if target is prims.sum.default:
             return self._reduced("sum", args[0], args[1]).view(lambda t: t.squeeze(args[1]))
         if target is prims.broadcast_in_dim.default:
-            return _broadcast(*args)
+            return placed_dimensions(*args)
         if target is prims.var.default:
             return self._variance(*args, **kwargs)
         if target in (aten.mm.default, aten.bmm.default):
@@ -226,7 +127,7 @@ class Lowering:
         """An operator in place: what was the modified array is the result from now on."""
         if a.buffer.input is not None:
             raise UnsupportedOperator(f"{node.target} of an input")
-        name = _IN_PLACE[node.target]
+        name = IN_PLACE[node.target]
         if name in ("unsqueeze", "squeeze", "transpose", "t"):
             result = a.view(lambda t: getattr(t, name)(*others))
             self._values[node.all_input_nodes[0]] = result
@@ -236,8 +137,8 @@ class Lowering:
         elif name == "masked_fill":
             result = self._map("where", (others[0], others[1], a), a.kind)
         elif name == "copy":
-            result = _with_kind(others[0].expanded(a.shape), a.kind)
-        elif name in _UNARY.values():
+            result = others[0].expanded(a.shape).with_kind(a.kind)
+        elif name in UNARY.values():
             result = self._map(name, (a,), a.kind)
         else:
             result = self._binary(name, (a, *others), node.kwargs, a.kind)
@@ -248,7 +149,7 @@ class Lowering:
 
     def _modified(self, node: fx.Node, other: Array, a: Array, result: Array) -> Array:
         """The new value of another view of a modified array."""
-        if _identity(other) == _identity(a) and other.shape == a.shape:
+        if other.identity == a.identity and other.shape == a.shape:
             return result
         if other.size == a.size and other.is_contiguous and a.is_contiguous:
             return self._reshape(result, other.shape)
@@ -256,7 +157,7 @@ class Lowering:
 
     def _kind(self, node: fx.Node) -> Kind:
         """What a node computes: floats must have the program's dtype."""
-        dtype = getattr(_meta(node), "dtype", self.dtype)  # None of several results
+        dtype = getattr(meta_of(node), "dtype", self.dtype)  # None of several results
         if dtype == self.dtype:
             return "float"
         if dtype == torch.bool:
@@ -285,7 +186,7 @@ class Lowering:
             raise UnsupportedOperator(f"{name} of integers")
         shape = torch.broadcast_shapes(*(a.shape for a in arrays))
         arrays = [a.expanded(shape) for a in arrays]
-        key = name, tuple(scalars), shape, *(_identity(a) for a in arrays)
+        key = name, tuple(scalars), shape, *(a.identity for a in arrays)
         if key not in self._known:  # the derivative of a loss repeats what the loss computes
             self._known[key] = Array.new(shape, kind)
             self._emit(name, shape, [self._known[key], *arrays], (), scalars)
@@ -296,13 +197,12 @@ class Lowering:
         a, b = args[0], args[1]
         alpha = float(kwargs.get("alpha", args[2] if len(args) > 2 else 1))
         scalars = (alpha,) if name in ("add", "sub") else ()
-        neutral = {"mul": 1.0, "div": 1.0, "add": 0.0, "sub": 0.0, "pow": 1.0}.get(name)
-        if neutral is not None and _constant(b) == neutral and _keeps_shape(a, b):
-            return _with_kind(a, kind)
-        if name == "mul" and _constant(a) == 1.0 and _keeps_shape(b, a):
-            return _with_kind(b, kind)
-        if name == "add" and alpha == 1 and _constant(a) == 0.0 and _keeps_shape(b, a):
-            return _with_kind(b, kind)
+        right = {"mul": 1.0, "div": 1.0, "add": 0.0, "sub": 0.0, "pow": 1.0}.get(name)
+        left = right if name == "mul" or (name == "add" and alpha == 1) else None
+        for same, other, neutral in ((a, b, right), (b, a, left)):
+            if neutral is not None and _constant(other) == neutral and _keeps_shape(same, other):
+                unchanged: Array = same.with_kind(kind)
+                return unchanged
         values = [_constant(a), _constant(b)]
         if None not in values:
             return self._folded(name, a, b, alpha, kind)
@@ -319,10 +219,10 @@ class Lowering:
         return Array.filled(value.item(), torch.broadcast_shapes(*shapes), kind)
 
     def _filled(self, node: fx.Node, args: Any) -> Array:
-        value = _FILLED[node.target]
+        value = FILLED[node.target]
         if value is None:  # the number follows the shape, if there is one
             value = args[0] if node.target is aten.scalar_tensor.default else args[-1]
-        like = _meta(node)
+        like = meta_of(node)
         value = torch.tensor(value, dtype=like.dtype).item()
         kind: Kind = "float" if like.dtype.is_floating_point else "int"
         return Array.filled(value, like.shape, "bool" if like.dtype == torch.bool else kind)
@@ -349,7 +249,7 @@ class Lowering:
     def _reduce(
         self, node: fx.Node, a: Array, dims: Any = None, keepdim: bool = False, **kwargs: Any
     ) -> Array:
-        dims, name = _all_dims(a, dims), _REDUCTIONS[node.target]
+        dims, name = a.dimensions(dims), REDUCTIONS[node.target]
         if a.kind != "float" and name != "sum":  # a number of examples
             raise UnsupportedOperator(f"{node.target} of {a.kind}")
         result = self._reduced(name, a, dims)
@@ -358,7 +258,7 @@ class Lowering:
         return result if keepdim else result.view(lambda t: t.squeeze(dims))
 
     def _variance(self, a: Array, dims: Any = None, correction: float = 1) -> Array:
-        dims = _all_dims(a, dims)
+        dims = a.dimensions(dims)
         total = self._reduced("sum", a, dims)
         count = a.size // total.size
         centred = self._map("sub", (a, self._divided(total, count)), "float", (1.0,))
@@ -370,7 +270,7 @@ class Lowering:
         kind: Kind = "float" if a.kind == "float" else "int"
         result = Array.new([1 if d in dims else n for d, n in enumerate(a.shape)], kind)
         if result.size == a.size:
-            return _with_kind(a, kind)
+            return a.with_kind(kind)
         self._emit(name, a.shape, [result.expanded(a.shape), a])
         return result
 
@@ -405,7 +305,7 @@ class Lowering:
         """A layer of this package; its operands must be contiguous."""
         layer = LAYERS[node.target]
         operands = [a if a.is_contiguous else self.copied(a) for a in layer.operands(args)]
-        meta = _meta(node)
+        meta = meta_of(node)
         shapes = [t.shape for t in ([meta] if isinstance(meta, Tensor) else meta)]
         results = [Array.new(shape) for shape in shapes]
         integers, scalars = layer.settings(args, shapes)
@@ -435,7 +335,7 @@ class Lowering:
         return self._cat([each for each in (before, value, rest) if each.size], dim)
 
     def _gather(self, source: Array, dim: int, index: Array) -> Array:
-        at, stride = _indexed(source, dim, index.shape)
+        at, stride = indexed(source, dim, index.shape)
         result = Array.new(index.shape, source.kind)
         integers = (stride, source.shape[dim])
         self._emit("gather", index.shape, [result, at, index], integers)
@@ -445,75 +345,16 @@ class Lowering:
         value = value if isinstance(value, Array) else Array.filled(value, index.shape)
         value = value.view(lambda t: t[tuple(slice(n) for n in index.shape)])
         result = self.copied(a)
-        at, stride = _indexed(result, dim, index.shape)
+        at, stride = indexed(result, dim, index.shape)
         name = "scatter_add" if adds else "scatter_set"
         self._emit(name, index.shape, [at, index, value], (stride, a.shape[dim]))
         return result
-
-
-def _broadcast(a: Array, shape: Sequence[int], dims: Sequence[int]) -> Array:
-    """The array with its dimensions in the places `dims` of `shape`."""
-
-    def view(t: Tensor) -> Tensor:
-        for d in range(len(shape)):
-            t = t if d in dims else t.unsqueeze(d)
-        return t.expand(tuple(shape))
-
-    return a.view(view)
-
-
-def _all_dims(a: Array, dims: Any) -> tuple[int, ...]:
-    """The dimensions of a reduction, counted from 0."""
-    if dims is None or len(dims) == 0:
-        return tuple(range(len(a.shape)))
-    return tuple(d % len(a.shape) for d in dims)
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a node's result shares memory with its first argument."""
-    target: Any = node.target
-    if node.op != "call_function":
-        return False
-    views = (_VIEWS, _SPLITS, _RESHAPES, _IN_PLACE, (aten.detach.default, operator.getitem))
-    return any(target in kinds for kinds in views)
-
-
-def _meta(node: fx.Node) -> Any:
-    """What the tracer knows of a node's result: shape and dtype."""
-    return node.meta.get("val", node.meta.get("tensor_meta"))
-
-
-def _indexed(a: Array, dim: int, shape: Sequence[int]) -> tuple[Array, int]:
-    """The array at index 0 of `dim`, of this shape, and the stride of `dim`."""
-    dim %= max(len(a.shape), 1)
-    stride = a.strides[dim]
-
-    def first(t: Tensor) -> Tensor:
-        t = t[tuple(slice(1) if d == dim else slice(n) for d, n in enumerate(shape))]
-        return t.expand(tuple(shape))
-
-    return a.view(first), stride
-
-
-def _with_kind(a: Array, kind: Kind) -> Array:
-    if a.kind == kind:
-        return a
-    if a.kind == "float":
-        raise UnsupportedOperator(f"conversion of {a.kind} to {kind}")
-    return Array(a.buffer, a.shape, a.strides, a.offset, kind)
 
 
 def _constant(value: Any) -> float | None:
     if isinstance(value, Array):
         return value.buffer.constant
     return float(value)
-
-
-def _identity(a: Array) -> Any:
-    """Equal for arrays of the same values."""
-    if a.buffer.constant is not None:
-        return repr(a.buffer.constant)  # equal for NaN, different for -0.0 and 0.0
-    return a.buffer, a.offset, a.strides
 
 
 def _keeps_shape(a: Any, b: Any) -> bool:

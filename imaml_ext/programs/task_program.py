@@ -11,7 +11,9 @@ from imaml_ext.ops.batching import contiguous_per_task
 from imaml_ext.ops.extension import extension
 from imaml_ext.programs.arrays import Array, Buffer, Kind
 from imaml_ext.programs.assembly import assemble, rounded, with_fused_sums, without_unused
-from imaml_ext.programs.lowering import Instruction, Lowering, UnsupportedOperator
+from imaml_ext.programs.instruction import Instruction
+from imaml_ext.programs.lowering import Lowering
+from imaml_ext.programs.operators import UnsupportedOperator
 from imaml_ext.programs.tracing import trace
 
 _DTYPES = {

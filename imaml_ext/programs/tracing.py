@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from imaml_ext._tracing import recording
-from imaml_ext.programs.lowering import UnsupportedOperator
+from imaml_ext.programs.operators import UnsupportedOperator
 
 aten = torch.ops.aten
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from imaml_ext.programs.lowering import UnsupportedOperator
+from imaml_ext.programs.operators import UnsupportedOperator
 from imaml_ext.programs.task_program import TaskProgram
 
 TASKS = 3
