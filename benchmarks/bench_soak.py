@@ -28,7 +28,7 @@ def main() -> None:
     options.add_argument(
         "--warm-up", type=int, default=100, help="meta-steps before the first block"
     )
-    options.add_argument("--compile", action="store_true", help="compile the meta-gradient")
+    options.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     chosen = options.parse_args()
     device = torch.device(chosen.device)
     trainer = build(PRESETS["sinusoid"], device=device).trainer(compile=chosen.compile)

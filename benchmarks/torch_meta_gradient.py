@@ -35,7 +35,7 @@ def library(workload: Workload) -> Implementation:
 
 
 def recorded(workload: Workload) -> Implementation:
-    """The same, recorded in the first call: compiled on the CPU, a CUDA graph on CUDA."""
+    """The same, recorded in the first call: programs on the CPU, a CUDA graph on CUDA."""
     w = workload
     record: RecordedMetaGradient | None = None
 

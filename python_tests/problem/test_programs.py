@@ -79,6 +79,8 @@ MIDDLES = {
     "layer norm": nn.LayerNorm(8),
     "group norm": nn.GroupNorm(2, 8),
     "deep": nn.Sequential(nn.ReLU(), nn.Linear(8, 8, bias=False), nn.Sigmoid()),
+    "batch norm": nn.BatchNorm1d(8, track_running_stats=False),
+    "batch norm and relu": nn.Sequential(nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU()),
     "dropout in eval mode": nn.Dropout(0.5).eval(),
 }
 
@@ -95,6 +97,32 @@ def test_networks(middle, criterion, curvature):
     _, programs = compare(lambda: solve(loss, params, *sets, linear=linear))
     assert not programs.refusals
     assert pieces(programs) == {"gradient", curvature}
+
+
+CONVOLUTIONS = {
+    "strided": lambda: [nn.Conv2d(2, 5, 3, stride=2, padding=1), nn.Tanh()],
+    "without bias": lambda: [nn.Conv2d(2, 17, (2, 3), padding=(0, 2), bias=False), nn.ReLU()],
+    "deep": lambda: [
+        nn.Conv2d(2, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6, track_running_stats=False),
+        nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6, track_running_stats=False),
+        nn.ReLU(),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("layers", CONVOLUTIONS)
+def test_convolutions(layers, curvature):
+    torch.manual_seed(0)
+    images, labels = torch.rand(2, 3, 5, 2, 7, 6, dtype=torch.float64), torch.arange(5) % 4
+    body = nn.Sequential(*CONVOLUTIONS[layers](), nn.Flatten()).double()
+    features = body(images[0, 0]).shape[1]
+    model = nn.Sequential(body, nn.Linear(features, 4, dtype=torch.float64))
+    loss, params = module_loss(model, F.cross_entropy), dict(model.named_parameters())
+    sets = [(x, labels.expand(3, -1)) for x in images]
+    linear = ConjugateGradient(max_iter=3, curvature=curvature)
+    _, programs = compare(lambda: solve(loss, params, *sets, lam=20.0, linear=linear))
+    assert not programs.refusals
 
 
 @pytest.mark.parametrize(
