@@ -22,6 +22,8 @@ from imaml_ext.programs.task_program import Continuation, TaskProgram
 Piece = Literal["losses", "gradient", "hessian", "ggn"]
 
 _MOST_STATES = 8  # of one loss: other shapes, or another state of its model
+_MOST = 64  # of all losses: some programs make a new loss in every step
+_LARGE = 20_000  # parameters of a network that occupies several threads
 
 _active: ContextVar["Programs | None"] = ContextVar("active", default=None)
 
@@ -32,10 +34,13 @@ class Programs:
     A program is traced when it is first needed. Its first result is compared with that of PyTorch's
     operators. Another is traced if the shapes of the data change, the training mode of a module, or
     any other number or tensor that the loss finds in its variables, or in attributes of its
-    modules, from one `use()` to the next.
+    modules, from one `use()` to the next; at most 8 for a loss, and 64 in all.
+
+    With fewer tasks than threads, a large network uses PyTorch's operators, which divide the work
+    of a task.
 
     Attributes:
-        refusals: why PyTorch's operators are used, for each loss where they are.
+        refusals: why PyTorch's operators are used, where they are.
     """
 
     def __init__(self) -> None:
@@ -57,18 +62,23 @@ class Programs:
     def check(self) -> None:
         """Raises RuntimeError if PyTorch's operators were used for a loss, or if there was none."""
         if self.refusals:
-            raise RuntimeError(f"cannot be recorded: no program for {self.refusals[0]}")
+            raise RuntimeError(f"cannot be recorded: {self.refusals[0]}")
         if not self._found:
             raise RuntimeError("cannot be recorded: it evaluates no loss on the CPU")
 
     def describe(self) -> str:
         """What is used, in one line; empty before a loss has been evaluated."""
         if self.refusals:
-            return f"PyTorch's operators are used on the CPU: no program for {self.refusals[0]}"
+            return f"PyTorch's operators are used instead of programs: {self.refusals[0]}"
         return "gradients and curvature products run as recorded programs" if self._found else ""
 
     def of(self, objective: Any) -> dict[Piece, TaskProgram | None] | None:
-        """The programs of an objective's loss; None if it changes too often."""
+        """The programs of an objective's loss; None if there should be none."""
+        threads = torch.get_num_threads()
+        if objective.tasks < threads and objective.layout.dim > _LARGE:
+            return self.refuse(
+                f"there are fewer tasks ({objective.tasks}) than threads ({threads})"
+            )
         data, structure = pytree.tree_flatten(objective.data)
         loss = id(objective.loss)
         if loss not in self._states_now:
@@ -80,14 +90,20 @@ class Programs:
         )  # fmt: skip
         found = self._found.get(key)
         if found is None:
-            states = self._states[loss] = self._states.get(loss, 0) + 1
-            if states > _MOST_STATES:
-                if states == _MOST_STATES + 1:
-                    self.refusals.append(f"the loss changed more than {_MOST_STATES} times")
+            if self._states.get(loss, 0) == _MOST_STATES:
+                self.refuse(f"a loss changed more than {_MOST_STATES} times")
                 return None
+            if len(self._found) == _MOST:
+                self.refuse(f"there are more than {_MOST} losses")
+                return None
+            self._states[loss] = self._states.get(loss, 0) + 1
             self._losses.append(objective.loss)
             found = self._found[key] = {}
         return found
+
+    def refuse(self, reason: str) -> None:
+        if reason not in self.refusals:
+            self.refusals.append(reason)
 
 
 def recorded(objective: Any) -> "Recorded | None":
@@ -164,8 +180,7 @@ class Recorded:
                     self._found[piece] = self._traced(piece, rows)
             except UnsupportedOperator as reason:
                 self._found[piece] = None
-                if str(reason) not in self._programs.refusals:
-                    self._programs.refusals.append(str(reason))
+                self._programs.refuse(f"no program for {reason}")
         return self._found[piece]
 
     def _traced(self, piece: Piece, rows: Tensor) -> TaskProgram:
