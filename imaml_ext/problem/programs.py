@@ -76,9 +76,8 @@ class Programs:
         """The programs of an objective's loss; None if there should be none."""
         threads = torch.get_num_threads()
         if objective.tasks < threads and objective.layout.dim > _LARGE:
-            return self.refuse(
-                f"there are fewer tasks ({objective.tasks}) than threads ({threads})"
-            )
+            self.refuse(f"there are fewer tasks ({objective.tasks}) than threads ({threads})")
+            return None
         data, structure = pytree.tree_flatten(objective.data)
         loss = id(objective.loss)
         if loss not in self._states_now:
