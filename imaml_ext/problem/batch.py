@@ -1,15 +1,15 @@
-"""Checks of the data of a batch of tasks, pytrees of [B, N, ...] tensors."""
+"""Checks of the data of a batch of tasks: the leaves of pytrees of [B, N, ...] tensors."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from imaml_ext.problem.layout import Layout
 
 
-def count_tasks(layout: Layout, data: Any, label: str) -> int:
+def count_tasks(layout: Layout, leaves: Sequence[Any], label: str) -> int:
     """The number of tasks, B.
 
     Raises:
@@ -17,7 +17,6 @@ def count_tasks(layout: Layout, data: Any, label: str) -> int:
         ValueError: there are no leaves, B or N is 0, leading sizes or devices differ, or a leaf was
             created in inference mode.
     """
-    leaves = pytree.tree_leaves(data)
     if not leaves:
         raise ValueError(f"{label} has no tensors")
     for number, leaf in enumerate(leaves):
@@ -51,9 +50,9 @@ def count_tasks(layout: Layout, data: Any, label: str) -> int:
     return sizes[0]
 
 
-def check_constant(data: Any, label: str) -> None:
+def check_constant(leaves: Sequence[Tensor], label: str) -> None:
     """Raises ValueError if a leaf requires grad."""
-    for number, leaf in enumerate(pytree.tree_leaves(data)):
+    for number, leaf in enumerate(leaves):
         if leaf.requires_grad:
             raise ValueError(
                 f"{label} (tensor {number}) requires grad, but only adapt differentiates by data, "
@@ -61,6 +60,6 @@ def check_constant(data: Any, label: str) -> None:
             )
 
 
-def versions(data: Any) -> list[int]:
+def versions(leaves: Sequence[Tensor]) -> list[int]:
     """The version counters of the tensors, which in-place operators increment."""
-    return [leaf._version for leaf in pytree.tree_leaves(data)]
+    return [leaf._version for leaf in leaves]

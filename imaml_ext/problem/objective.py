@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from imaml_ext._checks import check_scalar
 from imaml_ext.ops.batching import for_each_task
@@ -64,6 +65,8 @@ class Objective:
         track: whether to keep track of what the losses use, as `usage`.
 
     Attributes:
+        leaves: the tensors of the data.
+        tasks: B.
         usage: what the first evaluation of the losses used; None if it is not tracked.
         recorded: the programs that are used instead of PyTorch's operators; None without.
 
@@ -90,19 +93,20 @@ class Objective:
         self.layout = layout
         self.data = data
         self.shared = shared or {}
-        self.tasks = count_tasks(layout, data, label)
+        self.leaves = pytree.tree_leaves(data)
+        self.tasks = count_tasks(layout, self.leaves, label)
         self._label = label
         self._unchecked = check
         self.usage = Usage(loss, data, self.shared) if track else None
-        self._versions: list[int] | None = versions(data)  # None after the first evaluation
+        self._versions: list[int] | None = versions(self.leaves)  # None after the first evaluation
         if check:
-            check_constant(data, label)
+            check_constant(self.leaves, label)
         self.recorded = recorded(self)
 
     def with_inputs(self, data: Any, shared: Params) -> "Objective":
         """The same losses at other data, and at other values of the shared parameters."""
         other = copy(self)
-        other.data, other.shared = data, shared
+        other.data, other.leaves, other.shared = data, pytree.tree_leaves(data), shared
         other._unchecked, other._versions, other.recorded = False, None, None
         return other
 
@@ -281,7 +285,7 @@ class Objective:
         if self._versions is None:
             return
         before, self._versions = self._versions, None
-        for number, (old, new) in enumerate(zip(before, versions(self.data), strict=True)):
+        for number, (old, new) in enumerate(zip(before, versions(self.leaves), strict=True)):
             if old != new:
                 raise ValueError(
                     f"the loss modifies {self._label} (tensor {number}) in place, so that each of "

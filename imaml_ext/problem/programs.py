@@ -78,12 +78,12 @@ class Programs:
         if objective.tasks < threads and objective.layout.dim > _LARGE:
             self.refuse(f"there are fewer tasks ({objective.tasks}) than threads ({threads})")
             return None
-        data, structure = pytree.tree_flatten(objective.data)
         loss = id(objective.loss)
         if loss not in self._states_now:
             self._states_now[loss] = captured_state(objective.loss)
         key = (
-            loss, structure, *[(leaf.dtype, leaf.shape[1:]) for leaf in data],
+            loss, _structure(objective.data),
+            *[(leaf.dtype, leaf.shape[1:]) for leaf in objective.leaves],
             *[(name, t.shape) for name, t in objective.shared.items()],
             objective.layout.key, self._states_now[loss],
         )  # fmt: skip
@@ -105,6 +105,13 @@ class Programs:
             self.refusals.append(reason)
 
 
+def _structure(data: Any) -> Any:
+    """Equal for data of the same structure."""
+    if type(data) is tuple and all(isinstance(each, Tensor) for each in data):
+        return len(data)  # faster
+    return pytree.tree_structure(data)
+
+
 def recorded(objective: Any) -> "Recorded | None":
     """The programs of an objective; None outside of `Programs.use`, and where there are none."""
     active = _active.get()
@@ -123,7 +130,7 @@ class Recorded:
         self, objective: Any, programs: Programs, found: dict[Piece, TaskProgram | None]
     ) -> None:
         self._objective, self._programs, self._found = objective, programs, found
-        self._rest = [*pytree.tree_leaves(objective.data), *objective.shared.values()]
+        self._rest = [*objective.leaves, *objective.shared.values()]
 
     def losses(self, rows: Tensor) -> Tensor | None:
         """[B] from [B, D]; in grad mode in the graph of the rows, for one derivative."""
