@@ -73,8 +73,8 @@ Prepare find_product(const std::string& name, Signature& signature);
 Prepare find_indexing(const std::string& name, Signature& signature);
 Prepare find_layer(const std::string& name, Signature& signature);
 
-// The number of elements of a layer's operand, which is contiguous; -1 of other instructions. Throws
-// std::invalid_argument if the integers are not those of a layer.
+// The number of elements of a layer's operand, which is contiguous; -1 of other instructions.
+// Throws std::invalid_argument if the integers are not those of a layer.
 int64_t layer_elements(const Instruction& one, std::size_t operand);
 // The multiplications of a layer; 0 of other instructions.
 double layer_work(const Instruction& one);

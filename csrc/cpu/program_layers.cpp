@@ -5,9 +5,10 @@
 //   conv_weight_gradient  dw | x, g
 //     integers: images, in_h, in_w, channels, out_h, out_w, filters, kernel_h, kernel_w, stride_h,
 //     stride_w, pad_h, pad_w
-//   batch_norm                  y, positive, mean, scale | x, gamma, beta
-//   batch_norm_backward         dx, dgamma, dbeta | g, x, gamma, beta, mean, scale
-//   batch_norm_double_backward  grad_g, grad_x, grad_gamma | a, b, c, g, x, gamma, beta, mean, scale
+//   batch_norm            y, positive, mean, scale | x, gamma, beta
+//   batch_norm_backward   dx, dgamma, dbeta | g, x, gamma, beta, mean, scale
+//   batch_norm_double_backward
+//                         grad_g, grad_x, grad_gamma | a, b, c, g, x, gamma, beta, mean, scale
 //     integers: rows, channels, relu; batch_norm has eps as its scalar
 //
 // Results are before the bar. All arrays are contiguous, and the instructions have no loops.
@@ -131,14 +132,9 @@ TaskChannels<T> channels_at(const Frame& frame, const Place& place) {
 template <typename T>
 NormOperands<T> norm_operands(const Call& call, const Frame& frame, std::size_t first) {
   const Place* at = call.places.data() + first;
-  return {norm_shape(call),
-          call.integers[2] != 0,
-          frame.at<const T>(at[0]),
-          frame.at<const T>(at[1]),
-          channels_at<T>(frame, at[2]),
-          channels_at<T>(frame, at[3]),
-          frame.at<const T>(at[4]),
-          frame.at<const T>(at[5])};
+  return {norm_shape(call),         call.integers[2] != 0,        frame.at<const T>(at[0]),
+          frame.at<const T>(at[1]), channels_at<T>(frame, at[2]), channels_at<T>(frame, at[3]),
+          frame.at<const T>(at[4]), frame.at<const T>(at[5])};
 }
 
 template <typename T>

@@ -72,9 +72,8 @@ void cg_step_row(const CgArgs<T>& a, int64_t row, const ParallelFor& within) {
     a.curvature[row] = a.beta[row] = 0;
     return;
   }
-  const CgSums sums = sum_chunks<CgSums>(a.dim, within, [&](int64_t begin, int64_t end) {
-    return cg_curvature(a, row, begin, end);
-  });
+  const CgSums sums = sum_chunks<CgSums>(
+      a.dim, within, [&](int64_t begin, int64_t end) { return cg_curvature(a, row, begin, end); });
   const double rz_old = cg_old_rz(a, row);
   const CgStep step = cg_step_length<T>(sums, rz_old, a.steps[row]);
   CgNorms norms;

@@ -52,11 +52,11 @@ void check_accuracy(const std::vector<T>& x, long double most) {
 
 void test_functions_are_accurate_over_their_whole_range() {
   std::vector<float> floats;
-  for (std::uint64_t bits = 0; bits < 1ull << 32; bits += 20011)
+  for (std::uint64_t bits = 0; bits < 1ull << 32; bits += 60013)
     floats.push_back(std::bit_cast<float>(static_cast<std::uint32_t>(bits)));
   std::vector<double> doubles;
   Draw draw(1);
-  for (int i = 0; i < 100000; ++i) {
+  for (int i = 0; i < 30000; ++i) {
     doubles.push_back(draw.value<double>(kBits));
     doubles.push_back(draw.value<double>(kNormal) * 200);
     doubles.push_back(1 + draw.value<double>(kNormal) / 10);
@@ -84,11 +84,10 @@ void check(ProgramProblem<T> problem, std::uint64_t seed) {
 
 template <typename T>
 void test_products_around_the_boundaries_of_tiles() {
-  constexpr int64_t rows[] = {1, 2, 3, 5, 6, 7, 12, 13},
-                    columns[] = {1, 3, 4, 7, 8, 9, 15, 16, 17, 40};
+  constexpr int64_t rows[] = {1, 3, 6, 7}, columns[] = {1, 7, 16, 17, 40};
   for (const int64_t m : rows)
     for (const int64_t n : columns)
-      for (const int64_t k : {1, 2, 7, 8, 9, 33})
+      for (const int64_t k : {1, 8, 33})
         for (int layout = 0; layout < 8; ++layout) {
           const auto pick = [&](int bit, int64_t first, int64_t second) {
             return layout >> bit & 1 ? second : first;
