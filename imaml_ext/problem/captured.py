@@ -88,33 +88,54 @@ def _tensors_of_module(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                         yield from ((f"{key}.{own}", t) for own, t in leaf.named_parameters())
 
 
-def captured_state(loss: Any) -> tuple[Any, ...]:
-    """What a loss finds in its variables and in attributes of its modules, to notice changes.
+def captured_state(loss: Any) -> tuple[tuple[Any, ...], list[Any]]:
+    """What a loss finds in its variables, its modules and their attributes, to notice changes.
 
-    Numbers and texts by value, everything else by identity. Equal states compare equal.
+    Numbers and texts by value, everything else by identity. Equal states compare equal, as long as
+    the objects that are returned as well exist.
     """
-    state: list[Any] = []
+    state: list[Any] = [_function_of(loss)]
+    objects: list[Any] = [loss]
     for _, value in _variables(loss, set()):
         leaves = (value,) if isinstance(value, nn.Module) else pytree.tree_leaves(value)
         for leaf in leaves:
+            objects.append(leaf)
             if isinstance(leaf, nn.Module):
                 for module in leaf.modules():
-                    state += _state_of_module(vars(module))
+                    objects.append(_add_module(state, module))
             else:
                 state.append(_value(leaf))
-    return tuple(state)
+    return tuple(state), objects
+
+
+def _function_of(loss: Any) -> Any:
+    """Equal for losses that differ only in their variables."""
+    if isinstance(loss, ModuleLoss):
+        return id(loss.model), id(loss.criterion)
+    return id(getattr(loss, "__code__", loss))
 
 
 _PLAIN = (int, float, complex, str, type(None))
 _OWN = frozenset(vars(nn.Module())) - {"training"}  # entries of every module
 
 
-def _state_of_module(entries: dict[str, Any]) -> list[Any]:
-    state = [_value(value) for name, value in entries.items() if name not in _OWN]
-    state += [len(entries["_forward_hooks"]), len(entries["_forward_pre_hooks"])]
-    for tensors in (entries["_parameters"], entries["_buffers"]):
-        state += map(id, tensors.values())
-    return state
+def _add_module(state: list[Any], module: nn.Module) -> list[Any]:
+    """Add the state of a module; returns the objects that it refers to."""
+    kind, entries = type(module), vars(module)
+    hooks = *entries["_forward_hooks"].values(), *entries["_forward_pre_hooks"].values()
+    tensors = *entries["_parameters"].values(), *entries["_buffers"].values()
+    values = [value for name, value in entries.items() if name not in _OWN]
+    if not kind.__module__.startswith("torch."):
+        values += [value for name, value in vars(kind).items() if not name.startswith("__")]
+        values += [value for _, value in _variables(kind.forward, set())]
+    state += (id(module), id(kind), *map(id, hooks))
+    state += [(id(t), t is not None and t.requires_grad) for t in tensors]
+    for value in values:
+        if isinstance(value, (list, tuple, dict)):
+            state += map(_value, pytree.tree_leaves(value))
+        else:
+            state.append(_value(value))
+    return [module, kind, hooks, tensors, values]
 
 
 def _value(leaf: Any) -> Any:
@@ -154,18 +175,29 @@ def _variables(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
         yield from _variables(function.__func__, seen)
     elif inspect.isfunction(function):
         variables = inspect.getclosurevars(function)
+        nested = _names_in(function.__code__.co_consts)
         defaults = {
             name: parameter.default
             for name, parameter in inspect.signature(function).parameters.items()
             if parameter.default is not parameter.empty
         }
-        found = {**variables.globals, **variables.nonlocals, **defaults}
+        used = {name: function.__globals__[name] for name in nested & function.__globals__.keys()}
+        found = {**used, **variables.globals, **variables.nonlocals, **defaults}
     else:
         found = dict(getattr(function, "__dict__", {}))
     for name, value in found.items():
         yield name, value
-        if inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, partial):
+        if inspect.isroutine(value) or isinstance(value, (partial, ModuleLoss)):
             yield from _variables(value, seen)
+
+
+def _names_in(constants: tuple[Any, ...]) -> set[str]:
+    """The names that functions in a function's code use, such as lambdas and generators."""
+    names: set[str] = set()
+    for code in constants:
+        if inspect.iscode(code):
+            names |= {*code.co_names, *_names_in(code.co_consts)}
+    return names
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ The losses, the gradient, and the Hessian or Gauss-Newton product of one task ar
 and then run for all tasks by one call, whatever the solver.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,13 +29,23 @@ _LARGE = 20_000  # parameters of a network that occupies several threads
 _active: ContextVar["Programs | None"] = ContextVar("active", default=None)
 
 
+class _Entry:
+    """A program, how often it was asked for, and whether there is none."""
+
+    def __init__(self) -> None:
+        self.program: TaskProgram | None = None
+        self.uses = 0
+        self.refused = False
+
+
 class Programs:
     """The programs of the losses that are evaluated within `use()`, on the CPU.
 
-    A program is traced when it is first needed. Its first result is compared with that of PyTorch's
-    operators. Another is traced if the shapes of the data change, the training mode of a module, or
-    any other number or tensor that the loss finds in its variables, or in attributes of its
-    modules, from one `use()` to the next; at most 8 for a loss, and 64 in all.
+    A program is traced when it is first needed. Its results are compared with those of PyTorch's
+    operators in its first, second, fourth, eighth, ... use. Another is traced if the shapes of the
+    data change, the training mode of a module, or any other number or tensor that the loss finds in
+    its variables, or in attributes of its modules, from one `use()` to the next; at most 8 for a
+    loss, and 64 in all.
 
     With fewer tasks than threads, a large network uses PyTorch's operators, which divide the work
     of a task.
@@ -45,13 +56,17 @@ class Programs:
 
     def __init__(self) -> None:
         self.refusals: list[str] = []
-        self._found: dict[Any, dict[Piece, TaskProgram | None]] = {}
-        self._states: dict[int, int] = {}  # how many of each loss
-        self._losses: list[Any] = []  # keeps them, so that their ids remain theirs
+        self._found: dict[Any, dict[Piece, _Entry]] = {}
+        self._states: dict[Any, int] = {}  # how many of each loss
+        self._objects: list[Any] = []  # those in keys, so that their ids remain theirs
         self._states_now: dict[int, Any] = {}
+
+    def __reduce__(self) -> Any:
+        return Programs, ()  # a copy records again: keys are identities
 
     @contextmanager
     def use(self) -> Iterator[None]:
+        """The context in which losses are evaluated by programs."""
         token = _active.set(self)
         self._states_now = {}
         try:
@@ -72,7 +87,7 @@ class Programs:
             return f"PyTorch's operators are used instead of programs: {self.refusals[0]}"
         return "gradients and curvature products run as recorded programs" if self._found else ""
 
-    def of(self, objective: Any) -> dict[Piece, TaskProgram | None] | None:
+    def of(self, objective: Any) -> dict[Piece, _Entry] | None:
         """The programs of an objective's loss; None if there should be none."""
         threads = torch.get_num_threads()
         if objective.tasks < threads and objective.layout.dim > _LARGE:
@@ -81,26 +96,29 @@ class Programs:
         loss = id(objective.loss)
         if loss not in self._states_now:
             self._states_now[loss] = captured_state(objective.loss)
+        state, objects = self._states_now[loss]
         key = (
-            loss, _structure(objective.data),
+            _structure(objective.data),
             *[(leaf.dtype, leaf.shape[1:]) for leaf in objective.leaves],
             *[(name, t.shape) for name, t in objective.shared.items()],
-            objective.layout.key, self._states_now[loss],
+            objective.layout.key, state,
         )  # fmt: skip
         found = self._found.get(key)
         if found is None:
-            if self._states.get(loss, 0) == _MOST_STATES:
+            code = state[0]
+            if self._states.get(code, 0) == _MOST_STATES:
                 self.refuse(f"a loss changed more than {_MOST_STATES} times")
                 return None
             if len(self._found) == _MOST:
                 self.refuse(f"there are more than {_MOST} losses")
                 return None
-            self._states[loss] = self._states.get(loss, 0) + 1
-            self._losses.append(objective.loss)
+            self._states[code] = self._states.get(code, 0) + 1
+            self._objects.append(objects)
             found = self._found[key] = {}
         return found
 
     def refuse(self, reason: str) -> None:
+        """Add to the refusals."""
         if reason not in self.refusals:
             self.refusals.append(reason)
 
@@ -119,6 +137,8 @@ def recorded(objective: Any) -> "Recorded | None":
         return None
     if objective.layout.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
+    if torch.is_inference_mode_enabled():
+        return None  # an error, as without programs
     found = active.of(objective)
     return None if found is None else Recorded(objective, active, found)
 
@@ -126,9 +146,7 @@ def recorded(objective: Any) -> "Recorded | None":
 class Recorded:
     """The programs of an objective. Every method returns None if there is no program."""
 
-    def __init__(
-        self, objective: Any, programs: Programs, found: dict[Piece, TaskProgram | None]
-    ) -> None:
+    def __init__(self, objective: Any, programs: Programs, found: dict[Piece, _Entry]) -> None:
         self._objective, self._programs, self._found = objective, programs, found
         self._rest = [*objective.leaves, *objective.shared.values()]
 
@@ -180,21 +198,52 @@ class Recorded:
         return losses, gradient, product
 
     def _program(self, piece: Piece, rows: Tensor) -> TaskProgram | None:
-        if piece not in self._found:
-            try:
-                with torch.random.fork_rng(devices=[]):  # of a loss that draws random numbers
-                    self._found[piece] = self._traced(piece, rows)
-            except UnsupportedOperator as reason:
-                self._found[piece] = None
-                self._programs.refuse(f"no program for {reason}")
-        return self._found[piece]
+        """The program of a piece; compared with PyTorch in its first, second, fourth, ... use."""
+        entry = self._found.setdefault(piece, _Entry())
+        entry.uses += 1
+        if entry.refused or entry.uses & (entry.uses - 1):
+            return entry.program
+        with torch.random.fork_rng(devices=[]):  # of a loss that draws random numbers
+            vectors = [_generic(rows)] if piece in ("hessian", "ggn") else []
+            # First, because it makes checks that need values.
+            want = self._eager(piece, rows, vectors)
+            reason = self._compared(entry, piece, rows, vectors, want)
+        if reason is not None:
+            entry.program, entry.refused = None, True
+            self._programs.refuse(f"no program for {reason}")
+            if entry.uses > 1:
+                warnings.warn(f"PyTorch's operators are used: {reason}", stacklevel=2)
+        return entry.program
 
-    def _traced(self, piece: Piece, rows: Tensor) -> TaskProgram:
+    def _compared(
+        self,
+        entry: _Entry,
+        piece: Piece,
+        rows: Tensor,
+        vectors: list[Tensor],
+        want: list[Tensor],
+    ) -> str | None:
+        """Trace the program, if there is none, and compare it with PyTorch; the error, if any."""
+        try:
+            if entry.program is None:
+                entry.program = self._traced(piece, rows, vectors)
+            if vectors:
+                got, product = entry.program.begin(rows, *self._rest)
+                product(-2 * vectors[0])  # must not change the next product
+                got.append(product(*vectors))
+            else:
+                got = entry.program(rows, *self._rest)
+        except Exception as error:  # of tracing: the loss itself is computed above
+            if isinstance(error, UnsupportedOperator):
+                return str(error)
+            return f"this loss ({type(error).__name__}: {str(error).splitlines()[0]})"
+        if all(map(_agree, got, want)):
+            return None
+        return f"a loss whose {piece} is not that of the traced operators"
+
+    def _traced(self, piece: Piece, rows: Tensor, vectors: Sequence[Tensor]) -> TaskProgram:
         objective, structure = self._objective, pytree.tree_structure(self._objective.data)
         names, leaves = list(objective.shared), len(self._rest) - len(objective.shared)
-        vectors = [_generic(rows)] if piece in ("hessian", "ggn") else []
-        # First, because it makes checks that need values.
-        want = self._eager(piece, rows, vectors)
 
         def function(rows: Tensor, *rest: Tensor) -> Sequence[Tensor]:
             data = pytree.tree_unflatten(rest[:leaves], structure)
@@ -204,15 +253,7 @@ class Recorded:
         inputs = [rows, *self._rest, *vectors]
         is_shared = [0 < k - leaves <= len(names) for k in range(len(inputs))]
         examples = [t if s else t[:1] for t, s in zip(inputs, is_shared, strict=True)]
-        program = TaskProgram(function, examples, is_shared, late=len(vectors))
-        if vectors:
-            got, product = program.begin(rows, *self._rest)
-            got.append(product(*vectors))
-        else:
-            got = program(rows, *self._rest)
-        if not all(map(_agree, got, want)):
-            raise UnsupportedOperator(f"a loss whose {piece} is not that of the traced operators")
-        return program
+        return TaskProgram(function, examples, is_shared, late=len(vectors))
 
     def _eager(self, piece: Piece, rows: Tensor, vectors: Sequence[Tensor]) -> list[Tensor]:
         token = _active.set(None)
@@ -265,7 +306,7 @@ def _evaluate(
 
 def _generic(rows: Tensor) -> Tensor:
     """A direction without structure, [B, D], the same in every call."""
-    numbers = torch.arange(1.0, rows.numel() + 1, dtype=rows.dtype)
+    numbers = torch.arange(1.0, rows.numel() + 1, dtype=rows.dtype, device=rows.device)
     return (numbers * numbers).sin().view_as(rows)
 
 

@@ -73,16 +73,17 @@ class Array:
         """The same numbers.
 
         Raises:
-            UnsupportedOperator: floats would have to be rounded.
+            UnsupportedOperator: the conversion changes numbers.
         """
-        if self.kind == "float" != kind:
+        order = ("bool", "int", "float")
+        if order.index(kind) < order.index(self.kind):
             raise UnsupportedOperator(f"a conversion of {self.kind} to {kind}")
         return replace(self, kind=kind)
 
     def dimensions(self, dims: Sequence[int] | None) -> tuple[int, ...]:
         """Dimensions counted from 0; all if none are given."""
         count = len(self.shape)
-        return tuple(d % count for d in dims) if dims else tuple(range(count))
+        return tuple(d % count for d in dims) if dims and count else tuple(range(count))
 
     def expanded(self, shape: Sequence[int]) -> "Array":
         return self.view(lambda t: t.expand(tuple(shape)))

@@ -137,14 +137,28 @@ def assemble(
             if place[buffer][0] == 0 and last[buffer] == k:
                 arena.free(place[buffer][1], buffer.size)
         operands = []
-        for a in each.arrays:
+        sizes, arrays = _with_few_loops(each)
+        for a in arrays:
             slot, start = place[a.buffer]
-            strides = a.strides[: len(each.sizes)]  # none of a layer, which is contiguous
+            strides = a.strides[: len(sizes)]  # none of a layer, which is contiguous
             operands.append((slot, start + a.offset, list(strides)))
         translated.append(
-            (each.name, list(each.sizes), operands, list(each.integers), list(each.scalars))
+            (each.name, list(sizes), operands, list(each.integers), list(each.scalars))
         )
     return Assembled(arena.size, values, translated)
+
+
+def _with_few_loops(each: Instruction) -> tuple[Sequence[int], Sequence[Array]]:
+    """The sizes and arrays of an instruction; without loops of size 1, if there are many."""
+    if len(each.sizes) <= 6:
+        return each.sizes, each.arrays
+    kept = [k for k, n in enumerate(each.sizes) if n > 1]
+
+    def chosen(values: Sequence[int]) -> tuple[int, ...]:
+        return tuple(values[k] for k in kept)
+
+    arrays = [replace(a, shape=chosen(a.shape), strides=chosen(a.strides)) for a in each.arrays]
+    return chosen(each.sizes), arrays
 
 
 def _written_in_place(
@@ -158,7 +172,6 @@ def _written_in_place(
     modified = {
         a.buffer for each in instructions if each.name.startswith("scatter") for a in each.results
     }
-    reads = Counter(a.buffer for each in instructions for a in each.operands)
     moves = _Moves(instructions)
     kept = []
     for each in instructions:
@@ -167,7 +180,12 @@ def _written_in_place(
         if each.name == "copy" and free and target.buffer not in modified:
             if moves.add(source, target):
                 continue
-        elif each.name == "matmul" and len(each.arrays) > 3 and free and reads[source.buffer] == 1:
+        elif (
+            each.name == "matmul"
+            and len(each.arrays) > 3
+            and free
+            and moves.reads[source.buffer] == 1
+        ):
             moves.add(_without_sum(source), _without_sum(target))
         kept.append(each)
     return [_by_rows(replace(each, arrays=tuple(map(moves.apply, each.arrays)))) for each in kept]
@@ -183,6 +201,8 @@ class _Moves:
 
     def __init__(self, instructions: Sequence[Instruction]) -> None:
         self._moves: dict[Buffer, _Move] = {}
+        # How often each buffer is read, with what lies in it.
+        self.reads = Counter(a.buffer for each in instructions for a in each.operands)
         # The views of each buffer, and whether a layer uses them.
         self._views: dict[Buffer, list[tuple[Array, bool]]] = {}
         for each in instructions:
@@ -196,6 +216,7 @@ class _Moves:
         if source.buffer in self._moves or move is None or not all(move.maps(*v) for v in views):
             return False
         self._moves[source.buffer] = move
+        self.reads[target.buffer] += self.reads[source.buffer]
         self._views[target.buffer] += [(move.apply(a), of_layer) for a, of_layer in views]
         return True
 

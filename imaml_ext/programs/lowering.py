@@ -13,6 +13,7 @@ from imaml_ext.programs.instruction import Instruction
 from imaml_ext.programs.layers import LAYERS
 from imaml_ext.programs.operators import (
     BINARY,
+    BITWISE,
     COMPARISONS,
     FILLED,
     IN_PLACE,
@@ -82,8 +83,10 @@ class Lowering:
         if target is aten.where.self and meta_of(node).dtype.is_floating_point:
             return self._map("where", args, "float")  # exact in any precision
         kind = self._kind(node)
-        if target in SAME or target is aten._to_copy.default:
+        if target in SAME:
             return args[0].with_kind(kind)
+        if target is aten._to_copy.default:
+            return self._converted_to(node, args[0], kind)
         if target in UNARY:
             return self._map(UNARY[target], args, kind)
         if target in TESTS:
@@ -91,8 +94,12 @@ class Lowering:
         if target is aten.bitwise_not.default and args[0].kind == "bool":
             return self._map("logical_not", args, "bool")
         if target in BINARY:
+            if kind != "float":
+                raise UnsupportedOperator(f"{target} of integers")
             return self._binary(BINARY[target], args, kwargs, kind)
         if target in COMPARISONS:
+            if target in BITWISE and any(a.kind != "bool" for a in args):
+                raise UnsupportedOperator(f"{target} of integers")
             return self._map(COMPARISONS[target], args, "bool")
         if target is aten.where.self:
             return self._map("where", args, kind)
@@ -109,7 +116,7 @@ class Lowering:
         if target in (aten.mm.default, aten.bmm.default):
             return self._matmul(*args)
         if target is aten.cat.default:
-            return self._cat(*args, **kwargs)
+            return self._cat(kind, *args, **kwargs)
         if target is aten.select_scatter.default:
             source, value, dim, start = args
             return self._inserted(source, value.view(lambda t: t.unsqueeze(dim)), dim, start)
@@ -151,7 +158,8 @@ class Lowering:
         """The new value of another view of a modified array."""
         if other.identity == a.identity and other.shape == a.shape:
             return result
-        if other.size == a.size and other.is_contiguous and a.is_contiguous:
+        same_place = other.offset == a.offset and other.size == a.size
+        if same_place and other.is_contiguous and a.is_contiguous:
             return self._reshape(result, other.shape)
         raise UnsupportedOperator(f"{node.target} of a view")
 
@@ -236,6 +244,16 @@ class Lowering:
         except RuntimeError:
             return self.copied(a).view(lambda t: t.view(tuple(shape)))
 
+    def _converted_to(self, node: fx.Node, a: Any, kind: Kind) -> Array:
+        """A conversion; floats are not rounded to integers, and integers not to smaller ones."""
+        if not isinstance(a, Array):
+            return Array.filled(a, meta_of(node).shape, kind)
+        if kind == "bool" != a.kind:
+            return self._map("ne", (a, 0.0), "bool")
+        if kind == "int" == a.kind and meta_of(node).dtype != torch.int64:
+            raise UnsupportedOperator(f"a conversion to {meta_of(node).dtype}")
+        return a.with_kind(kind)
+
     def _converted(self, a: Array) -> Array:
         """An input in the program's dtype."""
         return a if a.buffer.input == self.dtype else self.copied(a)
@@ -254,13 +272,13 @@ class Lowering:
             raise UnsupportedOperator(f"{node.target} of {a.kind}")
         result = self._reduced(name, a, dims)
         if node.target in (aten.mean.default, aten.mean.dim):
-            result = self._divided(result, a.size // result.size)
+            result = self._divided(result, a.size / max(result.size, 1))
         return result if keepdim else result.view(lambda t: t.squeeze(dims))
 
     def _variance(self, a: Array, dims: Any = None, correction: float = 1) -> Array:
         dims = a.dimensions(dims)
         total = self._reduced("sum", a, dims)
-        count = a.size // total.size
+        count = a.size // max(total.size, 1)
         centred = self._map("sub", (a, self._divided(total, count)), "float", (1.0,))
         squares = self._reduced("sum", self._map("mul", (centred, centred), "float"), dims)
         return self._divided(squares, count - correction).view(lambda t: t.squeeze(dims))
@@ -269,6 +287,8 @@ class Lowering:
         """The reduction, with reduced dimensions of size 1."""
         kind: Kind = "float" if a.kind == "float" else "int"
         result = Array.new([1 if d in dims else n for d, n in enumerate(a.shape)], kind)
+        if a.size == 0:
+            raise UnsupportedOperator("a reduction of an empty tensor")
         if result.size == a.size:
             return a.with_kind(kind)
         self._emit(name, a.shape, [result.expanded(a.shape), a])
@@ -289,12 +309,12 @@ class Lowering:
         self._emit("matmul", sizes, arrays)
         return result
 
-    def _cat(self, arrays: Sequence[Array], dim: int = 0) -> Array:
-        arrays = [a for a in arrays if a.shape != (0,)]
+    def _cat(self, kind: Kind, arrays: Sequence[Array], dim: int = 0) -> Array:
+        arrays = [a for a in arrays if a.size] or list(arrays[:1])
         shape = list(arrays[0].shape)
         dim %= len(shape)
         shape[dim] = sum(a.shape[dim] for a in arrays)
-        result, start = Array.new(shape, arrays[0].kind), 0
+        result, start = Array.new(shape, kind), 0
         for a in arrays:
             part = result.view(partial(torch.narrow, dim=dim, start=start, length=a.shape[dim]))
             self._emit("copy", a.shape, [part, a])
@@ -332,7 +352,7 @@ class Lowering:
         after = first + value.shape[dim]
         before = a.view(lambda t: t.narrow(dim, 0, first))
         rest = a.view(lambda t: t.narrow(dim, after, count - after))
-        return self._cat([each for each in (before, value, rest) if each.size], dim)
+        return self._cat(a.kind, (before, value, rest), dim)
 
     def _gather(self, source: Array, dim: int, index: Array) -> Array:
         at, stride = indexed(source, dim, index.shape)

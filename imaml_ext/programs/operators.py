@@ -45,6 +45,7 @@ COMPARISONS: dict[Any, str] = {
     aten.bitwise_and.Tensor: "logical_and",
     aten.bitwise_or.Tensor: "logical_or",
 }
+BITWISE: set[Any] = {aten.bitwise_and.Tensor, aten.bitwise_or.Tensor}
 VIEWS: set[Any] = {
     aten.alias.default, aten.as_strided.default, aten.diagonal.default, aten.expand.default,
     aten.narrow.default, aten.permute.default, aten.select.int, aten.slice.Tensor,
@@ -97,13 +98,18 @@ IN_PLACE: dict[Any, str] = {
 }
 
 
+_DETACH = (aten.detach.default,)
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether a node's result shares memory with its first argument."""
     target: Any = node.target
     if node.op != "call_function":
         return False
-    views = (VIEWS, SPLITS, RESHAPES, IN_PLACE, (aten.detach.default, operator.getitem))
-    return any(target in kinds for kinds in views)
+    if target is operator.getitem:  # of a split, or of an operator with several results
+        source: Any = node.args[0]
+        return source.target in SPLITS
+    return any(target in kinds for kinds in (VIEWS, SPLITS, RESHAPES, IN_PLACE, _DETACH))
 
 
 def meta_of(node: fx.Node) -> Any:

@@ -52,15 +52,15 @@ class TaskProgram:
         graph, captured = trace(function, examples)
         self._dtype = examples[0].dtype
         early = len(examples) - late
-        inputs = [_Input(t, s) for t, s in zip(examples, shared, strict=True)]
-        held = [_Input(t, True) for t in captured]
+        inputs = [_Input(t, s, self._dtype) for t, s in zip(examples, shared, strict=True)]
+        held = [_Input(t, True, self._dtype) for t in captured]
         arrays = [each.array(k) for k, each in enumerate([*inputs, *held])]
         lowering = Lowering(graph.graph, self._dtype, arrays)
         results = [lowering.copied(a) for a in lowering.outputs]
         buffers = [a.buffer for a in arrays]
         first, second = _split(
             without_unused(lowering.instructions, [a.buffer for a in results]),
-            set(buffers[early : early + late]),
+            {*buffers[early : early + late], results[-1].buffer} if late else set(),
         )
         saved = _passed_on(first, second)
         self._saved = sum(rounded(buffer.size) for buffer in saved)
@@ -148,14 +148,18 @@ class TaskProgram:
         return operands
 
 
+_EXACT = 2**24  # integers up to this are exact in float32
+
+
 class _Input:
     """The form of an input."""
 
-    def __init__(self, example: Tensor, is_shared: bool) -> None:
+    def __init__(self, example: Tensor, is_shared: bool, dtype: torch.dtype) -> None:
         if example.dtype not in _DTYPES or example.layout != torch.strided:
             raise UnsupportedOperator(f"an input of {example.dtype}")
         self.dtype = example.dtype
         self.is_shared = is_shared
+        self._is_inexact = dtype == torch.float32 and self.dtype in (torch.int64, torch.int32)
         self.shape = example.shape if is_shared else example.shape[1:]
 
     def array(self, number: int) -> Array:
@@ -176,6 +180,15 @@ class _Input:
                 f"a tensor of one task was recorded as {list(self.shape)} {self.dtype}, and is now "
                 f"{list(shape)} {tensor.dtype}: record again"
             )
+        if tensor.is_neg():
+            tensor = tensor.resolve_neg()
+        if self._is_inexact:
+            low, high = (int(each) for each in tensor.aminmax())
+            if not -_EXACT <= low <= high <= _EXACT:
+                raise ValueError(
+                    f"integers beyond 2^24, got {low} to {high}, are not exact in a program of "
+                    "float32: use float64, or PyTorch's operators, by compile='off'"
+                )
         if tensor.is_contiguous():
             return tensor
         return tensor.contiguous() if self.is_shared else contiguous_per_task(tensor)
@@ -199,12 +212,17 @@ class _Operands:
     def add(self, inputs: Sequence[_Input], tensors: Sequence[Tensor]) -> None:
         for each, tensor in zip(inputs, tensors, strict=True):
             tensor = each.contiguous(tensor)
+            if not each.is_shared and len(tensor) != self.tasks:
+                raise ValueError(f"expected {self.tasks} tasks, got {len(tensor)}")
             self._tensors.append(tensor)
             self._addresses.append(tensor.data_ptr())
             self._strides.append(0 if each.is_shared else tensor.stride(0))
 
+    def versions(self) -> list[int]:
+        return [t._version for t in self._tensors]
+
     def new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty((self.tasks, *shape), dtype=dtype)
+        return torch.empty((self.tasks, *shape), dtype=dtype, device="cpu")
 
     def arguments(self, results: Sequence[Tensor]) -> tuple[int, list[int], list[int]]:
         """Of a program whose last slots are the results, contiguous."""
@@ -230,8 +248,11 @@ class Continuation:
     ) -> None:
         self._program, self._before, self._late = program, operands, late
         self._saved, self._shape, self._dtype = saved, shape, dtype
+        self._versions = operands.versions()
 
     def __call__(self, *late: Tensor) -> Tensor:
+        if self._before.versions() != self._versions:
+            raise RuntimeError("a tensor of the linearisation has been modified in place since")
         operands, result = self._bind(late)
         operands.run(self._program, [self._saved, result])
         return result
@@ -282,15 +303,22 @@ def _address(tensor: Tensor | None) -> int:
 def _split(
     instructions: Sequence[Instruction], changing: set[Buffer]
 ) -> tuple[list[Instruction], list[Instruction]]:
-    """The instructions that do not depend on some buffers, and those that do."""
-    changing = set(changing)
-    first, second = [], []
-    for each in instructions:
-        if any(a.buffer in changing for a in each.arrays):
-            changing.update(a.buffer for a in each.results)
-            second.append(each)
-        else:
-            first.append(each)
+    """The instructions that neither read nor write buffers which change, and the others.
+
+    What the others write changes as well. A buffer may be written by several instructions: what
+    initialises it belongs to those that modify it.
+    """
+    changing, count = set(changing), -1
+    while count < len(changing):
+        count = len(changing)
+        for each in instructions:
+            if any(a.buffer in changing for a in each.arrays):
+                changing.update(a.buffer for a in each.results)
+    is_late = [any(a.buffer in changing for a in each.arrays) for each in instructions]
+    first, second = (
+        [each for each, late in zip(instructions, is_late, strict=True) if late is wanted]
+        for wanted in (False, True)
+    )
     return first, second
 
 

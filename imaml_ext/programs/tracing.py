@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from imaml_ext._tracing import recording
 from imaml_ext.programs.operators import UnsupportedOperator
@@ -27,8 +29,12 @@ def trace(
     # Imported here because it takes a second.
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with recording(tracing=True), _NoValueReads():
-        graph = make_fx(function, decomposition_table=_decompositions())(*examples)
+    def watched(*inputs: Tensor) -> Any:
+        with _NoScalars():
+            return function(*inputs)
+
+    with _TRACING, recording(tracing=True), _NoValueReads():
+        graph = make_fx(watched, decomposition_table=_decompositions())(*examples)
     captured = _lift_tensors(graph)
     graph.graph.eliminate_dead_code()
     return graph, captured
@@ -60,6 +66,20 @@ def _decompositions() -> dict[Any, Any]:
         **get_decompositions(_DECOMPOSED),
         aten.cosh.default: lambda x: (x.exp() + (-x).exp()) / 2,
     }
+
+
+_TRACING = RLock()  # make_fx patches modules of the process
+
+
+class _NoScalars(TorchDispatchMode):
+    """Refuse to read values of tensors in C++, as in `x[n]` with a tensor n."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is aten._local_scalar_dense.default:
+            raise UnsupportedOperator("an operator that reads the value of a tensor")
+        return function(*args, **(kwargs or {}))
 
 
 class _NoValueReads(TorchFunctionMode):

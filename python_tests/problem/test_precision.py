@@ -11,7 +11,7 @@ from torch import nn
 
 from imaml_ext import MAML, ConjugateGradient, GradientDescent, implicit_meta_grad, module_loss
 from imaml_ext.data import Sinusoid
-from imaml_ext.problem import objective
+from imaml_ext.problem import differentiation
 from imaml_ext.problem.precision import one_precision
 
 CUDA = torch.device("cuda")
@@ -103,7 +103,7 @@ def test_every_pass_of_a_meta_gradient_runs_in_the_context(curvature, monkeypatc
         def forward(self, x):
             return Probe.apply(self.layer(x), lambda: seen.append(bool(inside)))
 
-    monkeypatch.setattr(objective, "one_precision", noted)
+    monkeypatch.setattr(differentiation, "one_precision", noted)
     model = Model()
     loss, params = module_loss(model, nn.functional.mse_loss), dict(model.named_parameters())
     batch, inner = Sinusoid(tasks=2).sample(0), GradientDescent(lr=0.01, steps=2)

@@ -1,6 +1,9 @@
 """Programs instead of PyTorch's operators: the same meta-gradients, and when they are not used."""
 
+import copy
+import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -67,7 +70,9 @@ def compare(call, *, tolerance=1e-9):
 
 
 def pieces(programs):
-    return {name for found in programs._found.values() for name, one in found.items() if one}
+    return {
+        name for found in programs._found.values() for name, one in found.items() if one.program
+    }
 
 
 MIDDLES = {
@@ -277,6 +282,11 @@ def test_changes_of_a_model_are_noticed():
     check()
     model.factor = 2.0
     check()
+    handle = model.register_forward_hook(lambda module, args, output: 2 * output)
+    check()
+    handle.remove()
+    model.register_forward_hook(lambda module, args, output: -output)
+    check()
     model.shift.add_(1.0)
     check()
     model.shift = torch.full_like(model.shift, 3.0)
@@ -285,6 +295,79 @@ def test_changes_of_a_model_are_noticed():
         model.linear.weight.data = model.linear.weight * 2
     check()
     assert not programs.refusals
+
+
+def test_replaced_layers_and_globals_are_noticed(monkeypatch):
+    model = mlp()
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+
+    def scaled(params, data):
+        return (lambda value: value * FACTOR)(loss(params, data))
+
+    programs = Programs()
+    for factor in (1.0, 2.0):
+        monkeypatch.setitem(globals(), "FACTOR", factor)
+        for layer in (nn.Tanh(), nn.Sigmoid()):
+            model[1] = layer
+            with programs.use():
+                got = solve(scaled, params, *data())
+            assert_close(got.named(), solve(scaled, params, *data()).named())
+    assert not programs.refusals
+
+
+FACTOR = 1.0
+
+
+def test_a_parameter_that_begins_to_require_grad_is_refused_as_without_programs():
+    model = mlp()
+    model[2].bias.requires_grad_(False)
+    params = {name: p for name, p in model.named_parameters() if name != "2.bias"}
+    loss, programs = module_loss(model, F.mse_loss), Programs()
+    with programs.use():
+        solve(loss, params, *data())
+    model[2].bias.requires_grad_(True)
+    with programs.use(), pytest.raises(ValueError, match=r"depends on 2\.bias"):
+        solve(loss, params, *data())
+
+
+def test_a_program_that_turns_out_to_be_wrong_is_given_up_with_a_warning():
+    class Hidden:  # neither a number nor a module
+        factor = 1.0
+
+    hidden = Hidden()
+
+    def loss(params, data):
+        return params["w"].square().sum() * hidden.factor + data.sum()
+
+    params, data = {"w": torch.ones(3, dtype=torch.float64)}, torch.ones(2, 1, dtype=torch.float64)
+    programs = Programs()
+
+    def gradient():
+        with programs.use():
+            return solve(loss, params, data, data).params["w"]
+
+    gradient()
+    hidden.factor = 2.0
+    with pytest.warns(UserWarning, match="not that of the traced operators"):
+        results = [gradient() for _ in range(8)]
+    assert_close(results[-1], solve(loss, params, data, data).params["w"])
+
+
+def test_programs_can_be_copied_and_threads_can_record():
+    model = mlp()
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+    want = solve(loss, params, *data()).params["0.weight"]
+
+    def call(programs):
+        with programs.use():
+            return solve(loss, params, *data()).params["0.weight"]
+
+    programs = Programs()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(call, [programs] * 4 + [Programs() for _ in range(4)]))
+    copies = copy.deepcopy(programs), pickle.loads(pickle.dumps(programs))
+    for got in (*results, *map(call, copies)):
+        assert_close(got, want)
 
 
 def test_a_loss_that_changes_all_the_time_is_not_recorded_again_and_again():
@@ -300,9 +383,20 @@ def test_a_loss_that_changes_all_the_time_is_not_recorded_again_and_again():
     assert programs.refusals == ["a loss changed more than 8 times"]
 
 
+def test_a_new_loss_of_the_same_model_is_not_recorded_again():
+    model, programs = mlp(), Programs()
+    for _ in range(3):
+        loss = module_loss(model, F.mse_loss)
+        with programs.use():
+            got = solve(loss, dict(model.named_parameters()), *data())
+    assert_close(got.named(), solve(loss, dict(model.named_parameters()), *data()).named())
+    assert len(programs._found) == 1
+
+
 def test_losses_without_end_are_not_recorded():
-    model, programs = Scaled(), Programs()
+    programs = Programs()
     for _ in range(70):
+        model = Scaled()
         loss = module_loss(model, F.mse_loss)
         with programs.use():
             got = solve(
