@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ def _tensors_of_module(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def captured_state(loss: Any) -> tuple[tuple[Any, ...], list[Any]]:
     """What a loss finds in its variables, its modules and their attributes, to notice changes.
 
-    Numbers and texts by value, everything else by identity. Equal states compare equal, as long as
+    Numbers and texts by value, also as attributes of an object; everything else by identity. Equal
+    states compare equal, as long as
     the objects that are returned as well exist.
     """
     state: list[Any] = [_function_of(loss)]
@@ -105,6 +107,10 @@ def captured_state(loss: Any) -> tuple[tuple[Any, ...], list[Any]]:
                     objects.append(_add_module(state, module))
             else:
                 state.append(_value(leaf))
+                if type(leaf).__module__ not in _OPAQUE and not isinstance(leaf, _NOT_OBJECTS):
+                    attributes = list(getattr(leaf, "__dict__", {}).values())
+                    objects.append(attributes)
+                    state += map(_value, pytree.tree_leaves(attributes))
     return tuple(state), objects
 
 
@@ -115,6 +121,8 @@ def _function_of(loss: Any) -> Any:
     return id(getattr(loss, "__code__", loss))
 
 
+_NOT_OBJECTS = (type, ModuleType, FunctionType, MethodType, partial, ModuleLoss)
+_OPAQUE = ("torch", "torch.nn.parameter", "builtins")
 _PLAIN = (int, float, complex, str, type(None))
 _OWN = frozenset(vars(nn.Module())) - {"training"}  # entries of every module
 
@@ -126,7 +134,8 @@ def _add_module(state: list[Any], module: nn.Module) -> list[Any]:
     tensors = *entries["_parameters"].values(), *entries["_buffers"].values()
     values = [value for name, value in entries.items() if name not in _OWN]
     if not kind.__module__.startswith("torch."):
-        values += [value for name, value in vars(kind).items() if not name.startswith("__")]
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+            values += [value for name, value in vars(base).items() if not name.startswith("__")]
         values += [value for _, value in _variables(kind.forward, set())]
     state += (id(module), id(kind), *map(id, hooks))
     state += [(id(t), t is not None and t.requires_grad) for t in tensors]

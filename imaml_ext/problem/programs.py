@@ -30,7 +30,7 @@ _active: ContextVar["Programs | None"] = ContextVar("active", default=None)
 
 
 class _Entry:
-    """A program, how often it was asked for, and whether there is none."""
+    """A program, its number of uses, and whether PyTorch's operators are used instead."""
 
     def __init__(self) -> None:
         self.program: TaskProgram | None = None
@@ -51,14 +51,14 @@ class Programs:
     of a task.
 
     Attributes:
-        refusals: why PyTorch's operators are used, where they are.
+        refusals: reasons for using PyTorch's operators.
     """
 
     def __init__(self) -> None:
         self.refusals: list[str] = []
         self._found: dict[Any, dict[Piece, _Entry]] = {}
         self._states: dict[Any, int] = {}  # how many of each loss
-        self._objects: list[Any] = []  # those in keys, so that their ids remain theirs
+        self._objects: list[Any] = []  # kept alive: keys contain their ids
         self._states_now: dict[int, Any] = {}
 
     def __reduce__(self) -> Any:
@@ -94,13 +94,19 @@ class Programs:
             self.refuse(f"there are fewer tasks ({objective.tasks}) than threads ({threads})")
             return None
         loss = id(objective.loss)
-        if loss not in self._states_now:
-            self._states_now[loss] = captured_state(objective.loss)
-        state, objects = self._states_now[loss]
+        found_state = self._states_now.get(loss)  # another thread may replace the dict
+        if found_state is None:
+            try:
+                found_state = captured_state(objective.loss)
+            except (ValueError, RecursionError) as error:  # of unusual variables
+                self.refuse(f"the variables of the loss cannot be listed: {error}")
+                return None
+            self._states_now[loss] = found_state
+        state, objects = found_state
         key = (
             _structure(objective.data),
             *[(leaf.dtype, leaf.shape[1:]) for leaf in objective.leaves],
-            *[(name, t.shape) for name, t in objective.shared.items()],
+            *[(name, t.shape, t.dtype) for name, t in objective.shared.items()],
             objective.layout.key, state,
         )  # fmt: skip
         found = self._found.get(key)
@@ -153,9 +159,10 @@ class Recorded:
     def losses(self, rows: Tensor) -> Tensor | None:
         """[B] from [B, D]; in grad mode in the graph of the rows, for one derivative."""
         if torch.is_grad_enabled():
-            if not rows.requires_grad or self._program("gradient", rows) is None:
+            program = self._program("gradient", rows) if rows.requires_grad else None
+            if program is None:
                 return None
-            losses: Tensor = _Losses.apply(rows, self)
+            losses: Tensor = _Losses.apply(rows, program, self._rest)
             return losses
         program = self._program("losses", rows)
         return None if program is None else program(rows, *self._rest)[0]
@@ -182,9 +189,10 @@ class Recorded:
 
     def differentiable_gradient(self, rows: Tensor) -> Tensor | None:
         """Gradients [B, D] in the graph of the rows, for one derivative."""
-        if self._program("hessian", rows) is None:
+        program = self._program("hessian", rows)
+        if program is None:
             return None
-        gradient: Tensor = _Gradient.apply(rows, self)
+        gradient: Tensor = _Gradient.apply(rows, program, self._rest)
         return gradient
 
     def linearise(
@@ -212,7 +220,11 @@ class Recorded:
             entry.program, entry.refused = None, True
             self._programs.refuse(f"no program for {reason}")
             if entry.uses > 1:
-                warnings.warn(f"PyTorch's operators are used: {reason}", stacklevel=2)
+                warnings.warn(
+                    f"PyTorch's operators are used from now on: {reason}. Since use "
+                    f"{entry.uses // 2} of its program, results may have been wrong",
+                    stacklevel=2,
+                )
         return entry.program
 
     def _compared(
@@ -266,30 +278,26 @@ class Recorded:
 
 class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, recorded: Recorded) -> Tensor:
-        found = recorded.gradient(rows)
-        assert found is not None
-        losses, ctx.gradient = found
+    def forward(ctx: Any, rows: Tensor, program: TaskProgram, rest: Sequence[Tensor]) -> Tensor:
+        losses, ctx.gradient = program(rows, *rest)
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g[:, None] * ctx.gradient, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return g[:, None] * ctx.gradient, None, None
 
 
 class _Gradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, recorded: Recorded) -> Tensor:
-        found = recorded.linearise(rows, "hessian")
-        assert found is not None
-        _, gradient, ctx.product = found
+    def forward(ctx: Any, rows: Tensor, program: TaskProgram, rest: Sequence[Tensor]) -> Tensor:
+        (_, gradient), ctx.product = program.begin(rows, *rest)
         return gradient
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, vector: Tensor) -> tuple[Tensor, None]:
-        return ctx.product(vector), None
+    def backward(ctx: Any, vector: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.product(vector), None, None
 
 
 def _evaluate(
@@ -311,10 +319,10 @@ def _generic(rows: Tensor) -> Tensor:
 
 
 def _agree(got: Tensor, want: Tensor) -> bool:
-    """Whether two results are equal up to rounding errors, relative in norm."""
-    if not torch.equal(got.isfinite(), want.isfinite()):
+    """Whether the results of every task are equal up to rounding errors, relative in norm."""
+    finite, eps = want.isfinite(), torch.finfo(want.dtype).eps
+    if not torch.equal(got.isfinite(), finite):
         return False
-    finite = want.isfinite()
-    got, want = torch.where(finite, got, 0.0), torch.where(finite, want, 0.0)
-    tolerance = 10 * torch.finfo(want.dtype).eps ** 0.5
-    return bool((got - want).norm() <= tolerance * want.norm())
+    got, want = (torch.where(finite, t, 0.0).double().view(len(t), -1) for t in (got, want))
+    tolerance = 10 * eps**0.5
+    return bool(((got - want).norm(dim=1) <= tolerance * want.norm(dim=1)).all())

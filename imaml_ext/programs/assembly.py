@@ -152,7 +152,7 @@ def _with_few_loops(each: Instruction) -> tuple[Sequence[int], Sequence[Array]]:
     """The sizes and arrays of an instruction; without loops of size 1, if there are many."""
     if len(each.sizes) <= 6:
         return each.sizes, each.arrays
-    kept = [k for k, n in enumerate(each.sizes) if n > 1]
+    kept = [k for k, n in enumerate(each.sizes) if n != 1]
 
     def chosen(values: Sequence[int]) -> tuple[int, ...]:
         return tuple(values[k] for k in kept)
@@ -201,14 +201,14 @@ class _Moves:
 
     def __init__(self, instructions: Sequence[Instruction]) -> None:
         self._moves: dict[Buffer, _Move] = {}
-        # How often each buffer is read, with what lies in it.
+        # How often each buffer is read, including buffers that were moved into it.
         self.reads = Counter(a.buffer for each in instructions for a in each.operands)
-        # The views of each buffer, and whether a layer uses them.
+        # The views of each buffer, and whether their strides are fixed.
         self._views: dict[Buffer, list[tuple[Array, bool]]] = {}
         for each in instructions:
             for a in each.arrays:
-                of_layer = len(each.sizes) < len(a.shape)
-                self._views.setdefault(a.buffer, []).append((a, of_layer))
+                # Integers contain strides: of a layer, and of what gather and scatter index.
+                self._views.setdefault(a.buffer, []).append((a, bool(each.integers)))
 
     def add(self, source: Array, target: Array) -> bool:
         """Let `source`, which must be all of its buffer, lie at `target`; whether that can be."""
@@ -217,7 +217,7 @@ class _Moves:
             return False
         self._moves[source.buffer] = move
         self.reads[target.buffer] += self.reads[source.buffer]
-        self._views[target.buffer] += [(move.apply(a), of_layer) for a, of_layer in views]
+        self._views[target.buffer] += [(move.apply(a), is_fixed) for a, is_fixed in views]
         return True
 
     def apply(self, a: Array) -> Array:
@@ -256,14 +256,15 @@ class _Move:
     offset: int
     dims: dict[int, tuple[int, int]] | None
 
-    def maps(self, a: Array, is_of_layer: bool) -> bool:
-        """Whether a view of the buffer remains one; that of a layer must stay contiguous."""
+    def maps(self, a: Array, is_fixed: bool) -> bool:
+        """Whether a view of the buffer remains one, with the same strides if these are fixed."""
         if self.dims is None:
             return True
-        if is_of_layer or a.offset:
+        if is_fixed or a.offset:
             return False
         moving = [(n, s) for n, s in zip(a.shape, a.strides, strict=True) if n > 1 and s]
-        return all(n <= self.dims.get(s, (0, 0))[0] for n, s in moving)
+        distinct = len({s for _, s in moving}) == len(moving)
+        return distinct and all(n <= self.dims.get(s, (0, 0))[0] for n, s in moving)
 
     def apply(self, a: Array) -> Array:
         strides = a.strides

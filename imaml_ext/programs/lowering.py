@@ -131,7 +131,7 @@ class Lowering:
         raise UnsupportedOperator(str(target))
 
     def _modify(self, node: fx.Node, a: Array, *others: Any) -> Array:
-        """An operator in place: what was the modified array is the result from now on."""
+        """An operator in place: later reads of the array get the result."""
         if a.buffer.input is not None:
             raise UnsupportedOperator(f"{node.target} of an input")
         name = IN_PLACE[node.target]
@@ -147,8 +147,10 @@ class Lowering:
             result = others[0].expanded(a.shape).with_kind(a.kind)
         elif name in UNARY.values():
             result = self._map(name, (a,), a.kind)
-        else:
+        elif a.kind == "float":
             result = self._binary(name, (a, *others), node.kwargs, a.kind)
+        else:
+            raise UnsupportedOperator(f"{node.target} of integers")
         for other, value in self._values.items():
             if self._memory[other] is self._memory[node] and isinstance(value, Array):
                 self._values[other] = self._modified(node, value, a, result)

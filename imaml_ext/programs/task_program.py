@@ -89,9 +89,13 @@ class TaskProgram:
         fused = with_fused_sums(instructions, [buffer for group in outputs for buffer in group])
         parts = assemble(fused, inputs, outputs)
         slots = [_DTYPES[t] for t in (*types, *(self._dtype for _ in outputs))]
-        return extension.Program(
+        program = extension.Program(
             _DTYPES[self._dtype], parts.arena, parts.constants, slots, parts.instructions
         )
+        sizes = [b.size for b in inputs] + [sum(rounded(b.size) for b in g) for g in outputs]
+        if any(used > size for used, size in zip(program.extents, sizes, strict=True)):
+            raise RuntimeError(f"a program uses {program.extents} elements of {sizes}")
+        return program
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """The results [B, ...] of inputs [B, ...]."""
@@ -152,7 +156,7 @@ _EXACT = 2**24  # integers up to this are exact in float32
 
 
 class _Input:
-    """The form of an input."""
+    """Shape and dtype of an input, and whether all tasks share it."""
 
     def __init__(self, example: Tensor, is_shared: bool, dtype: torch.dtype) -> None:
         if example.dtype not in _DTYPES or example.layout != torch.strided:
@@ -251,8 +255,6 @@ class Continuation:
         self._versions = operands.versions()
 
     def __call__(self, *late: Tensor) -> Tensor:
-        if self._before.versions() != self._versions:
-            raise RuntimeError("a tensor of the linearisation has been modified in place since")
         operands, result = self._bind(late)
         operands.run(self._program, [self._saved, result])
         return result
@@ -291,6 +293,8 @@ class Continuation:
         increment_version(written if rz is None else (*written, rz))
 
     def _bind(self, late: Sequence[Tensor]) -> tuple[_Operands, Tensor]:
+        if self._before.versions() != self._versions:
+            raise RuntimeError("a tensor of the linearisation has been modified in place since")
         operands = self._before.copy()
         operands.add(self._late, late)
         return operands, operands.new(self._shape, self._dtype)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -297,6 +298,40 @@ def test_changes_of_a_model_are_noticed():
     assert not programs.refusals
 
 
+def test_attributes_of_objects_are_noticed():
+    settings = SimpleNamespace(weight=1.0)
+    model = mlp()
+    own, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+
+    def loss(params, data):
+        return own(params, data) + settings.weight * params["0.bias"].square().sum()
+
+    programs = Programs()
+    for weight in (1.0, 2.0):
+        settings.weight = weight
+        with programs.use():
+            got = solve(loss, params, *data())
+        assert_close(got.named(), solve(loss, params, *data()).named())
+    assert not programs.refusals
+
+
+def test_a_program_given_up_in_grad_mode_is_replaced_by_pytorch():
+    hidden = [{"factors": SimpleNamespace(one=SimpleNamespace(factor=1.0))}]
+    model = mlp()
+    own, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+
+    def loss(params, data):
+        return own(params, data) * hidden[0]["factors"].one.factor
+
+    method, programs = MAML(loss, params, inner=GradientDescent(lr=0.05, steps=2)), Programs()
+    with programs.use():
+        method.meta_gradient(TaskBatch(*data()))
+    hidden[0]["factors"].one.factor = 3.0
+    with pytest.warns(UserWarning, match="results may have been wrong"), programs.use():
+        results = [method.meta_gradient(TaskBatch(*data())) for _ in range(4)]
+    assert_close(results[-1].named(), method.meta_gradient(TaskBatch(*data())).named())
+
+
 def test_replaced_layers_and_globals_are_noticed(monkeypatch):
     model = mlp()
     loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
@@ -331,13 +366,10 @@ def test_a_parameter_that_begins_to_require_grad_is_refused_as_without_programs(
 
 
 def test_a_program_that_turns_out_to_be_wrong_is_given_up_with_a_warning():
-    class Hidden:  # neither a number nor a module
-        factor = 1.0
-
-    hidden = Hidden()
+    hidden = [{"factors": SimpleNamespace(one=SimpleNamespace(factor=1.0))}]
 
     def loss(params, data):
-        return params["w"].square().sum() * hidden.factor + data.sum()
+        return params["w"].square().sum() * hidden[0]["factors"].one.factor + data.sum()
 
     params, data = {"w": torch.ones(3, dtype=torch.float64)}, torch.ones(2, 1, dtype=torch.float64)
     programs = Programs()
@@ -347,7 +379,7 @@ def test_a_program_that_turns_out_to_be_wrong_is_given_up_with_a_warning():
             return solve(loss, params, data, data).params["w"]
 
     gradient()
-    hidden.factor = 2.0
+    hidden[0]["factors"].one.factor = 2.0
     with pytest.warns(UserWarning, match="not that of the traced operators"):
         results = [gradient() for _ in range(8)]
     assert_close(results[-1], solve(loss, params, data, data).params["w"])

@@ -102,6 +102,10 @@ FUNCTIONS = {
         + (t * t).mean()
     ),
     "a mask of integers": lambda x, y, n: n.bool().to(x.dtype) + (n > 1).to(x.dtype),
+    "a transposed gather": lambda x, y, n: x.mT.gather(1, n[:, None]).mT.reshape(-1, 4),
+    "a transposed scatter": lambda x, y, n: (
+        torch.zeros_like(x).scatter_add(2, n.unsqueeze(-1), y).mT.reshape(-1, 24)
+    ),
     "a number": lambda x, y, n: 0.5 * (x * y).mean() + x + 0,
     "no elements": lambda x, y, n: torch.cat([x[:, :0], x, y[:, :0]], 1),
     "in place": lambda x, y, n: torch.empty_like(x).fill_(2.0).sub_(x).mul_(y),

@@ -12,6 +12,7 @@ from imaml_ext._tracing import may_read_values
 from imaml_ext.ops.rows import is_finite, row_dot
 from imaml_ext.problem.lam import lam_of_rows
 from imaml_ext.problem.objective import CurvatureKind, Matvec
+from imaml_ext.programs.task_program import Continuation
 from imaml_ext.solvers.solution import Solution, Status
 
 
@@ -50,8 +51,8 @@ class LinearSystem:
         self._matvec = matvec
         # All iterations of conjugate gradient by one call; None if matvec has no program.
         self.conjugate_gradient: Callable[..., None] | None = None
-        if not self.lam.is_dense:
-            self.conjugate_gradient = getattr(matvec, "conjugate_gradient", None)
+        if isinstance(matvec, Continuation) and not self.lam.is_dense:
+            self.conjugate_gradient = matvec.conjugate_gradient
         self._grad_enabled = torch.is_grad_enabled()  # as the caller's matvec expects it
 
     def curvature_product(self, p: Tensor) -> Tensor:
