@@ -50,11 +50,16 @@ class Programs:
     With fewer tasks than threads, a large network uses PyTorch's operators, which divide the work
     of a task.
 
+    Args:
+        most_scratch: bytes of scratch memory for a task beyond which PyTorch's operators are used:
+            a program is fast as long as a task fits into the cache. None: no limit.
+
     Attributes:
         refusals: reasons for using PyTorch's operators.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_scratch: int | None = None) -> None:
+        self.most_scratch = most_scratch
         self.refusals: list[str] = []
         self._found: dict[Any, dict[Piece, _Entry]] = {}
         self._states: dict[Any, int] = {}  # how many of each loss
@@ -62,7 +67,7 @@ class Programs:
         self._states_now: dict[int, Any] = {}
 
     def __reduce__(self) -> Any:
-        return Programs, ()  # a copy records again: keys are identities
+        return Programs, (self.most_scratch,)  # a copy records again: keys are identities
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -265,7 +270,13 @@ class Recorded:
         inputs = [rows, *self._rest, *vectors]
         is_shared = [0 < k - leaves <= len(names) for k in range(len(inputs))]
         examples = [t if s else t[:1] for t, s in zip(inputs, is_shared, strict=True)]
-        return TaskProgram(function, examples, is_shared, late=len(vectors))
+        program = TaskProgram(function, examples, is_shared, late=len(vectors))
+        most = self._programs.most_scratch
+        if most is not None and program.scratch > most:
+            raise UnsupportedOperator(
+                f"a task of {program.scratch / 2**20:.0f} MiB, beyond the cache"
+            )
+        return program
 
     def _eager(self, piece: Piece, rows: Tensor, vectors: Sequence[Tensor]) -> list[Tensor]:
         token = _active.set(None)

@@ -36,6 +36,9 @@ class TaskProgram:
         shared: for each input, whether it is the same for all tasks.
         late: the number of inputs, at the end, that only the last result depends on.
 
+    Attributes:
+        scratch: bytes of scratch memory for a task.
+
     Raises:
         UnsupportedOperator: the function uses an operator or a dtype without an instruction, or
             reads the value of a tensor.
@@ -51,6 +54,7 @@ class TaskProgram:
     ) -> None:
         graph, captured = trace(function, examples)
         self._dtype = examples[0].dtype
+        self.scratch = 0
         early = len(examples) - late
         inputs = [_Input(t, s, self._dtype) for t, s in zip(examples, shared, strict=True)]
         held = [_Input(t, True, self._dtype) for t in captured]
@@ -89,6 +93,7 @@ class TaskProgram:
         fused = with_fused_sums(instructions, [buffer for group in outputs for buffer in group])
         parts = assemble(fused, inputs, outputs)
         slots = [_DTYPES[t] for t in (*types, *(self._dtype for _ in outputs))]
+        self.scratch = max(self.scratch, parts.arena * self._dtype.itemsize)
         program = extension.Program(
             _DTYPES[self._dtype], parts.arena, parts.constants, slots, parts.instructions
         )

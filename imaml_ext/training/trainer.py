@@ -30,6 +30,7 @@ from imaml_ext.training.snapshot import ScheduleSnapshot
 Compile = Literal["auto", "on", "off"]
 
 _EAGER_STEPS = 20  # of a training on the CPU: recording takes as long as some of them
+_MOST_SCRATCH = 8 * 2**20  # bytes for a task: beyond, programs are not faster
 
 
 class NonfiniteError(ArithmeticError):
@@ -117,7 +118,8 @@ class Trainer:
                 "meta-steps are recorded"
             )
         self.compile: Compile = compile
-        self.programs = Programs() if host_only and compile != "off" else None
+        most = _MOST_SCRATCH if compile == "auto" else None
+        self.programs = Programs(most) if host_only and compile != "off" else None
         self.method = method
         self.process_group = process_group
         self.source = shard(as_source(source, method.layout.device), process_group)

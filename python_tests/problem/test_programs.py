@@ -415,6 +415,18 @@ def test_a_loss_that_changes_all_the_time_is_not_recorded_again_and_again():
     assert programs.refusals == ["a loss changed more than 8 times"]
 
 
+def test_a_task_beyond_the_limit_of_memory_uses_pytorch():
+    model = mlp()
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+    for most, is_used in ((100, False), (2**20, True)):
+        programs = copy.deepcopy(Programs(most))
+        with programs.use():
+            solve(loss, params, *data())
+        assert bool(pieces(programs)) is is_used
+        assert all("beyond the cache" in reason for reason in programs.refusals)
+        assert bool(programs.refusals) is not is_used
+
+
 def test_a_new_loss_of_the_same_model_is_not_recorded_again():
     model, programs = mlp(), Programs()
     for _ in range(3):
