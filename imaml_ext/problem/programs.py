@@ -41,11 +41,11 @@ class _Entry:
 class Programs:
     """The programs of the losses that are evaluated within `use()`, on the CPU.
 
-    A program is traced when it is first needed. Its results are compared with those of PyTorch's
-    operators in its first, second, fourth, eighth, ... use. Another is traced if the shapes of the
-    data change, the training mode of a module, or any other number or tensor that the loss finds in
-    its variables, or in attributes of its modules, from one `use()` to the next; at most 8 for a
-    loss, and 64 in all.
+    A program is traced when it is first needed, and compared with PyTorch's operators in its first,
+    second, fourth, eighth, ... use. A new one is traced if, from one `use()` to the next, something
+    changes that the loss depends on: the shapes of the data, the training mode of a module, or a
+    number or tensor among the variables of the loss or the attributes of its modules. There are at
+    most 8 programs of a kind for one loss, and 64 in all.
 
     With fewer tasks than threads, a large network uses PyTorch's operators, which divide the work
     of a task.
@@ -93,7 +93,7 @@ class Programs:
         return "gradients and curvature products run as recorded programs" if self._found else ""
 
     def of(self, objective: Any) -> dict[Piece, _Entry] | None:
-        """The programs of an objective's loss; None if there should be none."""
+        """The programs of an objective's loss; None if PyTorch's operators are to be used."""
         threads = torch.get_num_threads()
         if objective.tasks < threads and objective.layout.dim > _LARGE:
             self.refuse(f"there are fewer tasks ({objective.tasks}) than threads ({threads})")
@@ -142,7 +142,7 @@ def _structure(data: Any) -> Any:
 
 
 def recorded(objective: Any) -> "Recorded | None":
-    """The programs of an objective; None outside of `Programs.use`, and where there are none."""
+    """The programs of an objective; None if PyTorch's operators are to be used."""
     active = _active.get()
     if active is None or is_recording() or objective.usage is not None:
         return None
@@ -218,7 +218,7 @@ class Recorded:
             return entry.program
         with torch.random.fork_rng(devices=[]):  # of a loss that draws random numbers
             vectors = [_generic(rows)] if piece in ("hessian", "ggn") else []
-            # First, because it makes checks that need values.
+            # Evaluated first: it checks values, which tracing cannot.
             want = self._eager(piece, rows, vectors)
             reason = self._compared(entry, piece, rows, vectors, want)
         if reason is not None:

@@ -113,5 +113,5 @@ def is_view(node: fx.Node) -> bool:
 
 
 def meta_of(node: fx.Node) -> Any:
-    """What the tracer knows of a node's result: shape and dtype."""
+    """Shape and dtype of a node's result."""
     return node.meta.get("val", node.meta.get("tensor_meta"))

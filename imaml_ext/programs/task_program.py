@@ -234,7 +234,7 @@ class _Operands:
         return torch.empty((self.tasks, *shape), dtype=dtype, device="cpu")
 
     def arguments(self, results: Sequence[Tensor]) -> tuple[int, list[int], list[int]]:
-        """Of a program whose last slots are the results, contiguous."""
+        """Arguments of `_C.Program.run`; the results, contiguous, are the last slots."""
         addresses = self._addresses + [t.data_ptr() for t in results]
         strides = self._strides + [t.stride(0) for t in results]
         return self.tasks, addresses, strides
