@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-GRACE = 5.0  # seconds from SIGINT, after which a program can save its results, to SIGKILL
+GRACE = 15.0  # seconds from SIGINT, after which a program can save its results, to SIGKILL
 LOGGED = 400_000  # bytes of a command's output that the log keeps
 REASON = 300  # characters
 

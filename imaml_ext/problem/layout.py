@@ -1,7 +1,6 @@
 """The parameter layout: named tensors as flat rows. No other module handles names and shapes."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -101,8 +100,9 @@ class Layout:
         """As `unflatten` of the row of a task that vmap maps; see `RowSlices`."""
         if not is_only_transform():
             return self.unflatten(row)
-        slices = partial(RowSlices.apply, shapes=self.shapes.values(), sizes=self.sizes)
-        return dict(zip(self.shapes, call_with_tasks(slices, row), strict=True))
+        shapes = self.shapes.values()
+        slices = call_with_tasks(lambda rows: RowSlices.apply(rows, shapes, self.sizes), row)
+        return dict(zip(self.shapes, slices, strict=True))
 
     def check_like_parameters(self, label: str, tensor: Any) -> None:
         if not isinstance(tensor, Tensor):

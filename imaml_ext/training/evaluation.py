@@ -13,7 +13,9 @@ from torch.func import vmap
 from imaml_ext._checks import check_callable, check_instance, check_integer, check_scalar, kind_of
 from imaml_ext.data.tasks import TaskSource, batches
 from imaml_ext.methods.base import Method
+from imaml_ext.ops.vmap_layers import task_layers
 from imaml_ext.problem.layout import Params
+from imaml_ext.problem.precision import one_precision
 
 Metric = Callable[[Params, Any], Tensor]  # (phi, query) -> scalar, for one task
 SupportMetric = Callable[[Params, Any, Any], Tensor]  # (phi, support, query) -> scalar
@@ -168,13 +170,16 @@ def per_task(
         RuntimeError: the metric reads the value of a tensor.
     """
 
+    device = next(iter(params.values())).device
+
     def one(*operands: Any) -> Tensor:
-        value = metric(*operands)
+        with task_layers(device):
+            value = metric(*operands)
         check_scalar(label, value)
         return value
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), one_precision(device):
             return vmap(one, randomness="different")(params, *data)
     except RuntimeError as error:
         if not str(error).startswith("vmap: It looks like"):

@@ -66,6 +66,7 @@ def descended(method, phi, data, lr):
     return {name: phi[name] - lr * gradient[name] for name in phi}
 
 
+@pytest.mark.filterwarnings("ignore:each meta-step waits for the device")  # on CUDA
 @pytest.mark.parametrize("form", ["pairs", "four", "dicts"])
 def test_a_trainer_makes_a_step_for_each_batch_of_a_loader_in_every_epoch(form, device):
     method = make_method(device, FOMAML)
@@ -77,6 +78,7 @@ def test_a_trainer_makes_a_step_for_each_batch_of_a_loader_in_every_epoch(form, 
         torch.testing.assert_close(method.params[name].detach(), want)
 
 
+@pytest.mark.filterwarnings("ignore:each meta-step waits for the device")  # on CUDA
 def test_a_list_of_batches_resumes_bit_for_bit(device, tmp_path):
     batches = list(DataLoader(Lines(9), batch_size=3))
 
