@@ -54,7 +54,7 @@ def capture(device):
 @pytest.fixture
 def adam_capturable_on_the_cpu_too(monkeypatch):
     adam = importlib.import_module("torch.optim.adam")
-    monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *_: ["cpu", "cuda"])
+    monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *_, **__: ["cpu", "cuda"])
 
 
 # HYPOTHESIS_PROFILE=thorough pytest -m fuzz

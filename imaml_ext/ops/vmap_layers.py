@@ -77,6 +77,9 @@ class _TaskLayers(VmapForms):
             result = _FORMS_OF_TASKS[function](*args, **kwargs)
         if result is None and function in FORMS:
             result = FORMS[function](*args, **kwargs)
+        if result is None and function is F.batch_norm and _have_tasks(args[0]):
+            # On CUDA, vmap cannot ask whether images are in channels-last order.
+            args = args[0].contiguous(), *args[1:]
         return function(*args, **kwargs) if result is None else result
 
     # These have the signatures of the functions they replace, and return None to call the original.

@@ -215,7 +215,7 @@ def with_gaps(w, how):
     """Slices of rows of parameters, or the same parameters for all tasks."""
     if how == "shared":
         return w[:1].expand(w.shape)
-    rows = torch.full((len(w), w[0].numel() + 3), 7.0, dtype=w.dtype)
+    rows = torch.full((len(w), w[0].numel() + 3), 7.0, dtype=w.dtype, device=w.device)
     rows[:, 1:-2] = w.flatten(1)
     return rows[:, 1:-2].unflatten(1, w.shape[1:])
 

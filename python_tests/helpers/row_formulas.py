@@ -64,7 +64,8 @@ def prox_gd_(o):
         new = momentum * old + g
         new_size = number_size(momentum) * size_of(old) + size
         slack = rounding.slack(new_size)
-        slack = slack.masked_fill(number_size(momentum) > rounding.max / 16, torch.inf)
+        if number_size(momentum) > rounding.max / 16:
+            slack = torch.full_like(slack, torch.inf)
         expected["velocity"] = new, slack
         step = g + momentum * new if o["nesterov"] else new
         step_size = size + number_size(momentum) * new_size if o["nesterov"] else new_size

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from layer_derivatives import assert_close, both, derivatives, product_with_graph
 from layer_models import MODELS, TASKS, ScaledInPlace, convs, make_objective, norm_of
 from torch import nn
+from torch._C import _functorch
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,6 +69,21 @@ def test_layers_with_shared_parameters_are_left_to_vmap(frozen, layers_device, m
     name = "tanh" if "0.bias" not in frozen else "relu in place"
     objective, rows = make_objective(name, frozen, layers_device)
     assert_close(*both(monkeypatch, lambda: derivatives(objective, rows)))
+
+
+def test_a_batch_norm_that_is_left_to_vmap_gets_contiguous_images(form, monkeypatch):
+    contiguous = []
+    original = torch.batch_norm
+
+    def batch_norm(images, *rest):
+        contiguous.append(_functorch.get_unwrapped(images).is_contiguous())
+        return original(images, *rest)
+
+    monkeypatch.setattr(torch, "batch_norm", batch_norm)
+    objective, rows = make_objective("running statistics")
+    objective.gradient(rows)
+    assert contiguous
+    assert all(contiguous)
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (6, 1), (2, 3, 1)])
