@@ -123,7 +123,7 @@ def implicit_meta_grad(
         psi_gradient = {name: a + b for name, a, b in zip(psi, direct, through, strict=True)}
         # A sum over the tasks: if it is not finite, the task responsible is unknown, so all fail.
         finite = torch.stack([g.isfinite().all() for g in psi_gradient.values()]).all()
-        status = torch.where(finite, x.status, Status.NONFINITE).to(torch.int32)
+        status = x.status.masked_fill(~finite, Status.NONFINITE)
         x, ok = replace(x, status=status), ok & finite
     weight = task_weight(ok, nonfinite, layout.dtype)
     theta_gradient, lam_gradient = _pull_back(x.value, phi, problem, ok, first_order, weight)
@@ -209,9 +209,9 @@ class _Solvers:
         at_phi = problem.objective.linearise(phi, self.linear.curvature)
         # On CUDA lam's values have not been checked: an invalid one makes the tasks NONFINITE.
         usable = is_finite(at_phi.losses) & problem.lam.is_valid()
-        residual = torch.where(usable, problem.residual(phi, at_phi.gradient), torch.nan)
+        residual = problem.residual(phi, at_phi.gradient).masked_fill(~usable, torch.nan)
         status = update_status(solution.status, residual, self.inner.tol)
-        status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status).to(torch.int32)
+        status = status.masked_fill(status == Status.RUNNING, Status.MAX_ITER)
         x = self.linear.solve(
             at_phi.matvec, v, problem.lam.values, second_moment=solution.second_moment
         )
@@ -328,9 +328,9 @@ def _without_overflow(solution: Solution, phi: Tensor, problem: Proximal) -> Sol
     overflows = (largest > limit) & is_finite(displacement_norm)
     return replace(
         solution,
-        value=torch.where(overflows[:, None], 0.0, x),
-        status=torch.where(overflows, Status.NONFINITE, solution.status).to(torch.int32),
-        residual=torch.where(overflows, torch.nan, solution.residual),
+        value=x.masked_fill(overflows[:, None], 0.0),
+        status=solution.status.masked_fill(overflows, Status.NONFINITE),
+        residual=solution.residual.masked_fill(overflows, torch.nan),
     )
 
 

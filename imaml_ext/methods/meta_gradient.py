@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imaml_ext._checks import check_choice
-from imaml_ext.ops.rows import is_finite
+from imaml_ext.ops.rows import is_not_finite
 from imaml_ext.problem.layout import Params
 from imaml_ext.solvers.solution import Solution, Status, counted
 
@@ -108,7 +108,7 @@ def check_nonfinite(nonfinite: Nonfinite) -> None:
 
 def failed_tasks(values: Tensor, *solves: Solution) -> Tensor:
     """Tasks whose value [B] or one of whose solves is not finite, [B] bool."""
-    failed = ~is_finite(values)
+    failed = is_not_finite(values)
     for solve in solves:
         failed = failed | (solve.status == Status.NONFINITE)
     return failed

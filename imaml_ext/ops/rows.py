@@ -35,6 +35,11 @@ def is_finite(values: Tensor) -> Tensor:
     return values.abs() < torch.inf
 
 
+def is_not_finite(values: Tensor) -> Tensor:
+    """`~is_finite(values)`, in two operators."""
+    return values - values != 0
+
+
 @fake("cg_step_")
 def _(x, r, p, hp, lam, damping, inverse, rr, rz, tol2, status, steps, curvature, beta):  # type: ignore[no-untyped-def]
     return None

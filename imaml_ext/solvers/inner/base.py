@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext._checks import check_integer, check_range
-from imaml_ext.ops.rows import is_finite
+from imaml_ext.ops.rows import is_not_finite
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.solution import Solution, Status
 
@@ -46,8 +46,8 @@ def update_status(status: Tensor, residual: Tensor, tol: float | None) -> Tensor
     """
     if tol is not None:
         converged = (status == Status.RUNNING) & (residual <= tol)
-        status = torch.where(converged, Status.CONVERGED, status)
-    return torch.where(is_finite(residual), status, Status.NONFINITE).to(torch.int32)
+        status = status.masked_fill(converged, Status.CONVERGED)
+    return status.masked_fill(is_not_finite(residual), Status.NONFINITE)
 
 
 def unverified(phi: Tensor, status: Tensor, steps: Tensor) -> Solution:

@@ -77,7 +77,7 @@ class LBFGS(InnerSolver):
             first = _first_scale(gradient)
             gamma = torch.where(stuck, torch.where(remembers, first, gamma * shortest), gamma)
             vanished = gamma < torch.finfo(phi.dtype).eps * first
-            status = torch.where(stuck & vanished, Status.MAX_ITER, status)
+            status = status.masked_fill(stuck & vanished, Status.MAX_ITER)
             remembers = remembers & ~stuck
             for *_, rho in pairs:
                 rho.masked_fill_(stuck, 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imaml_ext._checks import check_choice, check_integer, check_like, check_range
 from imaml_ext._tracing import may_read_values
-from imaml_ext.ops.rows import is_finite, row_dot
+from imaml_ext.ops.rows import is_not_finite, row_dot
 from imaml_ext.problem.lam import lam_of_rows
 from imaml_ext.problem.objective import CurvatureKind, Matvec
 from imaml_ext.programs.task_program import Continuation
@@ -155,8 +155,8 @@ def squared_tolerance(b: Tensor, rtol: float, atol: float, bb: Tensor | None = N
 
 def initial_status(rr: Tensor, tol2: Tensor) -> Tensor:
     """Status before the first iteration, from r·r and the squared tolerance, [B] int32."""
-    status = torch.where(rr <= tol2, Status.CONVERGED, Status.RUNNING)
-    return torch.where(is_finite(rr), status, Status.NONFINITE).to(torch.int32)
+    status = torch.zeros_like(rr, dtype=torch.int32).masked_fill_(rr <= tol2, Status.CONVERGED)
+    return status.masked_fill_(is_not_finite(rr), Status.NONFINITE)
 
 
 def with_true_residual(
@@ -189,7 +189,7 @@ def with_true_residual(
     fails = doubtful & (solution.status == Status.CONVERGED) & ~(residual <= 2 * tol)
     return replace(
         solution,
-        status=torch.where(fails, Status.MAX_ITER, solution.status).to(torch.int32),
+        status=solution.status.masked_fill(fails, Status.MAX_ITER),
         residual=torch.where(doubtful, residual, solution.residual),
     )
 
@@ -197,15 +197,15 @@ def with_true_residual(
 def finished(solution: Solution) -> Solution:
     """The solution with final statuses: MAX_ITER instead of RUNNING, NONFINITE if not finite."""
     x, status = solution.value, solution.status
-    finite = status != Status.NONFINITE
+    failed = status == Status.NONFINITE
     # A finite sum of squares, without a pass that writes, has finite terms only.
-    if not (may_read_values(x) and bool((finite & is_finite(row_dot(x, x))).all())):
-        finite &= x.isfinite().all(1)
-        x = torch.where(finite[:, None], x, 0.0)
-    status = torch.where(status == Status.RUNNING, Status.MAX_ITER, status)
+    if not may_read_values(x) or bool((failed | is_not_finite(row_dot(x, x))).any()):
+        failed |= ~x.isfinite().all(1)
+        x = x.masked_fill(failed[:, None], 0.0)
+    status = status.masked_fill(status == Status.RUNNING, Status.MAX_ITER)
     return replace(
         solution,
         value=x,
-        status=torch.where(finite, status, Status.NONFINITE).to(torch.int32),
-        residual=torch.where(finite, solution.residual, torch.nan),
+        status=status.masked_fill_(failed, Status.NONFINITE),
+        residual=solution.residual.masked_fill(failed, torch.nan),
     )

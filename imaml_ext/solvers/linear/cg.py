@@ -9,7 +9,7 @@ from torch import Tensor
 from imaml_ext._checks import check_choice, check_integer, check_like
 from imaml_ext._random import random_bits
 from imaml_ext._tracing import is_tracing, may_read_values
-from imaml_ext.ops.rows import cg_step_, row_dot
+from imaml_ext.ops.rows import cg_step_, is_not_finite, row_dot
 from imaml_ext.problem.objective import Matvec
 from imaml_ext.solvers.linear.base import (
     LinearSolver,
@@ -133,7 +133,7 @@ def _iterate(
     tol2 = squared_tolerance(b, rtol, atol, rr if x0 is None else None)
     status = initial_status(rr, tol2)
     if x0 is not None:
-        x = torch.where(rr.isfinite()[:, None], x, 0.0)
+        x = x.masked_fill(is_not_finite(rr)[:, None], 0.0)
     start = _Start(r0, rr.sqrt(), None if x0 is None else x.clone())
     p = r.clone() if inverse is None else inverse * r
     rz = None if inverse is None else row_dot(r, p)
@@ -208,8 +208,8 @@ def _checked(
     return replace(
         checked,
         value=torch.where(lost[:, None], x, checked.value),
-        status=torch.where(lost, Status.NEGATIVE_CURVATURE, checked.status).to(torch.int32),
-        steps=torch.where(lost, 0, checked.steps),
+        status=checked.status.masked_fill(lost, Status.NEGATIVE_CURVATURE),
+        steps=checked.steps.masked_fill(lost, 0),
         residual=torch.where(lost, start.residual, checked.residual),
     )
 

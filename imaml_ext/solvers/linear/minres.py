@@ -82,8 +82,8 @@ class MINRES(LinearSolver):
             error = 0.1 * eps * kappa_new.sqrt() * size * row_dot(x_new, x_new).sqrt()
             stalls |= error > torch.maximum(eta.abs(), eps**0.5 * norm)
             moves = seen & ~stalls
-            status = torch.where(running & ~finite, Status.NONFINITE, status)
-            status = torch.where(seen & stalls, Status.MAX_ITER, status)
+            status = status.masked_fill(running & ~finite, Status.NONFINITE)
+            status = status.masked_fill(seen & stalls, Status.MAX_ITER)
             diagonal[k], link[k] = torch.where(seen, alpha, 0), torch.where(seen, beta_new, 0)
             count += seen
             cos_new, sin_new = torch.where(moves, cos_new, 0), torch.where(moves, sin_new, 0)
@@ -92,7 +92,7 @@ class MINRES(LinearSolver):
             kappa = torch.where(moves, kappa_new, kappa)
             steps += moves
             converged = moves & (eta * eta <= tol2)
-            status = torch.where(converged, Status.CONVERGED, status)
+            status = status.masked_fill(converged, Status.CONVERGED)
             # With beta_new = 0 the Krylov space is exhausted, and sin_new = 0 made eta 0.
             v_old, v, beta = v, _scaled(rest, 1 / beta_new), beta_new
             w_old, w = w, w_new

@@ -65,13 +65,13 @@ class NeumannSeries(LinearSolver):
             most = torch.where(running, torch.maximum(most, rayleigh), most)
             negative = running & (curvature <= 0)
             moves = running & ~negative
-            status = torch.where(negative, Status.NEGATIVE_CURVATURE, status)
+            status = status.masked_fill(negative, Status.NEGATIVE_CURVATURE)
             x = torch.where(moves[:, None], x + self.lr * r, x)
             r = torch.where(moves[:, None], r - self.lr * ar, r)
             rr = torch.where(moves, row_dot(r, r), rr)
             steps += moves
-            status = torch.where(moves & (rr <= tol2), Status.CONVERGED, status)
-            status = torch.where(moves & ~rr.isfinite(), Status.NONFINITE, status)
+            status = status.masked_fill(moves & (rr <= tol2), Status.CONVERGED)
+            status = status.masked_fill(moves & ~rr.isfinite(), Status.NONFINITE)
         at_once = (status == Status.NEGATIVE_CURVATURE) & (steps == 0)
         x = torch.where(at_once[:, None], system.lam.solve(system.b), x)
         count = 2 * least.isfinite().to(torch.int32)
