@@ -169,7 +169,7 @@ def meta_grad(workload: str, need: float, *without: str, note: str = "") -> Benc
     return Benchmark(f"meta_grad-cuda-{workload}", need, "bench_meta_grad.py", arguments, note)
 
 
-# In order of value. What XLA compiles for convolutions of JAX takes minutes, those of patches do not;
+# In order of value. XLA takes minutes to compile convolutions of JAX, but not products of patches;
 # torch.compile comes last.
 BENCHMARKS = (
     meta_grad("omniglot-5w1s", 60, "lax.conv"),
