@@ -2,8 +2,8 @@
 
 from imaml_ext.training.budget import Budget
 from imaml_ext.training.capture import Capture, cuda_graph, no_capture
+from imaml_ext.training.capture_programs import compiled
 from imaml_ext.training.checkpoint import load_checkpoint, save_checkpoint, save_model
-from imaml_ext.training.compiled import compiled
 from imaml_ext.training.distributed import process_group
 from imaml_ext.training.evaluation import (
     Evaluation,

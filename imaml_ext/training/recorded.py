@@ -10,7 +10,7 @@ from imaml_ext._checks import check_callable
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.meta_gradient import MetaGradient
 from imaml_ext.training.capture import Capture, cuda_graph
-from imaml_ext.training.compiled import compiled
+from imaml_ext.training.capture_programs import compiled
 
 
 class RecordedMetaGradient:
