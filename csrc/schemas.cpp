@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY(imaml, m) {
   m.def(
       "patches_transpose(Tensor g, int in_h, int in_w, int kernel_h, int kernel_w, int stride_h, "
       "int stride_w, int pad_h, int pad_w) -> Tensor");
+  m.def("channel_sums(Tensor g) -> Tensor");  // [B, R, C] -> [B, C]
 
   // x, g, a and the first result [B, R, C], the others [B, C]; norm_formulas.h has the formulas.
   // batch_norm returns y, max(y, 0) (empty without relu), the mean and 1 / sqrt(variance + eps).

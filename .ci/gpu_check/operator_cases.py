@@ -198,6 +198,11 @@ def patches_transpose(dims: list[int]) -> Iterator[Case]:
         yield label, {"g": g, **given, **numbers}
 
 
+def channel_sums(dims: list[int]) -> Iterator[Case]:
+    for shape in (*NORMS, (2, 19600, 64), (3, 20, 6)):
+        yield f"{list(shape)}", {"g": Draw(sum(shape)).normal(*shape)}
+
+
 NORMS = ((3, 2, 1), (3, 130, 33), (2, 980, 64))  # [B, R, C]
 
 
@@ -252,6 +257,7 @@ CASES: dict[str, Cases] = ON_ROWS | {
     "conv_weight_gradient_": conv_weight_gradient_,
     "patches": patches,
     "patches_transpose": patches_transpose,
+    "channel_sums": channel_sums,
     "batch_norm": batch_norm,
     "batch_norm_backward": batch_norm_backward,
     "batch_norm_double_backward": batch_norm_double_backward,

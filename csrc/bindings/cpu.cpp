@@ -6,6 +6,7 @@
 #include "bindings/parallel.h"
 #include "bindings/row_operators.h"
 #include "cpu/batch_norm.h"
+#include "cpu/channel_sums.h"
 #include "cpu/conv.h"
 #include "cpu/patches.h"
 #include "cpu/rows.h"
@@ -61,6 +62,10 @@ struct Cpu {
   template <typename T>
   void patches_transpose(const ConvShape& s, const T* rows, T* images) const {
     cpu::patches_transpose(s, rows, images, parallel_for);
+  }
+  template <typename T>
+  void channel_sums(const NormShape& s, const T* g, T* out) const {
+    cpu::channel_sums(s, g, out, parallel_for);
   }
   template <typename Pass>
   void batch_norm(const Pass& pass) const {

@@ -55,6 +55,10 @@ class Cuda {
     check_size(s);
     check(cuda::patches_transpose(s, rows, images, stream_));
   }
+  template <typename T>
+  void channel_sums(const NormShape& s, const T* g, T* out) const {
+    check(cuda::channel_sums(s, g, out, stream_));
+  }
   template <typename Pass>
   void batch_norm(const Pass& pass) const {
     check(cuda::batch_norm(pass, stream_));

@@ -188,6 +188,20 @@ Tensor patches_transpose(const Tensor& g, int64_t in_h, int64_t in_w, int64_t ke
   return x;
 }
 
+template <typename Device>
+Tensor channel_sums(const Tensor& g) {
+  constexpr const char* kName = "channel_sums";
+  const Checker checker(kName, "g", g, 3, Empty::kRefused);
+  Tensor out = new_result(kName, g, {g.size(0), g.size(2)});
+  const Device device(kName, g);
+  dispatch(g, [&](auto zero) {
+    using T = decltype(zero);
+    device.channel_sums(NormShape{g.size(0), g.size(1), g.size(2)}, g.const_data_ptr<T>(),
+                        out.mutable_data_ptr<T>());
+  });
+  return out;
+}
+
 // ---- batch norm --------------------------------------------------------------------------------
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
@@ -309,6 +323,7 @@ template <typename Device, typename Library>
 void register_layers(Library& m) {
   m.impl("patches", TORCH_BOX(&patches<Device>));
   m.impl("patches_transpose", TORCH_BOX(&patches_transpose<Device>));
+  m.impl("channel_sums", TORCH_BOX(&channel_sums<Device>));
   m.impl("batch_norm", TORCH_BOX(&batch_norm<Device>));
   m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward<Device>));
   m.impl("batch_norm_double_backward", TORCH_BOX(&batch_norm_double_backward<Device>));

@@ -1,6 +1,7 @@
 // Instantiates the launchers for float and double.
 #include "cuda/batch_norm.cuh"
 #include "cuda/cg_step.cuh"
+#include "cuda/channel_sums.cuh"
 #include "cuda/launch.h"
 #include "cuda/patches.cuh"
 #include "cuda/prox_step.cuh"
@@ -20,6 +21,7 @@ namespace imaml::cuda {
   template int pull_back(const PullBackArgs<T>&, void*);                               \
   template int patches(const ConvShape&, const T*, T*, void*);                         \
   template int patches_transpose(const ConvShape&, const T*, T*, void*);               \
+  template int channel_sums(const NormShape&, const T*, T*, void*);                    \
   template int batch_norm(const NormForward<T>&, void*);                               \
   template int batch_norm(const NormBackward<T>&, void*);                              \
   template int batch_norm(const NormDoubleBackward<T>&, void*);

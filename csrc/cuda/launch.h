@@ -49,6 +49,8 @@ template <typename T>
 int patches(const ConvShape&, const T* images, T* patches, void* stream);
 template <typename T>
 int patches_transpose(const ConvShape&, const T* patches, T* images, void* stream);
+template <typename T>
+int channel_sums(const NormShape&, const T* g, T* out, void* stream);
 
 // Pass: a NormForward, NormBackward or NormDoubleBackward.
 template <typename Pass>

@@ -146,6 +146,8 @@ void fuzz_row_sums(Draw& draw);
 template <typename T>
 void fuzz_conv(Draw& draw);
 template <typename T>
+void fuzz_channel_sums(Draw& draw);
+template <typename T>
 void fuzz_patches(Draw& draw);
 template <typename T>
 void fuzz_batch_norm(Draw& draw);

@@ -1,4 +1,5 @@
 // Convolutions, patches and batch norms of random shapes on arbitrary values.
+#include "channel_sums_oracle.h"
 #include "conv_oracle.h"
 #include "fuzz.h"
 #include "norm_oracle.h"
@@ -145,6 +146,50 @@ void fuzz_patches(Draw& draw) {
 }
 
 template <typename T>
+void fuzz_channel_sums(Draw& draw) {
+  const NormShape s{.tasks = draw.from(1, 5),
+                    .rows = draw.from(1, draw.chance(0.2) ? 600 : 20),
+                    .channels = draw.chance(0.5) ? 4 * draw.from(1, 17) : draw.from(1, 70)};
+  ChannelProblem<T> problem(s, draw.seed());
+  const int64_t size = s.rows * s.channels;
+  context = std::string(sizeof(T) == 4 ? "channel_sums<float> " : "channel_sums<double> ") +
+            std::to_string(s.rows) + " " + std::to_string(s.channels);
+  const bool corrupted = draw.chance(0.5), emulated = kEmulates && draw.chance(0.3);
+  for (int64_t task = 0; corrupted && task < s.tasks; ++task)
+    draw.corrupt(problem.g.data() + task * size, size);
+  ++tried["channel_sums"];
+  bool moderate = true;  // apart from values that are not finite
+  for (const T value : problem.g)
+    moderate = moderate && (!std::isfinite(value) || std::abs(double(value)) <= kModerate<T>);
+  const int64_t task = draw.from(0, s.tasks - 1);
+  ChannelProblem<T> alone = problem;
+  alone.shape.tasks = 1;
+  alone.g = part(problem.g, task, size);
+  const auto of_task = [&](const ChannelSums<T>& all) {
+    return ChannelSums<T>{part(all.sums, task, s.channels)};
+  };
+
+  const ChannelSums<T> serial = run_channel_sums(problem, cpu::Serial{}, draw.offset());
+  if (moderate) check_channel_sums(problem, serial);
+  on_threads(draw, [&](int, const Threads& pool) {
+    return run_channel_sums(problem, pool, draw.offset()).same(serial);
+  });
+  expect(run_channel_sums(alone).same(of_task(serial)), "a task changes another's bits");
+  if (!emulated) return;
+  ++tried["channel_sums, emulated CUDA"];
+  shim::device = draw.chance(0.7) ? shim::Device{{132, 66, 33, 16, 0}, {48000, 48000, 48000, 48000}}
+                                  : shim::Device{{108}, {48000}};
+  shim::order = draw.one_of(kOrders);
+  const ChannelSums<T> device = run_channel_sums_on_cuda(problem, draw.offset());
+  if (moderate) check_channel_sums(problem, device);
+  shim::order = draw.one_of(kOrders);
+  expect(run_channel_sums_on_cuda(problem).same(device),
+         "the order of threads or the alignment changes the bits");
+  expect(run_channel_sums_on_cuda(alone, draw.offset()).same(of_task(device)),
+         "a task changes another's bits");
+}
+
+template <typename T>
 void fuzz_conv(Draw& draw) {
   const ConvShape s = drawn_shape(draw);
   const bool biased = draw.chance(0.5);
@@ -224,6 +269,8 @@ void fuzz_batch_norm(Draw& draw) {
 
 template void fuzz_patches<float>(Draw&);
 template void fuzz_patches<double>(Draw&);
+template void fuzz_channel_sums<float>(Draw&);
+template void fuzz_channel_sums<double>(Draw&);
 template void fuzz_conv<float>(Draw&);
 template void fuzz_conv<double>(Draw&);
 template void fuzz_batch_norm<float>(Draw&);

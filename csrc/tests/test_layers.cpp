@@ -1,4 +1,5 @@
 // The layers with one set of weights per task.
+#include "channel_sums_oracle.h"
 #include "conv_oracle.h"
 #include "norm_oracle.h"
 #include "patches_oracle.h"
@@ -129,6 +130,29 @@ void test_patches(const ConvShape& s) {
   check_patches(problem, on_cuda([&] { return run_patches_on_cuda(problem); }));
 }
 
+template <typename T>
+void test_channel_sums(const NormShape& s) {
+  context = std::string(sizeof(T) == 4 ? "channel_sums<float> " : "channel_sums<double> ") +
+            std::to_string(s.rows) + " " + std::to_string(s.channels);
+  const ChannelProblem<T> problem(s, 1);
+  const ChannelSums<T> serial = run_channel_sums(problem);
+  check_channel_sums(problem, serial);
+  expect(run_channel_sums(problem, Threads{3}).same(serial),
+         "the number of threads changes the bits");
+  ChannelProblem<T> last = problem;
+  last.shape.tasks = 1;
+  last.g.erase(last.g.begin(), last.g.end() - s.rows * s.channels);
+  for (const auto& device : {kWithoutClusters, kWithClusters}) {
+    shim::device = device;
+    const ChannelSums<T> got = on_cuda([&] { return run_channel_sums_on_cuda(problem); });
+    check_channel_sums(problem, got);
+    expect(run_channel_sums_on_cuda(problem, 1).same(got), "the alignment changes the bits");
+    const std::vector<T> alone = run_channel_sums_on_cuda(last).sums;
+    expect(std::equal(alone.begin(), alone.end(), got.sums.end() - s.channels),
+           "a task changes another's bits");
+  }
+}
+
 void test_divisor() {
   context = "Divisor";
   std::mt19937_64 generator(1);
@@ -232,6 +256,13 @@ void test_layers() {
   for (const int64_t rows : {128, 129, 257, 513, 1200})
     test_norm<float>({.tasks = 1, .rows = rows, .channels = 9}, /*relu=*/rows % 2 == 1);
   test_norm<double>({.tasks = 1, .rows = 600, .channels = 3}, true);
+  // Around a vector, the channels of a block, a block's rows, and every number of blocks.
+  for (const int64_t channels : {1, 2, 3, 4, 8, 31, 32, 36, 64})
+    for (const int64_t rows : {1, 20, 33, 128, 129, 300, 1100}) {
+      if (rows > 300 && channels != 3 && channels != 36) continue;
+      test_channel_sums<float>({.tasks = 2, .rows = rows, .channels = channels});
+      test_channel_sums<double>({.tasks = 2, .rows = rows, .channels = channels});
+    }
   test_relu_at_zero<float>();
   test_relu_at_zero<double>();
   test_large_mean<float>();

@@ -160,6 +160,32 @@ class BatchedProduct(torch.autograd.Function):
 batched_product: Callable[[Tensor, Tensor, bool, bool], Tensor] = BatchedProduct.apply
 
 
+class AddedBias(torch.autograd.Function):
+    """y + bias, one bias per task, for y [B, R, C] and bias [B, C]: linear in both."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
+        return y + bias[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        g = g.contiguous()
+        return g, ChannelSums.apply(g) if ctx.needs_input_grad[1] else None
+
+
+class ChannelSums(torch.autograd.Function):
+    """The sums of g [B, R, C] over its rows, [B, C]: linear in g."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor) -> Any:
+        ctx.shape = g.shape
+        return torch.ops.imaml.channel_sums(g)
+
+    @staticmethod
+    def backward(ctx: Any, sums: Tensor) -> Tensor:
+        return sums[:, None].expand(ctx.shape)
+
+
 # The two forms of `torch.nn.functional.conv2d`, for x [B, N, C, H, W] and one bias per task.
 
 
@@ -173,7 +199,7 @@ def patches_conv2d(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window)
     x, kernel = channels_last(x), w.shape[3:]
     y = batched_product(Patches.apply(x, kernel, window), w.flatten(2), False, True)
     if bias is not None:
-        y = y + bias[:, None]
+        y = AddedBias.apply(y, bias)
     return channels_first(y.unflatten(1, (x.shape[1], *_output_size(x.shape[2:4], kernel, window))))
 
 
@@ -217,3 +243,8 @@ def _(g, in_h, in_w, kernel_h, kernel_w, *window):  # type: ignore[no-untyped-de
     height, width = _output_size((in_h, in_w), (kernel_h, kernel_w), window)
     images, channels = g.shape[1] // (height * width), g.shape[2] // (kernel_h * kernel_w)
     return g.new_empty((g.shape[0], images, in_h, in_w, channels))
+
+
+@fake("channel_sums")
+def _(g):  # type: ignore[no-untyped-def]
+    return g.new_empty((g.shape[0], g.shape[2]))

@@ -51,6 +51,7 @@ OPERATORS = {
     "conv_weight_gradient": Operator("x:BNHWC:t g:BNPQO:t", ("result",), "images", False),
     "patches": Operator("x:BNHWC:t", ("result",), "images", False),
     "patches_transpose": Operator("g:BRE:t", ("result",), "images", False),
+    "channel_sums": Operator("g:BRC:t", ("result",), "norm", False),
     "batch_norm": Operator(
         f"x:BRC:t {CHANNELS}", ("result", "positive", "mean", "scale"), "norm", False
     ),

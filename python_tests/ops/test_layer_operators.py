@@ -21,6 +21,7 @@ def operands():
         "conv_weight_gradient_": (torch.empty_like(w), x, g, 2, 1, 1, 0),
         "patches": (x, 3, 2, 2, 1, 1, 0),
         "patches_transpose": (torch.rand(2, 27, 12), 5, 4, 3, 2, 2, 1, 1, 0),
+        "channel_sums": (rows,),
         "batch_norm": (rows, channels, channels, 1e-5, True),
         "batch_norm_backward": (rows, rows, *[channels] * 4, True),
         "batch_norm_double_backward": (rows, channels, channels, rows, rows, *[channels] * 4, True),
@@ -61,8 +62,8 @@ ON_BOTH = [name for name in operands() if not name.startswith("conv")]
 @pytest.mark.skipif(not imaml_ext.build_info()["cuda"], reason="built without CUDA")
 @pytest.mark.parametrize(
     "name",
-    ["patches", "patches_transpose", "batch_norm", "batch_norm_backward",
-     "batch_norm_double_backward"],
+    ["patches", "patches_transpose", "channel_sums", "batch_norm",
+     "batch_norm_backward", "batch_norm_double_backward"],
 )  # fmt: skip
 def test_the_operators_that_layers_need_on_cuda_have_cuda_kernels(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"imaml::{name}", "CUDA")
@@ -94,7 +95,8 @@ def test_cuda_gives_what_the_cpu_gives(name, dtype):
 )
 def test_an_operator_refuses_invalid_operands(name, spoil):
     good = operands()[name]
-    if name.startswith("patches") and spoil(good[0]).shape == good[0][:1].shape:
+    single = name.startswith("patches") or name == "channel_sums"
+    if single and spoil(good[0]).shape == good[0][:1].shape:
         return  # a single operand may have any number of tasks
     for position, operand in enumerate(good):
         if isinstance(operand, torch.Tensor):
