@@ -8,6 +8,7 @@
 #include "cpu/batch_norm.h"
 #include "cpu/conv.h"
 #include "cpu/patches.h"
+#include "cpu/product.h"
 #include "cpu/rows.h"
 
 namespace imaml {
@@ -61,6 +62,10 @@ struct Cpu {
   template <typename T>
   void patches_transpose(const ConvShape& s, const T* rows, T* images) const {
     cpu::patches_transpose(s, rows, images, parallel_for);
+  }
+  template <typename T>
+  void batched_product(const ProductShape& s, const T* a, const T* b, T* y) const {
+    cpu::batched_product(s, a, b, y, parallel_for);
   }
   template <typename Pass>
   void batch_norm(const Pass& pass) const {

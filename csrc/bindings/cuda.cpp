@@ -55,6 +55,10 @@ class Cuda {
     check_size(s);
     check(cuda::patches_transpose(s, rows, images, stream_));
   }
+  template <typename T>
+  void batched_product(const ProductShape& s, const T* a, const T* b, T* y) const {
+    check(cuda::batched_product(s, a, b, y, stream_));
+  }
   template <typename Pass>
   void batch_norm(const Pass& pass) const {
     check(cuda::batch_norm(pass, stream_));

@@ -3,6 +3,7 @@
 #include "cuda/cg_step.cuh"
 #include "cuda/launch.h"
 #include "cuda/patches.cuh"
+#include "cuda/product.cuh"
 #include "cuda/prox_step.cuh"
 #include "cuda/pull_back.cuh"
 #include "cuda/row_sums.cuh"
@@ -18,6 +19,7 @@ namespace imaml::cuda {
   template int prox_norms(const ProxArgs<T>&, double*, double*, void*);                \
   template int row_dot(const T*, const T*, double*, double*, int64_t, int64_t, void*); \
   template int pull_back(const PullBackArgs<T>&, void*);                               \
+  template int batched_product(const ProductShape&, const T*, const T*, T*, void*);    \
   template int patches(const ConvShape&, const T*, T*, void*);                         \
   template int patches_transpose(const ConvShape&, const T*, T*, void*);               \
   template int batch_norm(const NormForward<T>&, void*);                               \

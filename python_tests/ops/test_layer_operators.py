@@ -21,6 +21,7 @@ def operands():
         "conv_weight_gradient_": (torch.empty_like(w), x, g, 2, 1, 1, 0),
         "patches": (x, 3, 2, 2, 1, 1, 0),
         "patches_transpose": (torch.rand(2, 27, 12), 5, 4, 3, 2, 2, 1, 1, 0),
+        "batched_product": (torch.rand(2, 7, 3), torch.rand(2, 4, 3), False, True),
         "batch_norm": (rows, channels, channels, 1e-5, True),
         "batch_norm_backward": (rows, rows, *[channels] * 4, True),
         "batch_norm_double_backward": (rows, channels, channels, rows, rows, *[channels] * 4, True),
@@ -61,7 +62,7 @@ ON_BOTH = [name for name in operands() if not name.startswith("conv")]
 @pytest.mark.skipif(not imaml_ext.build_info()["cuda"], reason="built without CUDA")
 @pytest.mark.parametrize(
     "name",
-    ["patches", "patches_transpose", "batch_norm", "batch_norm_backward",
+    ["patches", "patches_transpose", "batched_product", "batch_norm", "batch_norm_backward",
      "batch_norm_double_backward"],
 )  # fmt: skip
 def test_the_operators_that_layers_need_on_cuda_have_cuda_kernels(name):
