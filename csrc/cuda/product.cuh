@@ -28,27 +28,25 @@
 
 namespace imaml::cuda {
 
-constexpr unsigned kChunk = 32;
-constexpr unsigned kQuads = kChunk / 4;
-
 // Lanes of a warp: kLanesM x kLanesN, each with 8 x kColumns elements of y.
 template <unsigned kWarpsM_, unsigned kWarpsN_, unsigned kWarpsK_, unsigned kLanesN_,
-          unsigned kColumns_>
+          unsigned kColumns_, unsigned kChunk_>
 struct ProductTile {
   static_assert(kWarpsM_ * kWarpsN_ * kWarpsK_ == kWarps);
   static constexpr unsigned kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_;
   static constexpr unsigned kLanesN = kLanesN_, kLanesM = kWarp / kLanesN;
   static constexpr unsigned kColumns = kColumns_;
+  static constexpr unsigned kChunk = kChunk_, kQuads = kChunk / 4;
   static constexpr unsigned kWarpM = 8 * kLanesM, kWarpN = kColumns * kLanesN;
   static constexpr unsigned kM = kWarpM * kWarpsM, kN = kWarpN * kWarpsN;
   static constexpr unsigned kBuffer = kChunk * (kM + kN);  // elements
   static constexpr unsigned kPart = kM * kN;
   static constexpr unsigned kShared = 2 * kBuffer > kWarpsK* kPart ? 2 * kBuffer : kWarpsK* kPart;
 };
-using WideTile = ProductTile<2, 2, 2, 8, 4>;
-using DeepTile = ProductTile<1, 2, 4, 8, 4>;
-using LargeTile = ProductTile<2, 1, 4, 8, 8>;
-using NarrowTile = ProductTile<1, 1, 8, 4, 4>;
+using WideTile = ProductTile<2, 2, 2, 8, 4, 32>;
+using DeepTile = ProductTile<1, 2, 4, 8, 4, 32>;
+using LargeTile = ProductTile<2, 1, 4, 8, 8, 16>;
+using NarrowTile = ProductTile<1, 1, 8, 4, 4, 32>;
 
 template <typename T>
 struct alignas(16) Quad {
@@ -57,47 +55,55 @@ struct alignas(16) Quad {
 
 // In shared memory a term is a row of kWidth elements whose quads are permuted by exclusive or, so
 // that neither stores (of a quad of terms) nor loads (of a quad of elements) conflict.
-template <unsigned kWidth>
+template <unsigned kWidth, unsigned kQuads>
 __device__ unsigned swizzle(unsigned quad_of_terms) {
-  return 4 * (quad_of_terms % ((kWidth < 32 ? kWidth : 32) / 4));
+  constexpr unsigned kBanks = kWidth < 32 ? kWidth : 32;
+  constexpr unsigned kStep = kBanks / kQuads < 4 ? 4 : kBanks / kQuads;
+  return quad_of_terms * kStep % kBanks;
 }
 
-// A thread's share of a chunk of one operand, kWidth elements by kChunk terms: quads that are
-// contiguous in memory, along the terms or across them.
-template <unsigned kWidth, bool kAlongTerms, typename T>
+// A thread's share of the chunks of one operand, kWidth elements by kChunk terms: quads that are
+// contiguous in memory, along the terms or across them. Elements that do not exist are replaced by
+// others, or by 0: they only reach elements of y that do not exist.
+template <unsigned kWidth, unsigned kChunk, bool kAlongTerms, typename T>
 class OperandLoader {
  public:
-  // `matrix` is row-major with `columns` columns; elements from `first` to `count` are read.
-  __device__ OperandLoader(const T* matrix, int64_t columns, int64_t first, int64_t count)
-      : matrix_(matrix + (kAlongTerms ? first * columns : first)),
-        columns_(columns),
-        left_(count - first),
-        aligned_(columns % 4 == 0 && reinterpret_cast<std::uintptr_t>(matrix) % 16 == 0) {}
-
-  // Terms k ... last - 1; elements that do not exist are 0.
-  __device__ void load(int64_t k, int64_t last) {
+  // `matrix` is row-major with `columns` columns. Reads elements `first` ... count - 1, starting
+  // with term `term`.
+  __device__ OperandLoader(const T* matrix, int64_t columns, int first, int count, int term)
+      : step_(kAlongTerms ? kChunk : kChunk * columns),
+        aligned_(columns % 4 == 0 && reinterpret_cast<std::uintptr_t>(matrix) % 16 == 0) {
+    const int column = first + static_cast<int>(column_of());
+    elements_ = count - column;
 #pragma unroll
     for (unsigned i = 0; i < kItems; ++i) {
-      const int64_t term = k + term_of(i), element = element_of(i);
-      const bool exists = is_used(i) && (kAlongTerms ? element < left_ : term < last);
-      const int64_t row = kAlongTerms ? element : term, column = kAlongTerms ? term : element;
-      const int64_t there = exists ? (kAlongTerms ? last : left_) - column : 0;
-      const T* const from = matrix_ + row * columns_ + column;
-      if (aligned_) {  // then a quad exists as a whole or not at all
-        quads_[i] = there > 0 ? *reinterpret_cast<const Quad<T>*>(from) : Quad<T>{};
+      if constexpr (kAlongTerms) {
+        const int row = first + static_cast<int>(row_of(i));
+        from_[i] = matrix + (row < count ? row : count - 1) * columns + term + column_of();
       } else {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) quads_[i].v[j] = j < there ? from[j] : T(0);
+        from_[i] = matrix + (term + int64_t{row_of(i)}) * columns +
+                   (aligned_ && elements_ <= 0 ? count - 4 : column);
       }
     }
   }
 
+  // Reads the next chunk; `left` terms are left, and the others 0.
+  __device__ void load(int left) {
+    if (left >= static_cast<int>(kChunk))
+      load_chunk<true>(left);
+    else
+      load_chunk<false>(left);
+#pragma unroll
+    for (unsigned i = 0; i < kItems; ++i) from_[i] += step_;
+  }
+
   __device__ void store(T* chunk) const {
+    if (kIdle && threadIdx.x >= kWidth * kQuads) return;
 #pragma unroll
     for (unsigned i = 0; i < kItems; ++i) {
-      if (!is_used(i)) continue;
       const unsigned term = term_of(i);
-      const unsigned element = element_of(i) ^ swizzle<kWidth>(term / 4);
+      const unsigned element =
+          (kAlongTerms ? row_of(i) : column_of()) ^ swizzle<kWidth, kQuads>(term / 4);
       if constexpr (kAlongTerms) {
 #pragma unroll
         for (unsigned j = 0; j < 4; ++j) chunk[(term + j) * kWidth + element] = quads_[i].v[j];
@@ -108,23 +114,40 @@ class OperandLoader {
   }
 
  private:
-  static constexpr unsigned kItems = (kWidth * kQuads + kThreads - 1) / kThreads;
+  static constexpr unsigned kQuads = kChunk / 4;
+  static constexpr bool kIdle = kWidth * kQuads < kThreads;  // some threads load for nothing
+  static constexpr unsigned kItems = kIdle ? 1 : kWidth * kQuads / kThreads;
   static constexpr unsigned kPerRow = kAlongTerms ? kQuads : kWidth / 4;
+  static constexpr unsigned kRows = kAlongTerms ? kWidth : kChunk;
 
   static __device__ unsigned row_of(unsigned i) {
-    return threadIdx.x / kPerRow + i * (kThreads / kPerRow);
+    return threadIdx.x / kPerRow % kRows + i * (kThreads / kPerRow);
   }
   static __device__ unsigned column_of() { return threadIdx.x % kPerRow * 4; }
   static __device__ unsigned term_of(unsigned i) { return kAlongTerms ? column_of() : row_of(i); }
-  static __device__ unsigned element_of(unsigned i) {
-    return kAlongTerms ? row_of(i) : column_of();
-  }
-  static __device__ bool is_used(unsigned i) {
-    return kWidth * kQuads % kThreads == 0 || row_of(i) < (kAlongTerms ? kWidth : kChunk);
+
+  template <bool kWhole>
+  __device__ void load_chunk(int left) {
+    if (aligned_) {  // then a quad exists as a whole or not at all
+#pragma unroll
+      for (unsigned i = 0; i < kItems; ++i)
+        quads_[i] = kWhole || static_cast<int>(term_of(i)) < left
+                        ? *reinterpret_cast<const Quad<T>*>(from_[i])
+                        : Quad<T>{};
+      return;
+    }
+#pragma unroll
+    for (unsigned i = 0; i < kItems; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool is_term = kWhole || static_cast<int>(term_of(i)) + (kAlongTerms ? j : 0) < left;
+        quads_[i].v[j] = is_term && (kAlongTerms || j < elements_) ? from_[i][j] : T(0);
+      }
   }
 
-  const T* matrix_;
-  int64_t columns_, left_;
+  const T* from_[kItems];
+  int64_t step_;
+  int elements_;  // from this thread's column on
   bool aligned_;
   Quad<T> quads_[kItems];
 };
@@ -133,32 +156,13 @@ class OperandLoader {
 template <typename Tile, typename T>
 class Accumulator {
  public:
-  // Adds the first `quads` quads of terms of a chunk, as far as this warp's share.
+  // Adds this warp's share of the first `quads` quads of terms of a chunk.
   __device__ void add(const T* a, const T* b, unsigned quads) {
-    constexpr unsigned kHalves = Tile::kColumns / 4;
-    a += warp_m() * Tile::kWarpM;
-    b += warp_n() * Tile::kWarpN;
-    for (unsigned quad = group(); quad < quads; quad += Tile::kWarpsK) {
-      const T* const from_a = a + quad * 4 * Tile::kM;
-      const T* const from_b = b + quad * 4 * Tile::kN;
-      const unsigned at_a = (lane_m() * 4) ^ swizzle<Tile::kM>(quad);
-      const unsigned at_a2 = (lane_m() * 4 + 4 * Tile::kLanesM) ^ swizzle<Tile::kM>(quad);
-      const unsigned at_b = (lane_n() * 4) ^ swizzle<Tile::kN>(quad);
+    a += warp_m() * Tile::kWarpM + group() * 4 * Tile::kM;
+    b += warp_n() * Tile::kWarpN + group() * 4 * Tile::kN;
 #pragma unroll
-      for (unsigned j = 0; j < 4; ++j) {
-        Quad<T> m[2], n[kHalves];
-        m[0] = *reinterpret_cast<const Quad<T>*>(from_a + j * Tile::kM + at_a);
-        m[1] = *reinterpret_cast<const Quad<T>*>(from_a + j * Tile::kM + at_a2);
-#pragma unroll
-        for (unsigned h = 0; h < kHalves; ++h)  // h = 1: 32 columns later, which are not permuted
-          n[h] = *reinterpret_cast<const Quad<T>*>(from_b + j * Tile::kN + at_b + 32 * h);
-#pragma unroll
-        for (unsigned r = 0; r < 8; ++r)
-#pragma unroll
-          for (unsigned c = 0; c < Tile::kColumns; ++c)
-            sum_[r][c / 4].v[c % 4] += m[r / 4].v[r % 4] * n[c / 4].v[c % 4];
-      }
-    }
+    for (unsigned quad = 0; quad < Tile::kQuads; quad += Tile::kWarpsK)
+      if (quad + group() < quads) add_quad(a, b, quad);
   }
 
   // Writes the sums to this group's tile in `parts`.
@@ -182,6 +186,32 @@ class Accumulator {
   static __device__ unsigned group() { return warp() / (Tile::kWarpsN * Tile::kWarpsM); }
   static __device__ unsigned lane_n() { return threadIdx.x % Tile::kLanesN; }
   static __device__ unsigned lane_m() { return threadIdx.x % kWarp / Tile::kLanesN; }
+
+  // Quad `quad` after this group's first one, a multiple of kWarpsK.
+  __device__ void add_quad(const T* a, const T* b, unsigned quad) {
+    constexpr unsigned kHalves = Tile::kColumns / 4;
+    const unsigned swizzle_a =
+        swizzle<Tile::kM, Tile::kQuads>(group()) ^ swizzle<Tile::kM, Tile::kQuads>(quad);
+    const unsigned swizzle_b =
+        swizzle<Tile::kN, Tile::kQuads>(group()) ^ swizzle<Tile::kN, Tile::kQuads>(quad);
+    const T* const a0 = a + quad * 4 * Tile::kM + ((lane_m() * 4) ^ swizzle_a);
+    const T* const a1 = a + quad * 4 * Tile::kM + ((lane_m() * 4 + 4 * Tile::kLanesM) ^ swizzle_a);
+    const T* const b0 = b + quad * 4 * Tile::kN + ((lane_n() * 4) ^ swizzle_b);
+#pragma unroll
+    for (unsigned j = 0; j < 4; ++j) {
+      Quad<T> m[2], n[kHalves];
+      m[0] = *reinterpret_cast<const Quad<T>*>(a0 + j * Tile::kM);
+      m[1] = *reinterpret_cast<const Quad<T>*>(a1 + j * Tile::kM);
+#pragma unroll
+      for (unsigned h = 0; h < kHalves; ++h)  // h = 1: 32 columns later, which are not permuted
+        n[h] = *reinterpret_cast<const Quad<T>*>(b0 + j * Tile::kN + 32 * h);
+#pragma unroll
+      for (unsigned r = 0; r < 8; ++r)
+#pragma unroll
+        for (unsigned c = 0; c < Tile::kColumns; ++c)
+          sum_[r][c / 4].v[c % 4] += m[r / 4].v[r % 4] * n[c / 4].v[c % 4];
+    }
+  }
 
   Quad<T> sum_[8][Tile::kColumns / 4] = {};
 };
@@ -223,41 +253,43 @@ __device__ void combine(T* parts, unsigned blocks, unsigned block, const Write& 
 template <typename Tile, bool kTransposeA, bool kTransposeB, typename T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     product_kernel(ProductShape s, const T* a, const T* b, T* y, unsigned tiles_m, unsigned tiles_n,
-                   int64_t share, unsigned blocks) {
+                   int share, unsigned blocks) {
   const unsigned block = blockIdx.x % blocks, cluster = blockIdx.x / blocks;
   const unsigned task = cluster / (tiles_m * tiles_n), tile = cluster % (tiles_m * tiles_n);
-  const int64_t row = int64_t{tile / tiles_n} * Tile::kM;
-  const int64_t column = int64_t{tile % tiles_n} * Tile::kN;
-  T* const shared = reinterpret_cast<T*>(dynamic_shared());
+  const int row = static_cast<int>(tile / tiles_n * Tile::kM);
+  const int column = static_cast<int>(tile % tiles_n * Tile::kN);
+  const int rows = static_cast<int>(s.rows), columns = static_cast<int>(s.columns);
+  const int first = static_cast<int>(block) * share;
+  const int own = static_cast<int>(s.terms) - first;  // from this block's first one on
+  const int terms = own < share ? own : share;
 
-  OperandLoader<Tile::kM, !kTransposeA, T> load_a(a + task * s.a_stride,
-                                                  kTransposeA ? s.rows : s.terms, row, s.rows);
-  OperandLoader<Tile::kN, kTransposeB, T> load_b(
-      b + task * s.b_stride, kTransposeB ? s.terms : s.columns, column, s.columns);
+  OperandLoader<Tile::kM, Tile::kChunk, !kTransposeA, T> load_a(
+      a + task * s.a_stride, kTransposeA ? s.rows : s.terms, row, rows, first);
+  OperandLoader<Tile::kN, Tile::kChunk, kTransposeB, T> load_b(
+      b + task * s.b_stride, kTransposeB ? s.terms : s.columns, column, columns, first);
   Accumulator<Tile, T> sums;
-  const int64_t first = block * share;
-  const int64_t last = first + share < s.terms ? first + share : s.terms;
-  const auto load = [&](int64_t k) {
-    load_a.load(k, last);
-    load_b.load(k, last);
+  const auto load = [&](int left) {
+    load_a.load(left);
+    load_b.load(left);
   };
   const auto store = [&](T* buffer) {
     load_a.store(buffer);
-    load_b.store(buffer + kChunk * Tile::kM);
+    load_b.store(buffer + Tile::kChunk * Tile::kM);
   };
 
+  T* const shared = reinterpret_cast<T*>(dynamic_shared());
   T *buffer = shared, *next = shared + Tile::kBuffer;
-  if (first < last) {
-    load(first);
+  constexpr int kStep = Tile::kChunk;
+  if (terms > 0) {
+    load(terms);
     store(buffer);
   }
   __syncthreads();
-  for (int64_t k = first; k < last; k += kChunk) {
-    const bool more = k + kChunk < last;
-    if (more) load(k + kChunk);
-    const unsigned terms = more ? kChunk : static_cast<unsigned>(last - k);
-    sums.add(buffer, buffer + kChunk * Tile::kM, (terms + 3) / 4);
-    if (more) store(next);
+  for (int left = terms; left > 0; left -= kStep) {
+    if (left > kStep) load(left - kStep);
+    const unsigned quads = left < kStep ? (static_cast<unsigned>(left) + 3) / 4 : Tile::kQuads;
+    sums.add(buffer, buffer + Tile::kChunk * Tile::kM, quads);
+    if (left > kStep) store(next);
     __syncthreads();
     T* const used = buffer;
     buffer = next;
@@ -268,8 +300,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
   __syncthreads();
   T* const out = y + task * s.rows * s.columns;
   combine<Tile>(shared, blocks, block, [&](unsigned element, T sum) {
-    const int64_t i = row + element / Tile::kN, j = column + element % Tile::kN;
-    if (i < s.rows && j < s.columns) out[i * s.columns + j] = sum;
+    const int i = row + static_cast<int>(element / Tile::kN);
+    const int j = column + static_cast<int>(element % Tile::kN);
+    if (i < rows && j < columns) out[i * s.columns + j] = sum;
   });
 }
 
@@ -295,8 +328,8 @@ int launch_product(const ProductShape& s, const T* a, const T* b, T* y, int64_t 
   const int blocks = clusters ? product_blocks(tiles_m * tiles_n, s.terms, wanted) : 1;
   const int64_t share = ((s.terms + 3) / 4 + blocks - 1) / blocks * 4;
   return launch_clusters(kernel, s.tasks * tiles_m * tiles_n, blocks, bytes, stream, s, a, b, y,
-                         static_cast<unsigned>(tiles_m), static_cast<unsigned>(tiles_n), share,
-                         static_cast<unsigned>(blocks));
+                         static_cast<unsigned>(tiles_m), static_cast<unsigned>(tiles_n),
+                         static_cast<int>(share), static_cast<unsigned>(blocks));
 }
 
 template <bool kTransposeA, bool kTransposeB, typename T>
