@@ -41,6 +41,9 @@ STABLE_TORCH_LIBRARY(imaml, m) {
       "patches_transpose(Tensor g, int in_h, int in_w, int kernel_h, int kernel_w, int stride_h, "
       "int stride_w, int pad_h, int pad_w) -> Tensor");
   m.def("channel_sums(Tensor g) -> Tensor");  // [B, R, C] -> [B, C]
+  // op(a) @ op(b) for every task, where op transposes if requested: a [B, M, K] or [B, K, M], b
+  // [B, K, N] or [B, N, K], the result [B, M, N]. b need only be contiguous within each task.
+  m.def("batched_product(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor");
 
   // x, g, a and the first result [B, R, C], the others [B, C]; norm_formulas.h has the formulas.
   // batch_norm returns y, max(y, 0) (empty without relu), the mean and 1 / sqrt(variance + eps).

@@ -203,6 +203,25 @@ def channel_sums(dims: list[int]) -> Iterator[Case]:
         yield f"{list(shape)}", {"g": Draw(sum(shape)).normal(*shape)}
 
 
+# Rows, columns and terms of conv4's products, for 5, 20 and 100 images, and of others.
+PRODUCTS = (
+    (20, 64, 576, False, True), (245, 64, 576, False, True), (980, 64, 9, False, True),
+    (980, 64, 576, False, True), (4900, 64, 576, False, True), (20, 576, 64, False, False),
+    (245, 576, 64, False, False), (64, 9, 980, True, False), (64, 9, 4900, True, False),
+    (64, 576, 245, True, False), (64, 576, 4900, True, False), (33, 17, 259, True, True),
+)  # fmt: skip
+
+
+def batched_product(dims: list[int]) -> Iterator[Case]:
+    for rows, columns, terms, transpose_a, transpose_b in PRODUCTS:
+        draw = Draw(rows + columns + terms)
+        a = draw.normal(3, terms, rows) if transpose_a else draw.normal(3, rows, terms)
+        parameters = draw.normal(3, columns * terms + 3)[:, 1:-2]  # as slices of rows of them
+        b = parameters.unflatten(1, (columns, terms) if transpose_b else (terms, columns))
+        label = f"{rows} x {columns}, {terms} terms, {'NT'[transpose_a]}{'NT'[transpose_b]}"
+        yield label, {"a": a, "b": b, "transpose_a": transpose_a, "transpose_b": transpose_b}
+
+
 NORMS = ((3, 2, 1), (3, 130, 33), (2, 980, 64))  # [B, R, C]
 
 
@@ -258,6 +277,7 @@ CASES: dict[str, Cases] = ON_ROWS | {
     "patches": patches,
     "patches_transpose": patches_transpose,
     "channel_sums": channel_sums,
+    "batched_product": batched_product,
     "batch_norm": batch_norm,
     "batch_norm_backward": batch_norm_backward,
     "batch_norm_double_backward": batch_norm_double_backward,

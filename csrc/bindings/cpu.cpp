@@ -9,6 +9,7 @@
 #include "cpu/channel_sums.h"
 #include "cpu/conv.h"
 #include "cpu/patches.h"
+#include "cpu/product.h"
 #include "cpu/rows.h"
 
 namespace imaml {
@@ -66,6 +67,10 @@ struct Cpu {
   template <typename T>
   void channel_sums(const NormShape& s, const T* g, T* out) const {
     cpu::channel_sums(s, g, out, parallel_for);
+  }
+  template <typename T>
+  void batched_product(const ProductShape& s, const T* a, const T* b, T* y) const {
+    cpu::batched_product(s, a, b, y, parallel_for);
   }
   template <typename Pass>
   void batch_norm(const Pass& pass) const {

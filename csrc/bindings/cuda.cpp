@@ -59,6 +59,14 @@ class Cuda {
   void channel_sums(const NormShape& s, const T* g, T* out) const {
     check(cuda::channel_sums(s, g, out, stream_));
   }
+  template <typename T>
+  void batched_product(const ProductShape& s, const T* a, const T* b, T* y) const {
+    constexpr int64_t kMost = int64_t{1} << 26;  // the kernel steps over 32 rows, in 31 bits
+    if (s.rows >= kMost || s.columns >= kMost || s.terms >= kMost)
+      fail(op_, "matrices must have fewer than 2^26 rows and columns, got ", s.rows, " x ", s.terms,
+           " by ", s.terms, " x ", s.columns);
+    check(cuda::batched_product(s, a, b, y, stream_));
+  }
   template <typename Pass>
   void batch_norm(const Pass& pass) const {
     check(cuda::batch_norm(pass, stream_));

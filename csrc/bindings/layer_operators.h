@@ -9,6 +9,7 @@
 #include "bindings/checks.h"
 #include "conv_shape.h"
 #include "norm_formulas.h"
+#include "product_shape.h"
 
 namespace imaml {
 
@@ -202,6 +203,30 @@ Tensor channel_sums(const Tensor& g) {
   return out;
 }
 
+template <typename Device>
+Tensor batched_product(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {
+  constexpr const char* kName = "batched_product";
+  const Checker checker(kName, "a", a, 3, Empty::kRefused);
+  const int64_t tasks = a.size(0), terms = a.size(transpose_a ? 1 : 2);
+  checker.per_task("b", b, {tasks, transpose_b ? kAny : terms, transpose_b ? terms : kAny});
+  const ProductShape s{.tasks = tasks,
+                       .rows = a.size(transpose_a ? 2 : 1),
+                       .columns = b.size(transpose_b ? 1 : 2),
+                       .terms = terms,
+                       .a_stride = a.size(1) * a.size(2),
+                       .b_stride = b.stride(0),
+                       .transpose_a = transpose_a,
+                       .transpose_b = transpose_b};
+  Tensor y = new_result(kName, a, {s.tasks, s.rows, s.columns});
+  const Device device(kName, a);
+  dispatch(a, [&](auto zero) {
+    using T = decltype(zero);
+    device.batched_product(s, a.const_data_ptr<T>(), b.const_data_ptr<T>(),
+                           y.mutable_data_ptr<T>());
+  });
+  return y;
+}
+
 // ---- batch norm --------------------------------------------------------------------------------
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
@@ -324,6 +349,7 @@ void register_layers(Library& m) {
   m.impl("patches", TORCH_BOX(&patches<Device>));
   m.impl("patches_transpose", TORCH_BOX(&patches_transpose<Device>));
   m.impl("channel_sums", TORCH_BOX(&channel_sums<Device>));
+  m.impl("batched_product", TORCH_BOX(&batched_product<Device>));
   m.impl("batch_norm", TORCH_BOX(&batch_norm<Device>));
   m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward<Device>));
   m.impl("batch_norm_double_backward", TORCH_BOX(&batch_norm_double_backward<Device>));

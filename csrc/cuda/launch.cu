@@ -4,6 +4,7 @@
 #include "cuda/channel_sums.cuh"
 #include "cuda/launch.h"
 #include "cuda/patches.cuh"
+#include "cuda/product.cuh"
 #include "cuda/prox_step.cuh"
 #include "cuda/pull_back.cuh"
 #include "cuda/row_sums.cuh"
@@ -19,6 +20,7 @@ namespace imaml::cuda {
   template int prox_norms(const ProxArgs<T>&, double*, double*, void*);                \
   template int row_dot(const T*, const T*, double*, double*, int64_t, int64_t, void*); \
   template int pull_back(const PullBackArgs<T>&, void*);                               \
+  template int batched_product(const ProductShape&, const T*, const T*, T*, void*);    \
   template int patches(const ConvShape&, const T*, T*, void*);                         \
   template int patches_transpose(const ConvShape&, const T*, T*, void*);               \
   template int channel_sums(const NormShape&, const T*, T*, void*);                    \

@@ -7,6 +7,7 @@
 
 #include "conv_shape.h"
 #include "norm_formulas.h"
+#include "product_shape.h"
 
 namespace imaml::cuda {
 
@@ -43,6 +44,9 @@ int row_dot(const T* a, const T* b, double* out, double* workspace, int64_t rows
 
 template <typename T>
 int pull_back(const PullBackArgs<T>&, void* stream);
+
+template <typename T>
+int batched_product(const ProductShape&, const T* a, const T* b, T* y, void* stream);
 
 // The shape must pass fits_31_bits.
 template <typename T>

@@ -152,6 +152,8 @@ void fuzz_patches(Draw& draw);
 template <typename T>
 void fuzz_batch_norm(Draw& draw);
 template <typename T>
+void fuzz_batched_product(Draw& draw);
+template <typename T>
 void fuzz_map(Draw& draw);
 template <typename T>
 void fuzz_reduction(Draw& draw);

@@ -25,15 +25,30 @@
 namespace imaml {
 namespace {
 
-constexpr void (*kKernels[])(Draw&) = {
-    fuzz_cg_step<float>,      fuzz_cg_step<double>,      fuzz_prox_step<float>,
-    fuzz_prox_step<double>,   fuzz_row_sums<float>,      fuzz_row_sums<double>,
-    fuzz_conv<float>,         fuzz_conv<double>,         fuzz_patches<float>,
-    fuzz_patches<double>,     fuzz_batch_norm<float>,    fuzz_batch_norm<double>,
-    fuzz_channel_sums<float>, fuzz_channel_sums<double>, fuzz_map<float>,
-    fuzz_map<double>,         fuzz_reduction<float>,     fuzz_reduction<double>,
-    fuzz_product<float>,      fuzz_product<double>,      fuzz_indexing<float>,
-    fuzz_indexing<double>};
+constexpr void (*kKernels[])(Draw&) = {fuzz_cg_step<float>,
+                                       fuzz_cg_step<double>,
+                                       fuzz_prox_step<float>,
+                                       fuzz_prox_step<double>,
+                                       fuzz_row_sums<float>,
+                                       fuzz_row_sums<double>,
+                                       fuzz_conv<float>,
+                                       fuzz_conv<double>,
+                                       fuzz_patches<float>,
+                                       fuzz_patches<double>,
+                                       fuzz_batch_norm<float>,
+                                       fuzz_batch_norm<double>,
+                                       fuzz_channel_sums<float>,
+                                       fuzz_channel_sums<double>,
+                                       fuzz_batched_product<float>,
+                                       fuzz_batched_product<double>,
+                                       fuzz_map<float>,
+                                       fuzz_map<double>,
+                                       fuzz_reduction<float>,
+                                       fuzz_reduction<double>,
+                                       fuzz_product<float>,
+                                       fuzz_product<double>,
+                                       fuzz_indexing<float>,
+                                       fuzz_indexing<double>};
 
 std::uint64_t running = 0;  // the seed of the current input
 

@@ -1,9 +1,10 @@
-// Convolutions, patches and batch norms of random shapes on arbitrary values.
+// Convolutions, patches, products and batch norms of random shapes on arbitrary values.
 #include "channel_sums_oracle.h"
 #include "conv_oracle.h"
 #include "fuzz.h"
 #include "norm_oracle.h"
 #include "patches_oracle.h"
+#include "product_oracle.h"
 
 namespace imaml {
 namespace {
@@ -267,12 +268,56 @@ void fuzz_batch_norm(Draw& draw) {
          "a task changes another's bits");
 }
 
+template <typename T>
+void fuzz_batched_product(Draw& draw) {
+  const bool large = draw.chance(0.05);
+  const int64_t rows = draw.from(1, large ? 300 : 70), columns = draw.from(1, large ? 300 : 70);
+  const int64_t terms = draw.chance(0.5) ? draw.from(0, 80) : draw.from(81, 600);
+  ProductProblem<T> problem(draw.from(1, 3), rows, columns, terms, draw.chance(0.5),
+                            draw.chance(0.5), /*gap=*/draw.chance(0.5) ? draw.from(0, 40) : 0,
+                            draw.seed());
+  context = describe(problem);
+  const bool corrupted = draw.chance(0.5);
+  for (int64_t task = 0; corrupted && task < problem.shape.tasks; ++task) {
+    draw.corrupt(problem.a.data() + task * problem.shape.a_stride, problem.shape.a_stride);
+    draw.corrupt(problem.b.data() + task * problem.shape.b_stride, problem.shape.b_stride);
+  }
+  ++tried["batched_product"];
+  bool moderate = true;  // apart from values that are not finite
+  for (const auto* values : {&problem.a, &problem.b})
+    for (const T value : *values)
+      moderate = moderate && (!std::isfinite(value) || std::abs(double(value)) <= kModerate<T>);
+
+  const std::vector<T> serial = run_product(problem, cpu::Serial{}, draw.offset());
+  if (moderate) check_product(problem, serial);
+  on_threads(draw, [&](int, const Threads& pool) {
+    return same_bits(run_product(problem, pool, draw.offset()), serial);
+  });
+  if (!kEmulates) return;
+  ++tried["batched_product, emulated CUDA"];
+  constexpr shim::Device kDevices[] = {{{132, 66, 33, 16}, {227000, 227000, 227000, 227000}},
+                                       {{108}, {163000}}};
+  shim::device = draw.one_of(kDevices);
+  shim::order = draw.one_of(kOrders);
+  context += " cuda, order " + std::to_string(static_cast<int>(shim::order));
+  const std::vector<T> device = run_product_on_cuda(problem, draw.offset());
+  if (moderate) check_product(problem, device);
+  shim::order = draw.one_of(kOrders);
+  expect(same_bits(run_product_on_cuda(problem, draw.offset()), device),
+         "the order of threads or the alignment changes the bits");
+  const int64_t task = draw.from(0, problem.shape.tasks - 1);
+  expect(same_bits(run_product_on_cuda(problem.only(task)), part(device, task, problem.results())),
+         "a task changes another's bits");
+}
+
 template void fuzz_patches<float>(Draw&);
 template void fuzz_patches<double>(Draw&);
 template void fuzz_channel_sums<float>(Draw&);
 template void fuzz_channel_sums<double>(Draw&);
 template void fuzz_conv<float>(Draw&);
 template void fuzz_conv<double>(Draw&);
+template void fuzz_batched_product<float>(Draw&);
+template void fuzz_batched_product<double>(Draw&);
 template void fuzz_batch_norm<float>(Draw&);
 template void fuzz_batch_norm<double>(Draw&);
 

@@ -3,6 +3,7 @@
 #include "conv_oracle.h"
 #include "norm_oracle.h"
 #include "patches_oracle.h"
+#include "product_oracle.h"
 
 namespace imaml {
 namespace {
@@ -153,6 +154,51 @@ void test_channel_sums(const NormShape& s) {
   }
 }
 
+struct ProductSizes {
+  int64_t tasks, rows, columns, terms;
+};
+
+template <typename T>
+struct ProductResult {
+  std::vector<T> y;
+  bool same(const ProductResult& o) const { return same_bits(y, o.y); }
+};
+
+template <typename T>
+void test_product(const ProductSizes& s) {
+  for (const bool transpose_a : {false, true})
+    for (const bool transpose_b : {false, true})
+      for (const int64_t gap : {0, 3}) {
+        const ProductProblem<T> problem(s.tasks, s.rows, s.columns, s.terms, transpose_a,
+                                        transpose_b, gap, 1);
+        context = describe(problem);
+        check_product(problem, run_product(problem, Threads{3}));
+        for (const bool clusters : {false, true}) {
+          shim::device = {{132, clusters ? 66 : 0, clusters ? 33 : 0, clusters ? 16 : 0},
+                          {227000, 227000, 227000, 227000}};
+          const std::vector<T> got =
+              on_cuda([&] { return ProductResult<T>{run_product_on_cuda(problem, at(gap))}; }).y;
+          check_product(problem, got);
+          const int64_t last = s.tasks - 1, results = problem.results();
+          expect(same_bits(run_product_on_cuda(problem.only(last)),
+                           std::vector<T>(got.begin() + last * results, got.end())),
+                 "a task changes another's bits");
+        }
+      }
+}
+
+void test_products() {
+  // Every tile, whole and in part; terms that fill no quad, no chunk, and several chunks.
+  for (const ProductSizes s :
+       {ProductSizes{3, 1, 1, 1}, ProductSizes{2, 17, 9, 65}, ProductSizes{2, 33, 70, 9},
+        ProductSizes{2, 64, 64, 33}, ProductSizes{2, 65, 5, 0}, ProductSizes{2, 20, 64, 576},
+        ProductSizes{2, 64, 9, 530}, ProductSizes{1, 63, 17, 259}}) {
+    test_product<float>(s);
+    test_product<double>(s);
+  }
+  test_product<float>({1, 129, 257, 512});  // the large tile
+}
+
 void test_divisor() {
   context = "Divisor";
   std::mt19937_64 generator(1);
@@ -238,6 +284,7 @@ void test_layers() {
     test_patches<float>(s);
     test_patches<double>(s);
   }
+  test_products();
   test_divisor();
   test_fits_31_bits();
   // Images of one block and of several; windows that read a pixel many times or never.

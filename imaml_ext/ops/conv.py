@@ -138,6 +138,9 @@ class BatchedProduct(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.transposed = transpose_a, transpose_b
+        if _has_kernel(a, b):
+            a, b = a.contiguous(), contiguous_per_task(b)
+            return torch.ops.imaml.batched_product(a, b, transpose_a, transpose_b)
         return torch.bmm(a.mT if transpose_a else a, b.mT if transpose_b else b)
 
     @staticmethod
@@ -155,6 +158,17 @@ class BatchedProduct(torch.autograd.Function):
         elif need_b:
             grad_b = batched_product(a, g, not transpose_a, False)
         return grad_a, grad_b, None, None
+
+
+def _has_kernel(a: Tensor, b: Tensor) -> bool:
+    """Whether the extension's product replaces `torch.bmm`: not in TF32 or under autocast."""
+    if not a.is_cuda or a.dtype != b.dtype or a.numel() == 0 or b.numel() == 0:
+        return False
+    return a.dtype == torch.float64 or (
+        a.dtype == torch.float32
+        and torch.backends.cuda.matmul.fp32_precision != "tf32"
+        and not torch.is_autocast_enabled("cuda")
+    )
 
 
 batched_product: Callable[[Tensor, Tensor, bool, bool], Tensor] = BatchedProduct.apply
@@ -229,6 +243,11 @@ def _(x, g, kernel_h, kernel_w, *window):  # type: ignore[no-untyped-def]
 @fake("conv_weight_gradient_")
 def _(dw, x, g, *window):  # type: ignore[no-untyped-def]
     return None
+
+
+@fake("batched_product")
+def _(a, b, transpose_a, transpose_b):  # type: ignore[no-untyped-def]
+    return a.new_empty((len(a), a.shape[2 if transpose_a else 1], b.shape[1 if transpose_b else 2]))
 
 
 @fake("patches")

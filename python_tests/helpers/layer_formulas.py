@@ -93,6 +93,16 @@ def channel_sums(o):
     return {"result": (g.double().sum(1), Rounding(g.dtype).slack(size_of(g).sum(1)))}
 
 
+def batched_product(o):
+    def product(a, b):
+        return (a.mT if o["transpose_a"] else a) @ (b.mT if o["transpose_b"] else b)
+
+    a, b = o["a"], o["b"]
+    terms = a.shape[1 if o["transpose_a"] else 2]
+    slack = Rounding(a.dtype).slack(product(size_of(a), size_of(b)), 4 + terms)
+    return {"result": (product(a.double(), b.double()), slack)}
+
+
 def mean(t):
     return t.mean(1, keepdim=True)
 

@@ -52,6 +52,7 @@ OPERATORS = {
     "patches": Operator("x:BNHWC:t", ("result",), "images", False),
     "patches_transpose": Operator("g:BRE:t", ("result",), "images", False),
     "channel_sums": Operator("g:BRC:t", ("result",), "norm", False),
+    "batched_product": Operator("a:BRK:t b:BCK:t", ("result",), "product", False),
     "batch_norm": Operator(
         f"x:BRC:t {CHANNELS}", ("result", "positive", "mean", "scale"), "norm", False
     ),
@@ -106,6 +107,10 @@ def sizes_of(draw, kind):
     if kind == "norm":
         return {"B": draw(sampled(1, 2, 3)), "R": draw(sampled(1, 2, 7, 63, 64, 65, 130)),
                 "C": draw(sampled(1, 2, 15, 16, 17, 33))}  # fmt: skip
+    if kind == "product":
+        sides = sampled(1, 2, 9, 16, 33, 64, 65)
+        return {"B": draw(sampled(1, 2, 3)), "R": draw(sides), "C": draw(sides),
+                "K": draw(sampled(1, 4, 9, 31, 33, 130, 300))}  # fmt: skip
     if kind == "rows":
         dim = draw(sampled(0, 1, 2, 3, 15, 16, 17, 31, 255, 256, 257, 4095, 4096, 4097, 8193))
         rows = draw(sampled(0, 1, 2, 3, 17)) if dim < 4000 else draw(sampled(1, 2))
@@ -147,6 +152,8 @@ def numbers_of(draw, operator, size):
         own = {"conv_data_gradient": inputs, "conv_weight_gradient": kernel,
                "patches": kernel, "patches_transpose": inputs | kernel}  # fmt: skip
         return own.get(operator, {}) | sides
+    if operator == "batched_product":
+        return {"transpose_a": False, "transpose_b": True}
     if operator == "batch_norm":
         return {"eps": draw(sampled(1e-5, 1.0, 1e-2, 1e10)), "relu": draw(st.booleans())}
     return {"relu": draw(st.booleans())} if operator.startswith("batch_norm") else {}

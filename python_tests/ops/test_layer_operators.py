@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import imaml_ext
 from imaml_ext.ops.batch_norm import batch_norm
-from imaml_ext.ops.conv import direct_conv2d, patches_conv2d
+from imaml_ext.ops.conv import batched_product, direct_conv2d, patches_conv2d
 
 CUDA = torch.cuda.is_available() and bool(imaml_ext.build_info()["cuda"])
 
@@ -22,6 +22,7 @@ def operands():
         "patches": (x, 3, 2, 2, 1, 1, 0),
         "patches_transpose": (torch.rand(2, 27, 12), 5, 4, 3, 2, 2, 1, 1, 0),
         "channel_sums": (rows,),
+        "batched_product": (torch.rand(2, 7, 3), torch.rand(2, 4, 3), False, True),
         "batch_norm": (rows, channels, channels, 1e-5, True),
         "batch_norm_backward": (rows, rows, *[channels] * 4, True),
         "batch_norm_double_backward": (rows, channels, channels, rows, rows, *[channels] * 4, True),
@@ -62,7 +63,7 @@ ON_BOTH = [name for name in operands() if not name.startswith("conv")]
 @pytest.mark.skipif(not imaml_ext.build_info()["cuda"], reason="built without CUDA")
 @pytest.mark.parametrize(
     "name",
-    ["patches", "patches_transpose", "channel_sums", "batch_norm",
+    ["patches", "patches_transpose", "batched_product", "channel_sums", "batch_norm",
      "batch_norm_backward", "batch_norm_double_backward"],
 )  # fmt: skip
 def test_the_operators_that_layers_need_on_cuda_have_cuda_kernels(name):
@@ -182,3 +183,60 @@ def test_batch_norm_and_convolution_pass_gradgradcheck():
             lambda *operands, conv2d=conv2d: conv2d(*operands, window=(2, 1, 1, 0)).sin(), operands
         )
     assert torch.autograd.gradgradcheck(norm, (random(2, 4, 2, 2), random(2, 2), random(2, 2)))
+
+
+def with_derivatives(product, a, b):
+    """The product, and the first and second derivatives of a function of it."""
+    a, b = a.requires_grad_(), b.requires_grad_()
+    y = product(a, b)
+    first = torch.autograd.grad(y.sin().sum(), (a, b), create_graph=True)
+    return y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (a, b))
+
+
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("transpose_b", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "terms"), [(33, 9, 70), (1, 64, 576), (90, 65, 3)])
+def test_a_batched_product_has_the_derivatives_of_bmm(
+    rows, columns, terms, transpose_a, transpose_b, dtype, device
+):
+    torch.manual_seed(0)
+    a = torch.randn(2, *((terms, rows) if transpose_a else (rows, terms)), dtype=dtype)
+    parameters = torch.randn(2, terms * columns + 3, dtype=dtype)
+    sizes = (columns, terms) if transpose_b else (terms, columns)
+    b = parameters[:, 1:-2].unflatten(1, sizes)
+    got = with_derivatives(
+        lambda a, b: batched_product(a, b, transpose_a, transpose_b),
+        a.to(device), parameters.to(device)[:, 1:-2].unflatten(1, sizes),
+    )  # fmt: skip
+    want = with_derivatives(
+        lambda a, b: (a.mT if transpose_a else a) @ (b.mT if transpose_b else b),
+        a.detach().double(), b.double(),
+    )  # fmt: skip
+    for one, expected in zip(got, want, strict=True):
+        atol = 2000 * torch.finfo(dtype).eps * expected.abs().max().item()
+        torch.testing.assert_close(one.double().cpu(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("rows", "columns", "terms"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
+def test_an_empty_batched_product_is_that_of_bmm(rows, columns, terms, device):
+    a, b = torch.rand(2, rows, terms, device=device), torch.rand(2, terms, columns, device=device)
+    assert torch.equal(batched_product(a, b, False, False), torch.zeros(2, rows, columns).to(a))
+
+
+@pytest.mark.skipif(not CUDA, reason="no GPU, or built without CUDA")
+def test_under_autocast_and_in_tf32_products_are_those_of_torch(monkeypatch):
+    a, calls, original = torch.rand(2, 40, 40).cuda(), [], torch.ops.imaml.batched_product
+
+    def counted(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(torch.ops.imaml, "batched_product", counted)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert batched_product(a, a, False, False).dtype == torch.bfloat16
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    batched_product(a, a, False, False)
+    assert not calls
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    batched_product(a, a, False, False)
+    assert len(calls) == 1
