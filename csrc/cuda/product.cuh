@@ -37,7 +37,7 @@ __device__ T sum_of_groups(const T* parts, unsigned element) {
   return total;
 }
 
-// Adds the sums of groups and blocks, and calls write(element of the tile, sum).
+// Adds the sums of groups and blocks, and calls write(place in the tile, sum).
 template <typename Tile, typename T, typename Write>
 __device__ void combine(T* parts, unsigned blocks, unsigned block, const Write& write) {
   if (blocks == 1) {
@@ -112,7 +112,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? Tile::kBlocks : 1)
   sums.put(shared);
   __syncthreads();
   T* const out = y + task * s.rows * s.columns;
-  combine<Tile>(shared, blocks, block, [&](unsigned element, T sum) {
+  combine<Tile>(shared, blocks, block, [&](unsigned place, T sum) {
+    const unsigned element = permuted_element<Tile>(place);
     const int i = row + static_cast<int>(element / Tile::kN);
     const int j = column + static_cast<int>(element % Tile::kN);
     if (i < rows && j < columns) out[i * s.columns + j] = sum;

@@ -23,7 +23,7 @@ struct ProductTile {
 using WideTile = ProductTile<2, 2, 2, 8, 4, 32, 3>;
 using DeepTile = ProductTile<1, 2, 4, 8, 4, 32, 3>;
 using LargeTile = ProductTile<2, 1, 4, 8, 8, 16, 2>;
-using NarrowTile = ProductTile<1, 1, 8, 4, 4, 32, 3>;
+using NarrowTile = ProductTile<1, 1, 8, 4, 4, 32, 2>;
 
 template <typename T>
 struct alignas(16) Quad {
@@ -129,6 +129,13 @@ class OperandLoader {
   Quad<T> quads_[kItems];
 };
 
+// Where sums are stored in a tile, so that stores by lanes of two rows do not conflict; its own
+// inverse.
+template <typename Tile>
+__device__ unsigned permuted_element(unsigned element) {
+  return element ^ (element / (4 * Tile::kN) % 2 * 16);
+}
+
 // A thread's elements of y.
 template <typename Tile, typename T>
 class Accumulator {
@@ -142,16 +149,17 @@ class Accumulator {
       if (quad + group() < quads) add_quad(a, b, quad);
   }
 
-  // Writes the sums to this group's tile in `parts`.
+  // Writes the sums to this group's tile in `parts`, permuted by permuted_element.
   __device__ void put(T* parts) const {
-    T* const part = parts + group() * Tile::kPart + warp_m() * Tile::kWarpM * Tile::kN +
-                    warp_n() * Tile::kWarpN + lane_n() * 4;
+    T* const part = parts + group() * Tile::kPart;
 #pragma unroll
     for (unsigned r = 0; r < 8; ++r)
 #pragma unroll
       for (unsigned h = 0; h < Tile::kColumns / 4; ++h) {
-        const unsigned row = r / 4 * 4 * Tile::kLanesM + lane_m() * 4 + r % 4;
-        *reinterpret_cast<Quad<T>*>(part + row * Tile::kN + 32 * h) = sum_[r][h];
+        const unsigned row =
+            warp_m() * Tile::kWarpM + r / 4 * 4 * Tile::kLanesM + lane_m() * 4 + r % 4;
+        const unsigned element = row * Tile::kN + warp_n() * Tile::kWarpN + lane_n() * 4 + 32 * h;
+        *reinterpret_cast<Quad<T>*>(part + permuted_element<Tile>(element)) = sum_[r][h];
       }
   }
 
@@ -161,8 +169,12 @@ class Accumulator {
   static __device__ unsigned warp_n() { return warp() % Tile::kWarpsN; }
   static __device__ unsigned warp_m() { return warp() / Tile::kWarpsN % Tile::kWarpsM; }
   static __device__ unsigned group() { return warp() / (Tile::kWarpsN * Tile::kWarpsM); }
-  static __device__ unsigned lane_n() { return threadIdx.x % Tile::kLanesN; }
-  static __device__ unsigned lane_m() { return threadIdx.x % kWarp / Tile::kLanesN; }
+  // Adjacent lanes are in one column, and pairs of them in one row: a load of 16 bytes per lane
+  // then takes two passes instead of four.
+  static __device__ unsigned lane_n() { return threadIdx.x / 2 % Tile::kLanesN; }
+  static __device__ unsigned lane_m() {
+    return threadIdx.x % kWarp / (2 * Tile::kLanesN) * 2 + threadIdx.x % 2;
+  }
 
   // Quad `quad` after this group's first one, a multiple of kWarpsK.
   __device__ void add_quad(const T* a, const T* b, unsigned quad) {

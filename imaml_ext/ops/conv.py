@@ -140,7 +140,8 @@ class BatchedProduct(torch.autograd.Function):
         ctx.transposed = transpose_a, transpose_b
         if _has_kernel(a, b):
             a, b = a.contiguous(), contiguous_per_task(b)
-            return torch.ops.imaml.batched_product(a, b, transpose_a, transpose_b)
+            y: Tensor = torch.ops.imaml.batched_product(a, b, transpose_a, transpose_b)
+            return y
         return torch.bmm(a.mT if transpose_a else a, b.mT if transpose_b else b)
 
     @staticmethod
