@@ -1,10 +1,11 @@
 // A CG iteration in one launch, with a cluster per row; see cg_step.cuh.
 //
 // p and Ap, later z, stay in the blocks' shared memory, and a row's sums are exchanged through
-// shared memory. p and Hp are copied there 16 bytes at a time and without registers; x and r are
-// read into the L2 cache while the first sums are added up and exchanged. A row is cut into
-// cg_shares(dim) shares. Each is summed separately and the sums are added in the order of the
-// shares, so the number of blocks does not change any bit.
+// shared memory. The memory is busy from the start: p and Hp are copied to shared memory 16 bytes
+// at a time and without registers, and x and r are read into the L2 cache behind them, while the
+// first sums are added up and exchanged. A row is cut into cg_shares(dim) shares. Each is summed
+// separately and the sums are added in the order of the shares, so the number of blocks does not
+// change any bit.
 #pragma once
 #include "cuda/cg_terms.cuh"
 #include "cuda/cluster.cuh"
@@ -108,12 +109,10 @@ __global__ void __launch_bounds__(kThreads, 3) cg_row_kernel(CgArgs<T> a, int sh
   T* const kept_p = copy_row_async(buffer, static_cast<const T*>(a.p) + first, count);
   // Hp, then Ap, then z:
   T* const kept_z = copy_row_async(buffer + own * length + kVector<T>, a.hp + first, count);
+  prefetch_row(r_row, count);
+  prefetch_row(x_row, count);
+  if constexpr (kPreconditioned) prefetch_row(a.inverse + first, count);
   wait_for_copies();
-  if (threadIdx.x == 0) {  // not earlier: they would delay the copies
-    prefetch_row(r_row, count);
-    prefetch_row(x_row, count);
-    if constexpr (kPreconditioned) prefetch_row(a.inverse + first, count);
-  }
   __syncthreads();  // for the copies of the other threads
 
   double sum[3];

@@ -44,16 +44,14 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// Starts to read memory into the L2 cache, on devices that can. Both arguments are multiples of 16.
-__device__ __forceinline__ void prefetch_bytes(const void* from, unsigned bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
-               "r"(bytes)
-               : "memory");
-#endif
+// Starts to read the cache line of an address into the L2 cache.
+__device__ __forceinline__ void prefetch_line(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
 }
 
 #endif  // cuda_shim.h defines these otherwise
+
+constexpr int kLineBytes = 128;
 
 // The block starts to copy `count` elements to shared memory and returns the address of the first.
 // It is at most kVector<T> - 1 elements after `buffer` and aligned as `from` is, so that all
@@ -74,14 +72,11 @@ __device__ T* copy_row_async(T* buffer, const T* from, int count) {
   return to;
 }
 
-// Starts to read `count` elements into the L2 cache, except for up to 15 bytes at each end. Called
-// by one thread.
+// The block starts to read `count` elements into the L2 cache.
 template <typename T>
 __device__ void prefetch_row(const T* from, int count) {
-  const std::uintptr_t first = (address(from) + 15) / 16 * 16,
-                       last = address(from + count) / 16 * 16;
-  if (first < last)
-    prefetch_bytes(reinterpret_cast<const void*>(first), static_cast<unsigned>(last - first));
+  constexpr int kLine = kLineBytes / sizeof(T);
+  for (int j = threadIdx.x * kLine; j < count; j += kThreads * kLine) prefetch_line(from + j);
 }
 
 }  // namespace imaml::cuda
