@@ -12,11 +12,7 @@ void test_step(const Problem<T>& problem, Rule rule) {
   check_step(problem, rule, before, serial, "cpu");
   expect(cpu_prox_step(problem, rule, before, 5, Threads{5}).same(serial),
          "the number of threads changes the bits");
-  const State<T> device = cuda_prox_step(problem, rule, before);
-  check_step(problem, rule, before, device, "cuda");
-  for (const std::size_t offset : {1, 2, 3})
-    expect(cuda_prox_step(problem, rule, before, offset).same(device),
-           "the alignment changes the bits on cuda");
+  check_step(problem, rule, before, cuda_prox_step(problem, rule, before), "cuda");
 }
 
 template <typename T>
@@ -59,7 +55,7 @@ void test_all(int64_t rows, int64_t dim, bool diagonal) {
 
 template <typename T>
 void test_type() {
-  for (int64_t dim : kDims)  // every remainder modulo a vector
+  for (int64_t dim : kDims)
     for (int64_t rows : {0, 1, 8})
       for (bool diagonal : {false, true}) test_all<T>(rows, dim, diagonal && dim > 1);
   test_all<T>(1, kManyBlocks, false);
