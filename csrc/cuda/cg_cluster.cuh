@@ -1,15 +1,11 @@
 // A CG iteration in one launch, with a cluster per row; see cg_step.cuh.
 //
 // p and Ap, later z, stay in the blocks' shared memory, and a row's sums are exchanged through
-// shared memory. The memory is busy from the start: p and Hp are copied to shared memory 16 bytes
-// at a time and without registers, and x and r are read into the L2 cache behind them, while the
-// first sums are added up and exchanged. A row is cut into cg_shares(dim) shares. Each is summed
-// separately and the sums are added in the order of the shares, so the number of blocks does not
-// change any bit.
+// shared memory. A row is cut into cg_shares(dim) shares. Each is summed separately and the sums
+// are added in the order of the shares, so the number of blocks does not change any bit.
 #pragma once
 #include "cuda/cg_terms.cuh"
 #include "cuda/cluster.cuh"
-#include "cuda/vector.cuh"
 
 namespace imaml::cuda {
 
@@ -19,10 +15,9 @@ constexpr int64_t kRowShare = 4096;
 // The most shares that one block processes, one after the other.
 constexpr int kBlockShares = 4;
 
-// Elements of each operand that a thread loads at once, 32 bytes, to hide the latency: as many as
-// the registers of three blocks per multiprocessor allow. M^-1 is one more operand.
-template <bool kPreconditioned, typename T>
-constexpr int kRowItems = (kPreconditioned ? 24 : 32) / sizeof(T);
+// Elements of each operand that a thread loads at once, 64 bytes, to hide the latency.
+template <typename T>
+constexpr int kRowItems = 64 / sizeof(T);
 
 // The shared memory of a block, before its shares of p and Ap.
 struct CgShared {
@@ -52,7 +47,7 @@ struct CgForm {
   int block_shares() const { return shares / blocks; }
   template <typename T>
   int64_t shared_bytes(int64_t dim) const {
-    const int64_t kept = 2 * (block_shares() * cg_share_length(dim, shares) + kVector<T>);
+    const int64_t kept = 2 * block_shares() * cg_share_length(dim, shares);
     return static_cast<int64_t>(sizeof(CgShared) + sizeof(T) * kept);
   }
 };
@@ -77,10 +72,23 @@ CgForm cg_form(int64_t rows, int64_t dim, const Capacity& capacity) {
   return best;
 }
 
-// Each thread handles the same elements in all three passes, so kept_p and kept_z need no barrier
-// once they are copied.
+// A share of a row.
+struct CgShare {
+  int64_t begin;  // index in the row
+  int64_t first;  // index in the operands
+  int count;
+  int kept;  // index in the block's shared memory
+
+  __device__ CgShare(int64_t dim, int64_t row, int64_t number, int64_t length, int kept_before)
+      : begin(number * length),
+        first(row * dim + begin),
+        count(static_cast<int>(begin + length < dim ? length : dim - begin)),
+        kept(static_cast<int>(kept_before * length)) {}
+};
+
+// Each thread handles the same elements in all three passes, so kept_p and kept_z need no barrier.
 template <bool kPreconditioned, typename T>
-__global__ void __launch_bounds__(kThreads, 3) cg_row_kernel(CgArgs<T> a, int shares, int blocks) {
+__global__ void __launch_bounds__(kThreads, 2) cg_row_kernel(CgArgs<T> a, int shares, int blocks) {
   const BlockCoord at(blocks);
   const std::int32_t status = a.status[at.row], steps = a.steps[at.row];
   const double rz_old = cg_old_rz(a, at.row);
@@ -90,49 +98,33 @@ __global__ void __launch_bounds__(kThreads, 3) cg_row_kernel(CgArgs<T> a, int sh
     return;
   }
   cluster_arrive_relaxed();
-  constexpr int kBatch = kRowItems<kPreconditioned, T>;
-  const int own = shares / blocks, length = static_cast<int>(cg_share_length(a.dim, shares));
-  // This block's shares are elements 0 ... count - 1 of the pointers below; the last blocks of a
-  // row may have none.
-  const int64_t begin = at.block * own * length, left = a.dim - begin;
-  const int count = left <= 0 ? 0 : static_cast<int>(left < own * length ? left : own * length);
-  const int64_t first = count > 0 ? at.row * a.dim + begin : 0;
-  T* const x_row = a.x + first;
-  T* const r_row = a.r + first;
-  const bool diagonal = a.lam_stride != 0;
-  const T* const lam_row = a.lam + (diagonal && count > 0 ? begin : 0);
-  const T uniform_lam = diagonal ? T(0) : *a.lam;
-  const auto lam_at = [&](int j) { return diagonal ? lam_row[j] : uniform_lam; };
-  const auto share_end = [&](int n) { return (n + 1) * length < count ? (n + 1) * length : count; };
+  constexpr int kBatch = kRowItems<T>;
+  const int own = shares / blocks;
+  const int64_t length = cg_share_length(a.dim, shares);
+  const auto share = [&](int k) { return CgShare(a.dim, at.row, at.block * own + k, length, k); };
   CgShared& shared = *reinterpret_cast<CgShared*>(dynamic_shared());
-  T* const buffer = reinterpret_cast<T*>(&shared + 1);
-  T* const kept_p = copy_row_async(buffer, static_cast<const T*>(a.p) + first, count);
-  // Hp, then Ap, then z:
-  T* const kept_z = copy_row_async(buffer + own * length + kVector<T>, a.hp + first, count);
-  prefetch_row(r_row, count);
-  prefetch_row(x_row, count);
-  if constexpr (kPreconditioned) prefetch_row(a.inverse + first, count);
-  wait_for_copies();
-  __syncthreads();  // for the copies of the other threads
+  T* const kept_p = reinterpret_cast<T*>(&shared + 1);
+  T* const kept_z = kept_p + own * length;  // Ap until r is updated
 
   double sum[3];
   for (int n = 0; n < own; ++n) {
+    const CgShare part = share(n);
     for (double& one : sum) one = 0;
-    const int end = share_end(n);
-    for (int start = n * length + threadIdx.x; start < end; start += kBatch * kThreads) {
+    for (int start = threadIdx.x; start < part.count; start += kBatch * kThreads) {
       T p[kBatch] = {}, ap[kBatch] = {};
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
         const int j = start + k * kThreads;
-        if (j >= end) continue;
-        p[k] = kept_p[j];
-        ap[k] = cg_operator(kept_z[j], lam_at(j), a.damping, p[k]);
+        if (j >= part.count) continue;
+        p[k] = a.p[part.first + j];
+        ap[k] = ap_at(a, part.first + j, part.begin + j);
       }
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
         const int j = start + k * kThreads;
-        if (j >= end) continue;
-        kept_z[j] = ap[k];
+        if (j >= part.count) continue;
+        kept_p[part.kept + j] = p[k];
+        kept_z[part.kept + j] = ap[k];
         add_curvature(p[k], ap[k], sum);
       }
     }
@@ -148,29 +140,30 @@ __global__ void __launch_bounds__(kThreads, 3) cg_row_kernel(CgArgs<T> a, int sh
   double norm[kNorms<kPreconditioned>] = {};
   if (step.action != kFreeze) {
     for (int n = 0; n < own; ++n) {
+      const CgShare part = share(n);
       for (double& one : norm) one = 0;
-      const int end = share_end(n);
-      for (int start = n * length + threadIdx.x; start < end; start += kBatch * kThreads) {
+      for (int start = threadIdx.x; start < part.count; start += kBatch * kThreads) {
         T x[kBatch] = {}, r[kBatch] = {}, inverse[kBatch] = {};
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
           const int j = start + k * kThreads;
-          if (j >= end) continue;
-          x[k] = x_row[j];
-          r[k] = r_row[j];
-          if constexpr (kPreconditioned) inverse[k] = a.inverse[first + j];
+          if (j >= part.count) continue;
+          x[k] = a.x[part.first + j];
+          r[k] = a.r[part.first + j];
+          if constexpr (kPreconditioned) inverse[k] = a.inverse[part.first + j];
         }
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
-          const int j = start + k * kThreads;
-          if (j >= end) continue;
-          const T lam = step.action == kProximalStep ? lam_at(j) : T(0);
-          r[k] =
-              cg_take_step(step, static_cast<T>(step.alpha), kept_p[j], kept_z[j], lam, x[k], r[k]);
+          const int j = start + k * kThreads, kept = part.kept + j;
+          if (j >= part.count) continue;
+          const T lam =
+              step.action == kProximalStep ? a.lam[(part.begin + j) * a.lam_stride] : T(0);
+          r[k] = cg_take_step(step, static_cast<T>(step.alpha), kept_p[kept], kept_z[kept], lam,
+                              x[k], r[k]);
           const T z = cg_z<kPreconditioned>(inverse, k, r[k]);
-          kept_z[j] = z;
-          x_row[j] = x[k];
-          r_row[j] = r[k];
+          kept_z[kept] = z;
+          a.x[part.first + j] = x[k];
+          a.r[part.first + j] = r[k];
           add_norms(r[k], z, x[k], norm);
         }
       }
@@ -183,16 +176,15 @@ __global__ void __launch_bounds__(kThreads, 3) cg_row_kernel(CgArgs<T> a, int sh
   const CgNorms norms = norms_of(norm);
   const CgDirection next = cg_direction(step, norms, rz_old, a.tol2[at.row]);
 
-  if (next.action == kAdvance) {
-    T* const p_row = a.p + first;
-    for (int n = 0; n < own; ++n)
-#pragma unroll 8
-      for (int j = n * length + threadIdx.x; j < share_end(n); j += kThreads)
-        p_row[j] = static_cast<T>(next.beta) * kept_p[j] + kept_z[j];
+  for (int n = 0; n < own; ++n) {
+    const CgShare part = share(n);
+    if (next.action == kAdvance)
+      for (int j = threadIdx.x; j < part.count; j += kThreads)
+        a.p[part.first + j] =
+            static_cast<T>(next.beta) * kept_p[part.kept + j] + kept_z[part.kept + j];
+    if (next.action == kClear)
+      for (int j = threadIdx.x; j < part.count; j += kThreads) a.x[part.first + j] = T(0);
   }
-  if (next.action == kClear)
-    for (int n = 0; n < own; ++n)
-      for (int j = n * length + threadIdx.x; j < share_end(n); j += kThreads) x_row[j] = T(0);
   // A barrier has passed since every thread of every block read the row's entries.
   if (records) cg_record(a, at.row, sums, step, next, norms, rz_old);
 }

@@ -51,8 +51,7 @@ struct Fiber {
   char* stack = nullptr;
   void* fake_stack = nullptr;
   State state = State::kReady;
-  unsigned arrivals = 0;                      // at cluster barriers
-  std::vector<std::function<void()>> copies;  // asynchronous, not yet waited for
+  unsigned arrivals = 0;  // at cluster barriers
 };
 
 // A cluster that runs. Threads are numbered block by block.
@@ -241,25 +240,6 @@ namespace imaml::cuda {
 inline double* dynamic_shared() {
   return reinterpret_cast<double*>(
       shim::shared_of(shim::cluster->current / shim::cluster->threads));
-}
-
-// A copy is made as late as possible, when its thread waits for it.
-template <typename T>
-void copy_async(T* to, const T* from) {
-  if (reinterpret_cast<std::uintptr_t>(to) % sizeof(T) != 0 ||
-      reinterpret_cast<std::uintptr_t>(from) % sizeof(T) != 0)
-    shim::fail("an asynchronous copy is misaligned");
-  shim::cluster->fibers[shim::cluster->current].copies.emplace_back([=] { *to = *from; });
-}
-
-inline void wait_for_copies() {
-  auto& copies = shim::cluster->fibers[shim::cluster->current].copies;
-  for (const auto& copy : copies) copy();
-  copies.clear();
-}
-
-inline void prefetch_line(const void* from) {
-  if (*static_cast<const volatile char*>(from) == 0) return;  // must be readable
 }
 
 inline void cluster_arrive() { ++shim::cluster->fibers[shim::cluster->current].arrivals; }

@@ -8,8 +8,7 @@ namespace imaml {
 
 class Operands {
  public:
-  // `offset` elements precede the first operand, and one more each next one, to misalign them
-  // differently; none if it is 0.
+  // `offset` elements precede each operand, to misalign it.
   explicit Operands(std::size_t offset = 0) : offset_(offset) {}
 
   // A copy that the kernel may write; copy_back() copies it to `values`.
@@ -67,9 +66,7 @@ class Operands {
 
   template <typename T>
   T* allocate(const std::vector<T>& values) {
-    const std::size_t begin = offset_ * sizeof(T);
-    if (offset_ > 0) ++offset_;
-    const std::size_t end = begin + values.size() * sizeof(T);
+    const std::size_t begin = offset_ * sizeof(T), end = begin + values.size() * sizeof(T);
     const std::size_t size = end + kGuardBytes;
     blocks_.push_back({std::make_unique<unsigned char[]>(size), size, begin, end});
     unsigned char* bytes = blocks_.back().bytes.get();

@@ -116,23 +116,6 @@ void test_the_number_of_blocks_changes_no_bit() {
   }
 }
 
-// Operands and rows are aligned differently for every offset and row.
-template <typename T>
-void test_the_alignment_changes_no_bit() {
-  for (const int64_t dim : {1, 2, 3, 5, 300, 8200, 8201, 8202, 8203})
-    for (const bool preconditioned : {false, true}) {
-      context = name_of<T>("cg_step at any alignment", 5, dim);
-      const CgState<T> before({kHealthy, kNegativeFirst, kFrozen, kConverges, kHealthy}, dim,
-                              dim > 1, preconditioned, 1);
-      shim::device = kDevices[0];
-      shim::order = shim::Order::kForwards;
-      const CgState<T> aligned = cuda_step(before);
-      check_cg(before, aligned);
-      for (const std::size_t offset : {1, 2, 3})
-        expect(cuda_step(before, offset).same(aligned), "the alignment changes the bits");
-    }
-}
-
 // A row converges by r.r, for any r.z; otherwise it continues only if r.z is positive and finite.
 void test_direction() {
   context = "cg_direction";
@@ -204,7 +187,6 @@ void test_type() {
     test_cg<T>(1, kLargestCluster, !preconditioned, preconditioned);
   test_cg<T>(1, kManyBlocks, true, /*preconditioned=*/sizeof(T) == 8);  // the slowest case
   test_the_number_of_blocks_changes_no_bit<T>();
-  test_the_alignment_changes_no_bit<T>();
   shim::device = kDevices[0];
   for (int64_t dim : {5, 100, 5000})
     for (bool jacobi : {false, true}) test_solve<T>(dim, jacobi);
