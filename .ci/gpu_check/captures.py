@@ -1,7 +1,12 @@
 """Checks of meta-gradients and training, captured and eager."""
 
+import os
+import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +22,10 @@ from imaml_ext import (
 )
 from imaml_ext.data import Sinusoid
 from imaml_ext.experiments.models import conv4, mlp
-from imaml_ext.training.capture import no_capture
+from imaml_ext.training.capture import cuda_graph, no_capture
 
 STEPS = 6
+Call = Callable[[], Tensor]
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -91,7 +97,7 @@ def training_with_a_dense_lam(device: torch.device) -> str:
 
 
 def conv4_in_float64(device: torch.device) -> str:
-    """The meta-gradient of the paper's network agrees with the CPU's."""
+    """The meta-gradient of the paper's network agrees with the CPU's, in both forms of CUDA."""
     torch.manual_seed(0)
     model = conv4(5).double()
     images = torch.rand(2, 3, 5, 1, 28, 28, dtype=torch.float64)
@@ -107,8 +113,11 @@ def conv4_in_float64(device: torch.device) -> str:
         )  # fmt: skip
         return flat(out.params).cpu()
 
-    want = on(torch.device("cpu"))
-    return agreed(relative(on(device), want), 1e-9)
+    want, errors = on(torch.device("cpu")), []
+    for form in ("patches", "products"):
+        with mock.patch.dict(os.environ, IMAML_LAYERS=form):
+            errors.append(relative(on(device), want))
+    return agreed(max(errors), 1e-9)
 
 
 def conv4_twice(device: torch.device) -> str:
@@ -131,10 +140,67 @@ def conv4_twice(device: torch.device) -> str:
     return "the same bits"
 
 
+# Products of conv4's layers 1 to 4 in the forward pass, and in the gradients of images and weights.
+PRODUCTS = (("forward", False, True), ("images", False, False), ("weights", True, False))
+
+
+def products(device: torch.device) -> str:
+    """Compares batched_product with torch.bmm, and channel_sums with sum: results, and times."""
+    found = []
+    for tasks, images in ((16, 5), (16, 20), (4, 100)):
+        for layer, pixels in enumerate((196, 49, 16, 4), start=1):
+            rows, terms = images * pixels, 9 if layer == 1 else 576
+            patches, output, weight = (
+                torch.rand(tasks, *size, device=device) - 0.5
+                for size in ((rows, terms), (rows, 64), (64, terms))
+            )
+            operands = {
+                "forward": (patches, weight), "images": (output, weight),
+                "weights": (output, patches),
+            }  # fmt: skip
+            times = []
+            for name, transpose_a, transpose_b in PRODUCTS:
+                a, b = operands[name]
+                times.append(f"{name} " + compared(
+                    partial(torch.ops.imaml.batched_product, a, b, transpose_a, transpose_b),
+                    partial(torch.bmm, a.mT if transpose_a else a, b.mT if transpose_b else b),
+                ))  # fmt: skip
+            sums = partial(torch.ops.imaml.channel_sums, output)
+            times.append("sums " + compared(sums, partial(output.sum, 1)))
+            found.append(f"{tasks} tasks, {images} images, layer {layer}: {', '.join(times)}")
+    return "microseconds, own / PyTorch's\n  " + "\n  ".join(found)
+
+
+def compared(own: Call, other: Call) -> str:
+    agreed(relative(own(), other()), 1e-5)
+    return f"{microseconds(own):.1f} / {microseconds(other):.1f}"
+
+
+def microseconds(call: Call, calls: int = 20) -> float:
+    """Of a call in a CUDA graph of `calls`; on the CPU of one call."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        call()
+        return 1e6 * (time.perf_counter() - start)
+
+    def all_calls() -> list[Tensor]:
+        return [call() for _ in range(calls)]
+
+    replay = cuda_graph(all_calls, all_calls)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    replay()
+    begin.record()
+    replay()
+    end.record()
+    end.synchronize()
+    return 1e3 * begin.elapsed_time(end) / calls
+
+
 CHECKS = {
     "a recorded meta-gradient equals the eager one": recorded_meta_gradient,
     "conv4's meta-gradient in float64 equals the CPU's": conv4_in_float64,
     "conv4's meta-gradient is deterministic": conv4_twice,
+    "own products and sums equal PyTorch's": products,
     "captured training equals eager training": training,
     "captured training with a dense lam equals eager training": training_with_a_dense_lam,
 }

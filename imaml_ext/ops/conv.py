@@ -131,48 +131,50 @@ class PatchesTranspose(torch.autograd.Function):
 class BatchedProduct(torch.autograd.Function):
     """`op(a) @ op(b)` for every task, where op transposes if requested.
 
-    As `torch.bmm`, but the gradients have the memory layout of a and b, so they need no copy.
+    As `torch.bmm`, but the gradients have the memory layout of a and b, so they need no copy. With
+    `own`, the extension's kernel computes it.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool, own: bool
+    ) -> Tensor:
         ctx.save_for_backward(a, b)
-        ctx.transposed = transpose_a, transpose_b
-        if _has_kernel(a, b):
+        ctx.transposed, ctx.own = (transpose_a, transpose_b), own
+        if own and _has_kernel(a, b):
             a, b = a.contiguous(), contiguous_per_task(b)
-            y: Tensor = torch.ops.imaml.batched_product(a, b, transpose_a, transpose_b)
-            return y
+            product: Tensor = torch.ops.imaml.batched_product(a, b, transpose_a, transpose_b)
+            return product
         return torch.bmm(a.mT if transpose_a else a, b.mT if transpose_b else b)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         a, b = ctx.saved_tensors
         transpose_a, transpose_b = ctx.transposed
-        need_a, need_b, _, _ = ctx.needs_input_grad
+        need_a, need_b, *_ = ctx.needs_input_grad
         grad_a = grad_b = None
         if need_a and transpose_a:
-            grad_a = batched_product(b, g, transpose_b, True)
+            grad_a = batched_product(b, g, transpose_b, True, ctx.own)
         elif need_a:
-            grad_a = batched_product(g, b, False, not transpose_b)
+            grad_a = batched_product(g, b, False, not transpose_b, ctx.own)
         if need_b and transpose_b:
-            grad_b = batched_product(g, a, True, transpose_a)
+            grad_b = batched_product(g, a, True, transpose_a, ctx.own)
         elif need_b:
-            grad_b = batched_product(a, g, not transpose_a, False)
-        return grad_a, grad_b, None, None
+            grad_b = batched_product(a, g, not transpose_a, False, ctx.own)
+        return grad_a, grad_b, None, None, None
 
 
 def _has_kernel(a: Tensor, b: Tensor) -> bool:
-    """Whether the extension's product replaces `torch.bmm`: not in TF32 or under autocast."""
-    if not a.is_cuda or a.dtype != b.dtype or a.numel() == 0 or b.numel() == 0:
+    """Whether the kernel can replace `torch.bmm`: not in TF32 or under autocast."""
+    if not a.numel() or not b.numel() or a.dtype != b.dtype:
         return False
-    return a.dtype == torch.float64 or (
-        a.dtype == torch.float32
-        and torch.backends.cuda.matmul.fp32_precision != "tf32"
-        and not torch.is_autocast_enabled("cuda")
-    )
+    if torch.is_autocast_enabled(a.device.type):
+        return False
+    return a.dtype == torch.float64 or not a.is_cuda or _matmul.fp32_precision != "tf32"
 
 
-batched_product: Callable[[Tensor, Tensor, bool, bool], Tensor] = BatchedProduct.apply
+_matmul: Any = torch.backends.cuda.matmul
+batched_product: Callable[[Tensor, Tensor, bool, bool, bool], Tensor] = BatchedProduct.apply
 
 
 class AddedBias(torch.autograd.Function):
@@ -201,7 +203,7 @@ class ChannelSums(torch.autograd.Function):
         return sums[:, None].expand(ctx.shape)
 
 
-# The two forms of `torch.nn.functional.conv2d`, for x [B, N, C, H, W] and one bias per task.
+# The forms of `torch.nn.functional.conv2d`, for x [B, N, C, H, W] and one bias per task.
 
 
 def direct_conv2d(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window) -> Tensor:
@@ -210,11 +212,14 @@ def direct_conv2d(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window) 
     return channels_first(y)
 
 
-def patches_conv2d(x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window) -> Tensor:
+def patches_conv2d(
+    x: Tensor, w: Tensor, bias: Tensor | None, *, window: Window, own: bool = False
+) -> Tensor:
+    """With `own`, by batched_product and channel_sums instead of PyTorch's products and sums."""
     x, kernel = channels_last(x), w.shape[3:]
-    y = batched_product(Patches.apply(x, kernel, window), w.flatten(2), False, True)
+    y = batched_product(Patches.apply(x, kernel, window), w.flatten(2), False, True, own)
     if bias is not None:
-        y = AddedBias.apply(y, bias)
+        y = AddedBias.apply(y, bias) if own else y + bias[:, None]
     return channels_first(y.unflatten(1, (x.shape[1], *_output_size(x.shape[2:4], kernel, window))))
 
 

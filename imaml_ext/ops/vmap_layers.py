@@ -34,7 +34,8 @@ def task_layers(device: torch.device) -> AbstractContextManager[Any]:
     """The context for a vmapped forward pass on this device; includes `vmap_forms()`.
 
     The environment variable IMAML_LAYERS overrides the form, for comparison and debugging: "torch"
-    for PyTorch's own layers, "patches" for CUDA's form on the CPU, "direct" for the CPU's form.
+    for PyTorch's own layers, "patches" for CUDA's form on the CPU, "direct" for the CPU's form;
+    "products" for CUDA's form with the extension's products, which have not run on a GPU yet.
     """
     name = os.environ.get("IMAML_LAYERS") or {"cpu": "direct", "cuda": "patches"}.get(device.type)
     if name is None or name == "torch":
@@ -45,7 +46,11 @@ def task_layers(device: torch.device) -> AbstractContextManager[Any]:
     return _TaskLayers(_FORMS[name])
 
 
-_FORMS: dict[str, Callable[..., Tensor]] = {"direct": direct_conv2d, "patches": patches_conv2d}
+_FORMS: dict[str, Callable[..., Tensor]] = {
+    "direct": direct_conv2d,
+    "patches": patches_conv2d,
+    "products": partial(patches_conv2d, own=True),
+}
 
 _REAL = (torch.float32, torch.float64)
 

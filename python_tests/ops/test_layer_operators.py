@@ -1,5 +1,7 @@
 """The operators of the layers: values, derivatives and refusals. test_fuzz_ops.py draws shapes."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -178,7 +180,7 @@ def test_batch_norm_and_convolution_pass_gradgradcheck():
         return batch_norm(x, gamma, beta, eps=0.1)[0].sin()
 
     operands = random(2, 2, 2, 3, 3), random(2, 3, 2, 3, 2), random(2, 3)
-    for conv2d in (direct_conv2d, patches_conv2d):
+    for conv2d in (direct_conv2d, patches_conv2d, partial(patches_conv2d, own=True)):
         assert torch.autograd.gradgradcheck(
             lambda *operands, conv2d=conv2d: conv2d(*operands, window=(2, 1, 1, 0)).sin(), operands
         )
@@ -205,7 +207,7 @@ def test_a_batched_product_has_the_derivatives_of_bmm(
     sizes = (columns, terms) if transpose_b else (terms, columns)
     b = parameters[:, 1:-2].unflatten(1, sizes)
     got = with_derivatives(
-        lambda a, b: batched_product(a, b, transpose_a, transpose_b),
+        lambda a, b: batched_product(a, b, transpose_a, transpose_b, True),
         a.to(device), parameters.to(device)[:, 1:-2].unflatten(1, sizes),
     )  # fmt: skip
     want = with_derivatives(
@@ -220,7 +222,9 @@ def test_a_batched_product_has_the_derivatives_of_bmm(
 @pytest.mark.parametrize(("rows", "columns", "terms"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
 def test_an_empty_batched_product_is_that_of_bmm(rows, columns, terms, device):
     a, b = torch.rand(2, rows, terms, device=device), torch.rand(2, terms, columns, device=device)
-    assert torch.equal(batched_product(a, b, False, False), torch.zeros(2, rows, columns).to(a))
+    assert torch.equal(
+        batched_product(a, b, False, False, True), torch.zeros(2, rows, columns).to(a)
+    )
 
 
 @pytest.mark.skipif(not CUDA, reason="no GPU, or built without CUDA")
@@ -233,10 +237,10 @@ def test_under_autocast_and_in_tf32_products_are_those_of_torch(monkeypatch):
 
     monkeypatch.setattr(torch.ops.imaml, "batched_product", counted)
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        assert batched_product(a, a, False, False).dtype == torch.bfloat16
+        assert batched_product(a, a, False, False, True).dtype == torch.bfloat16
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    batched_product(a, a, False, False)
+    batched_product(a, a, False, False, True)
     assert not calls
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-    batched_product(a, a, False, False)
+    batched_product(a, a, False, False, True)
     assert len(calls) == 1

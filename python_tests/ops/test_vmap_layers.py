@@ -19,9 +19,9 @@ from imaml_ext.problem.layout import Layout
 from imaml_ext.problem.objective import Objective
 
 
-@pytest.fixture(params=["direct", "patches"])
+@pytest.fixture(params=["direct", "patches", "products"])
 def form(request, monkeypatch):
-    """The form of the convolutions: that of the CPU, and that of CUDA."""
+    """The form of the convolutions: that of the CPU, and those of CUDA."""
     monkeypatch.setenv("IMAML_LAYERS", request.param)
     return request.param
 
@@ -126,7 +126,7 @@ def test_every_layer_of_conv4_runs_an_operator(form, monkeypatch):
     calls = count_calls(monkeypatch)
     objective, rows = make_objective("conv4")
     objective.gradient(rows)
-    conv = {"direct": "conv", "patches": "patches"}[form]
+    conv = "conv" if form == "direct" else "patches"
     # The ReLU after each batch norm is fused into it and into its derivative.
     assert calls == 4 * [(conv, None), ("batch_norm", True)] + [("batch_norm_backward", True)] * 4
 
@@ -196,8 +196,8 @@ def test_a_hessian_product_takes_few_operators_for_any_number_of_tasks(compute, 
     assert many.total() <= most
     assert not many["aten::convolution_backward"]
     # Slices of the rows of parameters, and their gradients, are not copied.
-    assert many["aten::clone"] <= {"direct": 7, "patches": 3}[form]
-    assert many["aten::cat"] == {"direct": 0, "patches": 1}[form]
+    assert many["aten::clone"] <= (7 if form == "direct" else 3)
+    assert many["aten::cat"] == (0 if form == "direct" else 1)
 
 
 def test_no_separate_relu_is_launched(form):
