@@ -4,16 +4,20 @@
 // valid and large enough (`extents`) is the caller's responsibility.
 //
 // `descend` and `conjugate_gradient` repeat a program together with a kernel of rows.h, task by
-// task; their buffers are those of ProxArgs (phi, grad, theta, lam, velocity or 0) and of CgArgs (x
-// to lam, inverse or 0, rr to beta), curvature and beta with a row for each iteration.
+// task. The buffers of descend are those of ProxArgs (phi, grad, theta, lam, velocity or 0), those
+// of conjugate_gradient b, x, r, p, hp, lam, rr, status, steps, count, curvature, beta, diagonal,
+// link, norm and tol2 of CgSolve. It returns whether all tasks are plain.
 #include "bindings/program.h"
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <tuple>
 
 #include "bindings/parallel.h"
+#include "cpu/cg_solve.h"
 #include "cpu/program.h"
 #include "cpu/rows.h"
 
@@ -104,34 +108,48 @@ void descend_as(const cpu::Program& program, int64_t steps, int64_t tasks,
 }
 
 template <typename T>
-void iterate_as(const cpu::Program& program, int64_t iterations, int64_t tasks,
-                const std::vector<Address>& pointers, const std::vector<int64_t>& strides,
-                const std::vector<Address>& buffers, int64_t dim, int64_t lam_stride,
-                double damping) {
-  CgArgs<T> args{.x = at<T>(buffers, 0),
-                 .r = at<T>(buffers, 1),
-                 .p = at<T>(buffers, 2),
-                 .hp = at<const T>(buffers, 3),
-                 .lam = at<const T>(buffers, 4),
-                 .lam_stride = lam_stride,
-                 .damping = static_cast<T>(damping),
-                 .inverse = at<const T>(buffers, 5),
-                 .rr = at<double>(buffers, 6),
-                 .rz = at<double>(buffers, 7),
-                 .tol2 = at<const double>(buffers, 8),
-                 .status = at<std::int32_t>(buffers, 9),
-                 .steps = at<std::int32_t>(buffers, 10),
-                 .curvature = at<double>(buffers, 11),
-                 .beta = at<double>(buffers, 12),
-                 .rows = tasks,
-                 .dim = dim};
-  repeat(program, iterations, tasks, pointers, strides, [&](int64_t task, int64_t k) {
-    CgArgs<T> now = args;
-    now.curvature += k * tasks;
-    now.beta += k * tasks;
-    cpu::cg_step_row(now, task, cpu::Serial{});
-    return args.status[task] == kRunning;
+bool solve_as(const cpu::Program& program, int64_t iterations, int64_t tasks,
+              const std::vector<Address>& pointers, const std::vector<int64_t>& strides,
+              const std::vector<Address>& buffers, int64_t dim, int64_t lam_stride, double damping,
+              double rtol, double atol) {
+  auto* const tol2 = at<double>(buffers, 15);
+  const cpu::CgSolve<T> solve{.b = at<const T>(buffers, 0),
+                              .step = {.x = at<T>(buffers, 1),
+                                       .r = at<T>(buffers, 2),
+                                       .p = at<T>(buffers, 3),
+                                       .hp = at<const T>(buffers, 4),
+                                       .lam = at<const T>(buffers, 5),
+                                       .lam_stride = lam_stride,
+                                       .damping = static_cast<T>(damping),
+                                       .inverse = nullptr,
+                                       .rr = at<double>(buffers, 6),
+                                       .rz = nullptr,
+                                       .tol2 = tol2,
+                                       .status = at<std::int32_t>(buffers, 7),
+                                       .steps = at<std::int32_t>(buffers, 8),
+                                       .curvature = at<double>(buffers, 10),
+                                       .beta = at<double>(buffers, 11),
+                                       .rows = tasks,
+                                       .dim = dim},
+                              .rtol = rtol,
+                              .atol = atol,
+                              .iterations = iterations,
+                              .diagonal = at<double>(buffers, 12),
+                              .link = at<double>(buffers, 13),
+                              .count = at<std::int32_t>(buffers, 9),
+                              .norm = at<double>(buffers, 14),
+                              .tol2 = tol2};
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(dim, 1));
+  parallel_for(tasks, grain, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) solve.begin(task);
   });
+  std::atomic<bool> plain{true};
+  repeat(program, iterations, tasks, pointers, strides, [&](int64_t task, int64_t k) {
+    const bool running = solve.advance(task, k) && k + 1 < iterations;
+    if (!running && !solve.end(task)) plain = false;
+    return running;
+  });
+  return plain;
 }
 
 template <typename... Args>
@@ -141,9 +159,9 @@ void descend(const cpu::Program& program, Args... args) {
 }
 
 template <typename... Args>
-void iterate(const cpu::Program& program, Args... args) {
-  program.type() == cpu::DType::kFloat32 ? iterate_as<float>(program, args...)
-                                         : iterate_as<double>(program, args...);
+bool solve(const cpu::Program& program, Args... args) {
+  return program.type() == cpu::DType::kFloat32 ? solve_as<float>(program, args...)
+                                                : solve_as<double>(program, args...);
 }
 
 }  // namespace
@@ -163,11 +181,11 @@ void define_program(pybind11::module_& m) {
            py::arg("buffers"), py::arg("dim"), py::arg("lam_stride"), py::arg("lr"),
            py::arg("momentum"), py::arg("nesterov"), py::call_guard<py::gil_scoped_release>())
       .def("conjugate_gradient",
-           &iterate<int64_t, int64_t, const std::vector<Address>&, const std::vector<int64_t>&,
-                    const std::vector<Address>&, int64_t, int64_t, double>,
+           &solve<int64_t, int64_t, const std::vector<Address>&, const std::vector<int64_t>&,
+                  const std::vector<Address>&, int64_t, int64_t, double, double, double>,
            py::arg("iterations"), py::arg("tasks"), py::arg("pointers"), py::arg("strides"),
            py::arg("buffers"), py::arg("dim"), py::arg("lam_stride"), py::arg("damping"),
-           py::call_guard<py::gil_scoped_release>());
+           py::arg("rtol"), py::arg("atol"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace imaml

@@ -1,6 +1,7 @@
 """A function of one task as a program that runs for all tasks."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -265,37 +266,36 @@ class Continuation:
         return result
 
     def conjugate_gradient(
-        self,
-        p: Tensor,
-        *,
-        x: Tensor,
-        r: Tensor,
-        lam: Tensor,
-        damping: float,
-        rr: Tensor,
-        tol2: Tensor,
-        status: Tensor,
-        steps: Tensor,
-        curvature: Tensor,
-        beta: Tensor,
-        inverse: Tensor | None = None,
-        rz: Tensor | None = None,
-    ) -> None:
-        """Iterations of conjugate gradient with this product, of the late input p: `cg_step_`.
+        self, b: Tensor, *, lam: Tensor, damping: float, max_iter: int, rtol: float, atol: float
+    ) -> "CgResult":
+        """Conjugate gradient from x = 0 with this product, of the late input.
 
         Args:
-            curvature, beta: [iterations, B], zero before.
-            others: as in `cg_step_`; contiguous.
+            b: [B, D], contiguous.
+            lam: Λ for the fused kernels, [1] or [D].
+            damping: added to the diagonal.
+            max_iter: number of iterations, at least 1.
+            rtol, atol: as in `LinearSolver`.
         """
+        tasks, dim = b.shape
+        x, r, p = torch.empty(3, tasks, dim, dtype=b.dtype).unbind()
+        status, steps, count = torch.empty(3, tasks, dtype=torch.int32).unbind()
+        sizes = [max_iter, max_iter, max_iter, max_iter - 1, 1, 1, 1]
+        numbers = torch.empty(sum(sizes), tasks, dtype=torch.float64).split_with_sizes(sizes)
+        curvature, beta, diagonal, link, residual, norm, tol2 = numbers
         operands, hp = self._bind((p,))
         lam = lam.contiguous()
-        buffers = (x, r, p, hp, lam, inverse, rr, rz, tol2, status, steps, curvature, beta)
-        addresses = [_address(t) for t in buffers]
-        tail = p.shape[1], int(len(lam) > 1), damping
-        arguments = operands.arguments([self._saved, hp])
-        self._program.conjugate_gradient(len(curvature), *arguments, addresses, *tail)
-        written = (x, r, p, rr, status, steps, curvature, beta)
-        increment_version(written if rz is None else (*written, rz))
+        buffers = (
+            b, x, r, p, hp, lam, residual, status, steps, count, curvature, beta, diagonal, link,
+            norm, tol2,
+        )  # fmt: skip
+        is_plain = self._program.conjugate_gradient(
+            max_iter, *operands.arguments([self._saved, hp]), [_address(t) for t in buffers],
+            dim, int(len(lam) > 1), damping, rtol, atol,
+        )  # fmt: skip
+        return CgResult(
+            x, status, steps, residual[0], count, diagonal, link, curvature, beta, norm[0], is_plain
+        )
 
     def _bind(self, late: Sequence[Tensor]) -> tuple[_Operands, Tensor]:
         if self._before.versions() != self._versions:
@@ -303,6 +303,34 @@ class Continuation:
         operands = self._before.copy()
         operands.add(self._late, late)
         return operands, operands.new(self._shape, self._dtype)
+
+
+@dataclass(frozen=True)
+class CgResult:
+    """The state of conjugate gradient after its last iteration.
+
+    Attributes:
+        x: [B, D].
+        status, steps: as in `Solution`; tasks that used all iterations are RUNNING.
+        residual: `|r|` by the recurrence, [B] float64.
+        count, diagonal, link: as in `Lanczos`.
+        curvature, beta: `p·Ap / r·r` and `r·r / old r·r` of each iteration, [max_iter, B] float64.
+        norm: `|b|`, [B] float64.
+        is_plain: whether every task is finite, its recurrence cannot have drifted, and its residual
+            is not larger than |b|.
+    """
+
+    x: Tensor
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+    count: Tensor
+    diagonal: Tensor
+    link: Tensor
+    curvature: Tensor
+    beta: Tensor
+    norm: Tensor
+    is_plain: bool
 
 
 def _address(tensor: Tensor | None) -> int:

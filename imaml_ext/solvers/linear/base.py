@@ -12,7 +12,7 @@ from imaml_ext._tracing import may_read_values
 from imaml_ext.ops.rows import is_not_finite, row_dot
 from imaml_ext.problem.lam import lam_of_rows
 from imaml_ext.problem.objective import CurvatureKind, Matvec
-from imaml_ext.programs.task_program import Continuation
+from imaml_ext.programs.task_program import CgResult, Continuation
 from imaml_ext.solvers.solution import Solution, Status
 
 
@@ -25,6 +25,10 @@ class LinearSystem:
         lam: Λ, as in `conjugate_gradient`; as an attribute a `LamOperator`.
         damping: added to the diagonal.
         second_moment: that of the inner solver's gradients, [B, D]; None if it kept none.
+
+    Attributes:
+        is_plain: set by a solver that has checked its solution, see `CgResult`, and set its final
+            statuses.
 
     Raises:
         TypeError, ValueError: an argument, or a result of matvec, is invalid.
@@ -48,9 +52,10 @@ class LinearSystem:
         self.lam = lam_of_rows(lam, b)
         self.damping = damping
         self.second_moment = second_moment
+        self.is_plain = False
         self._matvec = matvec
-        # All iterations of conjugate gradient by one call; None if matvec has no program.
-        self.conjugate_gradient: Callable[..., None] | None = None
+        # Conjugate gradient by one call; None if matvec has no program.
+        self.conjugate_gradient: Callable[..., CgResult] | None = None
         if isinstance(matvec, Continuation) and not self.lam.is_dense:
             self.conjugate_gradient = matvec.conjugate_gradient
         self._grad_enabled = torch.is_grad_enabled()  # as the caller's matvec expects it
@@ -139,7 +144,7 @@ class LinearSolver(ABC):
         """
         system = LinearSystem(matvec, b, lam, self.damping, second_moment)
         with torch.no_grad():
-            return finished(self._solve(system))
+            return finished(system, self._solve(system))
 
     @abstractmethod
     def _solve(self, system: LinearSystem) -> Solution:
@@ -194,8 +199,10 @@ def with_true_residual(
     )
 
 
-def finished(solution: Solution) -> Solution:
+def finished(system: LinearSystem, solution: Solution) -> Solution:
     """The solution with final statuses: MAX_ITER instead of RUNNING, NONFINITE if not finite."""
+    if system.is_plain:
+        return solution
     x, status = solution.value, solution.status
     failed = status == Status.NONFINITE
     # A finite sum of squares, without a pass that writes, has finite terms only.

@@ -110,7 +110,7 @@ def conjugate_gradient(
     if x0 is not None:
         check_like("x0", x0, system.b)
     with torch.no_grad():
-        return finished(_iterate(system, max_iter, rtol, atol, x0, preconditioner))
+        return finished(system, _iterate(system, max_iter, rtol, atol, x0, preconditioner))
 
 
 def _iterate(
@@ -122,6 +122,8 @@ def _iterate(
     preconditioner: Tensor | None = None,
 ) -> Solution:
     b = system.b
+    if system.conjugate_gradient is not None and x0 is None and preconditioner is None:
+        return _in_one_call(system, max_iter, rtol, atol)
     if x0 is None:
         x, r0 = torch.zeros_like(b), b
     else:
@@ -143,15 +145,12 @@ def _iterate(
         "x": x, "r": r, "lam": system.lam.fused, "damping": system.damping, "rr": rr, "tol2": tol2,
         "status": status, "steps": steps, "inverse": inverse, "rz": rz,
     }  # fmt: skip
-    if system.conjugate_gradient is not None:
-        system.conjugate_gradient(p, curvature=curvature, beta=beta, **state)
-    else:
-        for k in range(max_iter):
-            if all_done(status, k):
-                break
-            hp = system.unfused_product(p)
-            cg_step_(p=p, hp=hp, curvature=curvature[k], beta=beta[k], **state)
-            del hp  # otherwise it would stay in memory while the next one is computed
+    for k in range(max_iter):
+        if all_done(status, k):
+            break
+        hp = system.unfused_product(p)
+        cg_step_(p=p, hp=hp, curvature=curvature[k], beta=beta[k], **state)
+        del hp  # otherwise it would stay in memory while the next one is computed
     negative = status == Status.NEGATIVE_CURVATURE
     if system.lam.is_dense:  # for a scalar or diagonal Λ the kernel has done this
         at_once = negative & (steps == 0)
@@ -161,6 +160,23 @@ def _iterate(
     lanczos = Lanczos.of_conjugate_gradient(curvature, beta, steps + negative, scale)
     solution = Solution(x, status, steps, rr.sqrt(), lanczos)
     return _checked(system, solution, start, (curvature, beta), inverse, rtol, atol)
+
+
+def _in_one_call(system: LinearSystem, max_iter: int, rtol: float, atol: float) -> Solution:
+    """As `_iterate`, by a program."""
+    assert system.conjugate_gradient is not None
+    found = system.conjugate_gradient(
+        system.b, lam=system.lam.fused, damping=system.damping,
+        max_iter=max_iter, rtol=rtol, atol=atol,
+    )  # fmt: skip
+    status, lanczos = found.status, Lanczos(found.diagonal, found.link, found.count)
+    solution = Solution(found.x, status, found.steps, found.residual, lanczos)
+    if found.is_plain:
+        system.is_plain = True
+        status.masked_fill_(status == Status.RUNNING, Status.MAX_ITER)
+        return solution
+    start = _Start(system.b, found.norm, None)
+    return _checked(system, solution, start, (found.curvature, found.beta), None, rtol, atol)
 
 
 class _Start(NamedTuple):
