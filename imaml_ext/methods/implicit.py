@@ -32,7 +32,7 @@ from imaml_ext.methods.meta_gradient import (
 )
 from imaml_ext.methods.shared import check_shared, direct_gradient, gradient_through_phi
 from imaml_ext.ops.batching import call_for_each, is_grads_batched
-from imaml_ext.ops.rows import is_finite, prox_norms, pull_back, row_dot
+from imaml_ext.ops.rows import is_finite, is_not_finite, prox_norms, pull_back, row_dot
 from imaml_ext.problem.lam import Lam, flatten_lam, unflatten_lam_gradient
 from imaml_ext.problem.layout import Layout, Params
 from imaml_ext.problem.objective import Loss, Objective, check_same_tasks
@@ -104,7 +104,8 @@ def implicit_meta_grad(
     query_objective = Objective(query_loss or loss, layout, query, "query", psi)
     check_same_tasks(objective, query_objective)
     flat_lam = flatten_lam(layout, lam).detach()
-    problem = Proximal(objective, layout.flatten(params).detach(), flat_lam)
+    with torch.no_grad():
+        problem = Proximal(objective, layout.flatten(params), flat_lam)
 
     if adapted is None:
         solution = solvers.inner.solve(problem)
@@ -207,9 +208,10 @@ class _Solvers:
         """Support losses, the completed report of the inner solve, and x with `(H + Λ) x = v`."""
         phi = solution.value
         at_phi = problem.objective.linearise(phi, self.linear.curvature)
-        # On CUDA lam's values have not been checked: an invalid one makes the tasks NONFINITE.
-        usable = is_finite(at_phi.losses) & problem.lam.is_valid()
-        residual = problem.residual(phi, at_phi.gradient).masked_fill(~usable, torch.nan)
+        unusable = is_not_finite(at_phi.losses)
+        if not may_read_values(phi):  # then lam's values have not been checked
+            unusable = unusable | ~problem.lam.is_valid()
+        residual = problem.residual(phi, at_phi.gradient).masked_fill(unusable, torch.nan)
         status = update_status(solution.status, residual, self.inner.tol)
         status = status.masked_fill(status == Status.RUNNING, Status.MAX_ITER)
         x = self.linear.solve(
@@ -317,10 +319,10 @@ def _without_overflow(solution: Solution, phi: Tensor, problem: Proximal) -> Sol
     x = solution.value
     _, distance2 = prox_norms(phi, phi, problem.theta, phi.new_ones(1))  # as the penalty of Λ = I
     x2, limit = row_dot(x, x), torch.finfo(x.dtype).max / 4
-    lam_norm = torch.linalg.vector_norm(problem.lam.values, dtype=torch.float64)
+    lam_norm = problem.lam.norm()
     if may_read_values(x):
-        most = max(distance2.amax().item() ** 0.5, lam_norm.item())
-        if x2.amax().item() ** 0.5 * most <= limit:
+        most = max(max(distance2.tolist()) ** 0.5, lam_norm.item())
+        if max(x2.tolist()) ** 0.5 * most <= limit:
             return solution
     displacement_norm = distance2.sqrt()
     largest = x2.sqrt() * torch.maximum(displacement_norm, lam_norm)  # Cauchy-Schwarz

@@ -1,5 +1,6 @@
 """The result of every method, and its mean over tasks."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imaml_ext._checks import check_choice
+from imaml_ext._tracing import may_read_values
 from imaml_ext.ops.rows import is_not_finite
 from imaml_ext.problem.layout import Params
 from imaml_ext.solvers.solution import Solution, Status, counted
@@ -120,6 +122,10 @@ def task_weight(ok: Tensor, nonfinite: Nonfinite, dtype: torch.dtype) -> Tensor:
     With "propagate" it is NaN if any task is not ok. In theta's dtype, since 1 / tasks as a 0-d
     float32 tensor would round a float64 gradient.
     """
+    if may_read_values(ok):
+        done = int(ok.sum())
+        one = 1 / max(done, 1) if nonfinite == "omit" or done == len(ok) else math.nan
+        return torch.full((), one, dtype=dtype)
     counted = ok.sum().to(dtype)
     if nonfinite == "omit":
         return 1 / counted.clamp_min(1)

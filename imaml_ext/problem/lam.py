@@ -54,6 +54,13 @@ class LamOperator:
         """[1] for a scalar, [D] otherwise."""
         return self.values.diagonal() if self.is_dense else self.values
 
+    def norm(self) -> Tensor:
+        """The norm of its entries: a 0-d float64 tensor."""
+        if self.values.numel() == 1:
+            return self.values.reshape(()).abs().double()
+        norm: Tensor = torch.linalg.vector_norm(self.values, dtype=torch.float64)
+        return norm
+
     def is_valid(self) -> Tensor:
         """Whether Λ is positive definite, or the scalar 0 (no proximal term): 0-d bool."""
         if self.values.numel() == 1:
