@@ -92,9 +92,8 @@ def _tensors_of_module(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def captured_state(loss: Any) -> tuple[tuple[Any, ...], list[Any]]:
     """What a loss finds in its variables, its modules and their attributes, to notice changes.
 
-    Numbers and texts by value, also as attributes of an object; everything else by identity. Equal
-    states compare equal, as long as
-    the objects that are returned as well exist.
+    Numbers and texts by value, also as attributes of an object; everything else by identity. States
+    can be compared as long as the objects exist, which are the second result.
     """
     state: list[Any] = [_function_of(loss)]
     objects: list[Any] = [loss]
