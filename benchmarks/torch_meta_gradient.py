@@ -160,7 +160,7 @@ def _batched(
     w = workload
 
     # Not vmap(grad(loss)): in torch 2.13 its derivative through batch norm is silently wrong.
-    gradient = grad(lambda phi, data: vmap(w.loss)(phi, data).sum())
+    gradient = grad(lambda phi, data: vmap(w.plain_loss)(phi, data).sum())
     theta = {name: tensor.detach()[None] for name, tensor in w.params.items()}
 
     def dot(a: Params, b: Params) -> Tensor:

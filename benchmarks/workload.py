@@ -1,10 +1,12 @@
 """The batches of tasks that meta-gradients are timed on, with the paper's networks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from imaml_ext import module_loss
 from imaml_ext.data import Sinusoid
@@ -30,6 +32,7 @@ class Workload:
 
     Attributes:
         model, loss, params, layout: the network, its loss for one task, its D parameters.
+        plain_loss: the same loss without this package, which torch.compile can trace.
         theta: the parameters as a row, [D].
         support, query: pairs (x [B, N, ...], y [B, N, ...]).
         inner_steps, cg_steps: steps of gradient descent, iterations of conjugate gradient.
@@ -39,6 +42,7 @@ class Workload:
     name: str
     model: nn.Sequential
     loss: ModuleLoss
+    plain_loss: Callable[[Params, Any], Tensor]
     params: Params
     layout: Layout
     theta: Tensor
@@ -105,12 +109,18 @@ def make_workload(
         images = torch.rand(2, tasks, way * shot, 1, 28, 28, device=device).to(dtype)
         support, query = (images[0], labels), (images[1], labels)
     loss = module_loss(model.to(device, dtype), criterion)
+
+    def plain_loss(params: Params, data: Any) -> Tensor:
+        x, y = data
+        return criterion(functional_call(model, params, (x,)), y)
+
     params = dict(model.named_parameters())
     layout = Layout(params)
     return Workload(
         name=name,
         model=model,
         loss=loss,
+        plain_loss=plain_loss,
         params=params,
         layout=layout,
         theta=layout.flatten(params).detach(),
