@@ -84,6 +84,24 @@ def test_resuming_is_bit_for_bit(make, tmp_path):
     assert json.loads(load_checkpoint(tmp_path / "c.pt")["config"]) == {"note": "kept"}
 
 
+@pytest.mark.parametrize("stop", [2, 7])
+def test_resuming_is_bit_for_bit_before_and_after_the_first_step_with_programs(
+    stop, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("imaml_ext.training.trainer._EAGER_STEPS", 4)
+    whole, half, resumed = (trained(method=make_method(CPU, lam=1.0)) for _ in range(3))
+    for _ in range(10):
+        whole.step()
+    for _ in range(stop):
+        half.step()
+    half.save(tmp_path / "c.pt")
+    resumed.load(tmp_path / "c.pt")
+    for _ in range(10 - stop):
+        resumed.step()
+    assert resumed.programs.describe().startswith("gradients and curvature products")
+    assert all(map(torch.equal, state_of(whole), state_of(resumed)))
+
+
 def test_a_state_dict_can_be_loaded_without_a_file():
     trainer, other = trained(4), trained(1)
     other.load_state_dict(trainer.state_dict())
