@@ -125,7 +125,7 @@ def task_weight(ok: Tensor, nonfinite: Nonfinite, dtype: torch.dtype) -> Tensor:
     if may_read_values(ok):
         done = int(ok.sum())
         one = 1 / max(done, 1) if nonfinite == "omit" or done == len(ok) else math.nan
-        return torch.full((), one, dtype=dtype)
+        return torch.full((), one, dtype=dtype, device=ok.device)
     counted = ok.sum().to(dtype)
     if nonfinite == "omit":
         return 1 / counted.clamp_min(1)

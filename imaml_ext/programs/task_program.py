@@ -278,10 +278,11 @@ class Continuation:
             rtol, atol: as in `LinearSolver`.
         """
         tasks, dim = b.shape
-        x, r, p = torch.empty(3, tasks, dim, dtype=b.dtype).unbind()
-        status, steps, count = torch.empty(3, tasks, dtype=torch.int32).unbind()
+        # The results that users keep share no memory with others.
+        x, (r, p) = torch.empty_like(b), b.new_empty(2, tasks, dim)
+        status, steps, count = (b.new_empty(tasks, dtype=torch.int32) for _ in range(3))
         sizes = [max_iter, max_iter, max_iter, max_iter - 1, 1, 1, 1]
-        numbers = torch.empty(sum(sizes), tasks, dtype=torch.float64).split_with_sizes(sizes)
+        numbers = b.new_empty(sum(sizes), tasks, dtype=torch.float64).split_with_sizes(sizes)
         curvature, beta, diagonal, link, residual, norm, tol2 = numbers
         operands, hp = self._bind((p,))
         lam = lam.contiguous()

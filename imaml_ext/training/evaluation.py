@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.utils import _pytree as pytree
 
 from imaml_ext._checks import check_callable, check_instance, check_integer, check_scalar, kind_of
 from imaml_ext.data.tasks import TaskSource, batches
@@ -170,7 +171,8 @@ def per_task(
         RuntimeError: the metric reads the value of a tensor.
     """
 
-    device = next(iter(params.values())).device
+    leaves = pytree.tree_leaves((params, data))
+    device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
 
     def one(*operands: Any) -> Tensor:
         with task_layers(device):

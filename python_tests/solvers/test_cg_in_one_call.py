@@ -88,3 +88,19 @@ def test_only_tasks_in_doubt_are_checked_again(name, monkeypatch):
     healthy = name in ("positive", "b is 0", "H is 0")
     assert not (checked and healthy)
     assert checked or (found.status != Status.NONFINITE).all()
+
+
+def test_tensors_are_made_on_the_device_of_the_system_and_share_no_memory():
+    h, b = systems(7, torch.float64)["positive"]
+    product = diagonal_product(h)
+    with torch.device("meta"):
+        found = ConjugateGradient(5).solve(product, b, b.new_full((1,), 0.3))
+    assert torch.equal(found.value, ConjugateGradient(5).solve(product, b, 0.3).value)
+    assert found.value.untyped_storage().nbytes() == b.nbytes
+    assert not found.value._is_view()
+
+
+def test_a_right_hand_side_with_a_negative_bit_is_resolved():
+    h, b = systems(7, torch.float64)["positive"]
+    got = ConjugateGradient(5).solve(diagonal_product(h), torch._neg_view(b), 0.3)
+    assert torch.equal(got.value, -ConjugateGradient(5).solve(diagonal_product(h), b, 0.3).value)

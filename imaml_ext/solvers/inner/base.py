@@ -47,7 +47,7 @@ def update_status(status: Tensor, residual: Tensor, tol: float | None) -> Tensor
     if tol is not None:
         converged = (status == Status.RUNNING) & (residual <= tol)
         status = status.masked_fill(converged, Status.CONVERGED)
-    return status.masked_fill(is_not_finite(residual), Status.NONFINITE)
+    return status.to(torch.int32).masked_fill(is_not_finite(residual), Status.NONFINITE)
 
 
 def unverified(phi: Tensor, status: Tensor, steps: Tensor) -> Solution:

@@ -48,7 +48,7 @@ class LinearSystem:
             raise ValueError(f"b must be [B, D] float32 or float64, got {list(b.shape)} {b.dtype}")
         if damping > torch.finfo(b.dtype).max:
             raise ValueError(f"damping must be finite, got {damping}, in {b.dtype}")
-        self.b = b.detach().contiguous()
+        self.b = b.detach().contiguous().resolve_neg()
         self.lam = lam_of_rows(lam, b)
         self.damping = damping
         self.second_moment = second_moment
@@ -203,7 +203,7 @@ def finished(system: LinearSystem, solution: Solution) -> Solution:
     """The solution with final statuses: MAX_ITER instead of RUNNING, NONFINITE if not finite."""
     if system.is_plain:
         return solution
-    x, status = solution.value, solution.status
+    x, status = solution.value, solution.status.to(torch.int32)
     failed = status == Status.NONFINITE
     # A finite sum of squares, without a pass that writes, has finite terms only.
     if not may_read_values(x) or bool((failed | is_not_finite(row_dot(x, x))).any()):
