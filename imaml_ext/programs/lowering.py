@@ -222,7 +222,7 @@ class Lowering:
 
     def _folded(self, name: str, a: Any, b: Any, alpha: float, kind: Kind) -> Array:
         """The result of an operator on two constants, computed in the program's dtype."""
-        x, y = (torch.tensor(_constant(each), dtype=self.dtype) for each in (a, b))
+        x, y = (torch.tensor(_constant(each), dtype=self.dtype, device="cpu") for each in (a, b))
         function: Any = getattr(torch, name, None) or getattr(aten, name)
         value = function(x, y, alpha=alpha) if name in ("add", "sub") else function(x, y)
         shapes = [each.shape if isinstance(each, Array) else () for each in (a, b)]
@@ -233,7 +233,7 @@ class Lowering:
         if value is None:  # the number follows the shape, if there is one
             value = args[0] if node.target is aten.scalar_tensor.default else args[-1]
         like = meta_of(node)
-        value = torch.tensor(value, dtype=like.dtype).item()
+        value = torch.tensor(value, dtype=like.dtype, device="cpu").item()
         kind: Kind = "float" if like.dtype.is_floating_point else "int"
         return Array.filled(value, like.shape, "bool" if like.dtype == torch.bool else kind)
 

@@ -385,4 +385,6 @@ class Trainer:
             self.load_state_dict(state)
         arguments.warn_unless_repeatable(self.source)
         if rank(self.process_group) > 0:  # so that ranks draw different dropout masks
-            torch.manual_seed(int(torch.randint(2**62, ())) + rank(self.process_group))
+            torch.manual_seed(
+                int(torch.randint(2**62, (), device="cpu")) + rank(self.process_group)
+            )
