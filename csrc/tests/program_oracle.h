@@ -14,10 +14,15 @@ using cpu::Operand;
 // What an element should be: `want`, within rounding relative to `scale`.
 struct Expected {
   long double want = 0, scale = 0;
-  bool overflows = false;  // a finite term of a sum may overflow
+  bool overflows = false;  // a finite term of a sum, or a factor, may overflow
 };
 
 inline Expected exactly(long double want) { return {want, std::abs(want)}; }
+
+// Whether a factor may be infinite in float32, and the product with the other one finite.
+inline bool factor_overflows(long double factor) {
+  return std::isfinite(factor) && std::abs(factor) > std::numeric_limits<float>::max() / 2;
+}
 
 template <typename T>
 constexpr cpu::DType kDType = sizeof(T) == 4 ? cpu::DType::kFloat32 : cpu::DType::kFloat64;
@@ -69,9 +74,15 @@ inline Expected map_oracle(const std::string& name, long double x, long double y
       {"logical_and", [=] { return exactly(x != 0 && y != 0); }},
       {"logical_or", [=] { return exactly(x != 0 || y != 0); }},
       {"threshold_backward", [=] { return exactly(y <= s ? 0 : x); }},
-      {"tanh_backward", [=] { return Expected{x * (1 - y * y), std::abs(x) * (1 + y * y)}; }},
+      {"tanh_backward",
+       [=] {
+         return Expected{x * (1 - y * y), std::abs(x) * (1 + y * y), factor_overflows(y * y)};
+       }},
       {"sigmoid_backward",
-       [=] { return Expected{x * y * (1 - y), std::abs(x * y) * (1 + std::abs(y))}; }},
+       [=] {
+         return Expected{x * y * (1 - y), std::abs(x * y) * (1 + std::abs(y)),
+                         factor_overflows(x * y)};
+       }},
       {"where", [=] { return exactly(x != 0 ? y : z); }}};
   return functions.at(name)();
 }
