@@ -30,7 +30,7 @@ from imaml_ext.training.snapshot import ScheduleSnapshot
 Compile = Literal["auto", "on", "off"]
 
 _EAGER_STEPS = 20  # of a training on the CPU: recording takes as long as some of them
-_MOST_SCRATCH = 8 * 2**20  # bytes for a task: beyond, programs are not faster
+_MOST_SCRATCH = 8 * 2**20  # bytes for a task: beyond, programs gain little
 
 
 class NonfiniteError(ArithmeticError):
