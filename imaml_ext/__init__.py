@@ -1,6 +1,7 @@
 """Implicit meta-gradients in PyTorch, for whole batches of tasks."""
 
 from imaml_ext._version import __version__
+from imaml_ext.data.mini_batches import MiniBatches
 from imaml_ext.data.tasks import RecordableSource, ShardableSource, TaskBatch, TaskSource
 from imaml_ext.methods.base import Method
 from imaml_ext.methods.convergence import ConvergenceWarning
@@ -8,6 +9,7 @@ from imaml_ext.methods.imaml import IMAML
 from imaml_ext.methods.implicit import adapt, implicit_meta_grad
 from imaml_ext.methods.maml import FOMAML, MAML, Reptile, TruncatedMAML
 from imaml_ext.methods.meta_gradient import ImplicitMetaGradient, MetaGradient, Nonfinite
+from imaml_ext.methods.warm_start import WarmStart
 from imaml_ext.ops.extension import build_info
 from imaml_ext.problem.lam import Lam, ProximalStrength
 from imaml_ext.problem.layout import Params
@@ -59,6 +61,7 @@ __all__ = [
     "MetaGradient",
     "Method",
     "Metric",
+    "MiniBatches",
     "NeumannSeries",
     "Nonfinite",
     "NonfiniteError",
@@ -76,6 +79,7 @@ __all__ = [
     "TaskSource",
     "Trainer",
     "TruncatedMAML",
+    "WarmStart",
     "__version__",
     "adapt",
     "build_info",

@@ -24,8 +24,7 @@ class DescentThenProximal(GradientDescent):
 
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
-        free = Proximal(problem.objective, problem.theta, problem.theta.new_zeros(1))
-        solution = super().solve(free)
+        solution = super().solve(problem.with_lam(problem.theta.new_zeros(1)))
         displacement = solution.value - problem.theta
         phi = solution.value - self.lr * problem.lam.mv(displacement)
         return unverified(phi, solution.status, solution.steps)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imaml_ext._checks import check_choice, check_instance
+from imaml_ext.data.mini_batches import split_batches
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.base import Method, check_learned
 from imaml_ext.methods.implicit import implicit_meta_grad
@@ -25,6 +26,7 @@ from imaml_ext.solvers.inner import (
     HessianFree,
     InnerSolver,
 )
+from imaml_ext.solvers.inner.base import solve_inner
 from imaml_ext.solvers.linear.base import LinearSolver
 
 
@@ -106,9 +108,10 @@ class IMAML(Method):
         if not self.adapt_proximal:
             lam = lam.new_zeros(1)
         psi = check_shared(self.shared, self.layout)
+        support, batches = split_batches(support)
         objective = Objective(self.loss, self.layout, support, "support", psi, check=False)
-        problem = Proximal(objective, self.layout.flatten(self.params), lam)
-        return self.layout.unflatten(self.inner.solve(problem).value)
+        problem = Proximal(objective, self.layout.flatten(self.params), lam, batches=batches)
+        return self.layout.unflatten(solve_inner(self.inner, problem).value)
 
     def hyperparameters(self) -> Params:
         lam: Any = self.lam

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from imaml_ext._checks import check_instance
 from imaml_ext._tracing import eager, is_recording, may_read_values, recording
+from imaml_ext.data.mini_batches import MiniBatches, split_batches
 from imaml_ext.methods.base import check_losses
 from imaml_ext.methods.convergence import warn_if_inaccurate
 from imaml_ext.methods.meta_gradient import (
@@ -31,6 +32,7 @@ from imaml_ext.methods.meta_gradient import (
     task_weight,
 )
 from imaml_ext.methods.shared import check_shared, direct_gradient, gradient_through_phi
+from imaml_ext.methods.warm_start import WarmStart, start_at
 from imaml_ext.ops.batching import call_for_each, is_grads_batched
 from imaml_ext.ops.rows import is_finite, is_not_finite, prox_norms, pull_back, row_dot
 from imaml_ext.problem.lam import Lam, flatten_lam, unflatten_lam_gradient
@@ -38,7 +40,7 @@ from imaml_ext.problem.layout import Layout, Params
 from imaml_ext.problem.objective import Loss, Objective, check_same_tasks
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner import GradientDescent, InnerSolver
-from imaml_ext.solvers.inner.base import new_status, unverified, update_status
+from imaml_ext.solvers.inner.base import new_status, solve_inner, unverified, update_status
 from imaml_ext.solvers.linear.base import LinearSolver
 from imaml_ext.solvers.linear.cg import ConjugateGradient
 from imaml_ext.solvers.solution import Solution, Status
@@ -57,6 +59,8 @@ def implicit_meta_grad(
     query_loss: Loss | None = None,
     shared: Mapping[str, Tensor] | None = None,
     adapted: Mapping[str, Tensor] | None = None,
+    start: Mapping[str, Tensor] | None = None,
+    x0: Tensor | None = None,
     nonfinite: Nonfinite = "propagate",
 ) -> ImplicitMetaGradient:
     """Adapt to a batch of tasks and differentiate the mean query loss through the adaptation.
@@ -68,6 +72,7 @@ def implicit_meta_grad(
         loss: `(params, data) -> scalar` for one task; see `module_loss`.
         params: theta, {name: tensor}, float32 or float64.
         support, query: pytrees of [B, ...] tensors; `loss` receives one task's slice of them.
+            `support` may be `MiniBatches`.
         lam: proximal strength: a positive float, a 0-d tensor, a dict with, for each parameter, a
             0-d tensor or a tensor of its shape, or one symmetric positive definite [D, D] tensor,
             where D counts all parameters in the order of `params`. 0 for no proximal term: theta is
@@ -79,6 +84,11 @@ def implicit_meta_grad(
             them together with phi, and `out.shared` has their gradients. Exact only with
             `curvature="hessian"`.
         adapted: use these phi, {name: [B, ...]}, and skip the inner solve.
+        start: initial phi of the inner solver, {name: [B, ...]}, such as `out.adapted` of the last
+            call for the same tasks; default theta. A task whose start is not finite starts at
+            theta.
+        x0: where the linear solve starts, [B, D], such as `out.linear.value` of the last call; see
+            `LinearSolver.solve`.
         nonfinite: effect of a task with a non-finite loss, gradient or solve. "propagate": the mean
             gradient is NaN, so that it cannot go unnoticed. "omit": the mean is over the other
             tasks.
@@ -100,20 +110,25 @@ def implicit_meta_grad(
     check_all_or_none_learned(params)
     solvers = _Solvers(inner, linear)
     psi = check_shared(shared, layout, loss, query_loss)
+    support, batches = split_batches(support)
     objective = Objective(loss, layout, support, "support", psi)
     query_objective = Objective(query_loss or loss, layout, query, "query", psi)
     check_same_tasks(objective, query_objective)
     flat_lam = flatten_lam(layout, lam).detach()
     with torch.no_grad():
-        problem = Proximal(objective, layout.flatten(params), flat_lam)
+        theta = layout.flatten(params)
+        first = None if start is None else start_at(_rows("start", start, objective), theta)
+        problem = Proximal(objective, theta, flat_lam, start=first, batches=batches)
 
     if adapted is None:
-        solution = solvers.inner.solve(problem)
+        solution = solve_inner(solvers.inner, problem)
+    elif start is not None:
+        raise ValueError("adapted skips the inner solve: remove start, or adapted")
     else:
-        solution = _given(layout.flatten(adapted, "adapted").detach(), problem)
+        solution = _given(_rows("adapted", adapted, objective), problem)
     phi = solution.value
     losses, v = query_objective.gradient(phi)
-    support_loss, solution, x = solvers.differentiate(problem, solution, v)
+    support_loss, solution, x = solvers.differentiate(problem, solution, v, x0)
 
     ok = ~failed_tasks(losses, solution, x)
     first_order = _is_first_order(x)
@@ -150,6 +165,7 @@ def adapt(
     inner: InnerSolver | None = None,
     linear: LinearSolver | None = None,
     shared: Mapping[str, Tensor] | None = None,
+    warm_start: WarmStart | None = None,
     warn: bool | None = None,
 ) -> Params:
     """phi_i = argmin G_i for a batch of tasks, {name: [B, ...]}, in the autograd graph.
@@ -164,6 +180,9 @@ def adapt(
         loss, params, lam, inner, linear, shared: as in `implicit_meta_grad`.
         support: a pytree of [B, ...] tensors; they may require grad, such as the features of a
             learned body, learned labels or example weights. Exact only with `curvature="hessian"`.
+            It may be `MiniBatches`.
+        warm_start: start the inner and the linear solve at their last solutions for the same
+            tasks, which this object keeps from call to call.
         warn: whether `backward` issues a `ConvergenceWarning` if the relative errors of phi and of
             the linear solve, estimated from residuals and curvature, exceed 10% in sum. None: only
             on the CPU, because it synchronises on CUDA.
@@ -182,12 +201,15 @@ def adapt(
     layout = Layout(params)
     check_all_or_none_learned(params)
     psi = check_shared(shared, layout, loss)
+    support, batches = split_batches(support)
     data = pytree.tree_map_only(Tensor, Tensor.detach, support)
     # Without grad mode, nothing is differentiated, whatever the loss depends on.
     check = torch.is_grad_enabled()
     objective = Objective(loss, layout, data, "support", psi, check=check, track=True)
     leaves = {k: t for k, t in enumerate(pytree.tree_leaves(support)) if t.requires_grad}
-    call = _Call(objective, _Solvers(inner, linear), tuple(leaves), warn)
+    if warm_start is not None:
+        warm_start.check(objective)
+    call = _Call(objective, _Solvers(inner, linear), tuple(leaves), warn, warm_start, batches)
     inputs = (*(shared or {}).values(), *leaves.values())
     theta, flat_lam = layout.flatten(params), flatten_lam(layout, lam)
     return layout.unflatten(_Adapt.apply(theta, flat_lam, call, *inputs))
@@ -203,7 +225,7 @@ class _Solvers:
         check_instance("linear", self.linear, LinearSolver, "pass one, such as ConjugateGradient()")
 
     def differentiate(
-        self, problem: Proximal, solution: Solution, v: Tensor
+        self, problem: Proximal, solution: Solution, v: Tensor, x0: Tensor | None = None
     ) -> tuple[Tensor, Solution, Solution]:
         """Support losses, the completed report of the inner solve, and x with `(H + Λ) x = v`."""
         phi = solution.value
@@ -215,7 +237,7 @@ class _Solvers:
         status = update_status(solution.status, residual, self.inner.tol)
         status = status.masked_fill(status == Status.RUNNING, Status.MAX_ITER)
         x = self.linear.solve(
-            at_phi.matvec, v, problem.lam.values, second_moment=solution.second_moment
+            at_phi.matvec, v, problem.lam.values, second_moment=solution.second_moment, x0=x0
         )
         x = _without_overflow(x, phi, problem)
         inner = replace(solution, status=status, residual=residual)
@@ -231,13 +253,23 @@ class _Call(NamedTuple):
     solvers: _Solvers
     leaves: tuple[int, ...]  # of support: those that require grad
     warn: bool | None
+    last: WarmStart | None
+    batches: MiniBatches | None
 
 
 class _Adapt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, theta: Tensor, lam: Tensor, call: _Call, *inputs: Tensor) -> Tensor:
-        objective, solvers = call.objective, call.solvers
-        solution = solvers.inner.solve(Proximal(objective, theta.detach(), lam.detach()))
+        objective, solvers, last = call.objective, call.solvers, call.last
+        start = None
+        if last is not None and last.phi is not None:
+            start = start_at(last.phi, theta.detach())
+        problem = Proximal(
+            objective, theta.detach(), lam.detach(), start=start, batches=call.batches
+        )
+        solution = solve_inner(solvers.inner, problem)
+        if last is not None:
+            last.phi = solution.value.detach()
         assert objective.usage is not None
         if not objective.usage.recorded:  # an external solver need not evaluate the losses
             objective.losses(solution.value)
@@ -257,7 +289,7 @@ class _Adapt(torch.autograd.Function):
             )
         if is_grads_batched(v):
             return call_for_each(partial(_Adapt.backward, ctx), v)
-        objective, solvers, leaves, warn = ctx.call
+        objective, solvers, leaves, warn, last, _ = ctx.call
         objective.usage.check_unchanged()
         theta, lam, phi, *_ = ctx.saved_tensors  # the rest: checked for in-place changes by torch
         problem = Proximal(objective, theta, lam)
@@ -265,7 +297,10 @@ class _Adapt(torch.autograd.Function):
         inputs: list[Tensor | None] = [None] * len(ctx.needs_input_grad[3:])
         # Contexts as in the forward pass: on CUDA another thread runs this.
         with ctx.autocast(), ctx.recording():
-            _, inner, x = solvers.differentiate(problem, solution, v.contiguous())
+            x0 = None if last is None else last.x
+            _, inner, x = solvers.differentiate(problem, solution, v.contiguous(), x0)
+            if last is not None:
+                last.x = x.value
             ok = ~failed_tasks(inner.residual, inner, x)
             first_order = _is_first_order(x)
             if any(ctx.needs_input_grad[3:]):
@@ -303,10 +338,16 @@ def _current_autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
     )
 
 
+def _rows(label: str, params: Mapping[str, Tensor], objective: Objective) -> Tensor:
+    """[B, D] from {name: [B, ...]}, without a graph."""
+    rows = objective.layout.flatten(params, label).detach()
+    if rows.dim() != 2 or rows.shape[0] != objective.tasks:
+        raise ValueError(f"{label} must have {objective.tasks} tasks, got {list(rows.shape[:-1])}")
+    return rows
+
+
 def _given(phi: Tensor, problem: Proximal) -> Solution:
-    """A given phi as the solution of an inner solve."""
-    if phi.dim() != 2 or phi.shape[0] != problem.tasks:
-        raise ValueError(f"adapted must have {problem.tasks} tasks, got {list(phi.shape[:-1])}")
+    """A given phi [B, D] as the solution of an inner solve."""
     status = new_status(problem)
     return unverified(phi, status, torch.zeros_like(status))
 

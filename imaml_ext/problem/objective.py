@@ -110,9 +110,10 @@ class Objective:
         other._unchecked, other._versions, other.recorded = False, None, None
         return other
 
-    def of_tasks(self, data: Any, shared: Params) -> "Objective":
-        """The same losses for other tasks."""
-        return Objective(self.loss, self.layout, data, self._label, shared, check=self._unchecked)
+    def of_tasks(self, data: Any, shared: Params, *, check: bool = True) -> "Objective":
+        """The same losses for other tasks, or for other examples of the same tasks."""
+        check = check and self._unchecked
+        return Objective(self.loss, self.layout, data, self._label, shared, check=check)
 
     def losses(self, rows: Tensor) -> Tensor:
         """[B] from [B, D]."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from imaml_ext.data.mini_batches import MiniBatches
 from imaml_ext.ops.rows import prox_norms, row_dot
 from imaml_ext.problem.lam import LamOperator
 from imaml_ext.problem.layout import Layout
@@ -20,16 +21,28 @@ class Proximal:
         objective: the losses L_i on the support sets.
         theta: initial point of every task and centre of the proximal term, [D].
         lam: Λ: [1] for a scalar, [D] for a diagonal, [D, D] for a dense matrix.
+        start: initial phi of each task, [B, D]; None: theta.
+        batches: mini-batches for the steps of an inner solver; None: all examples in each step.
 
     Attributes:
-        objective, theta: as given.
+        objective, theta, batches: as given.
         lam: Λ as a `LamOperator`: `lam.mv(rows)` is `Λ rows_i`, and `lam.values` the given tensor.
     """
 
-    def __init__(self, objective: Objective, theta: Tensor, lam: Tensor) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        theta: Tensor,
+        lam: Tensor,
+        *,
+        start: Tensor | None = None,
+        batches: MiniBatches | None = None,
+    ) -> None:
         self.objective = objective
         self.theta = theta
         self.lam = LamOperator(lam)
+        self.batches = batches
+        self._start = start
 
     @property
     def tasks(self) -> int:
@@ -42,15 +55,46 @@ class Proximal:
         return self.objective.layout
 
     def start(self) -> Tensor:
-        """A copy of theta for every task, [B, D]."""
-        return self.theta.expand(self.tasks, -1).clone()
+        """The initial phi of every task, [B, D], a copy: theta unless another was given."""
+        return (self.theta.expand(self.tasks, -1) if self._start is None else self._start).clone()
+
+    def objective_at(self, step: int) -> Objective:
+        """The losses L_i that a step of the solver uses, from 0: those of its mini-batch, if any.
+
+        Raises:
+            TypeError, ValueError: the mini-batch is invalid, or has another number of tasks.
+        """
+        if self.batches is None:
+            return self.objective
+        data = self.batches.at(step)
+        objective = self.objective.of_tasks(data, self.objective.shared, check=step == 0)
+        if objective.tasks != self.tasks:
+            raise ValueError(
+                f"mini-batch {step} has {objective.tasks} tasks, and its data {self.tasks}"
+            )
+        return objective
 
     def one_by_one(self) -> Iterator["Proximal"]:
         """The B inner problems, each as a batch of one: for solvers of a single vector."""
         for i in range(self.tasks):
-            data = pytree.tree_map(lambda leaf, i=i: leaf[i : i + 1], self.objective.data)
+            row = slice(i, i + 1)
+            data = pytree.tree_map(lambda leaf, row=row: leaf[row], self.objective.data)
             one = Objective(self.objective.loss, self.layout, data, shared=self.objective.shared)
-            yield Proximal(one, self.theta, self.lam.values)
+            yield Proximal(
+                one, self.theta, self.lam.values,
+                start=None if self._start is None else self._start[row],
+                batches=None if self.batches is None else self.batches.rows(row),
+            )  # fmt: skip
+
+    def with_lam(self, lam: Tensor) -> "Proximal":
+        """The problem with another Λ, given as the constructor's."""
+        return Proximal(self.objective, self.theta, lam, start=self._start, batches=self.batches)
+
+    def copy(self) -> "Proximal":
+        """The problem with a copy of theta, for functions that may write to it."""
+        copied = self.with_lam(self.lam.values)
+        copied.theta = self.theta.clone()
+        return copied
 
     def values(self, phi: Tensor) -> Tensor:
         """G at phi [B, D]; [B] float64."""
@@ -77,7 +121,7 @@ class Proximal:
             settings: `steps`, and lr, velocity, momentum and nesterov as in `prox_gd_`.
         """
         recorded = self.objective.recorded
-        if recorded is None or self.lam.is_dense:
+        if recorded is None or self.lam.is_dense or self.batches is not None:
             return False
         return recorded.descend(phi, theta=self.theta, lam=self.lam.fused, **settings)
 

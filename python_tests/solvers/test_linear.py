@@ -16,8 +16,6 @@ from imaml_ext import (
     Status,
     conjugate_gradient,
 )
-from imaml_ext.solvers.linear.base import LinearSystem
-from imaml_ext.solvers.linear.cg import _jacobi_diagonal
 
 SOLVERS = {
     "cg": lambda **s: ConjugateGradient(max_iter=300, **s),
@@ -124,106 +122,58 @@ def test_negative_curvature_at_the_start_gives_the_solution_without_h(solver, fo
     torch.testing.assert_close(got.value, torch.linalg.solve(matrix, b.T).T)
 
 
-# ---- preconditioned conjugate gradient
+# ---- an initial x
 
 
-def test_preconditioned_iterates_are_those_of_the_scaled_system(device):
-    # PCG on A x = b is CG on S A S y = S b with S = M^-1/2 and x = S y.
-    h = symmetric(torch.rand(3, 25, dtype=torch.float64, device=device) * 5 + 0.1)
-    b = torch.randn(3, 25, dtype=torch.float64, device=device)
-    m = torch.rand(3, 25, dtype=torch.float64, device=device) + 0.1
-    s = m.rsqrt()
-    for steps in (1, 2, 7):
-        got = conjugate_gradient(product(h), b, lam=0.5, max_iter=steps, preconditioner=m)
-        want = conjugate_gradient(
-            lambda p: s * (product(h)(s * p) + 0.5 * s * p), s * b, max_iter=steps
-        )
-        torch.testing.assert_close(got.value, s * want.value)
-        torch.testing.assert_close(got.lanczos.ritz / got.lanczos.scale[:, None], want.lanczos.ritz)
-        residual = (b - product(h)(got.value) - 0.5 * got.value).norm(dim=1)
-        torch.testing.assert_close(got.residual, residual)  # of the original system
-
-
-def test_a_jacobi_preconditioner_removes_bad_scaling(device):
-    # H is diagonal: the estimate is exact and one step suffices, where plain CG takes dozens.
-    h = torch.logspace(-2, 4, 60, dtype=torch.float64, device=device).expand(4, -1)
-    b = torch.randn(4, 60, dtype=torch.float64, device=device)
-    plain = ConjugateGradient(max_iter=500, rtol=1e-8).solve(lambda p: h * p, b, 0.1)
-    jacobi = ConjugateGradient(max_iter=500, rtol=1e-8, preconditioner="jacobi", probes=1)
-    got = jacobi.solve(lambda p: h * p, b, 0.1)
-    assert (got.steps == 1).all()
-    assert (plain.steps > 30).all()
-    torch.testing.assert_close(got.value, b / (h + 0.1))
-
-
-def test_the_jacobi_estimate_is_the_diagonal(device):
-    h = symmetric(torch.rand(2, 12, dtype=torch.float64, device=device))
-    zeros = torch.zeros(2, 12, dtype=torch.float64, device=device)
-    got = _jacobi_diagonal(LinearSystem(product(h), zeros, 0.0, damping=0.0), 5000)
-    # The standard error of a sum of 11 signed off-diagonal entries over 5000 probes.
-    error = (h**2).sum(2).sqrt().max().item() / 5000**0.5
-    assert ((got - h.diagonal(dim1=1, dim2=2)).abs() < 5 * error).all()
-
-
-def test_the_error_estimate_bounds_the_error_with_a_preconditioner(device):
-    h = symmetric(torch.logspace(-1, 1, 12, dtype=torch.float64, device=device).expand(4, -1))
+@pytest.mark.parametrize("form", LAMS)
+def test_a_solve_from_any_x0_gives_the_same_solution(make, form, device):
+    h = symmetric(torch.rand(4, 12, dtype=torch.float64, device=device) * 10 + 1)
     b = torch.randn(4, 12, dtype=torch.float64, device=device)
-    m = torch.rand(4, 12, dtype=torch.float64, device=device) + 0.5
-    got = conjugate_gradient(product(h), b, max_iter=11, preconditioner=m)
-    error = (got.value - torch.linalg.solve(h, b)).norm(dim=1)
-    assert (error <= got.error_estimate * (1 + 1e-6)).all()
+    lam, matrix = make_lam(form, 12, torch.float64, device)
+    want = torch.linalg.solve(h + matrix, b)
+    x0 = torch.randn_like(b)
+    x0[0] = want[0]
+    x0[1] = torch.nan
+    x0[2] = 1e9  # no better than 0
+    moment = torch.rand_like(b) + 0.1
+    solver = make(rtol=1e-10)
+    got = solver.solve(product(h), b, lam, x0=x0, second_moment=moment)
+    cold = solver.solve(product(h), b, lam, second_moment=moment)
+    assert (got.status == Status.CONVERGED).all()
+    torch.testing.assert_close(got.value, want, rtol=1e-8, atol=1e-8)
+    residual = (b - product(h + matrix)(got.value)).norm(dim=1)
+    assert (residual <= 2e-10 * b.norm(dim=1)).all()
+    assert got.steps[0] == 0
+    assert (got.steps[1:3] == cold.steps[1:3]).all()  # from 0, as without x0
+    assert torch.equal(got.value[1:3], cold.value[1:3])
 
 
-def test_the_adam_preconditioner_needs_the_second_moment():
-    solver = ConjugateGradient(preconditioner="adam")
-    with pytest.raises(ValueError, match="needs the second moment of the inner solver"):
-        solver.solve(lambda p: p, torch.ones(2, 3))
+def test_the_tolerance_is_relative_to_b_whatever_x0_is(make, device):
+    h = symmetric(torch.rand(3, 12, dtype=torch.float64, device=device) * 10 + 1)
+    b = torch.randn(3, 12, dtype=torch.float64, device=device)
+    moment = torch.rand_like(b) + 0.1
+    close = torch.linalg.solve(h, b) + 1e-5
+    warm = make(rtol=1e-6).solve(product(h), b, x0=close, second_moment=moment)
+    cold = make(rtol=1e-6).solve(product(h), b, second_moment=moment)
+    residual = (b - product(h)(warm.value)).norm(dim=1)
+    assert (residual <= 2e-6 * b.norm(dim=1)).all()
+    assert (warm.steps < cold.steps).all()
 
 
-def test_iterations_past_float32_convergence_stay_finite(device):
-    # Once the Krylov space is exhausted, residuals decrease until M^-1 r would underflow.
-    d = torch.rand(16, 8, device=device) + 1
-    b = torch.randn(16, 8, device=device)
-    for preconditioner in (None, "jacobi"):
-        solver = ConjugateGradient(max_iter=80, preconditioner=preconditioner)
-        got = solver.solve(lambda p: d * p, b, 1.0)
-        assert (got.status == Status.CONVERGED).all()
-        torch.testing.assert_close(got.value, b / (d + 1))
-        small = solver.solve(lambda p: 1e-3 * d * p, b, 1e-3)
-        assert (small.status == Status.CONVERGED).all()
-
-
-def test_the_adam_preconditioner_is_proportional_to_the_root_of_the_second_moment(device):
-    # H = c sqrt(second moment): the preconditioner is exact, and one step solves.
-    root = torch.logspace(-2, 2, 40, dtype=torch.float64, device=device).expand(3, -1)
-    b = torch.randn(3, 40, dtype=torch.float64, device=device)
-    solver = ConjugateGradient(max_iter=50, rtol=1e-8, preconditioner="adam")
-    got = solver.solve(lambda p: 7 * root * p, b, 0.5, second_moment=root**2)
-    assert (got.steps == 1).all()
-    torch.testing.assert_close(got.value, b / (7 * root + 0.5))
-
-
-def test_a_preconditioner_includes_the_damping(device):
-    h = torch.logspace(-4, 0, 30, dtype=torch.float64, device=device).expand(2, -1)
-    b = torch.randn(2, 30, dtype=torch.float64, device=device)
-    solver = ConjugateGradient(30, rtol=1e-8, damping=0.1, preconditioner="jacobi", probes=1)
-    assert (solver.solve(lambda p: h * p, b).steps == 1).all()
-
-
-def test_a_preconditioned_ritz_value_is_scaled_by_the_smallest_entry_of_m(device):
-    # A = M: the preconditioned matrix is I, so the estimate of the smallest eigenvalue is exact.
-    m = torch.tensor([[0.01, 5.0, 100.0]], dtype=torch.float64, device=device)
+def test_negative_curvature_in_the_first_iteration_ignores_x0(device):
+    # x0 is better than 0, but theta's gradient Λ x is to be that of first-order methods.
     b = torch.ones(1, 3, dtype=torch.float64, device=device)
-    got = conjugate_gradient(lambda p: m * p, b, max_iter=2, preconditioner=m)
-    torch.testing.assert_close(got.lanczos.smallest, m[:, 0])
+    solver = ConjugateGradient(max_iter=4)
+    got = solver.solve(lambda p: -3 * p, b, 2.0, x0=-0.5 * b)
+    assert got.status.item() == Status.NEGATIVE_CURVATURE
+    torch.testing.assert_close(got.value, b / 2)
+    torch.testing.assert_close(got.residual, b.norm(dim=1))
 
 
-def test_the_jacobi_estimate_does_not_depend_on_the_batch(device):
-    h = symmetric(torch.rand(4, 12, dtype=torch.float64, device=device) + 0.1)
-    b = torch.randn(4, 12, dtype=torch.float64, device=device)
-    solver = ConjugateGradient(max_iter=3, preconditioner="jacobi", probes=2)
-    whole, alone = solver.solve(product(h), b), solver.solve(product(h[2:3]), b[2:3])
-    torch.testing.assert_close(whole.value[2:3], alone.value, rtol=1e-12, atol=0)
+def test_an_invalid_x0_is_refused(make):
+    for x0 in (torch.ones(3), torch.ones(2, 3).double()):
+        with pytest.raises(ValueError, match=r"x0 must be \[2, 3\] torch.float32"):
+            make().solve(lambda p: p, torch.ones(2, 3), x0=x0)
 
 
 # ---- a user's own solver

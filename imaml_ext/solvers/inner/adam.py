@@ -10,6 +10,7 @@ from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner.base import (
     InnerSolver,
     check_settings,
+    check_tol,
     new_status,
     unverified,
     update_status,
@@ -41,6 +42,7 @@ class Adam(InnerSolver):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     tol: float | None = None
+    takes_mini_batches = True
 
     def __post_init__(self) -> None:
         check_settings(lr=self.lr, steps=self.steps, tol=self.tol)
@@ -52,12 +54,13 @@ class Adam(InnerSolver):
 
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
+        check_tol(problem, self.tol)
         phi = problem.start()
         first, second = torch.zeros_like(phi), torch.zeros_like(phi)
         status = new_status(problem)
         steps = torch.zeros_like(status)
         for step in range(1, self.steps + 1):
-            _, gradient = problem.objective.gradient(phi)
+            _, gradient = problem.objective_at(step - 1).gradient(phi)
             if self.tol is not None:
                 status = update_status(status, problem.residual(phi, gradient), self.tol)
                 if all_done(status, step - 1):

@@ -1,6 +1,7 @@
 """The interface of inner solvers, and their common helpers."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,9 +20,12 @@ class InnerSolver(ABC):
     Attributes:
         tol: a task has converged when `‖∇G_i‖ <= tol` (delta of the paper's Algorithm 2). None:
             every task takes all steps.
+        takes_mini_batches: whether `solve` uses the mini-batch of each step,
+            `problem.objective_at(step)`; otherwise mini-batches are refused.
     """
 
     tol: float | None = None
+    takes_mini_batches: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, problem: Proximal) -> Solution:
@@ -37,6 +41,22 @@ class InnerSolver(ABC):
             `value` is phi [B, D]. `residual` may be NaN and a task RUNNING: the caller, which
             computes the gradient at phi anyway, sets both.
         """
+
+
+def solve_inner(inner: InnerSolver, problem: Proximal) -> Solution:
+    """`inner.solve(problem)`.
+
+    Raises:
+        ValueError: the solver needs all examples in each step, but there are mini-batches.
+    """
+    if problem.batches is not None:
+        name = type(inner).__name__
+        if not inner.takes_mini_batches:
+            raise ValueError(
+                f"{name} does not take mini-batches: pass the support set itself, or use "
+                "GradientDescent, Adam or External"
+            )
+    return inner.solve(problem)
 
 
 def update_status(status: Tensor, residual: Tensor, tol: float | None) -> Tensor:
@@ -64,3 +84,9 @@ def check_settings(*, lr: float = 1.0, steps: int = 0, tol: float | None) -> Non
     check_integer("steps", steps, minimum=0)
     if tol is not None:
         check_range("tol", tol, "[0, inf]")
+
+
+def check_tol(problem: Proximal, tol: float | None) -> None:
+    """Raises ValueError if the gradients of mini-batches would have to be compared with a `tol`."""
+    if tol is not None and problem.batches is not None:
+        raise ValueError(f"tol={tol} cannot be checked on mini-batches: pass tol=None")

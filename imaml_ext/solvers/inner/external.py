@@ -23,7 +23,8 @@ class External(InnerSolver):
     Args:
         fn: maps the inner problem to phi, [B, D] or {name: [B, ...]}. `problem.value_and_gradient`
             computes G and its gradient, `problem.one_by_one()` yields single tasks, and
-            `problem.theta` [D] is their initial point.
+            `problem.start()` [B, D] is their initial point. With mini-batches,
+            `problem.objective_at(step)` has the losses of a step.
         tol: a task is CONVERGED if `‖∇G_i‖ <= tol`; None: never.
 
     Raises:
@@ -32,16 +33,15 @@ class External(InnerSolver):
 
     fn: Callable[[Proximal], Tensor | Params]
     tol: float | None = None
+    takes_mini_batches = True
 
     def __post_init__(self) -> None:
         check_callable("fn", self.fn, "(problem)")
         check_settings(tol=self.tol)
 
     def solve(self, problem: Proximal) -> Solution:
-        # A copy of theta, since fn might write to it; fn may use autograd itself.
-        own = Proximal(problem.objective, problem.theta.clone(), problem.lam.values)
-        with torch.enable_grad():
-            found = self.fn(own)
+        with torch.enable_grad():  # fn may use autograd itself
+            found = self.fn(problem.copy())
         if isinstance(found, Mapping):
             phi = problem.layout.flatten(found, "phi")
         elif isinstance(found, Tensor):

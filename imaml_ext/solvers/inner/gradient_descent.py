@@ -12,6 +12,7 @@ from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner.base import (
     InnerSolver,
     check_settings,
+    check_tol,
     new_status,
     unverified,
     update_status,
@@ -38,6 +39,7 @@ class GradientDescent(InnerSolver):
     momentum: float = 0.0
     nesterov: bool = False
     tol: float | None = None
+    takes_mini_batches = True
 
     def __post_init__(self) -> None:
         check_settings(lr=self.lr, steps=self.steps, tol=self.tol)
@@ -76,6 +78,7 @@ class GradientDescent(InnerSolver):
 
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
+        check_tol(problem, self.tol)
         phi = problem.start()
         velocity = torch.zeros_like(phi) if self.momentum else None
         settings: Any = {
@@ -87,7 +90,7 @@ class GradientDescent(InnerSolver):
         if self.tol is None and problem.descend(phi, steps=self.steps, **settings):
             return unverified(phi, status, steps + self.steps)
         for step in range(self.steps):
-            _, gradient = problem.objective.gradient(phi)
+            _, gradient = problem.objective_at(step).gradient(phi)
             if self.tol is not None:
                 status = update_status(status, problem.residual(phi, gradient), self.tol)
                 if all_done(status, step):

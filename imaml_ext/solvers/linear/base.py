@@ -27,6 +27,9 @@ class LinearSystem:
         second_moment: that of the inner solver's gradients, [B, D]; None if it kept none.
 
     Attributes:
+        x0: where the solve starts, [B, D]; None for 0. Then b is `b - A x0`: a solver computes the
+            correction of x0, starting from 0.
+        norm: `|b|` of the given b, [B] float64, if there is an x0: tolerances are relative to it.
         is_plain: set by a solver that has checked its solution, see `CgResult`, and set its final
             statuses.
 
@@ -52,6 +55,8 @@ class LinearSystem:
         self.lam = lam_of_rows(lam, b)
         self.damping = damping
         self.second_moment = second_moment
+        self.x0: Tensor | None = None
+        self.norm: Tensor | None = None
         self.is_plain = False
         self._matvec = matvec
         # Conjugate gradient by one call; None if matvec has no program.
@@ -59,6 +64,23 @@ class LinearSystem:
         if isinstance(matvec, Continuation) and not self.lam.is_dense:
             self.conjugate_gradient = matvec.conjugate_gradient
         self._grad_enabled = torch.is_grad_enabled()  # as the caller's matvec expects it
+
+    def start_at(self, x0: Tensor, *, only_if_better: bool = False) -> None:
+        """Replace b by `b - A x0`, so that a solver computes the correction of x0.
+
+        Args:
+            x0: [B, D].
+            only_if_better: start from 0 in the rows where x0 is not finite, or where
+                `|b - A x0| >= |b|`.
+        """
+        check_like("x0", x0, self.b)
+        x0 = x0.detach().clone(memory_format=torch.contiguous_format)
+        bb = row_dot(self.b, self.b)
+        r = self.b - self.product(x0)
+        if only_if_better:
+            better = (row_dot(r, r) < bb)[:, None]
+            x0, r = torch.where(better, x0, 0.0), torch.where(better, r, self.b)
+        self.x0, self.norm, self.b = x0, bb.sqrt(), r
 
     def curvature_product(self, p: Tensor) -> Tensor:
         """`H_i p_i` for every row, [B, D], contiguous."""
@@ -83,7 +105,7 @@ class LinearSolver(ABC):
     """Settings of the linear solve `(H + Λ + damping I) x = v` of a meta-gradient.
 
     A subclass implements `_solve(system)`, which receives a checked `LinearSystem` and returns a
-    `Solution`; it runs under `torch.no_grad`.
+    `Solution`, from x = 0; it runs under `torch.no_grad`.
 
     Args:
         max_iter: maximum number of products with H, not counting the check below.
@@ -122,8 +144,9 @@ class LinearSolver(ABC):
         lam: float | Tensor = 0.0,
         *,
         second_moment: Tensor | None = None,
+        x0: Tensor | None = None,
     ) -> Solution:
-        """Solve for every row of b [B, D], from x = 0; each row stops independently.
+        """Solve for every row of b [B, D]; each row stops independently.
 
         On an accelerator a solve of more than 64 iterations synchronises every 64, to stop when all
         rows are done; never while being recorded.
@@ -133,28 +156,46 @@ class LinearSolver(ABC):
             b: right-hand sides, [B, D], float32 or float64.
             lam: Λ: a float, or a tensor of shape [], [1] (scalar), [D] (diagonal), [D, D] (dense).
             second_moment: that of the inner solver's gradients, [B, D], if it kept one.
+            x0: initial x, [B, D], such as the solution of a similar system; default 0. It costs one
+                product. A row whose x0 is not finite, or no better than 0, starts from 0.
 
         Returns:
             `value` is x [B, D], `residual` is `|b - A x|` [B], measured or by the recurrence, and
             `lanczos` the curvature, if the solver measures it. A row that is not finite is
-            NONFINITE and its value is 0.
+            NONFINITE and its value is 0. One that is NEGATIVE_CURVATURE with 0 steps has the value
+            `Λ^-1 b`, whatever x0 is.
 
         Raises:
             TypeError, ValueError: an argument is invalid.
         """
         system = LinearSystem(matvec, b, lam, self.damping, second_moment)
+        given = system.b
         with torch.no_grad():
-            return finished(system, self._solve(system))
+            if x0 is not None:
+                system.start_at(x0, only_if_better=True)
+            solution = finished(system, self._solve(system))
+            if system.norm is None:
+                return solution
+            at_once = (solution.status == Status.NEGATIVE_CURVATURE) & (solution.steps == 0)
+            return replace(
+                solution,
+                value=torch.where(at_once[:, None], system.lam.solve(given), solution.value),
+                residual=torch.where(at_once, system.norm, solution.residual),
+            )
 
     @abstractmethod
     def _solve(self, system: LinearSystem) -> Solution:
         """Solve the system. Rows may be left RUNNING or not finite: `solve` sets their status."""
 
 
-def squared_tolerance(b: Tensor, rtol: float, atol: float, bb: Tensor | None = None) -> Tensor:
-    """`max(atol, rtol |b|, eps |b|)²` of every row, [B] float64. `bb` is b·b, if it is known."""
-    rtol = max(rtol, torch.finfo(b.dtype).eps)
-    bb = row_dot(b, b) if bb is None else bb
+def squared_tolerance(system: LinearSystem, bb: Tensor, rtol: float, atol: float) -> Tensor:
+    """`max(atol, rtol |b|, eps |b|)²` of every row, [B] float64, with b as given by the caller.
+
+    Args:
+        bb: b·b of the system's b.
+    """
+    rtol = max(rtol, torch.finfo(system.b.dtype).eps)
+    bb = bb if system.norm is None else system.norm.square()
     return (rtol * rtol * bb).clamp_min(atol * atol)
 
 
@@ -176,11 +217,12 @@ def with_true_residual(
     `residual + drift`.
 
     Args:
-        norm: `|b|`, [B] float64.
+        norm: `|b|` of the system's b, [B] float64.
         rtol, atol: those of the solve.
         drift: bound of the difference between `solution.residual` and `|b - A x|`, [B] float64.
     """
     measures = rtol > 0 or atol > 0
+    norm = norm if system.norm is None else system.norm
     floor = (10 if measures else 1000) * torch.finfo(system.b.dtype).eps
     tol = (max(rtol, floor) * norm).clamp_min(atol)
     doubtful = drift > torch.maximum(solution.residual, tol)
@@ -200,10 +242,13 @@ def with_true_residual(
 
 
 def finished(system: LinearSystem, solution: Solution) -> Solution:
-    """The solution with final statuses: MAX_ITER instead of RUNNING, NONFINITE if not finite."""
+    """The solution, x0 included, with final statuses: MAX_ITER instead of RUNNING, NONFINITE if not
+    finite."""
     if system.is_plain:
         return solution
     x, status = solution.value, solution.status.to(torch.int32)
+    if system.x0 is not None:
+        x = system.x0 + x
     failed = status == Status.NONFINITE
     # A finite sum of squares, without a pass that writes, has finite terms only.
     if not may_read_values(x) or bool((failed | is_not_finite(row_dot(x, x))).any()):

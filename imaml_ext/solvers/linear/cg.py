@@ -1,15 +1,15 @@
 """Conjugate gradient on a batch of independent linear systems."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from imaml_ext._checks import check_choice, check_integer, check_like
-from imaml_ext._random import random_bits
-from imaml_ext._tracing import is_tracing, may_read_values
-from imaml_ext.ops.rows import cg_step_, is_not_finite, row_dot
+from imaml_ext._checks import check_integer
+from imaml_ext._tracing import may_read_values
+from imaml_ext.ops.rows import cg_step_, row_dot
 from imaml_ext.problem.objective import Matvec
 from imaml_ext.solvers.linear.base import (
     LinearSolver,
@@ -18,6 +18,12 @@ from imaml_ext.solvers.linear.base import (
     initial_status,
     squared_tolerance,
     with_true_residual,
+)
+from imaml_ext.solvers.linear.preconditioner import (
+    Preconditioner,
+    check_preconditioner,
+    inverse_of,
+    with_curvature,
 )
 from imaml_ext.solvers.solution import Lanczos, Solution, Status, all_done
 
@@ -28,33 +34,30 @@ class ConjugateGradient(LinearSolver):
 
     Args:
         max_iter, rtol, atol, damping, curvature: as in `LinearSolver`.
-        preconditioner: diagonal, `|d| + Λ + damping` with an estimate d of H's diagonal.
-            "jacobi": d is the mean of `z * Hz` over random signs z (Bekas, Kokiopoulou, Saad 2007).
-            "adam": d is the root of the second moment of `inner=Adam(...)`, scaled to the curvature
-            of H along v, which takes one more product.
+        preconditioner: as in `conjugate_gradient`, or an estimate d of H's diagonal, which gives
+            the diagonal `M = |d| + Λ + damping`. "jacobi": d is the mean of `z * Hz` over random
+            signs z (Bekas, Kokiopoulou, Saad 2007). "adam": d is the root of the second moment of
+            `inner=Adam(...)`, scaled to the curvature of H along v, which takes one more product.
         probes: number of random vectors for "jacobi", one product each.
 
     Raises:
         TypeError, ValueError: a setting is not a number or out of range.
     """
 
-    preconditioner: Literal["jacobi", "adam"] | None = None
+    preconditioner: Literal["jacobi", "adam"] | Tensor | Preconditioner | None = None
     probes: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("preconditioner", self.preconditioner, ("jacobi", "adam", None))
+        check_preconditioner(self.preconditioner)
         check_integer("probes", self.probes, minimum=1)
-        if self.preconditioner != "jacobi" and self.probes != type(self).probes:
+        is_jacobi = isinstance(self.preconditioner, str) and self.preconditioner == "jacobi"
+        if not is_jacobi and self.probes != type(self).probes:
             raise ValueError(f"probes={self.probes} needs preconditioner='jacobi'")
 
     def _solve(self, system: LinearSystem) -> Solution:
-        preconditioner = None
-        if self.preconditioner == "jacobi":
-            preconditioner = _preconditioner(system, _jacobi_diagonal(system, self.probes))
-        elif self.preconditioner == "adam":
-            preconditioner = _preconditioner(system, _adam_diagonal(system))
-        return _iterate(system, self.max_iter, self.rtol, self.atol, preconditioner=preconditioner)
+        preconditioner = with_curvature(system, self.preconditioner, self.probes)
+        return _solve(system, self.max_iter, self.rtol, self.atol, preconditioner)
 
 
 def conjugate_gradient(
@@ -67,7 +70,7 @@ def conjugate_gradient(
     rtol: float = 0.0,
     atol: float = 0.0,
     x0: Tensor | None = None,
-    preconditioner: Tensor | None = None,
+    preconditioner: Tensor | Preconditioner | None = None,
 ) -> Solution:
     """Solve `(H_i + Λ + damping I) x_i = b_i` for every row i, H_i symmetric.
 
@@ -84,8 +87,11 @@ def conjugate_gradient(
         max_iter: maximum number of iterations.
         rtol, atol: when a row stops, and what CONVERGED means, as in `LinearSolver`.
         x0: initial x, [B, D]; default 0.
-        preconditioner: diagonal of M, positive, [D] or [B, D]. The less the eigenvalues of
-            M^-1 (H + Λ) are spread, the fewer iterations. The stopping criterion is still `|r|`.
+        preconditioner: M, or a function that applies M^-1. A tensor: the diagonal of M, positive,
+            [D] or [B, D]; or M as a matrix, symmetric positive definite, [D, D], or [1, D, D] or
+            [B, D, D], which is needed if B = D. A function maps r [B, D] to `M_i^-1 r_i`, for a
+            symmetric positive definite M_i; its iterations are not fused. The less the eigenvalues
+            of M^-1 (H + Λ) are spread, the fewer iterations. The stopping criterion is still `|r|`.
 
     Returns:
         `value` is x and `residual` is `|b - A x|`: the recurrence's `|r|`, or the true one where
@@ -106,37 +112,41 @@ def conjugate_gradient(
     Source: Hestenes, Stiefel 1952, "Methods of conjugate gradients for solving linear systems".
     """
     ConjugateGradient(max_iter, rtol, atol, damping)  # checks the settings
+    check_preconditioner(preconditioner, named=False)
     system = LinearSystem(matvec, b, lam, damping)
-    if x0 is not None:
-        check_like("x0", x0, system.b)
     with torch.no_grad():
-        return finished(system, _iterate(system, max_iter, rtol, atol, x0, preconditioner))
+        if x0 is not None:
+            system.start_at(x0)
+        return finished(system, _solve(system, max_iter, rtol, atol, preconditioner))
 
 
-def _iterate(
+def _solve(
     system: LinearSystem,
     max_iter: int,
     rtol: float,
     atol: float,
-    x0: Tensor | None = None,
-    preconditioner: Tensor | None = None,
+    preconditioner: Tensor | Preconditioner | None,
 ) -> Solution:
+    if preconditioner is None:
+        if system.conjugate_gradient is not None and system.x0 is None:
+            return _in_one_call(system, max_iter, rtol, atol)
+        return _iterate(system, max_iter, rtol, atol, None)
+    inverse = inverse_of(preconditioner, system.b)
+    if isinstance(inverse, Tensor):
+        return _iterate(system, max_iter, rtol, atol, inverse)
+    return _iterate_unfused(system, max_iter, rtol, atol, inverse)
+
+
+def _iterate(
+    system: LinearSystem, max_iter: int, rtol: float, atol: float, inverse: Tensor | None
+) -> Solution:
+    """Fused iterations; `inverse` is the diagonal of M^-1, [B, D], or None."""
     b = system.b
-    if system.conjugate_gradient is not None and x0 is None and preconditioner is None:
-        return _in_one_call(system, max_iter, rtol, atol)
-    if x0 is None:
-        x, r0 = torch.zeros_like(b), b
-    else:
-        x = x0.detach().clone(memory_format=torch.contiguous_format)
-        r0 = b - system.product(x)
-    r = r0.clone()
-    inverse = None if preconditioner is None else _inverse(preconditioner, b)
+    x, r = torch.zeros_like(b), b.clone()
     rr = row_dot(r, r)
-    tol2 = squared_tolerance(b, rtol, atol, rr if x0 is None else None)
+    norm = rr.sqrt()
+    tol2 = squared_tolerance(system, rr, rtol, atol)
     status = initial_status(rr, tol2)
-    if x0 is not None:
-        x = x.masked_fill(is_not_finite(rr)[:, None], 0.0)
-    start = _Start(r0, rr.sqrt(), None if x0 is None else x.clone())
     p = r.clone() if inverse is None else inverse * r
     rz = None if inverse is None else row_dot(r, p)
     steps = torch.zeros_like(status)
@@ -159,7 +169,12 @@ def _iterate(
     scale = None if inverse is None or not inverse.shape[1] else 1 / inverse.amax(1).double()
     lanczos = Lanczos.of_conjugate_gradient(curvature, beta, steps + negative, scale)
     solution = Solution(x, status, steps, rr.sqrt(), lanczos)
-    return _checked(system, solution, start, (curvature, beta), inverse, rtol, atol)
+    # |A|, within a factor of 3: for a positive definite tridiagonal matrix, the largest entry.
+    largest = lanczos.diagonal.amax(0)
+    of_a = largest if scale is None or inverse is None else largest / inverse.amin(1)
+    return _checked(
+        system, solution, norm, of_a, lambda: _smallest(curvature, beta) / largest, rtol, atol
+    )
 
 
 def _in_one_call(system: LinearSystem, max_iter: int, rtol: float, atol: float) -> Solution:
@@ -175,42 +190,86 @@ def _in_one_call(system: LinearSystem, max_iter: int, rtol: float, atol: float) 
         system.is_plain = True
         status.masked_fill_(status == Status.RUNNING, Status.MAX_ITER)
         return solution
-    start = _Start(system.b, found.norm, None)
-    return _checked(system, solution, start, (found.curvature, found.beta), None, rtol, atol)
+    largest = lanczos.diagonal.amax(0)
+    return _checked(
+        system, solution, found.norm, largest,
+        lambda: _smallest(found.curvature, found.beta) / largest, rtol, atol,
+    )  # fmt: skip
 
 
-class _Start(NamedTuple):
-    """Where a solve started: r0, |r0|, and x0 unless that is 0."""
+def _iterate_unfused(
+    system: LinearSystem, max_iter: int, rtol: float, atol: float, apply: Preconditioner
+) -> Solution:
+    """Iterations with any M^-1, with the decisions of `cg_step_`.
 
-    r: Tensor
-    residual: Tensor
-    x: Tensor | None
+    The curvature reported is the smallest and the largest `p'Ap / p'p`.
+    """
+    b = system.b
+    eps = torch.finfo(b.dtype).eps
+    x, r = torch.zeros_like(b), b.clone()
+    rr = row_dot(r, r)
+    norm = rr.sqrt()
+    tol2 = squared_tolerance(system, rr, rtol, atol)
+    status = initial_status(rr, tol2)
+    steps = torch.zeros_like(status)
+    p = apply(r)
+    rz = row_dot(r, p)
+    least, most = torch.full_like(rr, torch.inf), torch.full_like(rr, -torch.inf)
+    for k in range(max_iter):
+        if all_done(status, k):
+            break
+        ap = system.product(p)
+        pp, pap, apap = row_dot(p, p), row_dot(p, ap), row_dot(ap, ap)
+        running, alpha = status == Status.RUNNING, rz / pap
+        measured = running & apap.isfinite() & (rz > 0)
+        least = torch.where(measured, torch.minimum(least, pap / pp), least)
+        most = torch.where(measured, torch.maximum(most, pap / pp), most)
+        negative = measured & (pap <= eps * (pp * apap).sqrt())
+        moves = measured & ~negative & alpha.isfinite()
+        x = torch.where(moves[:, None], x + _column(alpha, b) * p, x)
+        r = torch.where(moves[:, None], r - _column(alpha, b) * ap, r)
+        z = apply(r)
+        rr, rz_old, rz = torch.where(moves, row_dot(r, r), rr), rz, row_dot(r, z)
+        p = torch.where(moves[:, None], z + _column(rz / rz_old, b) * p, p)
+        steps += moves
+        converged = moves & (rr <= tol2)
+        status = status.masked_fill(negative, Status.NEGATIVE_CURVATURE)
+        failed = running & ~negative & ~(moves & rr.isfinite() & ((rz > 0) | converged))
+        status = status.masked_fill(failed, Status.NONFINITE)
+        status = status.masked_fill(converged & ~failed, Status.CONVERGED)
+    at_once = (status == Status.NEGATIVE_CURVATURE) & (steps == 0)
+    x = torch.where(at_once[:, None], system.lam.solve(r), x)
+    count = 2 * least.isfinite().to(torch.int32)
+    lanczos = Lanczos(torch.stack([least, most]), least.new_zeros(1, len(least)), count)
+    solution = Solution(x, status, steps, rr.sqrt(), lanczos)
+    largest = most.clamp_min(0)
+    return _checked(system, solution, norm, largest, lambda: least / largest, rtol, atol)
 
 
 def _checked(
     system: LinearSystem,
     solution: Solution,
-    start: _Start,
-    coefficients: tuple[Tensor, Tensor],
-    inverse: Tensor | None,
+    norm: Tensor,
+    largest: Tensor,
+    smallest: Callable[[], Tensor],
     rtol: float,
     atol: float,
 ) -> Solution:
-    """The solution, with true residuals where needed, and `x0 + Λ^-1 r0` where A is singular.
+    """The solution, with true residuals where needed, and `Λ^-1 b` where A is singular.
 
     Without curvature x grows without limit, and in the end the residual with it.
+
+    Args:
+        norm: `|b|` of the system's b, [B] float64.
+        largest: an estimate of |A|, [B] float64.
+        smallest: the smallest measured `p'Ap / p'Mp`, relative to the largest, [B] float64.
     """
-    b, x, lanczos = system.b, solution.value, solution.lanczos
-    assert lanczos is not None
-    # |A|, within a factor of 3: for a positive definite tridiagonal matrix, the largest entry.
-    rounding = torch.finfo(b.dtype).eps * lanczos.diagonal.amax(0)
-    of_a = rounding if lanczos.scale is None or inverse is None else rounding / inverse.amin(1)
-    error = of_a * row_dot(x, x).sqrt()  # of the residual of x
-    size = norm = start.residual
-    if start.x is not None:
-        norm = row_dot(b, b).sqrt()
-        size = torch.maximum(size, norm)
-        error = torch.maximum(error, of_a * row_dot(start.x, start.x).sqrt())
+    b, x, eps = system.b, solution.value, torch.finfo(system.b.dtype).eps
+    error = eps * largest * row_dot(x, x).sqrt()  # of the residual of x
+    size = norm
+    if system.x0 is not None and system.norm is not None:
+        size = torch.maximum(norm, system.norm)
+        error = torch.maximum(error, eps * largest * row_dot(system.x0, system.x0).sqrt())
     checked = with_true_residual(system, solution, norm, rtol, atol, 20 * error)
     residual = checked.residual if rtol > 0 or atol > 0 else solution.residual
     worse = (residual + 10 * error > size) & (solution.steps > 0)
@@ -218,65 +277,25 @@ def _checked(
         return checked
     # An ill-conditioned solve that will succeed may also be worse than x = 0 for a time, but hardly
     # with such an x, or after such a direction.
-    flat = (_rayleigh(*coefficients).abs() <= 4 * rounding).any(0)
-    lost = worse & (flat | (20 * error > size))
-    x = system.lam.solve(start.r) if start.x is None else start.x + system.lam.solve(start.r)
+    lost = worse & ((smallest().abs() <= 4 * eps) | (20 * error > size))
     return replace(
         checked,
-        value=torch.where(lost[:, None], x, checked.value),
+        value=torch.where(lost[:, None], system.lam.solve(b), checked.value),
         status=checked.status.masked_fill(lost, Status.NEGATIVE_CURVATURE),
         steps=checked.steps.masked_fill(lost, 0),
-        residual=torch.where(lost, start.residual, checked.residual),
+        residual=torch.where(lost, norm, checked.residual),
     )
 
 
-def _rayleigh(curvature: Tensor, beta: Tensor) -> Tensor:
-    """`p'Ap / p'Mp` of each iteration, [max_iter, B]; NaN for a frozen row.
+def _smallest(curvature: Tensor, beta: Tensor) -> Tensor:
+    """The smallest `|p'Ap / p'Mp|` of each row, [B], from coefficients [max_iter, B].
 
-    `curvature` is `p'Ap / r'z`, and `p'Mp = (r'z)² (1 / r'z + 1 / previous r'z + ...)`.
+    `curvature` is `p'Ap / r'z`, and `p'Mp = (r'z)² (1 / r'z + 1 / previous r'z + ...)`; those of a
+    frozen row are NaN.
     """
     rz = torch.cat([torch.ones_like(beta[:1]), beta[:-1].cumprod(0)])  # relative to the first
-    return curvature / (rz * (1 / rz).cumsum(0))
+    return (curvature / (rz * (1 / rz).cumsum(0))).abs().nan_to_num(nan=torch.inf).amin(0)
 
 
-def _inverse(preconditioner: Tensor, b: Tensor) -> Tensor:
-    check_like("preconditioner", preconditioner, b, b.shape, b.shape[1:])
-    inverse = 1 / preconditioner.detach()
-    if may_read_values(b) and not bool(((inverse > 0) & inverse.isfinite()).all()):
-        raise ValueError("preconditioner and its inverse must be positive and finite")
-    return inverse.expand_as(b).contiguous()
-
-
-def _preconditioner(system: LinearSystem, diagonal: Tensor) -> Tensor:
-    """`|d| + Λ + damping`, 1 where that cannot be a divisor, from H's diagonal d, [B, D]."""
-    diagonal = diagonal.abs() + system.lam.diagonal() + system.damping
-    tiny = torch.finfo(diagonal.dtype).tiny
-    return torch.where((diagonal > tiny) & (diagonal < 1 / tiny), diagonal, 1.0)
-
-
-def _jacobi_diagonal(system: LinearSystem, probes: int) -> Tensor:
-    """An estimate of the diagonal of each `H_i`, [B, D]; a row does not depend on the others."""
-    if is_tracing():
-        raise RuntimeError(
-            "preconditioner='jacobi' cannot be compiled: its random probes would overflow int64"
-        )
-    b = system.b
-    total = torch.zeros_like(b)
-    for probe in range(probes):
-        signs = 2 * (random_bits(0, probe, 0, range(1), b.shape[1:], b.device) % 2) - 1
-        z = signs.to(b.dtype).expand_as(b).contiguous()
-        total += z * system.curvature_product(z)
-    return total / probes
-
-
-def _adam_diagonal(system: LinearSystem) -> Tensor:
-    """`c sqrt(second moment)`, with c such that its curvature along b is that of H, [B, D]."""
-    if system.second_moment is None:
-        raise ValueError(
-            "preconditioner='adam' needs the second moment of the inner solver: "
-            "use inner=Adam(...), without adapted="
-        )
-    b, root = system.b, system.second_moment.sqrt()
-    along_h, along_root = row_dot(b, system.curvature_product(b)), row_dot(b, root * b)
-    c = torch.where(along_root > 0, along_h.abs() / along_root, 0.0)
-    return c[:, None].to(b.dtype) * root
+def _column(factor: Tensor, rows: Tensor) -> Tensor:
+    return factor[:, None].to(rows.dtype)

@@ -41,7 +41,7 @@ class MINRES(LinearSolver):
     def _solve(self, system: LinearSystem) -> Solution:
         b = system.b
         bb = row_dot(b, b)
-        norm, tol2 = bb.sqrt(), squared_tolerance(b, self.rtol, self.atol)
+        norm, tol2 = bb.sqrt(), squared_tolerance(system, bb, self.rtol, self.atol)
         status = initial_status(bb, tol2)
         steps, count = torch.zeros_like(status), torch.zeros_like(status)
         diagonal, link = norm.new_zeros(2, self.max_iter, len(b))
@@ -100,6 +100,8 @@ class MINRES(LinearSolver):
         lanczos = Lanczos(diagonal, link[:-1], count)
         solution = Solution(x, status, steps, eta.abs(), lanczos)
         drift = 20 * eps * kappa * size * row_dot(x, x).sqrt()
+        if system.x0 is not None:  # rounding in b - A x0
+            drift = drift + 20 * eps * size * row_dot(system.x0, system.x0).sqrt()
         return with_true_residual(system, solution, norm, self.rtol, self.atol, drift)
 
 

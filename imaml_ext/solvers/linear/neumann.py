@@ -50,7 +50,7 @@ class NeumannSeries(LinearSolver):
         x, r = torch.zeros_like(system.b), system.b.clone()
         rr = row_dot(r, r)
         norm = rr.sqrt()
-        tol2 = squared_tolerance(system.b, self.rtol, self.atol)
+        tol2 = squared_tolerance(system, rr, self.rtol, self.atol)
         status = initial_status(rr, tol2)
         steps = torch.zeros_like(status)
         least, most = torch.full_like(rr, torch.inf), torch.full_like(rr, -torch.inf)
@@ -78,5 +78,6 @@ class NeumannSeries(LinearSolver):
         lanczos = Lanczos(torch.stack([least, most]), least.new_zeros(1, len(least)), count)
         solution = Solution(x, status, steps, rr.sqrt(), lanczos)
         # |A| is at most 2 / lr, or the series diverges.
-        drift = 20 * torch.finfo(x.dtype).eps / self.lr * row_dot(x, x).sqrt()
+        total = x if system.x0 is None else x.abs() + system.x0.abs()
+        drift = 20 * torch.finfo(x.dtype).eps / self.lr * row_dot(total, total).sqrt()
         return with_true_residual(system, solution, norm, self.rtol, self.atol, drift)
