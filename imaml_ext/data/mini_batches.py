@@ -93,7 +93,7 @@ class MiniBatches:
         ]
         order = torch.cat([epoch[:, : each * batch_size] for epoch in epochs], dim=1)
         index = order.view(tasks, -1, batch_size)[:, :steps].contiguous()
-        return _unflatten((data, None, index), None)
+        return _unflatten((data, index), (("_index",), None))
 
     def at(self, step: int) -> Any:
         """The mini-batch of a step, counted from 0: a pytree of [B, ...] tensors."""
@@ -124,13 +124,19 @@ def split_batches(support: Any) -> tuple[Any, MiniBatches | None]:
 
 
 def _flatten(value: MiniBatches) -> tuple[list[Any], Any]:
-    return [value.data, value._batches, value._index], value._source
+    kinds = {"_batches": value._batches, "_index": value._index}
+    present = [name for name, child in kinds.items() if child is not None]  # None would be a leaf
+    return [value.data, *(kinds[name] for name in present)], (tuple(present), value._source)
 
 
-def _unflatten(children: Iterable[Any], source: Any) -> MiniBatches:
+def _unflatten(children: Iterable[Any], context: Any) -> MiniBatches:
+    names, source = context
     value = MiniBatches.__new__(MiniBatches)
-    value.data, value._batches, value._index = children
+    value._batches = value._index = None
+    value.data, *rest = children
     value._source = source
+    for name, child in zip(names, rest, strict=True):
+        setattr(value, name, child)
     return value
 
 
