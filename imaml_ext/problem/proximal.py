@@ -8,28 +8,38 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imaml_ext.ops.rows import prox_norms, row_dot
-from imaml_ext.problem.lam import LamOperator
+from imaml_ext.problem.lam_operator import LamOperator
 from imaml_ext.problem.layout import Layout
 from imaml_ext.problem.objective import Objective
 
 
 class Proximal:
-    """`G_i(phi) = L_i(phi) + 1/2 (phi - theta)' Λ (phi - theta)`, called G below, for B tasks.
+    """`G_i(phi) = L_i(phi) + 1/2 (phi - theta)' Λ_i (phi - theta)`, called G below, for B tasks.
 
     Args:
         objective: the losses L_i on the support sets.
         theta: initial point of every task and centre of the proximal term, [D].
-        lam: Λ: [1] for a scalar, [D] for a diagonal, [D, D] for a dense matrix.
+        lam: Λ: [1] for a scalar, [D] for a diagonal, [D, D] for a dense matrix; [B, 1, 1] or
+            [B, 1, D] for a scalar or a diagonal per task.
 
     Attributes:
         objective, theta: as given.
-        lam: Λ as a `LamOperator`: `lam.mv(rows)` is `Λ rows_i`, and `lam.values` the given tensor.
+        lam: Λ as a `LamOperator`: `lam.mv(rows)` is `Λ_i rows_i`, and `lam.values` the tensor.
+
+    Raises:
+        ValueError: lam is for another number of tasks.
     """
 
     def __init__(self, objective: Objective, theta: Tensor, lam: Tensor) -> None:
         self.objective = objective
         self.theta = theta
-        self.lam = LamOperator(lam)
+        if lam.dim() == 3 and len(lam) != objective.tasks:
+            raise ValueError(
+                f"lam has values for {len(lam)} tasks, but the batch has {objective.tasks}: pass "
+                "one for each task; a diagonal for all tasks is a dict of tensors of the "
+                "parameters' shapes"
+            )
+        self.lam = LamOperator.of(lam)
 
     @property
     def tasks(self) -> int:
@@ -50,7 +60,7 @@ class Proximal:
         for i in range(self.tasks):
             data = pytree.tree_map(lambda leaf, i=i: leaf[i : i + 1], self.objective.data)
             one = Objective(self.objective.loss, self.layout, data, shared=self.objective.shared)
-            yield Proximal(one, self.theta, self.lam.values)
+            yield Proximal(one, self.theta, self.lam.of_task(i))
 
     def values(self, phi: Tensor) -> Tensor:
         """G at phi [B, D]; [B] float64."""
@@ -77,7 +87,7 @@ class Proximal:
             settings: `steps`, and lr, velocity, momentum and nesterov as in `prox_gd_`.
         """
         recorded = self.objective.recorded
-        if recorded is None or self.lam.is_dense:
+        if recorded is None or not self.lam.is_fused:
             return False
         return recorded.descend(phi, theta=self.theta, lam=self.lam.fused, **settings)
 

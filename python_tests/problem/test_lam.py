@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from imaml_ext.problem.lam import (
-    LamOperator,
     ProximalStrength,
     flatten_lam,
     lam_of_rows,
     unflatten_lam_gradient,
 )
+from imaml_ext.problem.lam_operator import LamOperator
 from imaml_ext.problem.layout import Layout
 
 PARAMS = {"w": torch.zeros(2, 3, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
@@ -43,24 +43,24 @@ def values(request):
 
 def test_mv_multiplies_each_row_by_the_matrix(values):
     rows = torch.randn(3, 7, dtype=torch.float64)
-    torch.testing.assert_close(LamOperator(values).mv(rows), rows @ matrix(values))
+    torch.testing.assert_close(LamOperator.of(values).mv(rows), rows @ matrix(values))
 
 
 def test_solve_inverts_mv(values):
     rows = torch.randn(3, 7, dtype=torch.float64)
     want = torch.linalg.solve(matrix(values), rows.T).T
-    torch.testing.assert_close(LamOperator(values).solve(rows), want)
+    torch.testing.assert_close(LamOperator.of(values).solve(rows), want)
 
 
 def test_solve_gives_0_where_lam_is_not_positive():
     rows = torch.ones(2, 3, dtype=torch.float64)
-    got = LamOperator(tensor([2.0, 0.0, -1.0])).solve(rows)
+    got = LamOperator.of(tensor([2.0, 0.0, -1.0])).solve(rows)
     assert torch.equal(got, tensor([[0.5, 0.0, 0.0]]).expand(2, 3))
-    assert (LamOperator(torch.diag(tensor([1.0, 1.0, -1.0]))).solve(rows) == 0).all()
+    assert (LamOperator.of(torch.diag(tensor([1.0, 1.0, -1.0]))).solve(rows) == 0).all()
 
 
 def test_the_fused_and_the_unfused_part_add_up_to_the_product(values):
-    operator = LamOperator(values)
+    operator = LamOperator.of(values)
     phi, theta = torch.randn(3, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     rows = torch.randn(3, 7, dtype=torch.float64)
     got = operator.add_unfused(rows, phi, theta) + operator.fused * (phi - theta)
@@ -72,7 +72,7 @@ def test_the_fused_and_the_unfused_part_add_up_to_the_product(values):
 
 
 def test_diagonal_is_that_of_the_matrix(values):
-    got = LamOperator(values).diagonal().expand(7)
+    got = LamOperator.of(values).diagonal().expand(7)
     torch.testing.assert_close(got, matrix(values).diagonal())
 
 
@@ -80,10 +80,10 @@ def test_the_gradient_is_that_of_the_quadratic_form(values):
     # Λ enters x' Λ (theta - phi) linearly; for a dense Λ the gradient is the symmetric part.
     x, displacement = torch.randn(2, 3, 7, dtype=torch.float64)
     leaf = values.clone().requires_grad_()
-    total = -(x * LamOperator(leaf).mv(displacement)).sum()
+    total = -(x * LamOperator.of(leaf).mv(displacement)).sum()
     (want,) = torch.autograd.grad(total, leaf)
     want = (want + want.T) / 2 if want.dim() == 2 else want
-    torch.testing.assert_close(LamOperator(values).gradient(x, displacement), want)
+    torch.testing.assert_close(LamOperator.of(values).gradient(x, displacement), want)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_gradient_is_that_of_the_quadratic_form(values):
     ids=str,
 )
 def test_a_matrix_is_positive_definite_if_finite_symmetric_and_positive(values, expected):
-    got = LamOperator(values).is_positive_definite()
+    got = LamOperator.of(values).is_positive_definite()
     assert got.shape == ()
     assert got.item() == expected
 
