@@ -20,10 +20,12 @@ class TaskBatch:
     Attributes:
         support: examples to adapt to, a pytree of [B, ...] tensors.
         query: examples to evaluate on, another pytree with the same B.
+        weights: of the tasks in the meta-gradient, [B], as in `implicit_meta_grad`; None: equal.
     """
 
     support: Any
     query: Any
+    weights: Tensor | None = None
 
     @staticmethod
     def of(value: Any) -> "TaskBatch":
@@ -31,7 +33,8 @@ class TaskBatch:
 
         Args:
             value: a TaskBatch, a pair (support, query), (support x, support y, query x, query y),
-                {"support": ..., "query": ...} or {"train": ..., "test": ...}.
+                {"support": ..., "query": ...} or {"train": ..., "test": ...}; the dicts may have
+                "weights" too.
 
         Raises:
             TypeError: it has another form, or is a pair of tensors, which may also be (x, y).
@@ -41,8 +44,9 @@ class TaskBatch:
         got = kind_of(value)
         if isinstance(value, Mapping):
             for names in (("support", "query"), ("train", "test")):
-                if value.keys() == set(names):
-                    return TaskBatch(*(value[name] for name in names))
+                if value.keys() - {"weights"} == set(names):
+                    support, query = (value[name] for name in names)
+                    return TaskBatch(support, query, value.get("weights"))
             got = f"a dict of {list(value)}"
         if isinstance(value, (tuple, list)):
             tensors = [isinstance(part, Tensor) for part in value]
@@ -95,8 +99,9 @@ class TaskBatch:
         size: int = pytree.tree_leaves(self._parts())[0].shape[0]
         return size
 
-    def _parts(self) -> tuple[Any, Any]:
-        return self.support, self.query
+    def _parts(self) -> tuple[Any, ...]:
+        parts = self.support, self.query
+        return parts if self.weights is None else (*parts, self.weights)
 
 
 class TaskSource(Protocol):

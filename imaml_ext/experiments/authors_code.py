@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from imaml_ext.problem.lam import LamOperator
+from imaml_ext.problem.lam_operator import LamOperator
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner.base import unverified
 from imaml_ext.solvers.inner.gradient_descent import GradientDescent
@@ -38,7 +38,7 @@ class AuthorsCodeCG(ConjugateGradient):
     def _solve(self, system: LinearSystem) -> Solution:
         lam = system.lam.values
         other = copy(system)
-        other.lam = LamOperator(2 * (lam + 10))
+        other.lam = LamOperator.of(2 * (lam + 10))
         solution = super()._solve(other)
         # The caller multiplies x by lam to get g. The Lanczos data is of another system.
         return replace(solution, value=solution.value * ((lam + 10) / lam), lanczos=None)

@@ -37,7 +37,7 @@ class IMAML(Method):
         loss, params, query_loss, nonfinite: as in `Method`.
         lam: proximal strength, as in `implicit_meta_grad`; 0 only with `shared`. Its tensors that
             require grad are learned directly; a `ProximalStrength` is learned too, and stays
-            positive.
+            positive. One per task fits only batches of that many tasks, always in the same order.
         inner, linear: as in `implicit_meta_grad`.
         shared: as in `implicit_meta_grad`; learned too.
         adapt_proximal: whether `adapt`, which evaluation uses, keeps the proximal term.
@@ -93,6 +93,7 @@ class IMAML(Method):
             linear=self.linear,
             query_loss=self.query_loss,
             shared=self.shared,
+            weights=batch.weights,
             nonfinite=self.nonfinite,
         )
         learned = self.hyperparameters()

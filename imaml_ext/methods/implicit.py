@@ -6,6 +6,8 @@ With `phi_i = argmin L̂_i(phi) + 1/2 (phi - theta)' Λ (phi - theta)`, `v_i = �
     dL_i/dtheta = Λ x_i,     dL_i/dΛ = -x_i * (phi_i - theta)   for a diagonal Λ, its sum for a
                              scalar Λ, and -sym(x_i (phi_i - theta)') for a dense Λ.
 
+Λ may differ from task to task; then Λ_i takes the place of Λ.
+
 Source: Rajeswaran, Finn, Kakade, Levine 2019, equation 6 and Algorithm 2.
 """
 
@@ -29,6 +31,7 @@ from imaml_ext.methods.meta_gradient import (
     Nonfinite,
     check_nonfinite,
     failed_tasks,
+    relative_weights,
     task_weight,
 )
 from imaml_ext.methods.shared import check_shared, direct_gradient, gradient_through_phi
@@ -36,6 +39,7 @@ from imaml_ext.methods.warm_start import WarmStart, start_at
 from imaml_ext.ops.batching import call_for_each, is_grads_batched
 from imaml_ext.ops.rows import is_finite, is_not_finite, prox_norms, pull_back, row_dot
 from imaml_ext.problem.lam import Lam, flatten_lam, unflatten_lam_gradient
+from imaml_ext.problem.lam_operator import SharedLam
 from imaml_ext.problem.layout import Layout, Params
 from imaml_ext.problem.objective import Loss, Objective, check_same_tasks
 from imaml_ext.problem.proximal import Proximal
@@ -61,6 +65,7 @@ def implicit_meta_grad(
     adapted: Mapping[str, Tensor] | None = None,
     start: Mapping[str, Tensor] | None = None,
     x0: Tensor | None = None,
+    weights: Tensor | None = None,
     nonfinite: Nonfinite = "propagate",
 ) -> ImplicitMetaGradient:
     """Adapt to a batch of tasks and differentiate the mean query loss through the adaptation.
@@ -75,8 +80,10 @@ def implicit_meta_grad(
             `support` may be `MiniBatches`.
         lam: proximal strength: a positive float, a 0-d tensor, a dict with, for each parameter, a
             0-d tensor or a tensor of its shape, or one symmetric positive definite [D, D] tensor,
-            where D counts all parameters in the order of `params`. 0 for no proximal term: theta is
-            only the initial point, its gradient is 0, and H alone must be positive definite.
+            where D counts all parameters in the order of `params`. For one per task, a tensor [B]
+            or [B, D], or a dict that has, for some or all parameters, a tensor [B, *shape]; a
+            tensor [B, D] with B = D is a dense matrix. 0 for no proximal term: theta is only the
+            initial point, its gradient is 0, and H alone must be positive definite.
         inner: inner solver; default `GradientDescent(lr=0.1, steps=16)`.
         linear: linear solver; default `ConjugateGradient(max_iter=5)`.
         query_loss: evaluated at phi on the query set, instead of `loss`.
@@ -89,13 +96,18 @@ def implicit_meta_grad(
             theta.
         x0: where the linear solve starts, [B, D], such as `out.linear.value` of the last call; see
             `LinearSolver.solve`.
+        weights: [B], finite and not negative, for the weighted mean `Σ w_i g_i / Σ w_i` over the
+            tasks. A task of weight 0, such as padding, contributes nothing, even if it is not
+            finite. Invalid weights make the gradient NaN on CUDA, where checking them would
+            synchronise.
         nonfinite: effect of a task with a non-finite loss, gradient or solve. "propagate": the mean
             gradient is NaN, so that it cannot go unnoticed. "omit": the mean is over the other
             tasks.
 
     Returns:
         `params` is the mean over tasks of `Λ x_i`, where `(H_i + Λ) x_i = v_i`; `lam` is the
-        gradient with respect to Λ; `inner` and `linear` report on the solves of each task.
+        gradient of the mean query loss with respect to Λ, with one entry per task if lam has;
+        `inner` and `linear` report on the solves of each task.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the losses depend on another tensor that
@@ -119,6 +131,7 @@ def implicit_meta_grad(
         theta = layout.flatten(params)
         first = None if start is None else start_at(_rows("start", start, objective), theta)
         problem = Proximal(objective, theta, flat_lam, start=first, batches=batches)
+    shares = relative_weights(weights, problem.tasks, problem.theta)
 
     if adapted is None:
         solution = solve_inner(solvers.inner, problem)
@@ -132,17 +145,18 @@ def implicit_meta_grad(
 
     ok = ~failed_tasks(losses, solution, x)
     first_order = _is_first_order(x)
+    x_rows = x.value if shares is None else x.value * shares[:, None]
     psi_gradient: Params = {}
     if psi:
-        direct = direct_gradient(query_objective, phi, ok)
-        through = gradient_through_phi(objective, phi, x.value, ok, first_order)
+        direct = direct_gradient(query_objective, phi, ok, shares)
+        through = gradient_through_phi(objective, phi, x_rows, ok, first_order)
         psi_gradient = {name: a + b for name, a, b in zip(psi, direct, through, strict=True)}
         # A sum over the tasks: if it is not finite, the task responsible is unknown, so all fail.
         finite = torch.stack([g.isfinite().all() for g in psi_gradient.values()]).all()
         status = x.status.masked_fill(~finite, Status.NONFINITE)
         x, ok = replace(x, status=status), ok & finite
-    weight = task_weight(ok, nonfinite, layout.dtype)
-    theta_gradient, lam_gradient = _pull_back(x.value, phi, problem, ok, first_order, weight)
+    weight = task_weight(ok, nonfinite, layout.dtype, shares)
+    theta_gradient, lam_gradient = _pull_back(x_rows, phi, problem, ok, first_order, weight)
     return ImplicitMetaGradient(
         params=layout.unflatten(theta_gradient),
         lam=unflatten_lam_gradient(layout, lam, lam_gradient),
@@ -152,6 +166,7 @@ def implicit_meta_grad(
         inner=solution,
         linear=x,
         shared={name: torch.where(finite, g, 0.0) * weight for name, g in psi_gradient.items()},
+        weights=shares,
     )
 
 
@@ -362,7 +377,7 @@ def _without_overflow(solution: Solution, phi: Tensor, problem: Proximal) -> Sol
     x2, limit = row_dot(x, x), torch.finfo(x.dtype).max / 4
     lam_norm = problem.lam.norm()
     if may_read_values(x):
-        most = max(max(distance2.tolist()) ** 0.5, lam_norm.item())
+        most = max(max(distance2.tolist()) ** 0.5, lam_norm.max().item())
         if max(x2.tolist()) ** 0.5 * most <= limit:
             return solution
     displacement_norm = distance2.sqrt()
@@ -392,13 +407,14 @@ def _pull_back(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of theta and Λ: weighted sums over the tasks that are ok, [B] bool.
 
-    Weights are applied before the sum, which may overflow where the mean does not.
+    Weights are applied before the sum, which may overflow where the mean does not. The gradient of
+    a Λ per task is not summed.
     """
     theta, lam, displaced = problem.theta, problem.lam, ok & ~first_order
-    if lam.is_dense:
+    if not isinstance(lam, SharedLam):
         x = torch.where(ok[:, None], x, 0.0) * weight
         displacement = torch.where(displaced[:, None], phi - theta, 0.0)
-        return lam.mv(x.sum(0, keepdim=True))[0], lam.gradient(x, displacement)
+        return lam.mv(x).sum(0), lam.gradient(x, displacement)
     use = ok.to(torch.int32) + displaced.to(torch.int32)
     x_sum, products = pull_back(x, phi, theta, weight.reshape(1), use)
     return lam.mv(x_sum), lam.gradient_of_products(products)

@@ -14,7 +14,13 @@ from torch import Tensor
 from imaml_ext._checks import check_choice, check_integer, kind_of
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.base import Method
-from imaml_ext.methods.meta_gradient import MetaGradient, Nonfinite, failed_tasks, task_weight
+from imaml_ext.methods.meta_gradient import (
+    MetaGradient,
+    Nonfinite,
+    failed_tasks,
+    relative_weights,
+    task_weight,
+)
 from imaml_ext.problem.differentiation import check_inference_mode
 from imaml_ext.problem.lam import Lam, flatten_lam
 from imaml_ext.problem.layout import Params
@@ -89,7 +95,7 @@ class _Unrolled(Method):
                 )
         phi = phi.detach()
         support = problem.objective.gradient(phi)
-        return self._mean(problem, phi, support, losses.detach(), *gradients)
+        return self._mean(problem, phi, support, losses.detach(), *gradients, weights=batch.weights)
 
     @torch.no_grad()
     def adapt(self, support: Any) -> Params:
@@ -133,6 +139,7 @@ class _Unrolled(Method):
         support: tuple[Tensor, Tensor],  # losses [B] and their gradients [B, D], at phi
         query_loss: Tensor,  # [B]
         *gradients: Tensor,  # of each task, by theta [B, D] and by each hyperparameter [B, 1]
+        weights: Tensor | None,  # of the tasks, [B]
     ) -> MetaGradient:
         """The mean over the tasks, with a report."""
         layout, (support_loss, support_gradient) = problem.layout, support
@@ -142,7 +149,10 @@ class _Unrolled(Method):
         status = update_status(status, residual, None)
         inner = Solution(phi, status, torch.full_like(status, self.inner.steps), residual)
         ok = ~failed_tasks(query_loss, inner)
-        weight = task_weight(ok, self.nonfinite, layout.dtype)
+        shares = relative_weights(weights, problem.tasks, phi)
+        weight = task_weight(ok, self.nonfinite, layout.dtype, shares)
+        if shares is not None:
+            weight = weight * shares[:, None]
         # Weights before the sum, which may overflow where the mean does not.
         means = [(torch.where(ok[:, None], rows, 0.0) * weight).sum(0) for rows in gradients]
         learned = zip(self.hyperparameters(), means[1:], strict=True)
@@ -155,6 +165,7 @@ class _Unrolled(Method):
             inner=inner,
             linear=None,
             hyperparameters={name: mean[0] for name, mean in learned},
+            weights=shares,
         )
 
 
@@ -324,4 +335,5 @@ class Reptile(_Unrolled):
         for _ in range(self.inner.steps):
             phi, velocity = self._descend(next(turns), phi, theta, velocity, self.inner.lr, 1)
         support = problem.objective.gradient(phi)
-        return self._mean(problem, phi, support, query_objective.losses(phi), theta - phi)
+        losses = query_objective.losses(phi)
+        return self._mean(problem, phi, support, losses, theta - phi, weights=batch.weights)

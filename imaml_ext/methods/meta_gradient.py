@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from imaml_ext._checks import check_choice
+from imaml_ext._checks import check_choice, kind_of
 from imaml_ext._tracing import may_read_values
 from imaml_ext.ops.rows import is_not_finite
 from imaml_ext.problem.layout import Params
@@ -23,8 +23,9 @@ class MetaGradient:
     """The meta-gradient of a batch of B tasks, with a report.
 
     Attributes:
-        params: mean over tasks of dL_i/dtheta, tensors of theta's shapes.
-        lam: the same for Λ, in lam's form; None if lam is a float.
+        params: mean over tasks of dL_i/dtheta, tensors of theta's shapes; weighted if there are
+            weights.
+        lam: the gradient of the mean query loss by Λ, in lam's form; None if lam is a float.
         support_loss, query_loss: at phi, [B].
         adapted: phi, {name: [B, ...]}.
         inner: the inner solve. `residual` is `‖∇G_i(phi_i)‖` and `error_estimate` estimates
@@ -34,6 +35,8 @@ class MetaGradient:
         linear: the linear solve; None from a method without one.
         hyperparameters: gradients of the other learned tensors: "log_lr", or "lam.NAME" of a
             `ProximalStrength`.
+        weights: relative weights of the tasks in the mean, [B]: those given, divided by the largest
+            of them; None if all are equal.
     """
 
     params: Params
@@ -44,6 +47,7 @@ class MetaGradient:
     inner: Solution
     linear: Solution | None
     hyperparameters: Params = field(default_factory=dict)
+    weights: Tensor | None = None
 
     def named(self) -> Params:
         """Every gradient by name: parameters under their own names, lam as "lam" or "lam.NAME"."""
@@ -51,8 +55,9 @@ class MetaGradient:
 
     @property
     def failed(self) -> Tensor:
-        """Tasks whose losses or solves are not finite, [B] bool."""
-        return failed_tasks(self.query_loss, *self._solves.values())
+        """Tasks whose losses, solves or weights are not finite, [B] bool; not those of weight 0."""
+        failed = failed_tasks(self.query_loss, *self._solves.values())
+        return failed if self.weights is None else counted_failures(failed, self.weights)
 
     def describe(self) -> str:
         """The statuses of each solve, with remedies, in one line. Synchronises on CUDA."""
@@ -79,7 +84,7 @@ class ImplicitMetaGradient(MetaGradient):
     """A meta-gradient computed by a linear solve, from `implicit_meta_grad` and `IMAML`.
 
     Attributes:
-        params, lam, support_loss, query_loss, adapted, inner, hyperparameters: as in
+        params, lam, support_loss, query_loss, adapted, inner, hyperparameters, weights: as in
             `MetaGradient`.
         linear: the linear solve; `error_estimate` estimates `‖x_i - x_i*‖`, delta' of Algorithm 2,
             for the system that was solved, damping included.
@@ -116,12 +121,61 @@ def failed_tasks(values: Tensor, *solves: Solution) -> Tensor:
     return failed
 
 
-def task_weight(ok: Tensor, nonfinite: Nonfinite, dtype: torch.dtype) -> Tensor:
+def relative_weights(weights: Any, tasks: int, like: Tensor) -> Tensor | None:
+    """Weights of tasks divided by the largest, [B] in the dtype of `like`; None for None.
+
+    All are NaN if one is negative or not finite, or all are 0; an error where values may be read.
+
+    Raises:
+        TypeError: not a tensor of real numbers.
+        ValueError: another shape or device, it requires grad, or its values are invalid.
+    """
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or weights.is_complex():
+        got = weights.dtype if isinstance(weights, Tensor) else kind_of(weights)
+        raise TypeError(f"weights must be a tensor of real numbers, got {got}")
+    if weights.shape != (tasks,) or weights.device != like.device:
+        raise ValueError(
+            f"weights must be [{tasks}] on {like.device}, one for each task, "
+            f"got {list(weights.shape)} on {weights.device}"
+        )
+    if weights.requires_grad:
+        raise ValueError(
+            "weights requires grad, but weights are constants: detach it, or use adapt and weight "
+            "its query losses"
+        )
+    given = weights.to(like.dtype)
+    relative = torch.where((given >= 0) & (given < torch.inf), given / given.amax(), torch.nan)
+    if may_read_values(given) and not bool((relative >= 0).all()):
+        raise ValueError(
+            f"weights must be finite, not negative, and not all 0, got {weights.tolist()[:16]}"
+        )
+    return torch.where(relative.isfinite().all(), relative, torch.nan)
+
+
+def counted_failures(failed: Tensor, weights: Tensor) -> Tensor:
+    """Tasks that failed, or whose weight is NaN; none of weight 0, [B] bool."""
+    return (failed | weights.isnan()) & (weights != 0)
+
+
+def task_weight(
+    ok: Tensor, nonfinite: Nonfinite, dtype: torch.dtype, weights: Tensor | None = None
+) -> Tensor:
     """Weight of each task in the mean over the tasks that are ok, [B] bool; 0-d.
 
     With "propagate" it is NaN if any task is not ok. In theta's dtype, since 1 / tasks as a 0-d
     float32 tensor would round a float64 gradient.
+
+    Args:
+        weights: `relative_weights`, [B], by which the caller multiplies: then 1 / their sum.
     """
+    if weights is not None:
+        total = torch.where(ok, weights, 0.0).sum()
+        weight = 1 / total.masked_fill(total == 0, 1.0)  # all that have a weight may have failed
+        if nonfinite == "propagate":
+            weight = weight.masked_fill(counted_failures(~ok, weights).any(), torch.nan)
+        return weight
     if may_read_values(ok):
         done = int(ok.sum())
         one = 1 / max(done, 1) if nonfinite == "omit" or done == len(ok) else math.nan

@@ -73,11 +73,17 @@ def _uses(name: str, names: set[str] | None) -> bool:
     return names is None or name.removeprefix("criterion.") in names
 
 
-def direct_gradient(query_objective: Objective, phi: Tensor, ok: Tensor) -> list[Tensor]:
-    """`Σ_i ∂L_i/∂psi` for each shared psi, at phi [B, D], over the tasks that are ok, [B] bool."""
+def direct_gradient(
+    query_objective: Objective, phi: Tensor, ok: Tensor, weights: Tensor | None = None
+) -> list[Tensor]:
+    """`Σ_i w_i ∂L_i/∂psi` for each shared psi, at phi [B, D], over the tasks that are ok, [B] bool.
+
+    Without weights [B], `w_i = 1`.
+    """
 
     def total(at_psi: Objective, phi: Tensor) -> Tensor:
-        return torch.where(ok, at_psi.losses(phi), 0.0).sum()
+        losses = torch.where(ok, at_psi.losses(phi), 0.0)
+        return losses.sum() if weights is None else (losses * weights).sum()
 
     return _gradients(total, query_objective, phi, ok)
 

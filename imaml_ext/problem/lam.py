@@ -1,4 +1,4 @@
-"""Λ, the proximal strength: the forms that users pass, and the operator built from them."""
+"""Λ, the proximal strength: the forms that users pass, and a module that learns it."""
 
 import math
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from imaml_ext._checks import check_choice, check_like, check_range
 from imaml_ext._tracing import may_read_values
+from imaml_ext.problem.lam_operator import LamOperator, matmul
 from imaml_ext.problem.layout import Layout
 
 Lam = float | Tensor | Mapping[str, Tensor]
@@ -17,102 +18,21 @@ Lam = float | Tensor | Mapping[str, Tensor]
 Form = Literal["scalar", "tensor", "diagonal", "dense"]
 
 
-class LamOperator:
-    """Λ as a symmetric matrix that acts on rows [B, D]: scalar, diagonal or dense.
-
-    The fused kernels add a scalar or a diagonal Λ themselves; a dense one is added in PyTorch.
-
-    Attributes:
-        values: [1] for a scalar, [D] for a diagonal, [D, D] for a dense matrix.
-        is_dense: whether it is a dense matrix.
-        fused: the values for the kernels, [1] or [D]; 0 for a dense matrix.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self.is_dense = values.dim() == 2
-        self.fused = values.new_zeros(1) if self.is_dense else values
-
-    def mv(self, rows: Tensor) -> Tensor:
-        """`Λ rows_i` for every row, [B, D]."""
-        return _matmul(rows, self.values) if self.is_dense else rows * self.values
-
-    def add_unfused(self, rows: Tensor, phi: Tensor, theta: Tensor | None = None) -> Tensor:
-        """`rows + Λ (phi - theta)` for a dense Λ, else `rows`: the kernels add the product."""
-        if not self.is_dense:
-            return rows
-        return rows + self.mv(phi if theta is None else phi - theta)
-
-    def solve(self, rows: Tensor) -> Tensor:
-        """`Λ^-1 rows_i` for every row, [B, D]; 0 where Λ is not positive (definite)."""
-        if not self.is_dense:
-            return torch.where(self.values > 0, rows / self.values, 0.0)
-        factor, info = torch.linalg.cholesky_ex(self.values)
-        return torch.where(info == 0, torch.cholesky_solve(rows.T, factor).T, 0.0)
-
-    def diagonal(self) -> Tensor:
-        """[1] for a scalar, [D] otherwise."""
-        return self.values.diagonal() if self.is_dense else self.values
-
-    def norm(self) -> Tensor:
-        """The norm of its entries: a 0-d float64 tensor."""
-        if self.values.numel() == 1:
-            return self.values.reshape(()).abs().double()
-        norm: Tensor = torch.linalg.vector_norm(self.values, dtype=torch.float64)
-        return norm
-
-    def is_valid(self) -> Tensor:
-        """Whether Λ is positive definite, or the scalar 0 (no proximal term): 0-d bool."""
-        if self.values.numel() == 1:
-            return ((self.values >= 0) & (self.values < torch.inf)).all()
-        return self.is_positive_definite()
-
-    def is_positive_definite(self) -> Tensor:
-        """Whether Λ is finite, symmetric and positive definite: a 0-d bool tensor."""
-        finite = self.values.isfinite().all()
-        if not self.is_dense:
-            return finite & (self.values > 0).all()
-        matrix = self.values.detach()
-        slack = 16 * torch.finfo(matrix.dtype).eps * matrix.abs().amax()
-        symmetric = ((matrix - matrix.T).abs() <= slack).all()
-        _, info = torch.linalg.cholesky_ex(torch.where(finite, matrix, 0.0))
-        definite: Tensor = info == 0
-        return finite & symmetric & definite
-
-    def gradient(self, x: Tensor, displacement: Tensor) -> Tensor:
-        """`-Σ_i x_i (phi_i - theta)'` in the form of `values`; x and displacement are [B, D]."""
-        if self.is_dense:
-            product = _matmul(x.T, displacement)
-            return -0.5 * (product + product.T)
-        return self.gradient_of_products((x * displacement).sum(0))
-
-    def gradient_of_products(self, products: Tensor) -> Tensor:
-        """The gradient for a scalar or diagonal Λ, from `Σ_i x_i * (phi_i - theta)`, [D]."""
-        return -(products.sum().reshape(1) if self.values.numel() == 1 else products)
-
-
 def flatten_lam(layout: Layout, lam: Any) -> Tensor:
     """The `values` of a `LamOperator`, from the form that users pass; differentiable.
 
     Values are checked on the CPU only, since on CUDA that would synchronise; invalid values on CUDA
-    make the tasks NONFINITE.
+    make the tasks NONFINITE. Whether a lam per task has the batch's number of tasks is checked by
+    `Proximal`.
 
     Raises:
         TypeError, ValueError: lam has an unknown form or shape, or is not positive (definite),
             symmetric and finite.
     """
     if isinstance(lam, Mapping):
-        if lam.keys() != layout.shapes.keys():
-            raise ValueError(f"lam must name {list(layout.shapes)}, got {list(lam)}")
-        values = torch.cat([_flatten_one(layout, name, lam[name]) for name in layout.shapes])
+        values = _flatten_dict(layout, lam)
     elif isinstance(lam, Tensor):
-        if lam.shape not in ((), (layout.dim, layout.dim)):
-            raise ValueError(
-                f"a lam tensor must be 0-d, or dense [{layout.dim}, {layout.dim}], "
-                f"got shape {list(lam.shape)}"
-            )
-        layout.check_like_parameters("lam", lam)
-        values = lam.reshape(1) if lam.dim() == 0 else lam
+        values = _flatten_tensor(layout, lam)
     elif isinstance(lam, Real) and not isinstance(lam, bool):
         info, number = torch.finfo(layout.dtype), cast(Any, lam)
         if number != 0 and not info.smallest_normal * info.eps <= number <= info.max:
@@ -123,28 +43,58 @@ def flatten_lam(layout: Layout, lam: Any) -> Tensor:
             f"lam must be a float, a tensor or a dict of tensors, got {type(lam).__name__}"
             + (": call it to get its value" if isinstance(lam, nn.Module) else "")
         )
-    if may_read_values(values) and not bool(LamOperator(values).is_valid()):
+    if may_read_values(values) and not bool(LamOperator.of(values).is_valid().all()):
         if values.dim() == 2:
-            raise ValueError("a dense lam must be finite, symmetric and positive definite")
+            raise ValueError(
+                "a dense lam must be finite, symmetric and positive definite; for a diagonal per "
+                "task, pass a dict of tensors [B, *shape]"
+            )
         raise ValueError("lam must be positive and finite in every entry, or a scalar 0")
     return values
 
 
-def _flatten_one(layout: Layout, name: str, lam: Tensor) -> Tensor:
-    shape = layout.shapes[name]
-    layout.check_like_parameters(f"lam[{name!r}]", lam)
-    if lam.dim() != 0 and lam.shape != shape:
+def _flatten_tensor(layout: Layout, lam: Tensor) -> Tensor:
+    dim = layout.dim
+    if lam.dim() > 2 or (lam.dim() == 2 and lam.shape[1] != dim):
         raise ValueError(
-            f"lam[{name!r}] must be 0-d or of shape {list(shape)}, got {list(lam.shape)}"
+            f"a lam tensor must be 0-d, dense [{dim}, {dim}], or [B] or [B, {dim}] for B tasks, "
+            f"got shape {list(lam.shape)}"
         )
-    return lam.expand(shape).reshape(-1)
+    layout.check_like_parameters("lam", lam)
+    if lam.shape == (dim, dim):
+        return lam
+    return lam.reshape(-1, 1, 1 if lam.dim() == 1 else dim) if lam.dim() else lam.reshape(1)
+
+
+def _flatten_dict(layout: Layout, lam: Mapping[str, Tensor]) -> Tensor:
+    if lam.keys() != layout.shapes.keys():
+        raise ValueError(f"lam must name {list(layout.shapes)}, got {list(lam)}")
+    tasks: dict[str, int] = {}  # of those that have a value per task
+    for name, shape in layout.shapes.items():
+        tensor = lam[name]
+        layout.check_like_parameters(f"lam[{name!r}]", tensor)
+        if tensor.dim() == len(shape) + 1 and tensor.shape[1:] == shape:
+            tasks[name] = len(tensor)
+        elif tensor.dim() != 0 and tensor.shape != shape:
+            raise ValueError(
+                f"lam[{name!r}] must be 0-d or of shape {list(shape)}, or that with a first "
+                f"dimension of tasks, got {list(tensor.shape)}"
+            )
+    if len(set(tasks.values())) > 1:
+        raise ValueError(f"lam must have one number of tasks in every tensor, got {tasks}")
+    batch = (*set(tasks.values()), 1) if tasks else ()
+    parts = [
+        lam[name].expand((*batch[:1], *shape)).reshape((*batch, size))
+        for (name, shape), size in zip(layout.shapes.items(), layout.sizes, strict=True)
+    ]
+    return torch.cat(parts, dim=-1)
 
 
 def unflatten_lam_gradient(layout: Layout, lam: Lam, gradient: Tensor) -> Any:
     """The gradient of lam in the user's form, from that of its `values`; None for a float."""
     if isinstance(lam, Mapping):
-        parts = layout.unflatten(gradient)
-        return {name: parts[name].sum() if not t.dim() else parts[name] for name, t in lam.items()}
+        parts = layout.unflatten(gradient.reshape(-1, layout.dim))  # [1 or B, *shape]
+        return {name: parts[name].sum_to_size(t.shape) for name, t in lam.items()}
     return gradient.reshape(lam.shape) if isinstance(lam, Tensor) else None
 
 
@@ -152,18 +102,36 @@ def lam_of_rows(lam: float | Tensor, b: Tensor) -> LamOperator:
     """Λ of linear systems with right-hand sides b [B, D]; any finite values are accepted.
 
     Args:
-        lam: a float, or a tensor [] or [1] (scalar), [D] (diagonal) or [D, D] (dense).
+        lam: a float, or a tensor: [] or [1] (scalar), [D] (diagonal), [D, D] (dense), [B, 1] or
+            [B, D] (a scalar or a diagonal per row). If B = D, [B, D] is dense, and [B, 1, D] is a
+            diagonal per row.
     """
     if not isinstance(lam, Tensor):
         if not abs(lam) <= torch.finfo(b.dtype).max:
             raise ValueError(f"lam must be finite, got {lam}, in {b.dtype}")
-        return LamOperator(b.new_full((1,), lam))
-    dim = b.shape[1]
-    if lam.shape not in ((), (1,), (dim,), (dim, dim)):
-        raise ValueError(f"lam must be a scalar, [{dim}] or [{dim}, {dim}], got {list(lam.shape)}")
+        return LamOperator.of(b.new_full((1,), lam))
+    rows, dim = b.shape
+    shared, per_row = ((), (1,), (dim,), (dim, dim)), ((rows, 1), (rows, dim))
+    if lam.shape not in (*shared, *per_row, (rows, 1, 1), (rows, 1, dim)):
+        raise ValueError(
+            f"lam must be a scalar, [{dim}], [{dim}, {dim}], [{rows}, 1] or [{rows}, {dim}], got "
+            f"{list(lam.shape)}"
+        )
     check_like("lam", lam, b, lam.shape)
     lam = lam.detach()
-    return LamOperator(lam.contiguous() if lam.dim() else lam.reshape(1))
+    if lam.shape in per_row and lam.shape != (dim, dim):
+        lam = lam[:, None]
+    elif lam.shape == (rows, dim) and may_read_values(lam) and not _is_symmetric(lam):
+        raise ValueError(
+            f"a lam of shape {list(lam.shape)} is a dense matrix, and must be symmetric: for a "
+            f"diagonal per row, pass it as {[rows, 1, dim]}"
+        )
+    return LamOperator.of(lam.contiguous() if lam.dim() else lam.reshape(1))
+
+
+def _is_symmetric(matrix: Tensor) -> bool:
+    slack = 1e-3 * matrix.abs().amax()  # far above rounding errors
+    return not bool(((matrix - matrix.T).abs() > slack).any())
 
 
 class ProximalStrength(nn.Module):
@@ -218,17 +186,8 @@ class ProximalStrength(nn.Module):
             return _exp(self.log)
         factor = self.log.tril(-1) + torch.diag(_exp(self.log.diagonal()))
         floor = torch.full_like(self.log[0], self._floor)
-        return _matmul(factor, factor.T) + torch.diag(floor)
+        return matmul(factor, factor.T) + torch.diag(floor)
 
 
 def _exp(log: Tensor) -> Tensor:
     return log.clamp(-60, 60).exp()
-
-
-def _matmul(rows: Tensor, matrix: Tensor) -> Tensor:
-    """`rows @ matrix` in the dtype of the rows, even under autocast."""
-    device = rows.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return rows @ matrix
-    with torch.autocast(device, enabled=False):
-        return rows @ matrix

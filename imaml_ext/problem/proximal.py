@@ -9,24 +9,28 @@ from torch.utils import _pytree as pytree
 
 from imaml_ext.data.mini_batches import MiniBatches
 from imaml_ext.ops.rows import prox_norms, row_dot
-from imaml_ext.problem.lam import LamOperator
+from imaml_ext.problem.lam_operator import LamOperator
 from imaml_ext.problem.layout import Layout
 from imaml_ext.problem.objective import Objective
 
 
 class Proximal:
-    """`G_i(phi) = L_i(phi) + 1/2 (phi - theta)' Λ (phi - theta)`, called G below, for B tasks.
+    """`G_i(phi) = L_i(phi) + 1/2 (phi - theta)' Λ_i (phi - theta)`, called G below, for B tasks.
 
     Args:
         objective: the losses L_i on the support sets.
         theta: initial point of every task and centre of the proximal term, [D].
-        lam: Λ: [1] for a scalar, [D] for a diagonal, [D, D] for a dense matrix.
+        lam: Λ: [1] for a scalar, [D] for a diagonal, [D, D] for a dense matrix; [B, 1, 1] or
+            [B, 1, D] for a scalar or a diagonal per task.
         start: initial phi of each task, [B, D]; None: theta.
         batches: mini-batches for the steps of an inner solver; None: all examples in each step.
 
     Attributes:
         objective, theta, batches: as given.
-        lam: Λ as a `LamOperator`: `lam.mv(rows)` is `Λ rows_i`, and `lam.values` the given tensor.
+        lam: Λ as a `LamOperator`: `lam.mv(rows)` is `Λ_i rows_i`, and `lam.values` the tensor.
+
+    Raises:
+        ValueError: lam is for another number of tasks.
     """
 
     def __init__(
@@ -40,7 +44,13 @@ class Proximal:
     ) -> None:
         self.objective = objective
         self.theta = theta
-        self.lam = LamOperator(lam)
+        if lam.dim() == 3 and len(lam) != objective.tasks:
+            raise ValueError(
+                f"lam has values for {len(lam)} tasks, but the batch has {objective.tasks}: pass "
+                "one for each task; a diagonal for all tasks is a dict of tensors of the "
+                "parameters' shapes"
+            )
+        self.lam = LamOperator.of(lam)
         self.batches = batches
         self._start = start
 
@@ -81,7 +91,7 @@ class Proximal:
             data = pytree.tree_map(lambda leaf, row=row: leaf[row], self.objective.data)
             one = Objective(self.objective.loss, self.layout, data, shared=self.objective.shared)
             yield Proximal(
-                one, self.theta, self.lam.values,
+                one, self.theta, self.lam.of_task(i),
                 start=None if self._start is None else self._start[row],
                 batches=None if self.batches is None else self.batches.rows(row),
             )  # fmt: skip
@@ -121,7 +131,7 @@ class Proximal:
             settings: `steps`, and lr, velocity, momentum and nesterov as in `prox_gd_`.
         """
         recorded = self.objective.recorded
-        if recorded is None or self.lam.is_dense or self.batches is not None:
+        if recorded is None or not self.lam.is_fused or self.batches is not None:
             return False
         return recorded.descend(phi, theta=self.theta, lam=self.lam.fused, **settings)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from imaml_ext.data.tasks import RecordableSource, TaskBatch, TaskSource
 from imaml_ext.methods.base import Method
 from imaml_ext.training.capture import Capture, no_capture
-from imaml_ext.training.distributed import Group
+from imaml_ext.training.distributed import Group, with_some_weight
 from imaml_ext.training.evaluation import Metric
 from imaml_ext.training.record import measure
 from imaml_ext.training.snapshot import Snapshot
@@ -117,7 +117,8 @@ class DeviceStep:
         if isinstance(self.source, RecordableSource):
             batch = TaskBatch.of(self.source.sample(self._step_number))
         assert batch is not None
-        out = self.method.meta_gradient(batch)
+        own = batch if self._group is None else with_some_weight(batch)
+        out = self.method.meta_gradient(own)
         gradients, entries = measure(self.method, out, batch, self.metrics, self._group)
         with torch.no_grad():
             record = torch.stack([entries[name] for name in self.names])

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -109,29 +110,45 @@ def _tasks_of_rank(tasks: int, group: Group) -> range:
     return range(own * tasks // size, (own + 1) * tasks // size)
 
 
+def with_some_weight(batch: TaskBatch) -> TaskBatch:
+    """The batch, with equal weights if all are 0, as in a shard of padding tasks.
+
+    `average` leaves out its meta-gradient.
+    """
+    if batch.weights is None:
+        return batch
+    weights = torch.where((batch.weights == 0).all(), torch.ones_like(batch.weights), batch.weights)
+    return replace(batch, weights=weights)
+
+
 def average(
-    gradients: Params, record: Mapping[str, Tensor], tasks: int, group: Group
+    gradients: Params, record: Mapping[str, Tensor], tasks: int | Tensor, group: Group
 ) -> tuple[Params, dict[str, Tensor]]:
     """The gradients and record of the tasks of all processes, up to rounding, by one all-reduce.
 
     Args:
         gradients: means over this process's tasks, or over those that did not fail.
         record: 0-d; means over the tasks that did not fail, and "failed", the fraction that did.
-        tasks: number of this process's tasks.
+        tasks: number of this process's tasks, or the sum of their weights, 0-d.
 
     Raises:
         ConnectionError: another process has died.
     """
     like = next(iter(gradients.values()))
     failed = record["failed"].to(like.dtype)
-    used = torch.round((1 - failed) * tasks)
+    if isinstance(tasks, Tensor):
+        all_tasks = tasks.to(like.dtype)
+        used = (1 - failed) * all_tasks
+    else:
+        all_tasks = torch.full_like(failed, tasks)
+        used = torch.round((1 - failed) * all_tasks)
     names = [name for name in record if name != "failed"]
     means = torch.stack([record[name] for name in names])
     sums = [
-        *(gradient.flatten() * used for gradient in gradients.values()),
+        *(torch.where(used > 0, g.flatten() * used, 0.0) for g in gradients.values()),
         torch.where(used > 0, means.to(like.dtype) * used, 0.0),
         used[None],
-        torch.full_like(used, tasks)[None],
+        all_tasks[None],
     ]
     buffer = torch.cat(sums)
     with _naming_lost_peers(group):

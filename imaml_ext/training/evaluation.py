@@ -59,8 +59,8 @@ def evaluate(
 
     Raises:
         TypeError: an argument has the wrong type, or a metric does not return a tensor.
-        ValueError: tasks is below 1, the source has fewer, a batch does not fit the parameters, a
-            metric is not a scalar, or two have the same name.
+        ValueError: tasks is below 1, the source has fewer, a batch does not fit the parameters or
+            has weights, a metric is not a scalar, or two have the same name.
     """
     check_instance("method", method, Method, "pass one, such as IMAML(loss, params)")
     check_integer("tasks", tasks, minimum=1)
@@ -74,6 +74,11 @@ def evaluate(
     values: dict[str, list[Tensor]] = defaultdict(list)
     seen = 0
     for batch in batches(source, method.layout.device):
+        if batch.weights is not None:
+            raise ValueError(
+                "a batch has weights, but evaluate counts every task once: leave out padding "
+                "tasks, and pass batches without weights"
+            )
         phi = method.with_shared(method.adapt(batch.support))
         for name, metric in metrics.items():
             label = f"metrics[{name!r}]"

@@ -31,7 +31,8 @@ def measure(
 ) -> tuple[Params, dict[str, Tensor]]:
     """Gradients by name, and the record as 0-d float64 tensors; averaged over the group.
 
-    The record has means over the tasks that did not fail, and "failed", the fraction that did.
+    The record has means over the tasks that did not fail, and "failed", the fraction that did, both
+    with the weights of the batch.
     """
     phi = method.with_shared(out.adapted)
     values = {
@@ -47,14 +48,20 @@ def measure(
         values["linear_residual"] = out.linear.residual
         values["negative_curvature"] = out.linear.status == Status.NEGATIVE_CURVATURE
     failed = out.failed
+    weights = batch.weights
+    each = torch.ones_like(failed) if weights is None else weights
+    used = torch.where(failed, 0.0, each.double())
+    lost = torch.where(failed, each.double(), 0.0).sum()
     record = {
-        name: torch.where(failed, 0, value.double()).sum() / (~failed).sum()
+        name: torch.where(used > 0, value.double() * used, 0.0).sum() / used.sum()
         for name, value in values.items()
     }
-    record["failed"] = failed.double().mean()
+    # Without any weight nothing counts, as if all had failed.
+    record["failed"] = torch.where(used.sum() > 0, lost / each.double().sum(), 1.0)
     if group is None:
         return out.named(), record
-    return average(out.named(), record, len(out.query_loss), group)
+    total = len(failed) if weights is None else weights.double().sum()
+    return average(out.named(), record, total, group)
 
 
 class DeferredRecord(Mapping[str, float]):

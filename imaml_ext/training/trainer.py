@@ -20,7 +20,14 @@ from imaml_ext.training import arguments, checkpoint
 from imaml_ext.training.budget import Budget
 from imaml_ext.training.capture import Capture, cuda_graph, no_capture
 from imaml_ext.training.device_step import DeviceStep, why_not_on_device
-from imaml_ext.training.distributed import Group, broadcast_parameters, check_same, rank, shard
+from imaml_ext.training.distributed import (
+    Group,
+    broadcast_parameters,
+    check_same,
+    rank,
+    shard,
+    with_some_weight,
+)
 from imaml_ext.training.evaluation import Metric, check_metrics, evaluate
 from imaml_ext.training.logs import Log, Record
 from imaml_ext.training.optimisation import Optimisation
@@ -52,7 +59,8 @@ class Trainer:
         optimizer: over all tensors of `method.learned()`; default Adam with lr 1e-3. On CUDA it
             should be capturable.
         scheduler: schedule of the learning rate, stepped with the optimizer.
-        metrics: reported with the loss, by name; evaluated on the query set at phi.
+        metrics: reported with the loss, by name; evaluated on the query set at phi. Records have
+            means over the tasks, with the weights of the batch.
         meta_gradient: replaces `method.meta_gradient`, for example with a `RecordedMetaGradient`
             of it; on the CPU only.
         compile: whether steps on the CPU replace PyTorch's operators by programs, which makes small
@@ -251,8 +259,9 @@ class Trainer:
 
     def _evaluate(self, batch: TaskBatch) -> Record:
         """Fill the gradients of the learned tensors, and return the record of the batch."""
+        own = batch if self.process_group is None else with_some_weight(batch)
         with self._recording():
-            out = (self.meta_gradient or self.method.meta_gradient)(batch)
+            out = (self.meta_gradient or self.method.meta_gradient)(own)
         if self.compile == "on" and self.programs is not None:
             self.programs.check()
         gradients, summary = measure(self.method, out, batch, self.metrics, self.process_group)

@@ -22,6 +22,33 @@ def tensors(batch):
     return [batch.support[0], batch.support[1]["target"], batch.query]
 
 
+def test_weights_are_copied_moved_and_sliced_with_their_tasks(device):
+    whole = batch(tasks=5)
+    weights = torch.arange(5.0)
+    whole = TaskBatch(whole.support, whole.query, weights)
+    assert TaskBatch.of(whole).weights is weights
+    assert torch.equal(whole.rows(range(1, 3)).weights, torch.tensor([1.0, 2.0]))
+    assert torch.equal(whole.to(device).weights.cpu(), weights)
+    assert whole.to(device).weights.device == weights.to(device).device
+    copy = whole.clone()
+    copy.weights.zero_()
+    assert torch.equal(weights, torch.arange(5.0))
+    copy.copy_(whole)
+    assert torch.equal(copy.weights, weights)
+    with pytest.raises(ValueError, match="the batch must have the shapes and dtypes"):
+        copy.copy_(batch(tasks=5))  # without weights
+    with pytest.raises(ValueError, match="the batch must have the shapes and dtypes"):
+        batch(tasks=5).copy_(whole)
+
+
+@pytest.mark.parametrize("names", [("support", "query"), ("train", "test")])
+def test_a_dict_may_have_weights(names):
+    weights = torch.ones(3)
+    got = TaskBatch.of(dict(zip(names, ((X, Y), (QX, QY)), strict=True)) | {"weights": weights})
+    assert got.weights is weights
+    assert got.query == (QX, QY)
+
+
 def test_the_length_is_the_number_of_tasks():
     assert len(batch(tasks=5)) == 5
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from trainings import make_method, make_trainer, sinusoid, state_of
 
-from imaml_ext import FOMAML, MAML, ProximalStrength, Trainer, module_loss
+from imaml_ext import FOMAML, MAML, ProximalStrength, TaskBatch, Trainer, module_loss
 from imaml_ext.experiments.models import mlp
 from imaml_ext.training.capture import no_capture
 from imaml_ext.training.distributed import check_same, process_group, rank
@@ -37,6 +37,22 @@ class WholeBatches:
         if step in self.steps:
             batch.support[1][self.nan_tasks] = torch.nan
         return batch
+
+
+class Weighted(WholeBatches):
+    """Tasks with weights; those of weight 0, some of a step's last tasks, are NaN."""
+
+    def __init__(self, *padding):
+        super().__init__()
+        self.padding = padding
+
+    def sample(self, step):
+        batch = self.finite.sample(step)
+        weights = 0.1 + torch.arange(TASKS, dtype=torch.float32)
+        first = TASKS - self.padding[step % len(self.padding)]
+        weights[first:] = 0
+        batch.support[1][first:] = torch.nan
+        return TaskBatch(batch.support, batch.query, weights)
 
 
 def learned_strength(group):
@@ -91,6 +107,12 @@ TRAININGS = {
     "some tasks fail": omitting([2, 4], [1, 6]),
     "all tasks of a process fail": omitting([2], [0, 1, 2, 3]),
     "all tasks fail": omitting([3], range(TASKS)),
+    "weighted tasks": lambda group: make_trainer(
+        CPU, source=Weighted(0, 1, 5), process_group=group
+    ),
+    "weighted tasks, decided on the device": lambda group: make_trainer(
+        CPU, no_capture, source=Weighted(0, 1, 5), process_group=group, read_every=4
+    ),
     "a learned strength": learned_strength,
     "a learned step size": lambda group: make_trainer(
         CPU,

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from imaml_ext.problem.lam import (
-    LamOperator,
     ProximalStrength,
     flatten_lam,
     lam_of_rows,
     unflatten_lam_gradient,
 )
+from imaml_ext.problem.lam_operator import LamOperator
 from imaml_ext.problem.layout import Layout
 
 PARAMS = {"w": torch.zeros(2, 3, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
@@ -29,11 +29,24 @@ VALUES = {
     "scalar": lambda: tensor([0.7]),
     "diagonal": lambda: torch.rand(7, dtype=torch.float64) + 0.5,
     "dense": dense,
+    "scalar per task": lambda: torch.rand(3, 1, 1, dtype=torch.float64) + 0.5,
+    "diagonal per task": lambda: torch.rand(3, 1, 7, dtype=torch.float64) + 0.5,
 }
 
 
 def matrix(values):
     return values if values.dim() == 2 else torch.diag(values.expand(7))
+
+
+def matrices(values):
+    """Those of 3 tasks, [3, 7, 7]."""
+    if values.dim() == 3:
+        return torch.stack([matrix(values[task, 0]) for task in range(3)])
+    return matrix(values).expand(3, 7, 7)
+
+
+def product(rows, values):
+    return torch.einsum("bij,bj->bi", matrices(values), rows)
 
 
 @pytest.fixture(params=list(VALUES))
@@ -43,47 +56,65 @@ def values(request):
 
 def test_mv_multiplies_each_row_by_the_matrix(values):
     rows = torch.randn(3, 7, dtype=torch.float64)
-    torch.testing.assert_close(LamOperator(values).mv(rows), rows @ matrix(values))
+    torch.testing.assert_close(LamOperator.of(values).mv(rows), product(rows, values))
 
 
 def test_solve_inverts_mv(values):
     rows = torch.randn(3, 7, dtype=torch.float64)
-    want = torch.linalg.solve(matrix(values), rows.T).T
-    torch.testing.assert_close(LamOperator(values).solve(rows), want)
+    want = torch.linalg.solve(matrices(values), rows)
+    torch.testing.assert_close(LamOperator.of(values).solve(rows), want)
 
 
 def test_solve_gives_0_where_lam_is_not_positive():
     rows = torch.ones(2, 3, dtype=torch.float64)
-    got = LamOperator(tensor([2.0, 0.0, -1.0])).solve(rows)
+    got = LamOperator.of(tensor([2.0, 0.0, -1.0])).solve(rows)
     assert torch.equal(got, tensor([[0.5, 0.0, 0.0]]).expand(2, 3))
-    assert (LamOperator(torch.diag(tensor([1.0, 1.0, -1.0]))).solve(rows) == 0).all()
+    assert (LamOperator.of(torch.diag(tensor([1.0, 1.0, -1.0]))).solve(rows) == 0).all()
 
 
 def test_the_fused_and_the_unfused_part_add_up_to_the_product(values):
-    operator = LamOperator(values)
+    operator = LamOperator.of(values)
     phi, theta = torch.randn(3, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     rows = torch.randn(3, 7, dtype=torch.float64)
     got = operator.add_unfused(rows, phi, theta) + operator.fused * (phi - theta)
-    torch.testing.assert_close(got, rows + (phi - theta) @ matrix(values))
+    torch.testing.assert_close(got, rows + product(phi - theta, values))
     torch.testing.assert_close(
-        operator.add_unfused(rows, phi) + operator.fused * phi, rows + phi @ matrix(values)
+        operator.add_unfused(rows, phi) + operator.fused * phi, rows + product(phi, values)
     )
     assert operator.fused.shape in ((1,), (7,))
 
 
 def test_diagonal_is_that_of_the_matrix(values):
-    got = LamOperator(values).diagonal().expand(7)
-    torch.testing.assert_close(got, matrix(values).diagonal())
+    got = LamOperator.of(values).diagonal().expand(3, 7)
+    torch.testing.assert_close(got, matrices(values).diagonal(dim1=1, dim2=2))
+
+
+def test_the_operator_of_one_task_is_that_of_its_row(values):
+    rows = torch.randn(3, 7, dtype=torch.float64)
+    whole = LamOperator.of(values).mv(rows)
+    for task in range(3):
+        alone = LamOperator.of(LamOperator.of(values).of_task(task))
+        torch.testing.assert_close(alone.mv(rows[task : task + 1]), whole[task : task + 1])
+
+
+def test_norms_and_validity_are_per_task_where_the_values_are(values):
+    operator, batch = LamOperator.of(values), (3,) if values.dim() == 3 else ()
+    assert operator.norm().shape == operator.is_valid().shape == batch
+    want = [values[task].norm() for task in range(3)] if batch else values.norm()
+    torch.testing.assert_close(operator.norm(), torch.as_tensor(want, dtype=torch.float64))
+    values[(0,) * values.dim()] = -1.0
+    want = [False, True, True] if batch else False
+    assert LamOperator.of(values).is_valid().tolist() == want
 
 
 def test_the_gradient_is_that_of_the_quadratic_form(values):
     # Λ enters x' Λ (theta - phi) linearly; for a dense Λ the gradient is the symmetric part.
     x, displacement = torch.randn(2, 3, 7, dtype=torch.float64)
     leaf = values.clone().requires_grad_()
-    total = -(x * LamOperator(leaf).mv(displacement)).sum()
+    total = -(x * LamOperator.of(leaf).mv(displacement)).sum()
     (want,) = torch.autograd.grad(total, leaf)
-    want = (want + want.T) / 2 if want.dim() == 2 else want
-    torch.testing.assert_close(LamOperator(values).gradient(x, displacement), want)
+    want = (want + want.T) / 2 if want.dim() == 2 else want  # per task, a 3-d tensor
+    torch.testing.assert_close(LamOperator.of(values).gradient(x, displacement), want)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +134,7 @@ def test_the_gradient_is_that_of_the_quadratic_form(values):
     ids=str,
 )
 def test_a_matrix_is_positive_definite_if_finite_symmetric_and_positive(values, expected):
-    got = LamOperator(values).is_positive_definite()
+    got = LamOperator.of(values).is_positive_definite()
     assert got.shape == ()
     assert got.item() == expected
 
@@ -115,6 +146,10 @@ def forms():
         "diagonal": {"w": torch.rand(2, 3, dtype=torch.float64) + 1, "b": tensor(3.0)},
         "dense": dense(),
         "in another order": {"b": tensor(3.0), "w": tensor(2.0)},
+        "[B]": tensor([0.5, 0.7]),
+        "[B, D]": torch.rand(2, 7, dtype=torch.float64) + 1,
+        "per task": {"w": torch.rand(2, 2, 3, dtype=torch.float64) + 1, "b": tensor([2.0, 3.0])},
+        "per task in part": {"b": tensor([2.0, 3.0]), "w": tensor(2.0)},
     }
 
 
@@ -127,6 +162,9 @@ def test_flatten_lam_orders_the_entries_like_the_parameters():
     }
     for name, expected in want.items():
         assert torch.equal(flatten_lam(LAYOUT, forms()[name]), expected)
+    want = {"[B]": [[0.5], [0.7]], "per task in part": [[2.0] * 6 + [2.0], [2.0] * 6 + [3.0]]}
+    for name, expected in want.items():
+        assert torch.equal(flatten_lam(LAYOUT, forms()[name]), tensor(expected)[:, None])
     diagonal = forms()["diagonal"]
     flat = flatten_lam(LAYOUT, diagonal)
     assert torch.equal(flat[:6].view(2, 3), diagonal["w"])
@@ -156,7 +194,10 @@ def test_a_float_has_no_gradient():
 def test_linear_systems_accept_any_finite_lam():
     b = torch.zeros(2, 7, dtype=torch.float64)
     for lam, shape in [(-1.0, (1,)), (tensor(0.0), (1,)), (tensor([1.0]), (1,)),
-                       (torch.zeros(7).double(), (7,)), (dense(), (7, 7))]:  # fmt: skip
+                       (torch.zeros(7).double(), (7,)), (dense(), (7, 7)),
+                       (torch.zeros(2, 1).double(), (2, 1, 1)),
+                       (torch.zeros(2, 7).double(), (2, 1, 7)),
+                       (torch.zeros(2, 1, 7).double(), (2, 1, 7))]:  # fmt: skip
         assert lam_of_rows(lam, b).values.shape == shape
     with pytest.raises(ValueError, match=r"lam must be finite, got 1e\+300, in torch.float32"):
         lam_of_rows(1e300, b.float())

@@ -61,7 +61,7 @@ class LinearSystem:
         self._matvec = matvec
         # Conjugate gradient by one call; None if matvec has no program.
         self.conjugate_gradient: Callable[..., CgResult] | None = None
-        if isinstance(matvec, Continuation) and not self.lam.is_dense:
+        if isinstance(matvec, Continuation) and self.lam.is_fused:
             self.conjugate_gradient = matvec.conjugate_gradient
         self._grad_enabled = torch.is_grad_enabled()  # as the caller's matvec expects it
 
@@ -92,7 +92,7 @@ class LinearSystem:
         return hp.detach().contiguous()
 
     def unfused_product(self, p: Tensor) -> Tensor:
-        """`H p`, and `Λ p` for a dense Λ: the rest of the product is added by `cg_step_`."""
+        """`H p`, plus `Λ p` unless the kernels add it; `cg_step_` adds the rest of the product."""
         return self.lam.add_unfused(self.curvature_product(p), p)
 
     def product(self, p: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class LinearSolver(ABC):
         Args:
             matvec: maps [B, D] to [B, D], row i by `H_i`, symmetric.
             b: right-hand sides, [B, D], float32 or float64.
-            lam: Λ: a float, or a tensor of shape [], [1] (scalar), [D] (diagonal), [D, D] (dense).
+            lam: Λ, as in `conjugate_gradient`.
             second_moment: that of the inner solver's gradients, [B, D], if it kept one.
             x0: initial x, [B, D], such as the solution of a similar system; default 0. It costs one
                 product. A row whose x0 is not finite, or no better than 0, starts from 0.

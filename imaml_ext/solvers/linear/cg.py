@@ -82,7 +82,9 @@ def conjugate_gradient(
         matvec: maps [B, D] to [B, D], row i by `H_i`; called at most `max_iter` times, once more
             for `x0`, and once more to check convergence.
         b: right-hand sides, [B, D], float32 or float64.
-        lam: Λ: a float, or a tensor of shape [], [1] (scalar), [D] (diagonal) or [D, D] (dense).
+        lam: Λ: a float, or a tensor of shape [], [1] (scalar), [D] (diagonal) or [D, D] (dense);
+            or one per row: [B, 1] (scalars) or [B, D] (diagonals). If B = D, [B, D] is dense, and
+            [B, 1, D] has the diagonals.
         damping: added to the diagonal.
         max_iter: maximum number of iterations.
         rtol, atol: when a row stops, and what CONVERGED means, as in `LinearSolver`.
@@ -162,7 +164,7 @@ def _iterate(
         cg_step_(p=p, hp=hp, curvature=curvature[k], beta=beta[k], **state)
         del hp  # otherwise it would stay in memory while the next one is computed
     negative = status == Status.NEGATIVE_CURVATURE
-    if system.lam.is_dense:  # for a scalar or diagonal Λ the kernel has done this
+    if not system.lam.is_fused:  # otherwise the kernel has done this
         at_once = negative & (steps == 0)
         x = torch.where(at_once[:, None], x + system.lam.solve(r), x)
     # Without parameters there is no largest entry, and nothing to scale.
