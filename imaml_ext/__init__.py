@@ -3,10 +3,11 @@
 from imaml_ext._version import __version__
 from imaml_ext.data.mini_batches import MiniBatches
 from imaml_ext.data.tasks import RecordableSource, ShardableSource, TaskBatch, TaskSource
+from imaml_ext.methods.adapt import adapt
 from imaml_ext.methods.base import Method
 from imaml_ext.methods.convergence import ConvergenceWarning
 from imaml_ext.methods.imaml import IMAML
-from imaml_ext.methods.implicit import adapt, implicit_meta_grad
+from imaml_ext.methods.implicit import implicit_meta_grad
 from imaml_ext.methods.maml import FOMAML, MAML, Reptile, TruncatedMAML
 from imaml_ext.methods.meta_gradient import ImplicitMetaGradient, MetaGradient, Nonfinite
 from imaml_ext.methods.warm_start import WarmStart
