@@ -1,0 +1,153 @@
+"""LoRA adapters whose initial values are learned by iMAML adapt a transformer in a few steps.
+
+RESULT
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from imaml_ext import IMAML, Adam, ConjugateGradient, ProximalStrength, evaluate, module_loss
+from imaml_ext.training import Trainer, accuracy
+
+SYMBOLS, LENGTH, FEATURES, WIDTH, RANK = 16, 8, 3, 32, 2
+FUTURE = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)
+STEPS, RATES = (0, 1, 2, 4, 8, 16), (0.001, 0.003, 0.01, 0.03, 0.1)  # of the inner solver, Adam
+
+
+class Chains:
+    """Batches of Markov chains; u and v are shared by all tasks, P [B, a, b] is that of a batch."""
+
+    def __init__(self, seed: int, split: int, tasks: int, support: int = 10, query: int = 20):
+        self.seed, self.tasks, self.counts = 3 * seed + split, tasks, [support, query]
+        shared = torch.Generator().manual_seed(seed)
+        self.u, self.v = torch.randn(2, SYMBOLS, FEATURES, generator=shared)
+
+    def sample(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Support and query: symbols [B, N, LENGTH], and the symbols that follow them."""
+        g = torch.Generator().manual_seed(1_000_000 * self.seed + step)
+        R = torch.randn(self.tasks, FEATURES, FEATURES, generator=g)
+        self.P = (2 / math.sqrt(FEATURES) * self.u @ R @ self.v.T).softmax(-1)
+        sequence = [torch.randint(SYMBOLS, (self.tasks, sum(self.counts)), generator=g)]
+        for _ in range(LENGTH):
+            rows = self.P[torch.arange(self.tasks)[:, None], sequence[-1]].flatten(0, 1)
+            sequence.append(torch.multinomial(rows, 1, generator=g).view(self.tasks, -1))
+        return [(s[..., :-1], s[..., 1:]) for s in torch.stack(sequence, -1).split(self.counts, 1)]
+
+
+class LoRALinear(nn.Linear):  # W x + b + B A x
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        self.lora_a = nn.Parameter(torch.randn(RANK, inputs) / math.sqrt(inputs))
+        self.lora_b = nn.Parameter(torch.zeros(outputs, RANK))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.lora_a.T @ self.lora_b.T
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = LoRALinear(WIDTH, 3 * WIDTH), LoRALinear(WIDTH, WIDTH)
+        self.up, self.down = LoRALinear(WIDTH, 2 * WIDTH), LoRALinear(2 * WIDTH, WIDTH)
+        self.position = nn.Parameter(torch.zeros(LENGTH, LENGTH))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, LENGTH, WIDTH]
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        scores = q @ k.mT / math.sqrt(WIDTH) + self.position + FUTURE
+        x = x + self.out(scores.softmax(-1) @ v)
+        return x + self.down(F.silu(self.up(self.norm2(x))))
+
+
+def nats(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def pretrained(seed: int, steps: int) -> nn.Module:
+    """Predicts the next symbol, without adaptation: each training sequence is of another chain."""
+    blocks, head = (Block(), Block(), nn.LayerNorm(WIDTH)), nn.Linear(WIDTH, SYMBOLS)
+    model = nn.Sequential(nn.Embedding(SYMBOLS, WIDTH), *blocks, head)
+    weights = [p for name, p in model.named_parameters() if "lora" not in name]
+    optimizer = torch.optim.AdamW(weights, lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    source = Chains(seed, 0, tasks=128, support=0, query=1)
+    for step in range(steps):
+        x, y = (each.flatten(0, 1) for each in source.sample(step)[1])
+        optimizer.zero_grad()
+        nats(model(x), y).backward()
+        optimizer.step()
+        schedule.step()
+    return model.requires_grad_(False)
+
+
+def run(seed: int, steps: Sequence[int], tasks: int, sizes: tuple[int, int]) -> dict[str, float]:
+    """Query losses and accuracies on `tasks` unseen tasks after each number of inner steps."""
+    torch.manual_seed(seed)
+    model = pretrained(seed, sizes[0])
+    loss = module_loss(model, nats)
+    metrics, results = {"loss": loss, "accuracy": accuracy(loss.outputs)}, {}
+    validation, unseen = Chains(seed, 1, tasks=24), Chains(seed, 2, tasks)
+
+    def parameters(lora: bool) -> dict[str, Tensor]:
+        chosen = {n: p for n, p in model.named_parameters() if ("lora" in n) == lora}
+        return {name: p.clone().requires_grad_() for name, p in chosen.items()}
+
+    def test(name: str, theta: dict[str, Tensor], **settings) -> None:
+        def adapted(rate: float, k: int, source: Chains) -> dict[str, float]:
+            method = IMAML(loss, theta, inner=Adam(lr=rate, steps=k), **settings)
+            return evaluate(method, source, metrics, tasks=source.tasks).mean
+
+        for k in steps:  # each with the rate that is best on the validation tasks
+            rate = min(RATES, key=lambda rate: adapted(rate, k, validation)["loss"])
+            mean = adapted(rate, k, unseen)
+            print(f"seed {seed}, {name}, {k} steps of {rate}: {mean}", flush=True)
+            results.update({f"{name}, {k} steps, {metric}": mean[metric] for metric in metrics})
+
+    test("all weights", parameters(lora=False), adapt_proximal=False)
+    test("LoRA, B = 0", theta := parameters(lora=True), adapt_proximal=False)
+    lam = ProximalStrength(theta, initial=0.1, form="tensor")
+    inner, cg = Adam(lr=0.03, steps=8), ConjugateGradient(max_iter=4)
+    rates = {1e-2: theta.values(), 3e-2: lam.parameters()}
+    optimizer = torch.optim.Adam([{"params": list(p), "lr": lr} for lr, p in rates.items()])
+    method = IMAML(loss, theta, lam=lam, inner=inner, linear=cg)
+    trainer = Trainer(method, Chains(seed, 0, tasks=8), optimizer)
+    for _ in range(sizes[1]):
+        trainer.step()
+    test("LoRA, learned", theta, lam=lam)
+    x, y = unseen.sample(0)[1]
+    truth = unseen.P[torch.arange(tasks)[:, None, None], x, y]
+    return results | {"true transitions, loss": -truth.log().mean().item()}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--figure", metavar="FILE")
+    parser.add_argument("--small", action="store_true", help="a few seconds, for the test")
+    args = parser.parse_args(argv)
+    steps, tasks, sizes = ((0, 8), 20, (200, 20)) if args.small else (STEPS, 100, (1000, 100))
+    runs = [run(seed, steps, tasks, sizes) for seed in args.seed]
+    mean = {name: sum(each[name] for each in runs) / len(runs) for name in runs[0]}
+    print(*(f"{name:32s} {value:.3f}" for name, value in mean.items()), sep="\n")
+    if args.figure:
+        axes = (figure := Figure(figsize=(7, 4.2), layout="constrained")).subplots()
+        lines = {"LoRA, B = 0": "#E69F00", "all weights": "#0072B2", "LoRA, learned": "#D55E00"}
+        for name, colour in lines.items():
+            losses = [mean[f"{name}, {k} steps, loss"] for k in steps]
+            axes.plot(range(len(steps)), losses, "o-", color=colour, label=name)
+        axes.axhline(mean["true transitions, loss"], color="0.4", ls=":", label="true transitions")
+        axes.set(xlabel="inner steps", ylabel="query loss on unseen tasks [nats per symbol]")
+        axes.set(xticks=range(len(steps)), xticklabels=steps)
+        axes.legend()
+        figure.savefig(args.figure, dpi=110)
+    return mean
+
+
+if __name__ == "__main__":
+    main()
