@@ -65,59 +65,51 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.up(self.norm2(x))))
 
 
-def nats(logits: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
-
-
 def pretrained(seed: int, steps: int) -> nn.Module:
     """Predicts the next symbol, without adaptation: each training sequence is of another chain."""
+    torch.manual_seed(seed)
     blocks, head = (Block(), Block(), nn.LayerNorm(WIDTH)), nn.Linear(WIDTH, SYMBOLS)
     model = nn.Sequential(nn.Embedding(SYMBOLS, WIDTH), *blocks, head)
-    weights = [p for name, p in model.named_parameters() if "lora" not in name]
+    weights = (p for name, p in model.named_parameters() if "lora" not in name)
     optimizer = torch.optim.AdamW(weights, lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     source = Chains(seed, 0, tasks=128, support=0, query=1)
     for step in range(steps):
         x, y = (each.flatten(0, 1) for each in source.sample(step)[1])
         optimizer.zero_grad()
-        nats(model(x), y).backward()
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
         optimizer.step()
         schedule.step()
     return model.requires_grad_(False)
 
 
-def run(seed: int, steps: Sequence[int], tasks: int, sizes: tuple[int, int]) -> dict[str, float]:
-    """Query losses and accuracies on `tasks` unseen tasks after each number of inner steps."""
-    torch.manual_seed(seed)
-    model = pretrained(seed, sizes[0])
-    loss = module_loss(model, nats)
+def run(seed: int, steps: Sequence[int], sizes: tuple[int, ...]) -> dict[str, float]:
+    """Query loss and accuracy on unseen tasks, for each method and number of inner steps."""
+    pretraining, training, some, tasks = sizes
+    model = pretrained(seed, pretraining)
+    loss = module_loss(model, lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()))
     metrics, results = {"loss": loss, "accuracy": accuracy(loss.outputs)}, {}
-    validation, unseen = Chains(seed, 1, tasks=24), Chains(seed, 2, tasks)
-
-    def parameters(lora: bool) -> dict[str, Tensor]:
-        chosen = {n: p for n, p in model.named_parameters() if ("lora" in n) == lora}
-        return {name: p.clone().requires_grad_() for name, p in chosen.items()}
+    validation, unseen = Chains(seed, 1, some), Chains(seed, 2, tasks)
 
     def test(name: str, theta: dict[str, Tensor], **settings) -> None:
-        def adapted(rate: float, k: int, source: Chains) -> dict[str, float]:
-            method = IMAML(loss, theta, inner=Adam(lr=rate, steps=k), **settings)
-            return evaluate(method, source, metrics, tasks=source.tasks).mean
-
         for k in steps:  # each with the rate that is best on the validation tasks
-            rate = min(RATES, key=lambda rate: adapted(rate, k, validation)["loss"])
-            mean = adapted(rate, k, unseen)
-            print(f"seed {seed}, {name}, {k} steps of {rate}: {mean}", flush=True)
+            methods = [IMAML(loss, theta, inner=Adam(lr=r, steps=k), **settings) for r in RATES]
+            losses = [evaluate(m, validation, metrics, tasks=some).mean["loss"] for m in methods]
+            best = methods[losses.index(min(losses))]
+            mean = evaluate(best, unseen, metrics, tasks=tasks).mean
             results.update({f"{name}, {k} steps, {metric}": mean[metric] for metric in metrics})
 
-    test("all weights", parameters(lora=False), adapt_proximal=False)
-    test("LoRA, B = 0", theta := parameters(lora=True), adapt_proximal=False)
+    copies = {name: p.clone().requires_grad_() for name, p in model.named_parameters()}
+    theta = {name: p for name, p in copies.items() if "lora" in name}
+    test("all weights", {n: p for n, p in copies.items() if n not in theta}, adapt_proximal=False)
+    test("LoRA, B = 0", theta, adapt_proximal=False)
     lam = ProximalStrength(theta, initial=0.1, form="tensor")
     inner, cg = Adam(lr=0.03, steps=8), ConjugateGradient(max_iter=4)
     rates = {1e-2: theta.values(), 3e-2: lam.parameters()}
     optimizer = torch.optim.Adam([{"params": list(p), "lr": lr} for lr, p in rates.items()])
     method = IMAML(loss, theta, lam=lam, inner=inner, linear=cg)
     trainer = Trainer(method, Chains(seed, 0, tasks=8), optimizer)
-    for _ in range(sizes[1]):
+    for _ in range(training):
         trainer.step()
     test("LoRA, learned", theta, lam=lam)
     x, y = unseen.sample(0)[1]
@@ -131,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--figure", metavar="FILE")
     parser.add_argument("--small", action="store_true", help="a few seconds, for the test")
     args = parser.parse_args(argv)
-    steps, tasks, sizes = ((0, 8), 20, (200, 20)) if args.small else (STEPS, 100, (1000, 100))
-    runs = [run(seed, steps, tasks, sizes) for seed in args.seed]
+    steps, sizes = ((0, 8), (60, 10, 4, 16)) if args.small else (STEPS, (1000, 100, 24, 100))
+    runs = [run(seed, steps, sizes) for seed in args.seed]
     mean = {name: sum(each[name] for each in runs) / len(runs) for name in runs[0]}
     print(*(f"{name:32s} {value:.3f}" for name, value in mean.items()), sep="\n")
     if args.figure:
@@ -140,10 +132,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         lines = {"LoRA, B = 0": "#E69F00", "all weights": "#0072B2", "LoRA, learned": "#D55E00"}
         for name, colour in lines.items():
             losses = [mean[f"{name}, {k} steps, loss"] for k in steps]
-            axes.plot(range(len(steps)), losses, "o-", color=colour, label=name)
+            axes.plot(list(map(str, steps)), losses, "o-", color=colour, label=name)
         axes.axhline(mean["true transitions, loss"], color="0.4", ls=":", label="true transitions")
         axes.set(xlabel="inner steps", ylabel="query loss on unseen tasks [nats per symbol]")
-        axes.set(xticks=range(len(steps)), xticklabels=steps)
         axes.legend()
         figure.savefig(args.figure, dpi=110)
     return mean
