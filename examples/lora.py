@@ -1,10 +1,14 @@
 """LoRA adapters whose initial values are learned by iMAML adapt a transformer in a few steps.
 
-RESULT
+A task is a Markov chain, P(b | a) = softmax_b(u_a' R v_b) with random R. Adapters phi, all A and B
+of W x + B A x in a pretrained and frozen transformer, fit 10 sequences of the task:
+phi = argmin L(phi) + Σ_k lam_k/2 |phi_k - theta_k|². Learned are theta and a lam_k per tensor k.
+Query loss and accuracy after 8 steps of Adam, its rate chosen on validation tasks:
+    TABLE
+FOOTER
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 
 import torch
@@ -24,26 +28,27 @@ class Chains:
     """Batches of Markov chains; u and v are shared by all tasks, P [B, a, b] is that of a batch."""
 
     def __init__(self, seed: int, split: int, tasks: int, support: int = 10, query: int = 20):
-        self.seed, self.tasks, self.counts = 3 * seed + split, tasks, [support, query]
+        self.seed, self.counts = 3 * seed + split, [support, query]
+        self.task = torch.arange(tasks)[:, None]
         shared = torch.Generator().manual_seed(seed)
         self.u, self.v = torch.randn(2, SYMBOLS, FEATURES, generator=shared)
 
     def sample(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Support and query: symbols [B, N, LENGTH], and the symbols that follow them."""
         g = torch.Generator().manual_seed(1_000_000 * self.seed + step)
-        R = torch.randn(self.tasks, FEATURES, FEATURES, generator=g)
-        self.P = (2 / math.sqrt(FEATURES) * self.u @ R @ self.v.T).softmax(-1)
-        sequence = [torch.randint(SYMBOLS, (self.tasks, sum(self.counts)), generator=g)]
+        R = torch.randn(len(self.task), FEATURES, FEATURES, generator=g)
+        self.P = (2 / FEATURES**0.5 * self.u @ R @ self.v.T).softmax(-1)
+        sequence = [torch.randint(SYMBOLS, (len(self.task), sum(self.counts)), generator=g)]
         for _ in range(LENGTH):
-            rows = self.P[torch.arange(self.tasks)[:, None], sequence[-1]].flatten(0, 1)
-            sequence.append(torch.multinomial(rows, 1, generator=g).view(self.tasks, -1))
+            rows = self.P[self.task, sequence[-1]].flatten(0, 1)
+            sequence.append(torch.multinomial(rows, 1, generator=g).view(len(self.task), -1))
         return [(s[..., :-1], s[..., 1:]) for s in torch.stack(sequence, -1).split(self.counts, 1)]
 
 
 class LoRALinear(nn.Linear):  # W x + b + B A x
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs)
-        self.lora_a = nn.Parameter(torch.randn(RANK, inputs) / math.sqrt(inputs))
+        self.lora_a = nn.Parameter(torch.randn(RANK, inputs) / inputs**0.5)
         self.lora_b = nn.Parameter(torch.zeros(outputs, RANK))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +65,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [N, LENGTH, WIDTH]
         q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
-        scores = q @ k.mT / math.sqrt(WIDTH) + self.position + FUTURE
+        scores = q @ k.mT / WIDTH**0.5 + self.position + FUTURE
         x = x + self.out(scores.softmax(-1) @ v)
         return x + self.down(F.silu(self.up(self.norm2(x))))
 
@@ -95,8 +100,7 @@ def run(seed: int, steps: Sequence[int], sizes: tuple[int, ...]) -> dict[str, fl
         for k in steps:  # each with the rate that is best on the validation tasks
             methods = [IMAML(loss, theta, inner=Adam(lr=r, steps=k), **settings) for r in RATES]
             losses = [evaluate(m, validation, metrics, tasks=some).mean["loss"] for m in methods]
-            best = methods[losses.index(min(losses))]
-            mean = evaluate(best, unseen, metrics, tasks=tasks).mean
+            mean = evaluate(methods[losses.index(min(losses))], unseen, metrics, tasks=tasks).mean
             results.update({f"{name}, {k} steps, {metric}": mean[metric] for metric in metrics})
 
     copies = {name: p.clone().requires_grad_() for name, p in model.named_parameters()}
@@ -113,8 +117,7 @@ def run(seed: int, steps: Sequence[int], sizes: tuple[int, ...]) -> dict[str, fl
         trainer.step()
     test("LoRA, learned", theta, lam=lam)
     x, y = unseen.sample(0)[1]
-    truth = unseen.P[torch.arange(tasks)[:, None, None], x, y]
-    return results | {"true transitions, loss": -truth.log().mean().item()}
+    return results | {"truth, loss": -unseen.P[unseen.task[..., None], x, y].log().mean().item()}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -133,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         for name, colour in lines.items():
             losses = [mean[f"{name}, {k} steps, loss"] for k in steps]
             axes.plot(list(map(str, steps)), losses, "o-", color=colour, label=name)
-        axes.axhline(mean["true transitions, loss"], color="0.4", ls=":", label="true transitions")
+        axes.axhline(mean["truth, loss"], color="0.4", ls=":", label="true transitions")
         axes.set(xlabel="inner steps", ylabel="query loss on unseen tasks [nats per symbol]")
         axes.legend()
         figure.savefig(args.figure, dpi=110)

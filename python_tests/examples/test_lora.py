@@ -13,8 +13,8 @@ def test_learned_adapters_adapt_better_than_fresh_ones_and_draw_the_figure(tmp_p
         mean[f"{name}, loss"]
         for name in ("LoRA, B = 0, 0 steps", "LoRA, B = 0, 8 steps", "LoRA, learned, 8 steps")
     )
-    assert mean["true transitions, loss"] < learned
-    # Learned is 0.06 below fresh; with a zero meta-gradient 0.01 below, with -1 times it 0.06 above.
+    assert mean["truth, loss"] < learned
+    # It is 0.06 below; 0.01 below with a zero meta-gradient, 0.06 above with -1 times it.
     assert learned < fresh - 0.035
     assert learned < unadapted - 0.2
     assert figure.stat().st_size > 5000
