@@ -43,7 +43,8 @@ def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def call_with_tasks(function: Callable[..., Any], *operands: Tensor | None) -> Any:
     """`function(*operands)`, called outside vmap, with the task dimension of each operand first.
 
-    An operand without it is expanded. Does what `torch.autograd.Function.vmap` does, whose dispatch costs more than a small layer.
+    An operand without it is expanded. Does what `torch.autograd.Function.vmap` does, whose dispatch
+    costs more than a small layer.
     """
     level: Any = _functorch.maybe_current_level()
     tensors = [None if t is None else tasks_first(t) for t in operands]

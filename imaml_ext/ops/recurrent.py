@@ -95,10 +95,10 @@ def _layers(
     dropout: float,
     train: bool,
     bidirectional: bool,
-    batch_first: bool | None = None,
+    batch_first: bool,
 ) -> tuple[Tensor, ...]:
     """The outputs of the last layer, and the last states of every layer and direction."""
-    if batch_first is None or isinstance(params, Tensor):
+    if not isinstance(has_biases, bool):  # the second signature, (data, batch_sizes, hx, ...)
         _refuse_packed()
     if input.shape[-2 if batch_first else -3] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -166,7 +166,9 @@ def _run_layers(
         for direction in range(directions):
             k = layer * directions + direction
             given = params[k * count : (k + 1) * count]
-            weights = _Weights(*given) if has_biases else _Weights(*given[:2], None, None, *given[2:])
+            weights = (
+                _Weights(*given) if has_biases else _Weights(*given[:2], None, None, *given[2:])
+            )
             states, after = _run_layer(
                 kind, x, tuple(h[k] for h in hx), weights, time, reverse=direction == 1
             )
