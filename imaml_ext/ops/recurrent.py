@@ -165,10 +165,8 @@ def _run_layers(
         outputs = []
         for direction in range(directions):
             k = layer * directions + direction
-            given = params[k * count : (k + 1) * count]
-            weights = (
-                _Weights(*given) if has_biases else _Weights(*given[:2], None, None, *given[2:])
-            )
+            ih, hh, *rest = params[k * count : (k + 1) * count]
+            weights = _Weights(ih, hh, *(rest if has_biases else (None, None, *rest)))
             states, after = _run_layer(
                 kind, x, tuple(h[k] for h in hx), weights, time, reverse=direction == 1
             )

@@ -241,6 +241,20 @@ def test_a_mask_of_each_task_may_be_part_of_the_data():
     assert_each_task_agrees(loss, params, (randn(2, 3, 4), mask))
 
 
+def test_the_masks_of_an_encoder_may_be_part_of_the_data():
+    model = nn.TransformerEncoder(ENCODER(batch_first=True), 1, enable_nested_tensor=False)
+    model.double().eval()
+
+    def loss(params, data):
+        x, mask, padding = data
+        settings = {"mask": mask, "src_key_padding_mask": padding, "is_causal": False}
+        return functional_call(model, params, (x,), settings).sin().sum()
+
+    masks = torch.arange(18).reshape(2, 3, 3) % 5 == 4, torch.arange(12).reshape(2, 2, 3) % 3 == 2
+    params = dict(model.named_parameters())
+    assert_each_task_agrees(loss, params, (randn(TASKS, 2, 3, 4), *masks))
+
+
 @pytest.mark.parametrize(
     "arguments", [{"is_causal": True, "attn_mask": MASK}, {"enable_gqa": True}]
 )
@@ -482,7 +496,7 @@ def attending(params, data):
 
 @pytest.mark.parametrize("kind", ["GRU", "attention"])
 def test_programs_give_the_same(kind):
-    loss, params = attending, {"w": randn(4, 4)}
+    loss, params = attending, {"w": randn(4, 4).requires_grad_()}
     support, query = ((randn(TASKS, 2, 3, 4), randn(TASKS, 2, 3, 4)) for _ in "sq")
     if kind == "GRU":
         model = All(nn.GRU(4, 2, batch_first=True)).double()
