@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
@@ -42,7 +43,8 @@ def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def call_with_tasks(function: Callable[..., Any], *operands: Tensor | None) -> Any:
     """`function(*operands)`, called outside vmap, with the task dimension of each operand first.
 
-    Does what `torch.autograd.Function.vmap` does, whose dispatch costs more than a small layer.
+    An operand without it is expanded. Does what `torch.autograd.Function.vmap` does, whose dispatch
+    costs more than a small layer.
     """
     level: Any = _functorch.maybe_current_level()
     tensors = [None if t is None else tasks_first(t) for t in operands]
@@ -79,6 +81,9 @@ def call_for_each(
 
 def tasks_first(batched: Tensor) -> Tensor:
     dim = _functorch.maybe_get_bdim(batched)
+    if dim < 0:  # without tasks
+        tasks: int = retrieve_current_functorch_interpreter().batch_size()  # type: ignore[attr-defined]
+        return batched.expand(tasks, *batched.shape)
     tensor = _functorch.get_unwrapped(batched)
     return tensor.movedim(dim, 0) if dim else tensor
 

@@ -19,6 +19,8 @@ from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_funct
 from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
+from imaml_ext.ops import recurrent
+from imaml_ext.ops.attention import attention, multi_head_attention
 from imaml_ext.ops.batching import call_with_tasks
 from imaml_ext.ops.parametrizations import uncached
 
@@ -60,6 +62,12 @@ class VmapForms(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward:
+            TorchFunctionMode.__enter__(self)  # for the functions that it calls
+            try:
+                return multi_head_attention(*args, **kwargs)
+            finally:
+                TorchFunctionMode.__exit__(self, None, None, None)
         result = FORMS[function](*args, **kwargs) if function in FORMS else None
         return function(*args, **kwargs) if result is None else result
 
@@ -231,6 +239,10 @@ FORMS: dict[Any, Callable[..., Any]] = {
     Tensor.__setitem__: _setitem,
     torch.empty: _empty,
     Tensor.new: _new,
+    F.scaled_dot_product_attention: attention,
+    # An encoder would make a nested tensor of what is not padding.
+    torch._nested_tensor_from_mask_left_aligned: lambda src, mask: False,
+    **recurrent.FORMS,
 }
 for _loss in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss):
     FORMS[_loss] = partial(_elementwise, _loss)

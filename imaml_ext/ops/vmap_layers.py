@@ -27,7 +27,7 @@ from imaml_ext.ops.batch_norm import batch_norm, batch_norm_relu
 from imaml_ext.ops.batching import call_with_tasks, is_only_transform
 from imaml_ext.ops.conv import Pair, direct_conv2d, patches_conv2d
 from imaml_ext.ops.linear import linear
-from imaml_ext.ops.vmap_forms import FORMS, VmapForms
+from imaml_ext.ops.vmap_forms import VmapForms
 
 
 def task_layers(device: torch.device) -> AbstractContextManager[Any]:
@@ -80,12 +80,12 @@ class _TaskLayers(VmapForms):
             result = self._relu(previous, *args, **kwargs)
         elif function in _FORMS_OF_TASKS:
             result = _FORMS_OF_TASKS[function](*args, **kwargs)
-        if result is None and function in FORMS:
-            result = FORMS[function](*args, **kwargs)
-        if result is None and function is F.batch_norm and _have_tasks(args[0]):
+        if result is not None:
+            return result
+        if function is F.batch_norm and _have_tasks(args[0]):
             # On CUDA, vmap cannot ask whether images are in channels-last order.
             args = args[0].contiguous(), *args[1:]
-        return function(*args, **kwargs) if result is None else result
+        return super().__torch_function__(function, types, args, kwargs)
 
     # These have the signatures of the functions they replace, and return None to call the original.
 

@@ -123,7 +123,8 @@ def _function_of(loss: Any) -> Any:
 _NOT_OBJECTS = (type, ModuleType, FunctionType, MethodType, partial, ModuleLoss)
 _OPAQUE = ("torch", "torch.nn.parameter", "builtins")
 _PLAIN = (int, float, complex, str, type(None))
-_OWN = frozenset(vars(nn.Module())) - {"training"}  # entries of every module
+# Entries of every module, and lists of its parameters that recurrent modules keep.
+_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_flat_weights", "_flat_weight_refs"}
 
 
 def _add_module(state: list[Any], module: nn.Module) -> list[Any]:

@@ -59,21 +59,6 @@ _BY_FILE = [
 # Remedies by operator, then by failure; the first match is used.
 _REMEDIES = [
     (
-        r"scaled_dot_product|flash_attention|efficient_attention|cudnn_attention",
-        "run it, and the backward pass of adapt, under "
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
-    ),
-    (
-        r"native_multi_head_attention|transformer_encoder_layer_fwd",
-        "call torch.backends.mha.set_fastpath_enabled(False)",
-    ),
-    (r"_cudnn_rnn", "run it under torch.backends.cudnn.flags(enabled=False)"),
-    (
-        r"(::|_)(lstm|gru|rnn)",
-        "write the recurrence as a loop, as in docs/your-model.md; if its parameters are frozen, "
-        "compute its outputs beforehand and use them as the data",
-    ),
-    (
         r"WeightNorm",
         "register a parametrization that computes v, g -> g * v / v.norm(dim=1, keepdim=True)",
     ),

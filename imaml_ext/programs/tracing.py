@@ -102,17 +102,20 @@ _VALUE_READS = {
 
 
 def _lift_tensors(graph: fx.GraphModule) -> list[Tensor]:
-    """Turn the graph's constant tensors into placeholders after the others; return them."""
+    """Make the graph's constant tensors and ranges placeholders after the others; return them."""
     tensors: dict[str, Tensor] = {}
     inputs: dict[str, fx.Node] = {}
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
     for node in list(graph.graph.nodes):
-        if node.op != "get_attr":
+        is_range = node.target is aten.arange.default
+        if node.op != "get_attr" and not is_range:
             continue
-        if node.target not in inputs:
-            tensors[node.target] = getattr(graph, node.target)
+        name = node.name if is_range else node.target
+        if name not in inputs:
+            value = node.target(*node.args, **node.kwargs) if is_range else getattr(graph, name)
+            tensors[name] = value
             with graph.graph.inserting_after(last):
-                last = inputs[node.target] = graph.graph.placeholder(node.target)
-        node.replace_all_uses_with(inputs[node.target])
+                last = inputs[name] = graph.graph.placeholder(name)
+        node.replace_all_uses_with(inputs[name])
         graph.graph.erase_node(node)
     return list(tensors.values())

@@ -107,22 +107,6 @@ class Deciding(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-class Recurrence(nn.Module):
-    """An LSTM as a loop, with the parameters of nn.LSTM."""
-
-    def __init__(self):
-        super().__init__()
-        self.x, self.h = nn.Linear(4, 16), nn.Linear(4, 16)
-
-    def forward(self, x):
-        h = c = x.new_zeros(len(x), 4)
-        for step in x.unbind(1):
-            i, f, g, o = (self.x(step) + self.h(h)).chunk(4, dim=-1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-        return h[:, None]
-
-
 def encoder():
     layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
     return nn.TransformerEncoder(layer, 1)
