@@ -1,0 +1,158 @@
+"""Does learning a weight decay for each of 1,000 parameters beat the best single one?
+
+Linear regressions with 1,000 features, of which 20 matter, the same in every problem, with
+different weights phi; 60 training and 60 validation examples each, noise of variance 1:
+
+    phi_i(d) = argmin_phi  mean (x'phi - y)^2 + 1/2 sum_j d_j phi_j^2     on training set i
+    min over d in R^1000:  mean_i of (x'phi_i(d) - y)^2                   on validation set i
+
+Of 36 problems, 24 give the gradient and 12 choose the step at which to stop. The grid of a single
+d, refined around its best value, uses the validation sets of all 36. Test: 20 further problems.
+
+RESULT
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import torch
+from scipy import stats
+from torch import Tensor
+
+from imaml_ext import ConjugateGradient, HessianFree, Lam, ProximalStrength, adapt
+
+FEATURES, RELEVANT, EXAMPLES = 1000, 20, 60
+Data = tuple[Tensor, Tensor]  # x [problems, EXAMPLES, features] and y [problems, EXAMPLES]
+
+
+def sample_problems(count: int, generator: torch.Generator) -> tuple[Data, Data]:
+    """Training and validation sets of `count` problems; the prediction's variance is 9."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    w = 3 * RELEVANT**-0.5 * randn(count, RELEVANT, 1)
+    x = randn(2, count, EXAMPLES, FEATURES)
+    y = (x[..., :RELEVANT] @ w)[..., 0] + randn(2, count, EXAMPLES)
+    return (x[0], y[0]), (x[1], y[1])
+
+
+def loss(params: dict[str, Tensor], data: Data) -> Tensor:  # of one problem
+    x, y = data
+    return (x @ params["w"] - y).square().mean()
+
+
+def held_out_losses(lam: Lam, training: Data, held_out: Data) -> Tensor:
+    """The loss of every problem on held-out data, after fitting its training data."""
+    theta = {"w": torch.zeros(training[0].shape[-1])}  # decay towards 0
+    cg = ConjugateGradient(max_iter=100, rtol=1e-4)
+    newton = HessianFree(steps=1, linear=cg, damping=0.0)  # one step solves a quadratic problem
+    phi = adapt(loss, theta, training, lam=lam, inner=newton, linear=cg)
+    return torch.func.vmap(loss)(phi, held_out)
+
+
+@torch.no_grad()
+def grid_search(training: Data, validation: Data) -> float:
+    """The best of 30 values between 0.01 and 100, then of 10 values around it."""
+    values = torch.logspace(-2, 2, 30).tolist()
+
+    def best() -> float:
+        return min(values, key=lambda d: held_out_losses(d, training, validation).mean().item())
+
+    around = best()
+    values = [around * 10 ** (k / 40) for k in range(-5, 5)]
+    return best()
+
+
+def learn(initial: float, training: Data, validation: Data, steps: int) -> tuple[list[Lam], int]:
+    """The strengths of every outer step, and the step with the smallest stopping loss."""
+
+    def subset(data: Data, part: slice) -> Data:
+        return data[0][part], data[1][part]
+
+    count = 2 * len(training[0]) // 3
+    fitted = [subset(data, slice(count)) for data in (training, validation)]
+    stopping = [subset(data, slice(count, None)) for data in (training, validation)]
+    strength = ProximalStrength({"w": torch.zeros(FEATURES)}, initial=initial, form="diagonal")
+    optimizer = torch.optim.Adam(strength.parameters(), lr=0.2)
+    strengths, stopping_losses = [], []
+    for step in range(steps + 1):
+        with torch.no_grad():
+            strengths.append(strength())
+            stopping_losses.append(held_out_losses(strengths[-1], *stopping).mean().item())
+        if step < steps:
+            optimizer.zero_grad()
+            held_out_losses(strength(), *fitted).mean().backward()
+            optimizer.step()
+    return strengths, stopping_losses.index(min(stopping_losses))
+
+
+def run(seed: int, count: int, steps: int) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    training, validation = sample_problems(count, generator)
+    test = sample_problems(20, generator)
+
+    def relevant(sets: tuple[Data, Data]) -> list[Data]:
+        return [(x[..., :RELEVANT], y) for x, y in sets]
+
+    start = time.process_time()
+    decay = grid_search(training, validation)
+    middle = time.process_time()
+    strengths, stop = learn(decay, training, validation, steps)
+    end = time.process_time()
+    oracle = grid_search(*relevant((training, validation)))
+    with torch.no_grad():  # the test data have not been used before
+        curve = [held_out_losses(lam, *test).mean().item() for lam in strengths]
+        losses = {
+            "grid": held_out_losses(decay, *test).mean().item(),
+            "learned": curve[stop],
+            "last step": curve[-1],
+            "oracle": held_out_losses(oracle, *relevant(test)).mean().item(),
+        }
+    times = {"stop": stop, "grid, s": middle - start, "learning, s": end - middle}
+    print(f"seed {seed}:", {k: round(v, 2) for k, v in (losses | times).items()}, flush=True)
+    return {"losses": losses, "times": times, "curve": curve, "stop": stop, "strengths": strengths[stop]["w"]}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
+    parser.add_argument("--seeds", type=int, default=5, help="number of repetitions")
+    parser.add_argument("--figure", help="save the figure as this PNG file")
+    parser.add_argument("--small", action="store_true", help="1 seed, 24 problems: some seconds")
+    args = parser.parse_args(argv)
+    count, steps, seeds = (24, 12, 1) if args.small else (36, 20, args.seeds)
+    runs = [run(args.seed + k, count, steps) for k in range(seeds)]
+    mean = {}
+    for name in runs[0]["losses"]:
+        values = torch.tensor([r["losses"][name] for r in runs])
+        mean[name] = values.mean().item()
+        half = stats.t.ppf(0.975, seeds - 1) * values.std().item() / seeds**0.5 if seeds > 1 else 0
+        print(f"{name:10s} test loss {mean[name]:.2f} ± {half:.2f}")
+    if args.figure:
+        plot(args.figure, runs, mean)
+    return mean
+
+
+def plot(path: str, runs: list[dict], mean: dict[str, float]) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for k, r in enumerate(runs):
+        left.plot(r["curve"], color="#0072b2", alpha=0.5, label="" if k else "1,000 learned, per seed")
+        left.plot(r["stop"], r["curve"][r["stop"]], "o", color="#0072b2", label="" if k else "stop")
+    left.axhline(mean["grid"], color="#d55e00", ls="--", label="best single one (grid)")
+    left.axhline(mean["oracle"], color="black", ls=":", label="only the 20 that matter (grid)")
+    left.set(xlabel="outer steps", ylabel="test loss (mean squared error)", ylim=(0, None))
+    strengths = torch.stack([r["strengths"] for r in runs]).log10()
+    parts = {"20 features that matter": strengths[:, :RELEVANT], "980 others": strengths[:, RELEVANT:]}
+    for (name, part), color in zip(parts.items(), ("#0072b2", "#d55e00"), strict=True):
+        right.hist(part.flatten().numpy(), 30, density=True, alpha=0.7, color=color, label=name)
+    right.set(xlabel="log10 of the learned weight decay", ylabel="density")
+    for axis in (left, right):
+        axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
