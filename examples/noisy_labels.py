@@ -30,8 +30,8 @@ DECAYS = torch.logspace(-3, 0, 30)
 theta = {"weight": torch.zeros(64, 10), "bias": torch.zeros(10)}
 
 
-def sample_run(seed: int, examples: int) -> dict[str, Tensor]:
-    """Noisy training data, clean data and test data: a random split of all 1,797 images."""
+def sample_run(seed: int, examples: int):
+    """A random split of all 1,797 images: x, y and which y are wrong; clean and test data."""
     images, digits = load_digits(return_X_y=True)
     x, y = torch.tensor((images - 5) / 16, dtype=torch.float32), torch.tensor(digits)
     generator = torch.Generator().manual_seed(seed)
@@ -39,10 +39,7 @@ def sample_run(seed: int, examples: int) -> dict[str, Tensor]:
     train, clean, test = order.tensor_split([examples, examples + CLEAN])
     wrong = torch.rand(examples, generator=generator) < NOISE
     labels = (y[train] + wrong * torch.randint(1, 10, (examples,), generator=generator)) % 10
-    return {
-        "x": x[train], "y": labels, "wrong": wrong, "clean_x": x[clean], "clean_y": y[clean],
-        "test_x": x[test], "test_y": y[test],
-    }  # fmt: skip
+    return x[train], labels, wrong, (x[clean], y[clean]), (x[test], y[test])
 
 
 def loss(params, data):  # of one task: one run
@@ -61,7 +58,8 @@ def fit(x, y, weight, decay):
 def evaluate(params, x, y) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy and accuracy of every run, [runs]."""
     logits = x @ params["weight"] + params["bias"][:, None]
-    return cross_entropy(logits.mT, y, reduction="none").mean(1), (logits.argmax(2) == y).float().mean(1)
+    correct = logits.argmax(2) == y
+    return cross_entropy(logits.mT, y, reduction="none").mean(1), correct.float().mean(1)
 
 
 @torch.no_grad()
@@ -80,30 +78,28 @@ def best_decay(x, y, held_out_x, held_out_y, folds: int = 1) -> Tensor:
 
 def folds_of(x: Tensor) -> tuple[Tensor, Tensor]:
     """The training and held-out parts of every fold, as tasks: [runs * FOLDS, ...] each."""
-    parts = x.unflatten(1, (FOLDS, -1))
-    held_out = [parts[:, k] for k in range(FOLDS)]
-    training = [parts[:, [j for j in range(FOLDS) if j != k]].flatten(1, 2) for k in range(FOLDS)]
-    return torch.stack(training, 1).flatten(0, 1), torch.stack(held_out, 1).flatten(0, 1)
+    size = CLEAN // FOLDS
+    rolled = torch.stack([x.roll(k * size, 1) for k in range(FOLDS)], 1).flatten(0, 1)
+    return rolled[:, size:], rolled[:, :size]
 
 
-def interval(values: Tensor) -> str:
-    """Mean and 95% confidence interval over the runs (Student's t)."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std().item() / len(values) ** 0.5
-    return f"{values.mean():.2f} ± {half:.2f}"
+def interval(values: Tensor) -> tuple[float, float]:
+    """Mean and half the width of the 95% confidence interval over the runs (Student's t)."""
+    error = values.std().item() / len(values) ** 0.5
+    return values.mean().item(), stats.t.ppf(0.975, len(values) - 1) * error
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the first run")
-    parser.add_argument("--runs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=40, help="outer steps")
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--figure", help="save the figure as this PNG file")
     parser.add_argument("--small", action="store_true", help="2 runs, few steps: some seconds")
     args = parser.parse_args(argv)
-    runs, steps, examples = (2, 12, 300) if args.small else (args.runs, args.steps, 500)
+    runs, steps, examples = (2, 8, 200) if args.small else (args.runs, 20, 500)
     start = time.process_time()
-    run = default_collate([sample_run(args.seed + k, examples) for k in range(runs)])
-    x, y, clean, test = run["x"], run["y"], (run["clean_x"], run["clean_y"]), (run["test_x"], run["test_y"])
+    splits = [sample_run(args.seed + k, examples) for k in range(runs)]
+    x, y, wrong, clean, test = default_collate(splits)  # every run is a task
 
     # Uniform weights: one decay per run, chosen on the clean examples.
     decay = best_decay(x, y, *clean)
@@ -115,44 +111,37 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     alone = evaluate(fit(*clean, torch.ones(clean[1].shape), clean_decay), *test)[1]
 
     # Learned weights, with the decay of uniform ones.
-    print(decay, clean_decay, uniform, alone, time.process_time() - start)
     logits = torch.zeros(y.shape, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.3)
-    for step in range(steps):
+    for _ in range(steps):
         optimizer.zero_grad()
         phi = fit(x, y, logits.sigmoid(), decay)
         clean_loss = evaluate(phi, *clean)[0]
         clean_loss.sum().backward()  # the runs do not interact
         optimizer.step()
-        if step % 5 == 0:
-            print(step, clean_loss.mean().item(), evaluate(phi, *test)[1].mean().item(), np.mean([roc_auc_score(~bad, row) for bad, row in zip(run["wrong"].numpy(), logits.detach().numpy())]), time.process_time() - start, flush=True)
-    weights, wrong = logits.detach().sigmoid(), run["wrong"]
+    weights = logits.detach().sigmoid()
     learned = evaluate(fit(x, y, weights, decay), *test)[1]
     areas = torch.tensor([roc_auc_score(~w, row) for w, row in zip(wrong, weights, strict=True)])
 
-    accuracies = {"uniform": uniform, "clean alone": alone, "learned": learned}
-    for name, values in accuracies.items():
-        print(f"{name:12s} test accuracy, %: {interval(100 * values)}")
-    print(f"area under the ROC curve of the weights: {interval(areas)}")
+    results = {"uniform": uniform, "clean alone": alone, "learned": learned, "area": areas}
+    results = {name: interval(values) for name, values in results.items()}
+    for name, (mean, half) in results.items():
+        print(f"{name:12s} {100 * mean:.1f} ± {100 * half:.1f}%")
     print(f"{time.process_time() - start:.0f} s of CPU time")
     if args.figure:
-        plot(args.figure, weights, wrong, accuracies)
-    return {name: values.mean().item() for name, values in accuracies.items()} | {
-        "area": areas.mean().item()
-    }
+        plot(args.figure, weights, wrong, results)
+    return {name: mean for name, (mean, _) in results.items()}
 
 
-def plot(path: str, weights: Tensor, wrong: Tensor, accuracies: dict[str, Tensor]) -> None:
+def plot(path: str, weights: Tensor, wrong: Tensor, results: dict[str, tuple]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for name, part, color in (("correct", ~wrong, "#0072b2"), ("wrong", wrong, "#d55e00")):
         left.hist(weights[part].numpy(), 25, (0, 1), alpha=0.7, color=color, label=f"{name} label")
     left.set(xlabel="learned weight", ylabel=f"training examples, {len(weights)} runs")
     left.legend()
     names = ["uniform\nweights", "clean examples\nalone", "learned\nweights"]
-    values = [100 * v for v in accuracies.values()]
-    half = [stats.t.ppf(0.975, len(v) - 1) * v.std().item() / len(v) ** 0.5 for v in values]
-    colors = ["#999999", "#e69f00", "#0072b2"]
-    bars = right.bar(names, [v.mean().item() for v in values], yerr=half, color=colors, capsize=5)
+    means, halves = (100 * torch.tensor(list(results.values())[:3])).T.tolist()
+    bars = right.bar(names, means, yerr=halves, color=["0.6", "#e69f00", "#0072b2"], capsize=5)
     right.bar_label(bars, fmt="%.1f", padding=6)
     right.set(ylabel="test accuracy, % (bars: 95% interval)", ylim=(50, 100))
     figure.savefig(path, dpi=110)
