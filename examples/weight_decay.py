@@ -9,7 +9,15 @@ different weights phi; 50 training and 50 validation examples each, noise of var
 Of 24 problems, 16 give the gradient and 8 choose the step at which to stop. The grid of a single
 d, refined around its best value, uses the validation sets of all 24. Test: 20 further problems.
 
-RESULT
+    test loss, mean and 95% interval, seeds 0 to 4      inner problems     time per seed
+    single d, grid of 30 + 10 values   9.68 ± 1.42      960                 2.6 s
+    1,000 learned, 20 outer steps      5.62 ± 1.16      488, 320 gradients  10.9 s
+    only the 10 that matter, grid      1.20 ± 0.03      (knows which they are)
+
+Paired difference 4.05 ± 0.98. Every seed stopped at the last step; more were not tried. For two
+seeds the descent starts at the lower end of the grid, where CG is slow: for seed 3 `adapt` warned
+that 100 iterations are too few, and its strengths are less accurate. python examples/weight_decay.py;
+2026-11-27, code of commit bd1ab86 before it was shortened, CPU time, AMD EPYC, torch 2.13.0.
 """
 
 import argparse
@@ -55,12 +63,11 @@ def held_out_losses(lam: Lam, training: Data, held_out: Data) -> Tensor:
 @torch.no_grad()
 def grid_search(sets: Sets) -> float:
     """The best of 30 values between 0.01 and 100, then of 10 values around it."""
-
-    def best(values: list[float]) -> float:
-        return min(values, key=lambda decay: held_out_losses(decay, *sets).mean().item())
-
-    around = best(torch.logspace(-2, 2, 30).tolist())
-    return best([around * 10 ** (k / 40) for k in range(-5, 5)])
+    values = torch.logspace(-2, 2, 30).tolist()
+    for _ in range(2):
+        best = min(values, key=lambda decay: held_out_losses(decay, *sets).mean().item())
+        values = [best * 10 ** (k / 40) for k in range(-5, 5)]
+    return best
 
 
 def learn(initial: float, sets: Sets, steps: int) -> tuple[list[Lam], int]:
@@ -97,12 +104,10 @@ def run(seed: int, features: int, steps: int) -> dict:
         losses = {
             "grid": held_out_losses(decay, *test).mean().item(),
             "learned": curve[stop],
-            "last step": curve[-1],
             "oracle": held_out_losses(grid_search(relevant), *relevant_test).mean().item(),
         }
-    shown = {"stop": stop} | losses | seconds
-    print(f"seed {seed}:", {name: round(value, 2) for name, value in shown.items()}, flush=True)
-    return {"losses": losses, "curve": curve, "stop": stop, "strengths": strengths[stop]["w"]}
+    print(f"seed {seed}:", {"step": stop} | losses | seconds, flush=True)
+    return {"losses": losses, "curve": curve, "strengths": strengths[stop]["w"]}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -127,20 +132,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 def plot(path: str, runs: list[dict], mean: dict[str, float]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for k, r in enumerate(runs):
-        label = "" if k else "1,000 learned, 5 seeds"
-        left.plot(r["curve"], color="#0072b2", alpha=0.5, label=label)
-        left.plot(r["stop"], r["curve"][r["stop"]], "o", color="#0072b2", label="" if k else "stop")
+        left.plot(r["curve"], color="#0072b2", label="" if k else "1,000 learned, 5 seeds")
     left.axhline(mean["grid"], color="#d55e00", ls="--", label="best single one (grid)")
     left.axhline(mean["oracle"], color="black", ls=":", label="only the 10 that matter (grid)")
     left.set(xlabel="outer steps", ylabel="test loss (mean squared error)", ylim=(0, None))
     strengths = torch.stack([r["strengths"] for r in runs]).log10()
     parts = strengths.split([RELEVANT, strengths.shape[1] - RELEVANT], 1)
-    names = "10 features that matter", "others"
-    for part, name, color in zip(parts, names, ("#0072b2", "#d55e00"), strict=True):
+    names = ("10 features that matter", "#0072b2"), ("others", "#d55e00")
+    for part, (name, color) in zip(parts, names, strict=True):
         right.hist(part.flatten().numpy(), 30, density=True, alpha=0.7, color=color, label=name)
     right.set(xlabel="log10 of the learned weight decay", ylabel="density")
-    for axis in (left, right):
-        axis.legend()
+    left.legend()
+    right.legend()
     figure.savefig(path, dpi=110)
 
 
