@@ -2,10 +2,10 @@
 
 Digits (8x8 images), 40% of whose training labels were replaced by another class at random. The
 model phi is multinomial logistic regression. It is fitted to the noisy examples, with weights that
-minimise its loss on the clean ones:
+minimise its loss on the clean ones. The decay d is chosen for uniform weights, on the clean ones:
 
-    phi*(a, d) = argmin_phi  sum_j s(a_j) ce_j(phi) / sum_j s(a_j) + d/2 |phi|^2,  s = sigmoid
-    min over a in R^500 and log d:  mean of ce(phi*(a, d)) over the clean examples
+    phi*(a) = argmin_phi  sum_j s(a_j) ce_j(phi) / sum_j s(a_j) + d/2 |phi|^2,  s = sigmoid
+    min over a in R^500:  mean of ce(phi*(a)) over the clean examples
 
 RESULT
 """
@@ -45,8 +45,8 @@ def sample_run(seed: int, examples: int):
 def loss(params, data):  # of one task: one run
     x, y, weight, decay = data
     each = cross_entropy(x @ params["weight"] + params["bias"], y, reduction="none")
-    penalty = params["weight"].square().sum() + params["bias"].square().sum()
-    return (weight * each).sum() / weight.sum() + decay / 2 * penalty
+    penalty = decay / 2 * (params["weight"].square().sum() + params["bias"].square().sum())
+    return (weight * each).sum() / weight.sum() + penalty
 
 
 def fit(x, y, weight, decay):
@@ -58,19 +58,15 @@ def fit(x, y, weight, decay):
 def evaluate(params, x, y) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy and accuracy of every run, [runs]."""
     logits = x @ params["weight"] + params["bias"][:, None]
-    correct = logits.argmax(2) == y
-    return cross_entropy(logits.mT, y, reduction="none").mean(1), correct.float().mean(1)
+    loss = cross_entropy(logits.mT, y, reduction="none").mean(1)
+    return loss, (logits.argmax(2) == y).float().mean(1)
 
 
 @torch.no_grad()
 def best_decay(x, y, held_out_x, held_out_y, folds: int = 1) -> Tensor:
-    """For every run, the decay with the smallest held-out loss, as a mean over its folds.
-
-    Every decay is a task: all runs, folds and decays are solved together.
-    """
-    x, y, held_out_x, held_out_y = (
-        t.repeat_interleave(len(DECAYS), 0) for t in (x, y, held_out_x, held_out_y)
-    )
+    """The decay of every run with the smallest held-out loss; every decay is a task."""
+    data = (x, y, held_out_x, held_out_y)
+    x, y, held_out_x, held_out_y = (t.repeat_interleave(len(DECAYS), 0) for t in data)
     params = fit(x, y, torch.ones(y.shape), DECAYS.repeat(len(y) // len(DECAYS)))
     losses = evaluate(params, held_out_x, held_out_y)[0]
     return DECAYS[losses.view(-1, folds, len(DECAYS)).mean(1).argmin(1)]
@@ -84,9 +80,9 @@ def folds_of(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def interval(values: Tensor) -> tuple[float, float]:
-    """Mean and half the width of the 95% confidence interval over the runs (Student's t)."""
-    error = values.std().item() / len(values) ** 0.5
-    return values.mean().item(), stats.t.ppf(0.975, len(values) - 1) * error
+    """Mean over the runs and half the width of its 95% interval (Student's t)."""
+    quantile = stats.t.ppf(0.975, len(values) - 1)
+    return values.mean().item(), quantile * values.std().item() / len(values) ** 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -101,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     splits = [sample_run(args.seed + k, examples) for k in range(runs)]
     x, y, wrong, clean, test = default_collate(splits)  # every run is a task
 
-    # Uniform weights: one decay per run, chosen on the clean examples.
-    decay = best_decay(x, y, *clean)
+    decay = best_decay(x, y, *clean)  # with uniform weights
     uniform = evaluate(fit(x, y, torch.ones(y.shape), decay), *test)[1]
 
     # The clean examples alone: the decay is chosen by cross-validation, a fold being a task.
@@ -110,13 +105,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     clean_decay = best_decay(train_x, train_y, held_out_x, held_out_y, FOLDS)
     alone = evaluate(fit(*clean, torch.ones(clean[1].shape), clean_decay), *test)[1]
 
-    # Learned weights, with the decay of uniform ones.
+    # Learned weights, with the decay of uniform ones
     logits = torch.zeros(y.shape, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.3)
     for _ in range(steps):
         optimizer.zero_grad()
-        phi = fit(x, y, logits.sigmoid(), decay)
-        clean_loss = evaluate(phi, *clean)[0]
+        clean_loss, _ = evaluate(fit(x, y, logits.sigmoid(), decay), *clean)
         clean_loss.sum().backward()  # the runs do not interact
         optimizer.step()
     weights = logits.detach().sigmoid()
@@ -139,7 +133,7 @@ def plot(path: str, weights: Tensor, wrong: Tensor, results: dict[str, tuple]) -
         left.hist(weights[part].numpy(), 25, (0, 1), alpha=0.7, color=color, label=f"{name} label")
     left.set(xlabel="learned weight", ylabel=f"training examples, {len(weights)} runs")
     left.legend()
-    names = ["uniform\nweights", "clean examples\nalone", "learned\nweights"]
+    names = ["uniform weights", "clean alone", "learned weights"]
     means, halves = (100 * torch.tensor(list(results.values())[:3])).T.tolist()
     bars = right.bar(names, means, yerr=halves, color=["0.6", "#e69f00", "#0072b2"], capsize=5)
     right.bar_label(bars, fmt="%.1f", padding=6)

@@ -16,8 +16,8 @@ d, refined around its best value, uses the validation sets of all 24. Test: 20 f
 
 Paired difference 4.05 ± 0.98. Every seed stopped at the last step; more were not tried. For two
 seeds the descent starts at the lower end of the grid, where CG is slow: for seed 3 `adapt` warned
-that 100 iterations are too few, and its strengths are less accurate. python examples/weight_decay.py;
-2026-11-27, code of commit bd1ab86 before it was shortened, CPU time, AMD EPYC, torch 2.13.0.
+that 100 iterations are too few. python examples/weight_decay.py; 2026-11-27, code of commit bd1ab86
+before it was shortened; CPU time on one core of an AMD EPYC, torch 2.13.0.
 """
 
 import argparse
@@ -70,13 +70,12 @@ def grid_search(sets: Sets) -> float:
     return best
 
 
-def learn(initial: float, sets: Sets, steps: int) -> tuple[list[Lam], int]:
+def learn(d: float, sets: Sets, steps: int) -> tuple[list[Lam], int]:
     """The strengths of every outer step, and the step with the smallest stopping loss."""
     count = 2 * len(sets[0][0]) // 3
     fitted = [(x[:count], y[:count]) for x, y in sets]
     stopping = [(x[count:], y[count:]) for x, y in sets]
-    theta = {"w": torch.zeros(sets[0][0].shape[-1])}
-    strength = ProximalStrength(theta, initial=initial, form="diagonal")
+    strength = ProximalStrength({"w": torch.zeros(sets[0][0].shape[2])}, initial=d, form="diagonal")
     optimizer = torch.optim.Adam(strength.parameters(), lr=0.15)
     strengths, stopping_losses = [], []
     for step in range(steps + 1):
