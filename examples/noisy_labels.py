@@ -51,7 +51,7 @@ def loss(params, data):  # of one task: one run
 
 def fit(x, y, weight, decay):
     """The minimum of the loss of every run. The penalty is in the loss, so lam is 0."""
-    inner, linear = LBFGS(steps=60, tol=1e-3), ConjugateGradient(max_iter=40, rtol=1e-2)
+    inner, linear = LBFGS(steps=60, tol=1e-3), ConjugateGradient(max_iter=100, rtol=1e-2)
     return adapt(loss, theta, (x, y, weight, decay), lam=0, inner=inner, linear=linear)
 
 
@@ -130,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 def plot(path: str, weights: Tensor, wrong: Tensor, results: dict[str, tuple]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for name, part, color in (("correct", ~wrong, "#0072b2"), ("wrong", wrong, "#d55e00")):
-        left.hist(weights[part].numpy(), 25, (0, 1), alpha=0.7, color=color, label=f"{name} label")
+        left.hist(
+            weights[part].numpy(), 25, range=(0, 1), alpha=0.7, color=color, label=f"{name} label"
+        )
     left.set(xlabel="learned weight", ylabel=f"training examples, {len(weights)} runs")
     left.legend()
     names = ["uniform weights", "clean alone", "learned weights"]
