@@ -7,7 +7,11 @@ minimise its loss on the clean ones. The decay d is chosen for uniform weights, 
     phi*(a) = argmin_phi  sum_j s(a_j) ce_j(phi) / sum_j s(a_j) + d/2 |phi|^2,  s = sigmoid
     min over a in R^500:  mean of ce(phi*(a)) over the clean examples
 
-RESULT
+    uniform weights   82.7 ± 4.5%    test accuracy, mean and 95% interval of 5 runs
+    clean alone       89.4 ± 3.6%    (decay chosen by 5-fold cross-validation)
+    learned weights   90.4 ± 1.9%    (area under their ROC curve for wrong labels: 85.6 ± 2.4%)
+The last two do not differ significantly. python examples/noisy_labels.py; seeds 0 to 4, 25 s of CPU
+time, AMD EPYC, torch 2.13.0, 2026-11-27, with max_iter=40 for CG, before commit 57443ee.
 """
 
 import argparse
@@ -65,8 +69,8 @@ def evaluate(params, x, y) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def best_decay(x, y, held_out_x, held_out_y, folds: int = 1) -> Tensor:
     """The decay of every run with the smallest held-out loss; every decay is a task."""
-    data = (x, y, held_out_x, held_out_y)
-    x, y, held_out_x, held_out_y = (t.repeat_interleave(len(DECAYS), 0) for t in data)
+    data = (t.repeat_interleave(len(DECAYS), 0) for t in (x, y, held_out_x, held_out_y))
+    x, y, held_out_x, held_out_y = data
     params = fit(x, y, torch.ones(y.shape), DECAYS.repeat(len(y) // len(DECAYS)))
     losses = evaluate(params, held_out_x, held_out_y)[0]
     return DECAYS[losses.view(-1, folds, len(DECAYS)).mean(1).argmin(1)]
@@ -94,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(argv)
     runs, steps, examples = (2, 8, 200) if args.small else (args.runs, 20, 500)
     start = time.process_time()
-    splits = [sample_run(args.seed + k, examples) for k in range(runs)]
-    x, y, wrong, clean, test = default_collate(splits)  # every run is a task
+    splits = [sample_run(args.seed + k, examples) for k in range(runs)]  # every run is a task
+    x, y, wrong, clean, test = default_collate(splits)
 
     decay = best_decay(x, y, *clean)  # with uniform weights
     uniform = evaluate(fit(x, y, torch.ones(y.shape), decay), *test)[1]
@@ -129,10 +133,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 def plot(path: str, weights: Tensor, wrong: Tensor, results: dict[str, tuple]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for name, part, color in (("correct", ~wrong, "#0072b2"), ("wrong", wrong, "#d55e00")):
-        left.hist(
-            weights[part].numpy(), 25, range=(0, 1), alpha=0.7, color=color, label=f"{name} label"
-        )
+    parts = ("correct label", ~wrong, "#0072b2"), ("wrong label", wrong, "#d55e00")
+    for name, part, color in parts:
+        left.hist(weights[part].numpy(), 25, range=(0, 1), alpha=0.7, color=color, label=name)
     left.set(xlabel="learned weight", ylabel=f"training examples, {len(weights)} runs")
     left.legend()
     names = ["uniform weights", "clean alone", "learned weights"]
