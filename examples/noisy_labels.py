@@ -10,7 +10,7 @@ minimise its loss on the clean ones. The decay d is chosen for uniform weights, 
     uniform weights   82.7 ± 4.5%    test accuracy, mean and 95% interval of 5 runs
     clean alone       89.4 ± 3.6%    (decay chosen by 5-fold cross-validation)
     learned weights   90.4 ± 1.9%    (area under their ROC curve for wrong labels: 85.6 ± 2.4%)
-The last two do not differ significantly. python examples/noisy_labels.py; seeds 0 to 4, 25 s of CPU
+The intervals of the last two overlap. python examples/noisy_labels.py; seeds 0 to 4, 25 s of CPU
 time, AMD EPYC, torch 2.13.0, 2026-11-27, with max_iter=40 for CG, before commit 57443ee.
 """
 
