@@ -6,9 +6,14 @@ every task i, fitted to the ten images X with the soft labels Y:
     w_i = argmin_w 1/2 |f_i(X) w - Y|^2 + lam/2 |w|^2
 
 Outer problem: X, Y and lam minimise the cross-entropy of softmax(f_i(x) w_i) on the real training
-images. Every meta-step draws new features, and so does the test.
+images. Every meta-step draws new features, and so does the test. Accuracy on 597 test digits, mean
+and 95% interval of five splits; the baselines choose lam, and the choice, on the training images:
 
-RESULTS
+    ten learned images     93.9 ± 0.9%        best of 100 choices    72.6 ± 1.8%
+    ten class means        87.9 ± 1.8%        all 1200 images        96.9 ± 0.7%
+
+python examples/distillation.py (seeds 0 to 4), 2026-11-27, commit 347f6ab, one core of an AMD EPYC,
+torch 2.13.0, 92 s of CPU time.
 """
 
 import argparse
@@ -79,13 +84,13 @@ def accuracy(w: Tensor, data: Pair, draw: Pair) -> Tensor:
     return 100 * (classes == data[1]).float().mean((-2, -1))
 
 
-def one_seed(seed: int, steps: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+def one_seed(seed: int, steps: int, count: int) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Test accuracies in percent; the class means and the learned images."""
     generator = torch.Generator().manual_seed(seed)
     x, y = load_digits(return_X_y=True)
     x, y = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)
     order = torch.randperm(len(y), generator=generator)
-    train, test = ((x[part], y[part]) for part in (order[:1200], order[1200:]))
+    train, test = ((x[part], y[part]) for part in (order[:count], order[1200:]))
     draw, unseen = random_features(4, generator), random_features(10, generator)
 
     @torch.no_grad()
@@ -102,21 +107,19 @@ def one_seed(seed: int, steps: int) -> tuple[dict[str, float], dict[str, Tensor]
     picks = [images[torch.randint(len(images), (100,), generator=generator)] for images in classes]
     hard, all_labels = (one_hot(k, 10) - 0.1 for k in (torch.arange(10), train[1]))
     images, labels, lam = distil(means, 5 * hard, train, steps, generator)
-    with torch.no_grad():
-        learned = accuracy(fit(images, labels, lam, unseen), test, unseen).item()
     found = {
-        "ten learned images": learned,
+        "ten learned images": accuracy(fit(images, labels, lam, unseen), test, unseen).item(),
         "ten class means": baseline(means[None], hard),
         "best of 100 choices": baseline(torch.stack(picks, 1), hard),
-        "all 1200 images": baseline(train[0][None], all_labels, cg_steps=60),
+        "all training images": baseline(train[0][None], all_labels, cg_steps=60),
     }
     return found, {"ten class means": means, "ten learned images": images}
 
 
 def plot(file: str, found: dict[str, float], pictures: dict[str, Tensor]) -> None:
     figure = Figure(figsize=(7.5, 2.3), facecolor="white")
-    axes = figure.subplots(2, 10)
-    for row, height, (name, images) in zip(axes, (0.92, 0.43), pictures.items(), strict=True):
+    rows = zip(figure.subplots(2, 10), (0.92, 0.43), pictures.items(), strict=True)
+    for row, height, (name, images) in rows:
         for ax, image in zip(row, images, strict=True):
             ax.imshow(image.view(8, 8), cmap="gray_r", vmin=images.min(), vmax=images.max())
             ax.set_axis_off()
@@ -132,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--figure", help="where to save the PNG, of the first seed")
     parser.add_argument("--small", action="store_true", help="a run of some seconds")
     args = parser.parse_args(argv)
-    seeds, steps = (1, 20) if args.small else (5, 200)
-    runs = [one_seed(args.seed + k, steps) for k in range(seeds)]
+    seeds, steps, count = (1, 20, 200) if args.small else (5, 200, 1200)
+    runs = [one_seed(args.seed + k, steps, count) for k in range(seeds)]
     for name in runs[0][0]:
         values = np.array([found[name] for found, _ in runs])
         half = student.ppf(0.975, seeds - 1) * values.std(ddof=1) / seeds**0.5 if seeds > 1 else 0

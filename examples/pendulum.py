@@ -23,6 +23,7 @@ from scipy.optimize import minimize
 from scipy.stats import t as student
 from torch import Tensor
 from torch.func import vmap
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from imaml_ext import IMAML, External, Programs, ProximalStrength, TaskBatch, Trainer
 
@@ -46,13 +47,11 @@ def simulate(phi: dict[str, Tensor], start: Tensor, samples: int) -> Tensor:
 
 
 def support_loss(phi: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
-    start, early = data
-    return (simulate(phi, start, EARLY) - early).square().sum() / (2 * NOISE**2)
+    return (simulate(phi, data[0], EARLY) - data[1]).square().sum() / (2 * NOISE**2)
 
 
 def query_loss(phi: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
-    start, later = data
-    return (simulate(phi, start, EARLY + LATE)[EARLY:] - later).square().mean()
+    return (simulate(phi, data[0], EARLY + LATE)[EARLY:] - data[1]).square().mean()
 
 
 def systems(count: int, seed: int, query_noise: float = NOISE) -> TaskBatch:
@@ -63,8 +62,8 @@ def systems(count: int, seed: int, query_noise: float = NOISE) -> TaskBatch:
     phi = dict(zip(NAMES, (MEDIAN.log() + SPREAD * normal).T, strict=True))
     angles = vmap(simulate, (0, 0, None))(phi, start, EARLY + LATE)
     noise = torch.randn(angles.shape, generator=generator, dtype=torch.float64)
-    early, later = angles + NOISE * noise, angles + query_noise * noise
-    return TaskBatch(support=(start, early[:, :EARLY]), query=(start, later[:, EARLY:]))
+    early, later = (angles + NOISE * noise)[:, :EARLY], (angles + query_noise * noise)[:, EARLY:]
+    return TaskBatch(support=(start, early), query=(start, later))
 
 
 def scipy_solver(problem) -> Tensor:
@@ -81,7 +80,6 @@ def scipy_solver(problem) -> Tensor:
 
 
 def fitting(mean: Tensor, lam) -> IMAML:
-    """Fits by SciPy with a prior of this mean [3] and precision lam."""
     theta = {name: m.clone().requires_grad_() for name, m in zip(NAMES, mean, strict=True)}
     return IMAML(support_loss, theta, lam=lam, inner=External(scipy_solver), query_loss=query_loss)
 
@@ -99,7 +97,7 @@ def one_seed(seed: int, count: int, steps: int, figure: str | None) -> dict[str,
     zero = torch.zeros(3, dtype=torch.float64)  # every parameter is 1 in its unit
     learned = fitting(zero, ProximalStrength(dict(zip(NAMES, zero, strict=True)), form="tensor"))
     optimizer = torch.optim.Adam(learned.learned().values(), lr=0.2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = CosineAnnealingLR(optimizer, steps)
     trainer = Trainer(learned, [first, second], optimizer, scheduler=schedule, compile="off")
     for _ in range(steps):
         trainer.step()
