@@ -121,7 +121,7 @@ def plot(file: str, found: dict[str, float], pictures: dict[str, Tensor]) -> Non
     rows = zip(figure.subplots(2, 10), (0.92, 0.43), pictures.items(), strict=True)
     for row, height, (name, images) in rows:
         for ax, image in zip(row, images, strict=True):
-            ax.imshow(image.view(8, 8), cmap="gray_r", vmin=images.min(), vmax=images.max())
+            ax.imshow(image.view(8, 8).numpy(), cmap="gray_r", vmin=images.min(), vmax=images.max())
             ax.set_axis_off()
         title = f"{name}: {found[name]:.1f}% of the test digits are classified correctly"
         figure.text(0.5, height, title, ha="center", fontsize=10)

@@ -3,13 +3,17 @@
 A driven, damped pendulum, q'' = A sin(2 pi f t) - c q' - g/l sin q, has unknown length l, damping c
 and drive A. phi = (log l, log c, log A) is fitted to its first four noisy angles by L-BFGS-B, with
 a Gaussian prior of mean theta and diagonal precision Λ:
-
     phi_i = argmin_phi  sum_t (q_i(t; phi) - measured_i(t))^2 / (2 noise^2)
                         + 1/2 (phi - theta)' Λ (phi - theta)
 
-theta and Λ minimise the squared error of the predicted later angles of the training systems.
+theta and Λ minimise the squared error of the predicted later angles of 32 training systems. RMS
+error on 64 unseen systems, from 0.8 to 2 s, mean and 95% interval of three seeds (0 to 2):
 
-RESULTS
+    no prior (lam 0.001)         0.311 ± 0.059 rad      learned prior    0.149 ± 0.053 rad
+    theta 0, best scalar lam     0.232 ± 0.067 rad      true prior       0.140 ± 0.035 rad
+
+python examples/pendulum.py, 2026-11-27, commit c46cd36, one core of an AMD EPYC, torch 2.13.0, 44 s
+of CPU time. The scalar lam is the best of four on the training systems.
 """
 
 import argparse
@@ -85,20 +89,18 @@ def fitting(mean: Tensor, lam) -> IMAML:
 
 
 @torch.no_grad()
-def error(method: IMAML, batch: TaskBatch) -> float:
-    """RMS error of the predicted later angles, in rad."""
+def error(method: IMAML, batch: TaskBatch) -> float:  # RMS, of the later angles, in rad
     return vmap(query_loss)(method.adapt(batch.support), batch.query).mean().sqrt().item()
 
 
 def one_seed(seed: int, count: int, steps: int, figure: str | None) -> dict[str, float]:
-    """The errors of all methods on unseen systems."""
     first, second = systems(count, 10 * seed), systems(count, 10 * seed + 1)  # for training
     unseen = systems(4 * count, 10 * seed + 2, query_noise=0.0)
     zero = torch.zeros(3, dtype=torch.float64)  # every parameter is 1 in its unit
     learned = fitting(zero, ProximalStrength(dict(zip(NAMES, zero, strict=True)), form="tensor"))
-    optimizer = torch.optim.Adam(learned.learned().values(), lr=0.2)
-    schedule = CosineAnnealingLR(optimizer, steps)
-    trainer = Trainer(learned, [first, second], optimizer, scheduler=schedule, compile="off")
+    adam = torch.optim.Adam(learned.learned().values(), lr=0.2)
+    schedule = CosineAnnealingLR(adam, steps)
+    trainer = Trainer(learned, [first, second], adam, scheduler=schedule, compile="off")
     for _ in range(steps):
         trainer.step()
     grid = [fitting(zero, lam) for lam in (0.001, 0.1, 0.3, 1.0)]
