@@ -6,8 +6,10 @@ from imaml_ext.methods.base import Method
 from imaml_ext.methods.convergence import ConvergenceWarning
 from imaml_ext.methods.imaml import IMAML
 from imaml_ext.methods.implicit import adapt, implicit_meta_grad
-from imaml_ext.methods.maml import FOMAML, MAML, Reptile, TruncatedMAML
+from imaml_ext.methods.maml import FOMAML, MAML, TruncatedMAML
 from imaml_ext.methods.meta_gradient import ImplicitMetaGradient, MetaGradient, Nonfinite
+from imaml_ext.methods.reptile import Reptile
+from imaml_ext.methods.step_weights import MultiStepLoss
 from imaml_ext.ops.extension import build_info
 from imaml_ext.problem.lam import Lam, ProximalStrength
 from imaml_ext.problem.layout import Params
@@ -23,6 +25,7 @@ from imaml_ext.solvers.inner import (
     GradientDescent,
     HessianFree,
     InnerSolver,
+    StepSize,
 )
 from imaml_ext.solvers.linear.base import LinearSolver, LinearSystem
 from imaml_ext.solvers.linear.cg import ConjugateGradient, conjugate_gradient
@@ -59,6 +62,7 @@ __all__ = [
     "MetaGradient",
     "Method",
     "Metric",
+    "MultiStepLoss",
     "NeumannSeries",
     "Nonfinite",
     "NonfiniteError",
@@ -72,6 +76,7 @@ __all__ = [
     "ShardableSource",
     "Solution",
     "Status",
+    "StepSize",
     "TaskBatch",
     "TaskSource",
     "Trainer",

@@ -251,6 +251,7 @@ class Trainer:
 
     def _evaluate(self, batch: TaskBatch) -> Record:
         """Fill the gradients of the learned tensors, and return the record of the batch."""
+        self.method.at_step(self.steps)
         with self._recording():
             out = (self.meta_gradient or self.method.meta_gradient)(batch)
         if self.compile == "on" and self.programs is not None:
