@@ -11,8 +11,10 @@ from imaml_ext.problem.lam import Lam, ProximalStrength
 from imaml_ext.problem.layout import Params
 
 
-def lam_value(lam: Lam | ProximalStrength) -> Lam:
-    """Λ now, in the graph of a `ProximalStrength` in grad mode."""
+def lam_value(lam: Lam | ProximalStrength | None) -> Lam:
+    """Λ now, in the graph of a `ProximalStrength` in grad mode; 0 for None."""
+    if lam is None:
+        return 0.0
     return lam() if isinstance(lam, ProximalStrength) else lam
 
 

@@ -79,8 +79,7 @@ class Unrolled(Method):
         super().__init__(loss, params, query_loss=query_loss, nonfinite=nonfinite)
         self.inner = checked(inner)
         self.lam = lam
-        if lam is not None:
-            flatten_lam(self.layout, lam_value(lam))  # checks it
+        flatten_lam(self.layout, lam_value(lam))  # checks it
         check_choice("learn_lr", learn_lr, (False, True))
         if learn_lr:
             if isinstance(self.inner.lr, StepSize):
@@ -208,12 +207,9 @@ class Unrolled(Method):
         """For theta [B, D], and the rows of `_own()`; without them, constants."""
         lr, steps = self.inner.lr, self.inner.steps
         rates = lr.rates(steps, rows) if isinstance(lr, StepSize) else [lr] * steps
-        pull = None if self.lam is None else problem.lam.mv
-        if _LAM in rows:
-            lam = rows[_LAM]
-            # As a sum of products: a matrix product would be rounded under autocast.
-            pull = (lambda d: (lam * d[:, None]).sum(2)) if lam.dim() == 3 else lam.mul
-        return Given(theta, rates, pull)
+        if self.lam is None:
+            return Given(theta, rates, None)
+        return Given(theta, rates, _product(rows[_LAM]) if _LAM in rows else problem.lam.mv)
 
     def _own(self) -> Params:
         """What has a row for each task in the graph, besides theta."""
@@ -242,10 +238,8 @@ class Unrolled(Method):
             self.loss, self.layout, support, "support", self._constants(), check=check
         )
         theta = self.layout.flatten(self.params).detach()
-        if self.lam is None:
-            return Proximal(objective, theta, theta.new_zeros(1))
-        lam = flatten_lam(self.layout, lam_value(self.lam))
-        return Proximal(objective, theta, lam.detach())
+        lam = flatten_lam(self.layout, lam_value(self.lam)).detach()
+        return Proximal(objective, theta, lam)
 
     def _mean(
         self,
@@ -306,6 +300,14 @@ class Unrolled(Method):
 
 def _rows(tensor: Tensor, tasks: int) -> Tensor:
     return tensor.detach().expand(tasks, *tensor.shape).clone().requires_grad_()
+
+
+def _product(lam: Tensor) -> Callable[[Tensor], Tensor]:
+    """Row i times the matrix of task i, from [B, 1], diagonals [B, D] or matrices [B, D, D]."""
+    if lam.dim() == 2:
+        return lambda rows: lam * rows
+    # A sum of products, since autocast would round a matrix product.
+    return lambda rows: (lam * rows[:, None]).sum(2)
 
 
 def _at(objective: Objective, shared: Params) -> Objective:
