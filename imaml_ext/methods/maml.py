@@ -17,8 +17,8 @@ from imaml_ext.solvers.inner import Adam, GradientDescent, StepSize
 class MAML(Unrolled):
     """Model-agnostic meta-learning: back-propagation through every step of the adaptation.
 
-    Memory grows with the number of steps, whose graphs are all kept; and with a copy of theta, lam
-    and the step sizes for each task, if they are learned.
+    Memory grows with the number of steps, whose graphs are all kept. The graph contains a copy of
+    theta, and of lam and the step sizes where they are learned, for each task.
 
     Args:
         loss, params, query_loss, nonfinite: as in `Method`.

@@ -1,4 +1,4 @@
-"""Reptile: steps on a task's examples, and the way that they went as the gradient."""
+"""Reptile: the displacement by the inner steps is the gradient."""
 
 from collections.abc import Mapping
 from itertools import cycle
@@ -27,9 +27,9 @@ class Reptile(Unrolled):
     Args:
         loss, params, nonfinite: as in `MAML`.
         inner: as in `MAML`; at least 2 steps, of constant sizes: Reptile differentiates nothing.
-        shared: as in `MAML`. Its gradient is the mean of that of the losses at the K points at
-            which the steps are taken. That is what Reptile's own rule gives for a step size of the
-            shared parameters that tends to 0, divided by K times that step size.
+        shared: learned, but not adapted, as in `MAML`. The gradient is the mean of the losses'
+            gradients at the K points where the steps start: the limit of `(psi - psi_K) / (K lr)`
+            if shared parameters psi take the steps too, as their step size lr tends to 0.
 
     Raises:
         TypeError, ValueError: as in `MAML`, `inner` takes fewer than 2 steps, or its step size

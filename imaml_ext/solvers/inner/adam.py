@@ -29,9 +29,9 @@ class Adam(InnerSolver):
 
     The unrolled methods differentiate its steps. A step is nearly `lr sign(g)` in the entries g of
     ∇G_i that are large compared with eps, and its derivative by g is at most of the order of
-    `lr / eps`, which it reaches at g = 0: choose an eps like 1e-3 there. The square root of a
-    second moment that is exactly 0 has derivative 0, so that no `eps_root` is needed, as higher
-    and TorchOpt offer it: the derivatives are finite.
+    `lr / eps`, which it reaches at g = 0: choose an eps like 1e-3 for them. The square root of a
+    second moment that is exactly 0 has derivative 0, so the derivatives are finite without the
+    `eps_root` of TorchOpt.
 
     Args:
         lr: step size; or a `StepSize`, whose steps are computed by PyTorch's operators.
