@@ -38,6 +38,12 @@ def shared():
     }
 
 
+def definite():
+    """A dense lam that requires grad."""
+    factor = randn(4, 4)
+    return (factor @ factor.T / 4 + torch.eye(4).double()).requires_grad_()
+
+
 def batch(count=3):
     return TaskBatch(*((randn(count, 6, 2), randn(count, 6)) for _ in range(2)))
 
