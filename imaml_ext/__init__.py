@@ -8,8 +8,10 @@ from imaml_ext.methods.base import Method
 from imaml_ext.methods.convergence import ConvergenceWarning
 from imaml_ext.methods.imaml import IMAML
 from imaml_ext.methods.implicit import implicit_meta_grad
-from imaml_ext.methods.maml import FOMAML, MAML, Reptile, TruncatedMAML
+from imaml_ext.methods.maml import FOMAML, MAML, TruncatedMAML
 from imaml_ext.methods.meta_gradient import ImplicitMetaGradient, MetaGradient, Nonfinite
+from imaml_ext.methods.reptile import Reptile
+from imaml_ext.methods.step_weights import MultiStepLoss
 from imaml_ext.methods.warm_start import WarmStart
 from imaml_ext.ops.extension import build_info
 from imaml_ext.problem.lam import Lam, ProximalStrength
@@ -26,6 +28,7 @@ from imaml_ext.solvers.inner import (
     GradientDescent,
     HessianFree,
     InnerSolver,
+    StepSize,
 )
 from imaml_ext.solvers.linear.base import LinearSolver, LinearSystem
 from imaml_ext.solvers.linear.cg import ConjugateGradient, conjugate_gradient
@@ -63,6 +66,7 @@ __all__ = [
     "Method",
     "Metric",
     "MiniBatches",
+    "MultiStepLoss",
     "NeumannSeries",
     "Nonfinite",
     "NonfiniteError",
@@ -76,6 +80,7 @@ __all__ = [
     "ShardableSource",
     "Solution",
     "Status",
+    "StepSize",
     "TaskBatch",
     "TaskSource",
     "Trainer",

@@ -105,8 +105,8 @@ class MiniBatches:
         task = torch.arange(len(index), device=index.device)[:, None]
         return pytree.tree_map(lambda leaf: leaf.detach()[task, index], self.data)
 
-    def rows(self, tasks: slice) -> "MiniBatches":
-        """Those of some tasks."""
+    def rows(self, tasks: slice | Tensor) -> "MiniBatches":
+        """Those of some tasks, a slice of them or their numbers."""
 
         def of_tasks(tree: Any) -> Any:
             return pytree.tree_map(lambda leaf: leaf[tasks], tree)
@@ -121,6 +121,13 @@ class MiniBatches:
 def split_batches(support: Any) -> tuple[Any, MiniBatches | None]:
     """The data of a support set, and its mini-batches if there are any."""
     return (support.data, support) if isinstance(support, MiniBatches) else (support, None)
+
+
+def rows_of_tasks(support: Any, tasks: Tensor) -> Any:
+    """A support set with these tasks, given by their numbers."""
+    if isinstance(support, MiniBatches):
+        return support.rows(tasks)
+    return pytree.tree_map(lambda leaf: leaf[tasks], support)
 
 
 def _flatten(value: MiniBatches) -> tuple[list[Any], Any]:

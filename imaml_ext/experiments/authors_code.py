@@ -22,6 +22,8 @@ class DescentThenProximal(GradientDescent):
     """Gradient descent on the loss alone, with the proximal term applied once after the last step:
     `phi = theta + (1 - lr lam) (phi_K - theta)`. Arguments as in `GradientDescent`."""
 
+    lr: float = 0.1
+
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
         solution = super().solve(problem.with_lam(problem.theta.new_zeros(1)))

@@ -14,8 +14,9 @@ from imaml_ext.experiments.config import Config, Decay, LearnLam
 from imaml_ext.experiments.models import conv4, mlp
 from imaml_ext.methods.base import Method
 from imaml_ext.methods.imaml import IMAML
-from imaml_ext.methods.maml import FOMAML, MAML, Reptile, TruncatedMAML
+from imaml_ext.methods.maml import FOMAML, MAML, TruncatedMAML
 from imaml_ext.methods.meta_gradient import Nonfinite
+from imaml_ext.methods.reptile import Reptile
 from imaml_ext.problem.lam import ProximalStrength
 from imaml_ext.problem.module_loss import ModuleLoss
 from imaml_ext.problem.objective import CurvatureKind

@@ -72,6 +72,15 @@ class Method(ABC):
             support: a pytree of [B, ...] tensors.
         """
 
+    def at_step(self, step: int | Tensor) -> None:  # noqa: B027
+        """Sets the number of the meta-step, for methods that depend on it.
+
+        `Trainer` calls it before each meta-gradient.
+
+        Args:
+            step: counted from 0; a 0-d tensor where the step runs on the device alone.
+        """
+
     def with_shared(self, phi: Params) -> Params:
         """phi, {name: [B, ...]}, with the shared parameters expanded to all tasks."""
         tasks = next(iter(phi.values())).shape[0]
@@ -107,5 +116,5 @@ def check_learned(label: str, tensors: Params) -> None:
                 f"{label}[{name!r}] does not require grad: leave it out to keep its value, "
                 "or call requires_grad_() to learn it"
             )
-        if name.split(".")[0] in ("lam", "log_lr"):
-            raise ValueError(f"{label}[{name!r}]: the names lam and log_lr are reserved")
+        if name.split(".")[0] in ("lam", "lr", "log_lr"):
+            raise ValueError(f"{label}[{name!r}]: the names lam, lr and log_lr are reserved")

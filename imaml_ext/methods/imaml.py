@@ -12,7 +12,13 @@ from imaml_ext.data.mini_batches import split_batches
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.base import Method, check_learned
 from imaml_ext.methods.implicit import implicit_meta_grad
-from imaml_ext.methods.meta_gradient import ImplicitMetaGradient, Nonfinite, named_lam
+from imaml_ext.methods.learned_lam import (
+    check_distinct,
+    lam_value,
+    learned_lam,
+    strength_gradients,
+)
+from imaml_ext.methods.meta_gradient import ImplicitMetaGradient, Nonfinite
 from imaml_ext.methods.shared import check_shared
 from imaml_ext.problem.lam import Lam, ProximalStrength, flatten_lam
 from imaml_ext.problem.layout import Params
@@ -27,6 +33,7 @@ from imaml_ext.solvers.inner import (
     InnerSolver,
 )
 from imaml_ext.solvers.inner.base import solve_inner
+from imaml_ext.solvers.inner.tensor_steps import check_constant_step_size
 from imaml_ext.solvers.linear.base import LinearSolver
 
 
@@ -63,16 +70,13 @@ class IMAML(Method):
     ) -> None:
         super().__init__(loss, params, query_loss=query_loss, nonfinite=nonfinite)
         self.lam = lam
-        flatten_lam(self.layout, self._current_lam())  # checks it
+        flatten_lam(self.layout, lam_value(lam))  # checks it
         if not shared and isinstance(lam, (int, float)) and lam == 0:
             raise ValueError("with lam=0 theta has no gradient: raise lam, or learn shared=")
         check_shared(shared, self.layout)
         self.shared = dict(shared or {})
         check_learned("shared", self.shared)
-        if len({id(tensor) for tensor in self.learned().values()}) < len(self.learned()):
-            raise ValueError(
-                "lam contains the same tensor under two names: use a ProximalStrength to learn it"
-            )
+        check_distinct(self.learned())
         self.inner = GradientDescent() if inner is None else inner
         self.linear = linear
         self.adapt_proximal = adapt_proximal
@@ -82,7 +86,7 @@ class IMAML(Method):
     def meta_gradient(self, batch: TaskBatch) -> ImplicitMetaGradient:
         batch = TaskBatch.of(batch)
         with torch.enable_grad():
-            lam = self._current_lam()
+            lam = lam_value(self.lam)
         out = implicit_meta_grad(
             self.loss,
             self.params,
@@ -96,16 +100,11 @@ class IMAML(Method):
             weights=batch.weights,
             nonfinite=self.nonfinite,
         )
-        learned = self.hyperparameters()
-        if not isinstance(self.lam, ProximalStrength) or not learned:
-            return out
-        outputs, vectors = (list(named_lam(each).values()) for each in (lam, out.lam))
-        gradients = torch.autograd.grad(outputs, list(learned.values()), vectors)
-        return replace(out, hyperparameters=dict(zip(learned, gradients, strict=True)))
+        return replace(out, hyperparameters=strength_gradients(self.lam, lam, out.lam))
 
     @torch.no_grad()
     def adapt(self, support: Any) -> Params:
-        lam = flatten_lam(self.layout, self._current_lam())
+        lam = flatten_lam(self.layout, lam_value(self.lam))
         if not self.adapt_proximal:
             lam = lam.new_zeros(1)
         psi = check_shared(self.shared, self.layout)
@@ -115,18 +114,13 @@ class IMAML(Method):
         return self.layout.unflatten(solve_inner(self.inner, problem).value)
 
     def hyperparameters(self) -> Params:
-        lam: Any = self.lam
-        if isinstance(lam, ProximalStrength):
-            lam = dict(lam.named_parameters())
-        return {name: tensor for name, tensor in named_lam(lam).items() if tensor.requires_grad}
-
-    def _current_lam(self) -> Lam:
-        return self.lam() if isinstance(self.lam, ProximalStrength) else self.lam
+        return learned_lam(self.lam)
 
 
 def _check_solvers(inner: Any, linear: Any, loss: Loss) -> None:
     """Raises TypeError or ValueError for solvers that would fail in every meta-gradient."""
     check_instance("inner", inner, InnerSolver, "pass one, such as GradientDescent()")
+    check_constant_step_size(getattr(inner, "lr", 0.0))
     if linear is not None:
         check_instance("linear", linear, LinearSolver, "pass one, such as ConjugateGradient()")
     if not isinstance(loss, ModuleLoss):

@@ -33,8 +33,9 @@ class MetaGradient:
             of G_i: it is not available with `curvature="ggn"`, whose smallest eigenvalue is at
             least that of Λ even at a saddle point, or from a method without a linear solve.
         linear: the linear solve; None from a method without one.
-        hyperparameters: gradients of the other learned tensors: "log_lr", or "lam.NAME" of a
-            `ProximalStrength`.
+        hyperparameters: gradients of the other learned tensors: those of a `StepSize`, such as
+            "log_lr", and "lam.NAME" of a `ProximalStrength`.
+        shared: gradients of the shared parameters, {name: tensor}.
         weights: relative weights of the tasks in the mean, [B]: those given, divided by the largest
             of them; None if all are equal.
     """
@@ -47,11 +48,12 @@ class MetaGradient:
     inner: Solution
     linear: Solution | None
     hyperparameters: Params = field(default_factory=dict)
+    shared: Params = field(default_factory=dict)
     weights: Tensor | None = None
 
     def named(self) -> Params:
         """Every gradient by name: parameters under their own names, lam as "lam" or "lam.NAME"."""
-        return self.params | named_lam(self.lam) | self.hyperparameters
+        return self.params | named_lam(self.lam) | self.hyperparameters | self.shared
 
     @property
     def failed(self) -> Tensor:
@@ -84,18 +86,13 @@ class ImplicitMetaGradient(MetaGradient):
     """A meta-gradient computed by a linear solve, from `implicit_meta_grad` and `IMAML`.
 
     Attributes:
-        params, lam, support_loss, query_loss, adapted, inner, hyperparameters, weights: as in
-            `MetaGradient`.
+        params, lam, support_loss, query_loss, adapted, inner, hyperparameters, shared, weights: as
+            in `MetaGradient`.
         linear: the linear solve; `error_estimate` estimates `‖x_i - x_i*‖`, delta' of Algorithm 2,
             for the system that was solved, damping included.
-        shared: gradients of the shared parameters, {name: tensor}.
     """
 
     linear: Solution
-    shared: Params = field(default_factory=dict)
-
-    def named(self) -> Params:
-        return super().named() | self.shared
 
 
 for _result in (MetaGradient, ImplicitMetaGradient):

@@ -115,6 +115,11 @@ def gradient_through_phi(
     return _gradients(total, objective, phi, ok, leaves)
 
 
+def replacement(ok: Tensor) -> Tensor:
+    """For each task the number of one that is ok, [B]: its own, or that of the first."""
+    return torch.where(ok, torch.arange(len(ok), device=ok.device), ok.int().argmax())
+
+
 def _gradients(
     total: Callable[[Objective, Tensor], Tensor],
     objective: Objective,
@@ -123,14 +128,14 @@ def _gradients(
     leaves: Sequence[int] = (),
 ) -> list[Tensor]:
     # The weight of a failed task is 0, but 0 times its NaN is NaN: compute another task instead.
-    replacement = torch.where(ok, torch.arange(len(ok), device=ok.device), ok.int().argmax())
+    instead = replacement(ok)
     data, structure = pytree.tree_flatten(objective.data)
-    data = [leaf[replacement] for leaf in data]
+    data = [leaf[instead] for leaf in data]
     shared = {name: t.detach().requires_grad_() for name, t in objective.shared.items()}
     inputs = [*shared.values(), *(data[number].requires_grad_() for number in leaves)]
     at_psi = objective.with_inputs(pytree.tree_unflatten(data, structure), shared)
     with torch.enable_grad(), objective.computing():
-        value = total(at_psi, phi[replacement])
+        value = total(at_psi, phi[instead])
         if not value.requires_grad:
             return [torch.zeros_like(each) for each in inputs]
         gradients = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)

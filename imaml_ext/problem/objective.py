@@ -187,8 +187,10 @@ class Objective:
         self, outputs: Tensor, at: Tensor, function: Callable[[Tensor], Tensor]
     ) -> None:
         leaves, contains, complete = leaves_besides(outputs, at)
+        own = {id(tensor) for tensor in self.shared.values() if tensor.requires_grad}
+        leaves = [leaf for leaf in leaves if id(leaf) not in own]
         others = bool(leaves)
-        if not (complete or others):
+        if not (complete or others or own):
             with torch.enable_grad():
                 others = function(at.detach()).requires_grad
         if others:

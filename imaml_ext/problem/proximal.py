@@ -78,6 +78,8 @@ class Proximal:
             return self.objective
         data = self.batches.at(step)
         objective = self.objective.of_tasks(data, self.objective.shared, check=step == 0)
+        if self.objective.recorded is None:
+            objective.recorded = None
         if objective.tasks != self.tasks:
             raise ValueError(
                 f"mini-batch {step} has {objective.tasks} tasks, and its data {self.tasks}"
@@ -98,13 +100,20 @@ class Proximal:
 
     def with_lam(self, lam: Tensor) -> "Proximal":
         """The problem with another Λ, given as the constructor's."""
-        return Proximal(self.objective, self.theta, lam, start=self._start, batches=self.batches)
+        return self._with(self.objective, lam)
+
+    def with_objective(self, objective: Objective) -> "Proximal":
+        """The problem with other losses of the same tasks."""
+        return self._with(objective, self.lam.values)
 
     def copy(self) -> "Proximal":
         """The problem with a copy of theta, for functions that may write to it."""
         copied = self.with_lam(self.lam.values)
         copied.theta = self.theta.clone()
         return copied
+
+    def _with(self, objective: Objective, lam: Tensor) -> "Proximal":
+        return Proximal(objective, self.theta, lam, start=self._start, batches=self.batches)
 
     def values(self, phi: Tensor) -> Tensor:
         """G at phi [B, D]; [B] float64."""

@@ -117,6 +117,7 @@ class DeviceStep:
         if isinstance(self.source, RecordableSource):
             batch = TaskBatch.of(self.source.sample(self._step_number))
         assert batch is not None
+        self.method.at_step(self._step_number)
         own = batch if self._group is None else with_some_weight(batch)
         out = self.method.meta_gradient(own)
         gradients, entries = measure(self.method, out, batch, self.metrics, self._group)

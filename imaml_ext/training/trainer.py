@@ -260,6 +260,7 @@ class Trainer:
     def _evaluate(self, batch: TaskBatch) -> Record:
         """Fill the gradients of the learned tensors, and return the record of the batch."""
         own = batch if self.process_group is None else with_some_weight(batch)
+        self.method.at_step(self.steps)
         with self._recording():
             out = (self.meta_gradient or self.method.meta_gradient)(own)
         if self.compile == "on" and self.programs is not None:

@@ -181,8 +181,6 @@ def test_invalid_settings_are_rejected():
     for settings in ({"lam": 1.0}, {"learn_lr": True}):
         with pytest.raises(ValueError, match="with lam or learn_lr, last must be at least 1"):
             TruncatedMAML(loss, params, last=0, **settings)
-    with pytest.raises(ValueError, match="lam requires grad, but only IMAML learns it"):
-        MAML(loss, params, lam=torch.tensor(1.0, requires_grad=True))
     with pytest.raises(ValueError, match="accelerated sets the momentum"):
         MAML(loss, params, lam=1.0, accelerated=True, inner=GradientDescent(momentum=0.5))
     with pytest.raises(ValueError, match="nonfinite must be"):

@@ -10,7 +10,16 @@ from archives import MUTATIONS, count_refused_mutations
 from torch import nn
 from trainings import make_method, make_trainer, sinusoid, state_of
 
-from imaml_ext import IMAML, ConjugateGradient, GradientDescent, Trainer, module_loss
+from imaml_ext import (
+    IMAML,
+    MAML,
+    ConjugateGradient,
+    GradientDescent,
+    MultiStepLoss,
+    StepSize,
+    Trainer,
+    module_loss,
+)
 from imaml_ext._io import write_atomically
 from imaml_ext.data import Sinusoid
 from imaml_ext.experiments.models import mlp
@@ -55,6 +64,14 @@ def with_learned_strength():
     return trained(method=make_method(CPU, lam=lam))
 
 
+def with_annealed_weights():
+    params = make_method(CPU).params
+    rate = StepSize(params, 0.005, form="tensor", steps=4)
+    inner, weights = GradientDescent(lr=rate, steps=4), MultiStepLoss(4, anneal=8)
+    loss = make_method(CPU).loss
+    return trained(method=MAML(loss, params, inner=inner, step_weights=weights))
+
+
 def with_dropout():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 9), nn.Dropout(), nn.Linear(9, 1)).double()
@@ -64,7 +81,7 @@ def with_dropout():
     return trained(method=method)
 
 
-@pytest.mark.parametrize("make", [with_learned_strength, with_dropout])
+@pytest.mark.parametrize("make", [with_learned_strength, with_annealed_weights, with_dropout])
 def test_resuming_is_bit_for_bit(make, tmp_path):
     whole = make()
     for _ in range(10):

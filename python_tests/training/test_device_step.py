@@ -23,7 +23,7 @@ from trainings import (
     state_of,
 )
 
-from imaml_ext import IMAML, MAML, ProximalStrength, Trainer
+from imaml_ext import IMAML, MAML, MultiStepLoss, ProximalStrength, Trainer
 from imaml_ext.training.capture import cuda_graph, no_capture
 from imaml_ext.training.device_step import DeviceStep
 from imaml_ext.training.trainer import NonfiniteError
@@ -52,11 +52,14 @@ def test_training_equals_that_of_steps_decided_on_the_host(recordable, record, d
     "make",
     [
         lambda device: make_method(device, MAML, learn_lr=True),
+        lambda device: make_method(
+            device, MAML, learn_lr=True, lam=1.0, step_weights=MultiStepLoss(4, anneal=3)
+        ),
         lambda device: (
             lambda m: IMAML(m.loss, m.params, lam=ProximalStrength(m.params), inner=m.inner)
         )(make_method(device)),
     ],
-    ids=["maml-lr", "imaml-strength"],
+    ids=["maml-lr", "maml-weighted", "imaml-strength"],
 )
 def test_step_sizes_and_strengths_are_learned_in_a_recording_too(make, device, capture):
     trainer = make_trainer(device, capture, method=make(device))

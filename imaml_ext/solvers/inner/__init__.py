@@ -7,6 +7,7 @@ from imaml_ext.solvers.inner.gradient_descent import GradientDescent
 from imaml_ext.solvers.inner.hessian_free import HessianFree
 from imaml_ext.solvers.inner.lbfgs import LBFGS
 from imaml_ext.solvers.inner.line_search import Backtracking
+from imaml_ext.solvers.inner.step_size import StepSize
 
 __all__ = [
     "LBFGS",
@@ -16,4 +17,5 @@ __all__ = [
     "GradientDescent",
     "HessianFree",
     "InnerSolver",
+    "StepSize",
 ]

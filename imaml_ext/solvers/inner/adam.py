@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from imaml_ext._checks import check_range
 from imaml_ext.ops.rows import prox_adam_
@@ -15,6 +16,8 @@ from imaml_ext.solvers.inner.base import (
     unverified,
     update_status,
 )
+from imaml_ext.solvers.inner.step_size import StepSize
+from imaml_ext.solvers.inner.tensor_steps import State, solve_in_torch
 from imaml_ext.solvers.solution import Solution, Status, all_done
 
 
@@ -25,10 +28,16 @@ class Adam(InnerSolver):
     The solution's `second_moment` is the bias-corrected one of the last step, as needed by
     `ConjugateGradient(preconditioner="adam")`.
 
+    The unrolled methods differentiate its steps. A step is nearly `lr sign(g)` in the entries g of
+    ∇G_i that are large compared with eps, and its derivative by g is at most of the order of
+    `lr / eps`, which it reaches at g = 0: choose an eps like 1e-3 for them. The square root of a
+    second moment that is exactly 0 has derivative 0, so the derivatives are finite without the
+    `eps_root` of TorchOpt.
+
     Args:
-        lr: step size.
+        lr: step size; or a `StepSize`, whose steps are computed by PyTorch's operators.
         steps: maximum number of steps.
-        betas, eps: as in `torch.optim.Adam`.
+        betas, eps: as in `torch.optim.Adam`; eps is added to the square root.
         tol: a task stops when `‖∇G_i‖ <= tol`; None: all take `steps` steps.
 
     Raises:
@@ -37,7 +46,7 @@ class Adam(InnerSolver):
     Source: Kingma, Ba 2015.
     """
 
-    lr: float = 1e-2
+    lr: float | StepSize = 1e-2
     steps: int = 16
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -52,9 +61,25 @@ class Adam(InnerSolver):
             check_range("each of betas", beta, "[0, 1)")
         check_range("eps", self.eps, "[0, inf]")
 
+    def direction(self, gradient: Tensor, state: State, step: int) -> tuple[Tensor, State]:
+        """The direction of a step and the moments, from ∇G [B, D]; differentiable."""
+        beta1, beta2 = self.betas
+        first, second = (1 - beta1) * gradient, (1 - beta2) * gradient * gradient
+        if state:
+            first, second = beta1 * state[0] + first, beta2 * state[1] + second
+        corrected = second / (1 - beta2 ** (step + 1))
+        # Not sqrt(0), whose derivative is infinite.
+        root = torch.where(corrected > 0, corrected, 1.0).sqrt()
+        root = torch.where(corrected > 0, root, corrected)
+        return first / (1 - beta1 ** (step + 1)) / (root + self.eps), (first, second)
+
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
         check_tol(problem, self.tol)
+        if isinstance(self.lr, StepSize):
+            solution, state = solve_in_torch(self, self.lr, problem)
+            second = state[1] if state else torch.zeros_like(solution.value)
+            return self._with_second_moment(solution, second)
         phi = problem.start()
         first, second = torch.zeros_like(phi), torch.zeros_like(phi)
         status = new_status(problem)
@@ -71,6 +96,9 @@ class Adam(InnerSolver):
                 beta2=self.betas[1], eps=self.eps, step=step, status=status,
             )  # fmt: skip
             steps += status == Status.RUNNING
-        correction = (1 - self.betas[1] ** steps.double()).clamp_min(1 - self.betas[1])
-        second = second / correction[:, None].to(second.dtype)
-        return replace(unverified(phi, status, steps), second_moment=second)
+        return self._with_second_moment(unverified(phi, status, steps), second)
+
+    def _with_second_moment(self, solution: Solution, second: Tensor) -> Solution:
+        steps = solution.steps.double()
+        correction = (1 - self.betas[1] ** steps).clamp_min(1 - self.betas[1])
+        return replace(solution, second_moment=second / correction[:, None].to(second.dtype))

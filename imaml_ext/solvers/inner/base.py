@@ -9,6 +9,7 @@ from torch import Tensor
 from imaml_ext._checks import check_integer, check_range
 from imaml_ext.ops.rows import is_not_finite
 from imaml_ext.problem.proximal import Proximal
+from imaml_ext.solvers.inner.step_size import StepSize
 from imaml_ext.solvers.solution import Solution, Status
 
 
@@ -79,8 +80,9 @@ def new_status(problem: Proximal) -> Tensor:
     return torch.zeros(problem.tasks, dtype=torch.int32, device=problem.theta.device)
 
 
-def check_settings(*, lr: float = 1.0, steps: int = 0, tol: float | None) -> None:
-    check_range("lr", lr, "(0, inf)")
+def check_settings(*, lr: float | StepSize = 1.0, steps: int = 0, tol: float | None) -> None:
+    if not isinstance(lr, StepSize):
+        check_range("lr", lr, "(0, inf)")
     check_integer("steps", steps, minimum=0)
     if tol is not None:
         check_range("tol", tol, "[0, inf]")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imaml_ext._checks import check_choice, check_range
 from imaml_ext.ops.rows import prox_gd_
@@ -17,6 +18,8 @@ from imaml_ext.solvers.inner.base import (
     unverified,
     update_status,
 )
+from imaml_ext.solvers.inner.step_size import StepSize
+from imaml_ext.solvers.inner.tensor_steps import State, solve_in_torch
 from imaml_ext.solvers.solution import Solution, Status, all_done
 
 
@@ -25,7 +28,7 @@ class GradientDescent(InnerSolver):
     """`phi <- phi - lr ∇G_i(phi)`, optionally with momentum, for all tasks at once.
 
     Args:
-        lr: step size.
+        lr: step size; or a `StepSize`, whose steps are computed by PyTorch's operators.
         steps: maximum number of steps.
         momentum, nesterov: as in `torch.optim.SGD`.
         tol: a task stops when `‖∇G_i‖ <= tol`; None: all take `steps` steps.
@@ -34,7 +37,7 @@ class GradientDescent(InnerSolver):
         TypeError, ValueError: a setting is not a number or out of range.
     """
 
-    lr: float = 0.1
+    lr: float | StepSize = 0.1
     steps: int = 16
     momentum: float = 0.0
     nesterov: bool = False
@@ -76,9 +79,19 @@ class GradientDescent(InnerSolver):
         momentum = (1 - root) / (1 + root)
         return GradientDescent(lr, steps, momentum=momentum, nesterov=True, tol=tol)
 
+    def direction(self, gradient: Tensor, state: State, step: int) -> tuple[Tensor, State]:
+        """The direction of a step and the velocity, from ∇G [B, D]; differentiable."""
+        if not self.momentum:
+            return gradient, ()
+        velocity = self.momentum * state[0] + gradient if state else gradient
+        direction = gradient + self.momentum * velocity if self.nesterov else velocity
+        return direction, (velocity,)
+
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
         check_tol(problem, self.tol)
+        if isinstance(self.lr, StepSize):
+            return solve_in_torch(self, self.lr, problem)[0]
         phi = problem.start()
         velocity = torch.zeros_like(phi) if self.momentum else None
         settings: Any = {
