@@ -134,10 +134,10 @@ class Unrolled(Method):
             again = self._differentiate(
                 self._problem(rows_of_tasks(batch.support, instead), check=False),
                 query.of_tasks(rows_of_tasks(batch.query, instead), self._constants()),
-                torch.where(ok, weight if weights is None else weight * weights, 0.0),
+                torch.where(ok, torch.ones_like(found.value) if weights is None else weights, 0.0),
             )
             any_ok = ok.any()
-            return {name: torch.where(any_ok, t, 0.0) for name, t in again.shared.items()}
+            return {name: torch.where(any_ok, t, 0.0) * weight for name, t in again.shared.items()}
 
         return self._mean(problem, found, support, shared, weights)
 

@@ -7,15 +7,20 @@ from ridge_problems import LAM, assert_same_gradients, data, fit, learned, randn
 from torch.func import vmap
 
 from imaml_ext import (
+    FOMAML,
     IMAML,
     LBFGS,
+    MAML,
     Adam,
     ConjugateGradient,
     External,
     GradientDescent,
     HessianFree,
     MiniBatches,
+    Reptile,
+    StepSize,
     TaskBatch,
+    TruncatedMAML,
     adapt,
     implicit_meta_grad,
 )
@@ -25,6 +30,7 @@ CG = ConjugateGradient(max_iter=60, rtol=1e-12)
 
 def torch_steps(optimizer, params, batches, theta, lam):
     """Steps of a torch.optim optimizer for one task, on each of its mini-batches in turn."""
+    theta = theta.detach()
     w = theta.clone().requires_grad_()
     stepper = optimizer([w], **params)
     for x, y in batches:
@@ -166,6 +172,51 @@ def test_imaml_takes_mini_batches_and_evaluates_with_them():
     assert torch.equal(got.params["w"], want.params["w"])
     assert torch.equal(method.adapt(drawn)["w"], want.adapted["w"])
     assert not torch.equal(method.adapt(support)["w"], want.adapted["w"])
+
+
+def unrolled(theta, turns, query, *, first_order=False):
+    """The gradient of the query loss of one task through a step of size 0.05 on each mini-batch."""
+    phi = theta
+    for x, y in turns:
+        value = (x @ phi - y).square().mean()
+        (gradient,) = torch.autograd.grad(value, phi, create_graph=not first_order)
+        phi = phi - 0.05 * gradient
+    x, y = query
+    return torch.autograd.grad((x @ phi - y).square().mean(), theta)[0]
+
+
+@pytest.mark.parametrize("make", [MAML, FOMAML], ids=["maml", "fomaml"])
+@pytest.mark.parametrize("solver", [GradientDescent, "step sizes"], ids=["number", "step sizes"])
+def test_unrolled_methods_take_a_mini_batch_in_each_step(make, solver):
+    params, (x, y), query = learned(), (randn(3, 2, 6, 4), randn(3, 2, 6)), data()
+    lr = 0.05 if solver is GradientDescent else StepSize(params, 0.05, form="diagonal", steps=4)
+    method = make(fit, params, inner=GradientDescent(lr=lr, steps=4))
+    out = method.meta_gradient(TaskBatch(MiniBatches(data(), (x, y)), query))
+    want = [
+        unrolled(
+            params["w"], [(x[i, k % 2], y[i, k % 2]) for k in range(4)],
+            (query[0][i], query[1][i]), first_order=make is FOMAML,
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    torch.testing.assert_close(out.params["w"], torch.stack(want).mean(0))
+    phi = method.adapt(MiniBatches(data(), (x, y)))["w"]
+    torch.testing.assert_close(phi, out.adapted["w"])
+
+
+def test_reptile_and_truncated_maml_take_a_mini_batch_in_each_step():
+    params, (x, y), (qx, qy) = learned(), (randn(3, 2, 6, 4), randn(3, 2, 6)), data()
+    batch, inner = TaskBatch(MiniBatches(data(), (x, y)), (qx, qy)), GradientDescent(0.05, 4)
+    moved = Reptile(fit, params, inner=inner).meta_gradient(batch).params["w"]
+    # Steps 0 and 2 are on the support set, whose mini-batches have numbers 0 and 2 % 2 = 0.
+    want = []
+    for i in range(3):
+        turns = [(x[i, 0], y[i, 0]), (qx[i], qy[i])] * 2
+        want.append(params["w"] - torch_steps(torch.optim.SGD, {"lr": 0.05}, turns, params["w"], 0))
+    torch.testing.assert_close(moved, torch.stack(want).mean(0).detach())
+    whole = MAML(fit, params, inner=inner).meta_gradient(batch).params["w"]
+    last = TruncatedMAML(fit, params, last=4, inner=inner).meta_gradient(batch).params["w"]
+    torch.testing.assert_close(last, whole)
 
 
 def test_an_external_solver_receives_the_mini_batches_whole_and_task_by_task():

@@ -26,14 +26,14 @@ def loss(params, data):
     return ((x @ params["w"]).tanh() * params["scale"] - y).square().mean()
 
 
-def with_shared(_, params, **settings):
+def with_shared(method, params, **settings):
     shared = {"scale": torch.ones((), dtype=torch.float64, requires_grad=True)}
     theta = {"w": torch.ones(2, dtype=torch.float64, requires_grad=True)}
 
     def plain(params, data):
         return loss(params, (data[0], data[1][..., 0]))
 
-    return IMAML(plain, theta, lam=1.5, inner=INNER, linear=CG, shared=shared, **settings)
+    return method(plain, theta, inner=INNER, shared=shared, **settings)
 
 
 def learned_lam(loss, params, **settings):
@@ -50,7 +50,12 @@ def dense_lam(loss, params, **settings):
 METHODS = {
     "imaml": learned_lam,
     "imaml with a dense lam": dense_lam,
-    "imaml with shared parameters": with_shared,
+    "imaml with shared parameters": lambda _, p, **s: with_shared(
+        IMAML, p, lam=1.5, linear=CG, **s
+    ),
+    "maml with shared parameters": lambda _, p, **s: with_shared(MAML, p, **s),
+    "fomaml with shared parameters": lambda _, p, **s: with_shared(FOMAML, p, **s),
+    "reptile with shared parameters": lambda _, p, **s: with_shared(Reptile, p, **s),
     "maml": lambda loss, params, **s: MAML(loss, params, inner=INNER, learn_lr=True, **s),
     "truncated": lambda loss, params, **s: TruncatedMAML(loss, params, last=2, inner=INNER, **s),
     "fomaml": lambda loss, params, **s: FOMAML(loss, params, inner=INNER, **s),
