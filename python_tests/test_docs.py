@@ -64,7 +64,12 @@ def run_blocks(page, capsys):
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in GUIDES]
+    "page",
+    [
+        pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p
+        for p in GUIDES
+        if p != "examples.md"  # the programs have tests of their own
+    ],
 )
 def test_the_code_of_a_guide_runs_and_prints_the_stated_output(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
