@@ -73,12 +73,12 @@ class Method(ABC):
         """
 
     def at_step(self, step: int | Tensor) -> None:  # noqa: B027
-        """Sets the number of the meta-step, for methods that depend on it.
+        """Set the number of the meta-step, for methods that depend on it.
 
         `Trainer` calls it before each meta-gradient.
 
         Args:
-            step: counted from 0; a 0-d tensor where the step runs on the device alone.
+            step: counted from 0; a 0-d tensor if the whole meta-step runs on the device.
         """
 
     def with_shared(self, phi: Params) -> Params:
