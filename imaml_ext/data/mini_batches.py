@@ -50,7 +50,7 @@ class MiniBatches:
             raise ValueError(f"every tensor of batches must be [B, S, ...], got {got}")
         if any(leaf.requires_grad for leaf in leaves):
             raise ValueError(
-                "batches require grad, but the implicit gradient depends on data only: detach them"
+                "batches must not require grad: only data can get an implicit gradient; detach them"
             )
         self._batches = batches
 
