@@ -69,7 +69,7 @@ class Method(ABC):
         """phi for each task, {name: [B, ...]}, without a graph; used by evaluation.
 
         Args:
-            support: a pytree of [B, ...] tensors.
+            support: a pytree of [B, ...] tensors, or `MiniBatches`.
         """
 
     def at_step(self, step: int | Tensor) -> None:  # noqa: B027
