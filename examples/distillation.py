@@ -1,13 +1,13 @@
-"""Ten learned images, one per class, that a classifier of digits can be trained on.
+"""A digit classifier trained on only ten images, one per class, which are learned.
 
-Inner problem: ridge regression on random features f_i(x) = relu(x W_i + b_i), a different draw for
-every task i, fitted to the ten images X with the soft labels Y:
+Inner problem: ridge regression on random features f_i(x) = relu(x W_i + b_i), drawn anew for every
+task i, fitted to the ten images X with the soft labels Y:
 
     w_i = argmin_w 1/2 |f_i(X) w - Y|^2 + lam/2 |w|^2
 
 Outer problem: X, Y and lam minimise the cross-entropy of softmax(f_i(x) w_i) on the real training
-images. Every meta-step draws new features, and so does the test. Accuracy on 597 test digits, mean
-and 95% interval of five splits; the baselines choose lam, and the choice, on the training images:
+images. Every meta-step, and the test, draw new features. Accuracy on 597 test digits, mean and 95%
+interval of five splits; the baselines select lam, and the ten images, on the training images:
 
     ten learned images     93.9 ± 0.9%        best of 100 choices    72.6 ± 1.8%
     ten class means        87.9 ± 1.8%        all 1200 images        96.9 ± 0.7%
@@ -61,7 +61,7 @@ def fit(x: Tensor, labels: Tensor, lam: float | Tensor, draw: Pair, cg_steps: in
 
 
 def distil(images: Tensor, labels: Tensor, real: Pair, steps: int, generator: torch.Generator):
-    """Learned images and labels, starting from the given ones, and learned lam."""
+    """Learned images and labels, starting from the given ones, and a learned lam."""
     images, labels = images.clone().requires_grad_(), labels.clone().requires_grad_()
     log_lam = torch.tensor(-4.0, requires_grad=True)
     optimizer = torch.optim.Adam([images, labels, log_lam], lr=0.05)
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="the first of five")
     parser.add_argument("--figure", help="where to save the PNG, of the first seed")
-    parser.add_argument("--small", action="store_true", help="a run of some seconds")
+    parser.add_argument("--small", action="store_true", help="a few seconds, for the test")
     args = parser.parse_args(argv)
     seeds, steps, count = (1, 20, 200) if args.small else (5, 200, 1200)
     runs = [one_seed(args.seed + k, steps, count) for k in range(seeds)]

@@ -1,4 +1,4 @@
-"""Support sets in mini-batches: another one for each step of an inner solver."""
+"""Support sets in mini-batches: one for each step of an inner solver."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,13 +13,13 @@ from imaml_ext._random import random_bits
 
 
 class MiniBatches:
-    """A support set of which an inner solver uses a mini-batch in each step, for all tasks at once.
+    """A support set from which each step of an inner solver uses one mini-batch of every task.
 
     Step k of the solver evaluates the losses on `at(k)`. Everything else uses `data`: the residual,
-    the curvature, the linear solve, and the gradients of lam, shared parameters and data. So the
-    implicit gradient is that of the minimum for `data`. If `data` is a fixed subsample of the
-    support set, residuals and error estimates refer to the subsample only; there is no estimate of
-    the difference from the whole set.
+    the curvature, the linear solve, and the implicit gradients of lam, shared parameters and data.
+    So the implicit gradient is that of the minimum for `data`. If `data` is a fixed subsample of
+    the support set, residuals and error estimates refer to the subsample only; the difference from
+    the whole set is not estimated. Unrolled methods differentiate the steps on the mini-batches.
 
     It is a pytree, so that a batch with mini-batches can be moved, copied and recorded.
 
@@ -30,7 +30,7 @@ class MiniBatches:
             tensors.
 
     Raises:
-        TypeError, ValueError: `batches` is neither.
+        TypeError, ValueError: `batches` is neither, or requires grad.
 
     Source: Robbins, Monro 1951, "A stochastic approximation method".
     """
@@ -50,8 +50,7 @@ class MiniBatches:
             raise ValueError(f"every tensor of batches must be [B, S, ...], got {got}")
         if any(leaf.requires_grad for leaf in leaves):
             raise ValueError(
-                "batches must not require grad: the gradient is that of the minimum for data: "
-                "detach them"
+                "batches must not require grad: only data can get an implicit gradient; detach them"
             )
         self._batches = batches
 
@@ -60,14 +59,14 @@ class MiniBatches:
         """Random mini-batches of `data`, without replacement within an epoch.
 
         An epoch has `N // batch_size` mini-batches; the remaining examples are not used in it. Each
-        task has permutations of its own, which depend only on the seed and the task's number. Only
+        task has its own permutations, which depend only on the seed and the task's number. Only
         indices are stored; examples are selected in each step.
 
         Args:
             data: a pytree of [B, N, ...] tensors.
             batch_size: number of examples of each task in a mini-batch.
-            steps: number of mini-batches; more steps of the solver start again with the first.
-            seed: pass another one, such as the number of the meta-step, for other mini-batches.
+            steps: number of mini-batches; a solver with more steps starts again with the first.
+            seed: a different one, such as the number of the meta-step, gives other mini-batches.
 
         Raises:
             TypeError, ValueError: the leaves are not [B, N, ...] tensors with the same B and N, or
@@ -106,7 +105,7 @@ class MiniBatches:
         return pytree.tree_map(lambda leaf: leaf.detach()[task, index], self.data)
 
     def rows(self, tasks: slice | Tensor) -> "MiniBatches":
-        """Those of some tasks, a slice of them or their numbers."""
+        """The mini-batches of some tasks, given by a slice or their numbers."""
 
         def of_tasks(tree: Any) -> Any:
             return pytree.tree_map(lambda leaf: leaf[tasks], tree)

@@ -20,7 +20,8 @@ class TaskBatch:
     Attributes:
         support: examples to adapt to, a pytree of [B, ...] tensors.
         query: examples to evaluate on, another pytree with the same B.
-        weights: of the tasks in the meta-gradient, [B], as in `implicit_meta_grad`; None: equal.
+        weights: of the tasks in the meta-gradient, [B], as in `implicit_meta_grad`; None: all
+            equal.
     """
 
     support: Any

@@ -60,8 +60,8 @@ def adapt(
         support: a pytree of [B, ...] tensors; they may require grad, such as the features of a
             learned body, learned labels or example weights. Exact only with `curvature="hessian"`.
             It may be `MiniBatches`.
-        warm_start: start the inner and the linear solve at their last solutions for the same
-            tasks, which this object keeps from call to call.
+        warm_start: keeps the solutions for these tasks from call to call; the inner and the linear
+            solve start at the last ones.
         warn: whether `backward` issues a `ConvergenceWarning` if the relative errors of phi and of
             the linear solve, estimated from residuals and curvature, exceed 10% in sum. None: only
             on the CPU, because it synchronises on CUDA.

@@ -69,16 +69,16 @@ class Method(ABC):
         """phi for each task, {name: [B, ...]}, without a graph; used by evaluation.
 
         Args:
-            support: a pytree of [B, ...] tensors.
+            support: a pytree of [B, ...] tensors, or `MiniBatches`.
         """
 
     def at_step(self, step: int | Tensor) -> None:  # noqa: B027
-        """Sets the number of the meta-step, for methods that depend on it.
+        """Set the number of the meta-step, for methods that depend on it.
 
         `Trainer` calls it before each meta-gradient.
 
         Args:
-            step: counted from 0; a 0-d tensor where the step runs on the device alone.
+            step: counted from 0; a 0-d tensor if the whole meta-step runs on the device.
         """
 
     def with_shared(self, phi: Params) -> Params:

@@ -1,4 +1,4 @@
-"""The proximal strength of a method: its value, and the gradients of the tensors that it has."""
+"""The proximal strength of a method: its value, and the gradients of its tensors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +30,7 @@ def strength_gradients(lam: Any, value: Lam, gradient: Any) -> Params:
 
     Args:
         value: `lam_value(lam)`, in its graph.
-        gradient: by the value, in the same form.
+        gradient: with respect to the value, in the same form.
     """
     learned = learned_lam(lam)
     if not isinstance(lam, ProximalStrength) or not learned:

@@ -23,28 +23,30 @@ class MAML(Unrolled):
     Args:
         loss, params, query_loss, nonfinite: as in `Method`.
         inner: `GradientDescent`, plain or with momentum, or `Adam`; without `tol`. If its lr is a
-            `StepSize`, this is learned too, under the names of `StepSize.named`.
+            `StepSize`, it is learned too, under the names of `StepSize.named`.
         accelerated: Nesterov's method for a lam-strongly convex G, `GradientDescent.accelerated`;
             needs lam and the step size as floats.
         lam: adds the proximal term to the inner objective, as in iMAML; None: no such term. Its
-            tensors that require grad, or those of a `ProximalStrength`, are learned too.
-        learn_lr: learn the step size too, as `log_lr`: short for a scalar `StepSize` whose initial
-            value is the lr of `inner`.
+            tensors that require grad, or those of a `ProximalStrength`, are learned too, except a
+            lam per task, which must be constant.
+        learn_lr: learn the step size too, as `log_lr`: equivalent to a scalar `StepSize` whose
+            initial value is the lr of `inner`.
         shared: parameters that are learned but not adapted, {name: tensor}: the body in ANIL (Raghu
             et al. 2020), or hyper-parameters of the loss, such as a weight decay or a temperature.
-            The losses get them with phi, and the gradient includes their effect through the inner
-            steps. With `nonfinite="omit"`, the gradient is computed a second time without the
-            failed tasks if there are any; on CUDA, where the host does not know, always.
-        step_weights: minimise the weighted sum of the query losses after each of the K steps,
-            instead of the last: weights [K]; or a function from the meta-step, a 0-d integer tensor
-            on the device, to weights [K], such as `MultiStepLoss`. Without a `Trainer`, call
-            `at_step` before each meta-gradient.
+            The losses receive them together with phi, and the gradient includes their effect
+            through the inner steps. With `nonfinite="omit"` or weights of tasks, the gradient is
+            computed a second time, without the failed tasks, if there are any; on CUDA always,
+            since finding out would synchronise.
+        step_weights: minimise a weighted sum of the query losses after each of the K steps, instead
+            of the loss after the last step. Weights [K], or a function that maps the meta-step, a
+            0-d integer tensor on the device, to weights [K], such as `MultiStepLoss`. Without a
+            `Trainer`, call `at_step` before each meta-gradient.
 
     Raises:
         TypeError: `inner` is another solver; or as in `Method`.
         ValueError: `inner` has a `tol`, a `StepSize` or `step_weights` is for another number of
-            steps, a name is in both `params` and `shared`, or no loss uses a shared parameter; or
-            as in `Method`.
+            steps, a lam per task requires grad, a name is in both `params` and `shared`, or no loss
+            uses a shared parameter; or as in `Method`.
 
     Source: Finn, Abbeel, Levine 2017, "Model-agnostic meta-learning".
     """
@@ -90,8 +92,8 @@ class TruncatedMAML(Unrolled):
 
     With lam, theta enters through the proximal terms of those steps, and the result of the steps
     before them is a constant (Shaban et al. 2019). Without lam, the derivative of the earlier steps
-    is taken to be the identity: `last=0` is first-order MAML. Whatever else is learned has no
-    effect through the earlier steps.
+    is taken to be the identity: `last=0` is first-order MAML. Other learned tensors get no gradient
+    through the earlier steps.
 
     Args:
         loss, params: as in `MAML`.
@@ -120,8 +122,8 @@ class TruncatedMAML(Unrolled):
 class FOMAML(Unrolled):
     """First-order MAML: the query gradient at phi, as if phi - theta did not depend on theta.
 
-    The gradients of the inner steps count as constants. So a `StepSize` is learned from what it
-    multiplies, and shared parameters from the query loss alone.
+    The gradients in the inner steps are treated as constants. A `StepSize` gets the gradient
+    through its product with them, and shared parameters get that of the query loss alone.
 
     Args:
         loss, params, inner, shared, step_weights, query_loss, nonfinite: as in `MAML`.

@@ -25,7 +25,8 @@ class MetaGradient:
     Attributes:
         params: mean over tasks of dL_i/dtheta, tensors of theta's shapes; weighted if there are
             weights.
-        lam: the gradient of the mean query loss by Λ, in lam's form; None if lam is a float.
+        lam: the gradient of the mean query loss with respect to Λ, in lam's form; None if lam is a
+            float, or constant in an unrolled method.
         support_loss, query_loss: at phi, [B].
         adapted: phi, {name: [B, ...]}.
         inner: the inner solve. `residual` is `‖∇G_i(phi_i)‖` and `error_estimate` estimates
@@ -34,7 +35,7 @@ class MetaGradient:
             least that of Λ even at a saddle point, or from a method without a linear solve.
         linear: the linear solve; None from a method without one.
         hyperparameters: gradients of the other learned tensors: those of a `StepSize`, such as
-            "log_lr", and "lam.NAME" of a `ProximalStrength`.
+            "log_lr", and those of a `ProximalStrength`, as "lam.NAME".
         shared: gradients of the shared parameters, {name: tensor}.
         weights: relative weights of the tasks in the mean, [B]: those given, divided by the largest
             of them; None if all are equal.
@@ -121,7 +122,7 @@ def failed_tasks(values: Tensor, *solves: Solution) -> Tensor:
 def relative_weights(weights: Any, tasks: int, like: Tensor) -> Tensor | None:
     """Weights of tasks divided by the largest, [B] in the dtype of `like`; None for None.
 
-    All are NaN if one is negative or not finite, or all are 0; an error where values may be read.
+    If one is negative or not finite, or all are 0, all are NaN where values may not be read.
 
     Raises:
         TypeError: not a tensor of real numbers.
@@ -161,7 +162,7 @@ def task_weight(
 ) -> Tensor:
     """Weight of each task in the mean over the tasks that are ok, [B] bool; 0-d.
 
-    With "propagate" it is NaN if any task is not ok. In theta's dtype, since 1 / tasks as a 0-d
+    With "propagate" it is NaN if any task is not ok. It has theta's dtype, since 1 / tasks as a 0-d
     float32 tensor would round a float64 gradient.
 
     Args:

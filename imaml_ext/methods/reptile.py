@@ -17,19 +17,19 @@ from imaml_ext.solvers.inner.tensor_steps import State
 
 
 class Reptile(Unrolled):
-    """`theta - phi_i` as the gradient, after steps on the support and the query set in turn.
+    """The mean of `theta - phi_i`, where phi_i takes steps on the support and query sets in turn.
 
     Reptile needs steps on different examples of a task: with the same ones in every step, its
-    gradient is that of joint training, which does not learn to adapt. So the support set is the
-    mini-batch of the first, third, ... step, and the query set that of the others. Evaluation
-    adapts to the support set only, as with every method.
+    gradient is that of joint training, which does not learn to adapt. So the first, third, ... step
+    uses the support set, and the others use the query set. Evaluation adapts to the support set
+    only, as with every method.
 
     Args:
         loss, params, nonfinite: as in `MAML`.
         inner: as in `MAML`; at least 2 steps, of constant sizes: Reptile differentiates nothing.
-        shared: learned, but not adapted, as in `MAML`. The gradient is the mean of the losses'
-            gradients at the K points where the steps start: the limit of `(psi - psi_K) / (K lr)`
-            if shared parameters psi take the steps too, as their step size lr tends to 0.
+        shared: learned, but not adapted, as in `MAML`. Their gradient is the mean of the losses'
+            gradients at the K points where the steps start. This is the limit, as lr tends to 0, of
+            `(psi - psi_K) / (K lr)` for shared parameters psi that take K steps of size lr as well.
 
     Raises:
         TypeError, ValueError: as in `MAML`, `inner` takes fewer than 2 steps, or its step size
@@ -55,8 +55,8 @@ class Reptile(Unrolled):
             )
         if self.hyperparameters():
             raise ValueError(
-                "lr requires grad, but Reptile has no gradient by it: call requires_grad_(False) "
-                "on the StepSize, or learn it by MAML"
+                "lr requires grad, but Reptile cannot learn it: call requires_grad_(False) on the "
+                "StepSize, or learn it by MAML"
             )
 
     @torch.no_grad()

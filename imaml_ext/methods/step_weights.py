@@ -15,15 +15,16 @@ StepWeights = Tensor | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MultiStepLoss:
-    """The annealed weights of MAML++, of the query loss after each of K inner steps.
+    """The annealed weights of MAML++ for the query losses after each of K inner steps.
 
-    Before meta-step `anneal`, at meta-step t, each step but the last has the weight
-    `max(1 - t / anneal, 0.03) / K`, and the last has the rest; from there on the last has all.
-    Calling it with t, a 0-d integer tensor, returns the weights, [K] float64.
+    At meta-step `t < anneal`, each step but the last has the weight
+    `max(1 - t / anneal, 0.03) / K`, and the last has the rest; from meta-step `anneal` on, the last
+    has the weight 1 and the others 0. Calling it with t, a 0-d integer tensor, returns the weights,
+    [K] float64.
 
     Args:
-        steps: K, the steps of the inner solver.
-        anneal: number of meta-steps.
+        steps: K, the number of inner steps.
+        anneal: number of meta-steps in which all inner steps have a weight.
 
     Raises:
         TypeError, ValueError: a number is not an integer, or less than 1.
@@ -47,7 +48,7 @@ class MultiStepLoss:
 
 
 def check_step_weights(weights: Any, layout: Layout, steps: int) -> None:
-    """Raises TypeError or ValueError for anything but [K] constants, or a function to them."""
+    """Raises TypeError or ValueError for anything but constants [K], or a function."""
     if isinstance(weights, MultiStepLoss) and weights.steps != steps:
         raise ValueError(
             f"step_weights is for {weights.steps} steps, but the inner solver takes {steps}: make "

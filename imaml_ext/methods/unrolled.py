@@ -59,15 +59,15 @@ class Derivatives(NamedTuple):
     phi: Tensor  # [B, D]
     query_loss: Tensor  # [B], at phi
     value: Tensor  # [B], what is differentiated: the query loss, or the weighted sum over steps
-    rows: Params  # by theta, Λ and the step sizes, [B, ...] each
-    shared: Params  # by the shared parameters, summed over the tasks
+    rows: Params  # with respect to theta, Λ and the step sizes, [B, ...] each
+    shared: Params  # with respect to the shared parameters, summed over the tasks
 
 
 class Unrolled(Method):
     """Inner steps whose last `last` are differentiated (None: all)."""
 
     last: int | None = None
-    first_order = False  # whether the gradients of the inner steps count as constants
+    first_order = False  # whether the gradients in the inner steps are treated as constants
 
     def __init__(
         self,
@@ -87,11 +87,14 @@ class Unrolled(Method):
         self.lam = lam
         values = flatten_lam(self.layout, lam_value(lam))
         if values.dim() == 3 and values.requires_grad:
-            raise ValueError("one lam per task is learned by IMAML only: detach it")
+            raise ValueError("only IMAML learns a lam per task: detach lam, or use IMAML")
         check_choice("learn_lr", learn_lr, (False, True))
         if learn_lr:
             if isinstance(self.inner.lr, StepSize):
-                raise ValueError("learn_lr is for an inner solver whose lr is a number, got both")
+                raise ValueError(
+                    "learn_lr=True needs an inner solver whose lr is a number, got a StepSize: "
+                    "remove learn_lr"
+                )
             self.inner = replace(self.inner, lr=StepSize(self.params, self.inner.lr))
         if isinstance(self.inner.lr, StepSize):
             self.inner.lr.check(self.layout, self.inner.steps)
@@ -296,7 +299,7 @@ class Unrolled(Method):
         )
 
     def _lam_gradient(self, gradient: Tensor | None) -> tuple[Any, Params]:
-        """In lam's form, and for a `ProximalStrength`, from the flat gradient by Λ."""
+        """In lam's form, and for a `ProximalStrength`, from the flat gradient with respect to Λ."""
         if gradient is None:
             return None, {}
         with torch.enable_grad():
@@ -328,10 +331,10 @@ def _at(objective: Objective, shared: Params) -> Objective:
 
 
 def checked(inner: GradientDescent | Adam | None) -> GradientDescent | Adam:
-    """The inner solver of an unrolled method, which never calls its `solve`.
+    """The inner solver of an unrolled method, which differentiates its steps.
 
     Raises:
-        TypeError, ValueError: the solver takes other steps, or has a `tol`.
+        TypeError, ValueError: it is neither `GradientDescent` nor `Adam`, or has a `tol`.
     """
     inner = GradientDescent() if inner is None else inner
     if getattr(type(inner), "solve", None) not in (GradientDescent.solve, Adam.solve):

@@ -1,4 +1,4 @@
-"""Starting the solves for the same tasks where the last ones ended."""
+"""Warm starts: solves for the same tasks start at their last solutions."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from imaml_ext.problem.objective import Objective
 
 
 class WarmStart:
-    """The last solutions of `adapt` for the same tasks, where its next solves start.
+    """The last phi and x that `adapt` computed for a set of tasks, at which its next solves start.
 
-    When hyper-parameters are optimised, the same inner problems are solved again and again, each
-    time with slightly different hyper-parameters. With a `tol` of the inner solver and an `rtol` of
-    the linear solver, solves that start close to the solution take fewer steps; without them, the
-    same number of steps gives a more accurate solution.
+    When hyper-parameters are optimised, the same tasks are solved repeatedly, each time with
+    slightly different hyper-parameters. With a `tol` of the inner solver and an `rtol` of the
+    linear solver, solves that start close to the solution take fewer steps; without them, the same
+    number of steps gives a more accurate solution.
 
         warm_start = WarmStart()
         for step in range(1000):
@@ -21,7 +21,8 @@ class WarmStart:
             ...
 
     Use one object for each set of tasks, always in the same order: it cannot detect that the tasks
-    are others. A task that is not finite starts at theta and 0 again.
+    have changed. A task whose phi is not finite starts at theta again, and one whose linear solve
+    failed starts at x = 0.
 
     Attributes:
         phi: of the last inner solve, [B, D]; None before the first.
@@ -37,7 +38,7 @@ class WarmStart:
         self.phi = self.x = None
 
     def check(self, objective: Objective) -> None:
-        """Check that the solutions can be those of these tasks.
+        """Check that the solutions have the shape, dtype and device of these tasks.
 
         Raises:
             ValueError: the number of tasks or parameters, dtype or device differ.
@@ -59,5 +60,5 @@ class WarmStart:
 
 
 def start_at(phi: Tensor, theta: Tensor) -> Tensor:
-    """phi [B, D] to start from: theta [D] in the rows that are not finite."""
+    """phi [B, D], with theta [D] in the rows that are not finite."""
     return torch.where(phi.isfinite().all(1, keepdim=True), phi, theta)

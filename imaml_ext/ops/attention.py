@@ -46,7 +46,7 @@ def attention(
     if attn_mask is None or key.shape[-2] == 0:
         weights = scores.softmax(-1)
     else:
-        # Replaced before the softmax, too, whose derivative would be NaN.
+        # Also replaced before the softmax, whose derivative would be NaN.
         is_masked = scores.detach().amax(-1, keepdim=True) == -torch.inf
         weights = torch.where(is_masked, 0.0, scores).softmax(-1)
         weights = torch.where(is_masked, 0.0, weights)

@@ -1,4 +1,4 @@
-"""Recurrent layers as loops over time: PyTorch can neither vmap nor differentiate its own twice.
+"""Recurrent layers as loops over time: PyTorch cannot vmap its own, or differentiate them twice.
 
 The forms of `torch.lstm`, `gru`, `rnn_tanh` and `rnn_relu`, which `nn.LSTM`, `nn.GRU` and `nn.RNN`
 call, and of their cells. The products of all time steps with the input's weights are one product.

@@ -81,7 +81,7 @@ def _flatten_dict(layout: Layout, lam: Mapping[str, Tensor]) -> Tensor:
                 f"dimension of tasks, got {list(tensor.shape)}"
             )
     if len(set(tasks.values())) > 1:
-        raise ValueError(f"lam must have one number of tasks in every tensor, got {tasks}")
+        raise ValueError(f"the tensors of lam must have the same number of tasks, got {tasks}")
     batch = (*set(tasks.values()), 1) if tasks else ()
     parts = [
         lam[name].expand((*batch[:1], *shape)).reshape((*batch, size))

@@ -15,8 +15,8 @@ class LamOperator(ABC):
     Attributes:
         values: [1] for a scalar, [D] for a diagonal, [D, D] for a dense matrix, the same for all
             tasks; [B, 1, 1] for a scalar per task, [B, 1, D] for a diagonal per task.
-        fused: the part that the fused kernels add, [1] or [D]; 0 where PyTorch adds all of it.
-        is_fused: whether the kernels add all of it.
+        fused: the part of Λ that the fused kernels apply, [1] or [D]; 0 if PyTorch applies Λ.
+        is_fused: whether the kernels apply Λ.
     """
 
     is_fused = False

@@ -69,7 +69,7 @@ class Proximal:
         return (self.theta.expand(self.tasks, -1) if self._start is None else self._start).clone()
 
     def objective_at(self, step: int) -> Objective:
-        """The losses L_i that a step of the solver uses, from 0: those of its mini-batch, if any.
+        """The losses L_i for a step, counted from 0: on its mini-batch if there are mini-batches.
 
         Raises:
             TypeError, ValueError: the mini-batch is invalid, or has another number of tasks.

@@ -113,7 +113,7 @@ def _tasks_of_rank(tasks: int, group: Group) -> range:
 def with_some_weight(batch: TaskBatch) -> TaskBatch:
     """The batch, with equal weights if all are 0, as in a shard of padding tasks.
 
-    `average` leaves out its meta-gradient.
+    The meta-gradient of such a shard has no weight in `average`.
     """
     if batch.weights is None:
         return batch

@@ -85,7 +85,7 @@ def test_what_cannot_be_learned_or_does_not_fit_is_refused():
         ("does not depend on the step size", lambda: IMAML(support_loss, params, inner=three)),
         ("is for 3 steps, but the solver takes 2", lambda: MAML(support_loss, params, inner=two)),
         (r"is for parameters w \[2\]", lambda: MAML(support_loss, params, inner=other)),
-        ("got both", lambda: MAML(support_loss, params, inner=three, learn_lr=True)),
+        ("got a StepSize: remove", lambda: MAML(support_loss, params, inner=three, learn_lr=True)),
         ("also in params", lambda: MAML(support_loss, params, shared={"head": psi["body"]})),
         ("same tensor", lambda: MAML(support_loss, params, shared=unused)),
         (

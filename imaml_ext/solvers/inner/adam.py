@@ -28,11 +28,11 @@ class Adam(InnerSolver):
     The solution's `second_moment` is the bias-corrected one of the last step, as needed by
     `ConjugateGradient(preconditioner="adam")`.
 
-    The unrolled methods differentiate its steps. A step is nearly `lr sign(g)` in the entries g of
-    ∇G_i that are large compared with eps, and its derivative by g is at most of the order of
-    `lr / eps`, which it reaches at g = 0: choose an eps like 1e-3 for them. The square root of a
-    second moment that is exactly 0 has derivative 0, so the derivatives are finite without the
-    `eps_root` of TorchOpt.
+    The unrolled methods differentiate its steps. For entries g of ∇G_i that are large compared with
+    eps, the first step is nearly `lr sign(g)`. Its derivative with respect to g is largest at
+    g = 0, where it is `lr / eps`: for unrolled methods, choose an eps such as 1e-3. The derivative
+    of the square root of a second moment of exactly 0 is taken to be 0, so derivatives are finite
+    without an `eps_root` as in TorchOpt.
 
     Args:
         lr: step size; or a `StepSize`, whose steps are computed by PyTorch's operators.

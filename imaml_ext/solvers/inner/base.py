@@ -22,7 +22,7 @@ class InnerSolver(ABC):
         tol: a task has converged when `‖∇G_i‖ <= tol` (delta of the paper's Algorithm 2). None:
             every task takes all steps.
         takes_mini_batches: whether `solve` uses the mini-batch of each step,
-            `problem.objective_at(step)`; otherwise mini-batches are refused.
+            `problem.objective_at(step)`. If not, mini-batches are refused.
     """
 
     tol: float | None = None

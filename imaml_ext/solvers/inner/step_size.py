@@ -1,4 +1,4 @@
-"""Step sizes that are learned: one, or one per parameter tensor, scalar parameter or step."""
+"""Step sizes as a module: one, or one per parameter tensor, scalar parameter or step."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -13,19 +13,19 @@ from imaml_ext.problem.layout import Layout, Params
 class StepSize(nn.Module):
     """Learnable step sizes, for `GradientDescent(lr=StepSize(...))` and `Adam(lr=StepSize(...))`.
 
-    The unrolled methods learn those of its parameters that require grad. A minimum does not depend
-    on the step sizes with which it was found, so `IMAML` and the other implicit gradients accept
-    constant ones only: call `requires_grad_(False)`.
+    The unrolled methods, except `Reptile`, learn those of its parameters that require grad. A
+    minimum does not depend on the step sizes with which it was found, so `IMAML`,
+    `implicit_meta_grad` and `adapt` accept only constant ones: call `requires_grad_(False)`.
 
-    Calling it returns the step sizes: a tensor, or {name: tensor} with one per parameter tensor;
+    Calling it returns the step sizes: a tensor if `form` is "scalar", otherwise {name: tensor};
     with `steps`, each has a leading dimension of that size.
 
     Args:
         params: theta, {name: tensor}.
-        initial: value of every step size at first.
+        initial: initial value of every step size.
         form: one number ("scalar"), one per parameter tensor ("tensor"), or one per scalar
             parameter ("diagonal": Meta-SGD, Li et al. 2017).
-        steps: number of inner steps, with step sizes for each; "tensor" with `steps` is LSLR of
+        steps: number of inner steps, each with its own step sizes; "tensor" with `steps` is LSLR of
             MAML++ (Antoniou, Edwards, Storkey 2019). None: the same in every step.
         positive: learn the logarithms, so that step sizes stay positive. False: learn the step
             sizes themselves, which may become negative, as in Meta-SGD.
@@ -68,7 +68,7 @@ class StepSize(nn.Module):
         return sizes[0] if self.form == "scalar" else dict(zip(self._shapes, sizes, strict=True))
 
     def named(self) -> Params:
-        """The parameters, as "log_lr" or "log_lr.NAME"; without `positive` "lr" or "lr.NAME"."""
+        """The parameters as "log_lr" or "log_lr.NAME"; as "lr" or "lr.NAME" if not `positive`."""
         prefix = "log_lr" if self.positive else "lr"
         if self.form == "scalar":
             return {prefix: self.values[0]}
@@ -80,7 +80,7 @@ class StepSize(nn.Module):
         return {name: value for name, value in self.named().items() if value.requires_grad}
 
     def check(self, layout: Layout, steps: int) -> None:
-        """Raises ValueError unless it is for these parameters and this number of steps."""
+        """Raises ValueError unless it fits these parameters and this number of steps."""
         if self.steps not in (None, steps):
             raise ValueError(
                 f"the StepSize is for {self.steps} steps, but the solver takes {steps}: make the "
@@ -97,8 +97,8 @@ class StepSize(nn.Module):
         """The step sizes of each of `steps` steps, to multiply [B, D] by: [B, 1] or [B, D] each.
 
         Args:
-            rows: values used instead of some of `named()`, [B, ...], one per task. What is not in
-                it is constant, and common to all tasks.
+            rows: values used instead of some of `named()`, [B, ...], one per task. The others are
+                constant, and the same for all tasks.
         """
         rows = rows or {}
         values = [rows.get(name, value.detach()[None]) for name, value in self.named().items()]

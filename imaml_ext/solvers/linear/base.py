@@ -105,10 +105,11 @@ class LinearSolver(ABC):
     """Settings of the linear solve `(H + Λ + damping I) x = v` of a meta-gradient.
 
     A subclass implements `_solve(system)`, which receives a checked `LinearSystem` and returns a
-    `Solution`, from x = 0; it runs under `torch.no_grad`.
+    `Solution`, starting from x = 0; it runs under `torch.no_grad`. If `solve` is given an x0, b of
+    the system is `b - A x0`, and `solve` adds x0 to the value that `_solve` returns.
 
     Args:
-        max_iter: maximum number of products with H, not counting the check below.
+        max_iter: maximum number of products with H, without those for x0 and for the check below.
         rtol, atol: a task stops when the recurrence's `|r| <= max(atol, rtol |v|)`, or
             `|r| <= eps |v|`, below which it only computes rounding errors. The task is CONVERGED if
             then `|v - A x| <= 2 max(atol, rtol |v|, 10 eps |v|)`. Where the recurrence may have

@@ -90,10 +90,11 @@ def conjugate_gradient(
         rtol, atol: when a row stops, and what CONVERGED means, as in `LinearSolver`.
         x0: initial x, [B, D]; default 0.
         preconditioner: M, or a function that applies M^-1. A tensor: the diagonal of M, positive,
-            [D] or [B, D]; or M as a matrix, symmetric positive definite, [D, D], or [1, D, D] or
-            [B, D, D], which is needed if B = D. A function maps r [B, D] to `M_i^-1 r_i`, for a
-            symmetric positive definite M_i; its iterations are not fused. The less the eigenvalues
-            of M^-1 (H + Λ) are spread, the fewer iterations. The stopping criterion is still `|r|`.
+            [D] or [B, D]; or a symmetric positive definite matrix, [D, D], [1, D, D] or [B, D, D].
+            If B = D, a [D, D] tensor is refused as ambiguous. A function maps r [B, D] to
+            `M_i^-1 r_i`, for a symmetric positive definite M_i. Iterations with a matrix or a
+            function are not fused. The closer together the eigenvalues of M^-1 (H + Λ), the fewer
+            iterations. The stopping criterion is still `|r|`.
 
     Returns:
         `value` is x and `residual` is `|b - A x|`: the recurrence's `|r|`, or the true one where
@@ -108,8 +109,8 @@ def conjugate_gradient(
         overflow or underflow.
 
     Raises:
-        TypeError, ValueError: `b`, `lam`, `x0` or a setting is invalid, or `matvec` did not
-            return [B, D] like `b`.
+        TypeError, ValueError: `b`, `lam`, `x0`, `preconditioner` or a setting is invalid, or
+            `matvec` did not return [B, D] like `b`.
 
     Source: Hestenes, Stiefel 1952, "Methods of conjugate gradients for solving linear systems".
     """
