@@ -21,8 +21,8 @@ class Reptile(Unrolled):
 
     Reptile needs steps on different examples of a task: with the same ones in every step, its
     gradient is that of joint training, which does not learn to adapt. So the first, third, ... step
-    uses the support set, and the others use the query set. Evaluation adapts to the support set
-    only, as with every method.
+    uses the support set, and the others use the query set; of `MiniBatches`, numbers 0, 2, ...
+    Evaluation adapts to the support set only, as with every method.
 
     Args:
         loss, params, nonfinite: as in `MAML`.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imaml_ext._checks import check_scalar
+from imaml_ext.data.mini_batches import MiniBatches
 from imaml_ext.ops.batching import for_each_task
 from imaml_ext.ops.vmap_layers import task_layers
 from imaml_ext.problem.batch import check_constant, count_tasks, versions
@@ -71,7 +72,8 @@ class Objective:
         recorded: the programs that are used instead of PyTorch's operators; None without.
 
     Raises:
-        TypeError: a leaf of the data is not a tensor, or its floating dtype differs from the rows'.
+        TypeError: a leaf of the data is not a tensor, or its floating dtype differs from the rows',
+            or the data are `MiniBatches`.
         ValueError: the data has no leaves, B or N is 0, leading sizes or devices differ, or a
             tensor requires grad.
         RuntimeError: called inside a transform of `torch.func` or forward-mode differentiation.
@@ -89,6 +91,8 @@ class Objective:
         track: bool = False,
     ) -> None:
         check_no_transform()
+        if isinstance(data, MiniBatches):
+            raise TypeError(f"{label} cannot be MiniBatches: only support can")
         self.loss = loss
         self.layout = layout
         self.data = data

@@ -234,14 +234,23 @@ def test_an_external_solver_receives_the_mini_batches_whole_and_task_by_task():
         seen.clear()
         theta = {"w": randn(4)}
         implicit_meta_grad(
-            fit, theta, MiniBatches(support, batches), data(), lam=LAM, inner=External(solve)
+            fit,
+            theta,
+            MiniBatches(support, batches),
+            data(),
+            lam=LAM,
+            inner=External(solve, takes_mini_batches=True),
         )
         want = [torch.func.grad(fit)(theta, (x[task, 1], y[task, 1]))["w"] for task in range(3)]
         torch.testing.assert_close(seen[0], torch.stack(want))
         torch.testing.assert_close(seen[1], torch.stack(want))
 
 
-@pytest.mark.parametrize("inner", [HessianFree(), LBFGS()], ids=["hessian-free", "lbfgs"])
+@pytest.mark.parametrize(
+    "inner",
+    [HessianFree(), LBFGS(), External(lambda problem: problem.start())],
+    ids=["hessian-free", "lbfgs", "external"],
+)
 def test_solvers_that_need_all_examples_refuse_mini_batches(inner):
     problem = regression(3)
     support = MiniBatches.draw(problem.support, batch_size=2, steps=4)
@@ -300,3 +309,10 @@ def test_an_invalid_mini_batch_of_a_function_is_refused(batch, message):
     support = MiniBatches(data(), lambda step: batch)
     with pytest.raises((TypeError, ValueError), match=message):
         implicit_meta_grad(fit, learned(), support, data(), lam=LAM)
+
+
+def test_only_the_support_set_can_be_mini_batches():
+    drawn = MiniBatches.draw(data(), batch_size=2, steps=4)
+    for method in (IMAML(fit, learned(), lam=LAM), MAML(fit, learned()), Reptile(fit, learned())):
+        with pytest.raises(TypeError, match="query cannot be MiniBatches: only support can"):
+            method.meta_gradient(TaskBatch(data(), drawn))

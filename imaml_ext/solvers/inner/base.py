@@ -1,7 +1,6 @@
 """The interface of inner solvers, and their common helpers."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ class InnerSolver(ABC):
     """
 
     tol: float | None = None
-    takes_mini_batches: ClassVar[bool] = False
+    takes_mini_batches: bool = False
 
     @abstractmethod
     def solve(self, problem: Proximal) -> Solution:
@@ -55,7 +54,7 @@ def solve_inner(inner: InnerSolver, problem: Proximal) -> Solution:
         if not inner.takes_mini_batches:
             raise ValueError(
                 f"{name} does not take mini-batches: pass the support set itself, or use "
-                "GradientDescent, Adam or External"
+                "GradientDescent, Adam, or External(fn, takes_mini_batches=True)"
             )
     return inner.solve(problem)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml_ext._checks import check_callable
+from imaml_ext._checks import check_callable, check_choice
 from imaml_ext.problem.layout import Params
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner.base import InnerSolver, check_settings, new_status, unverified
@@ -23,9 +23,10 @@ class External(InnerSolver):
     Args:
         fn: maps the inner problem to phi, [B, D] or {name: [B, ...]}. `problem.value_and_gradient`
             computes G and its gradient, `problem.one_by_one()` yields single tasks, and
-            `problem.start()` [B, D] is their initial point. With mini-batches,
-            `problem.objective_at(step)` has the losses of a step.
+            `problem.start()` [B, D] is their initial point.
         tol: a task is CONVERGED if `‖∇G_i‖ <= tol`; None: never.
+        takes_mini_batches: whether fn uses mini-batches: `problem.objective_at(step)` has the
+            losses of a step. Otherwise they are refused.
 
     Raises:
         TypeError, ValueError: a setting is invalid; or, by `solve`, fn did not return such a phi.
@@ -33,11 +34,12 @@ class External(InnerSolver):
 
     fn: Callable[[Proximal], Tensor | Params]
     tol: float | None = None
-    takes_mini_batches = True
+    takes_mini_batches: bool = False
 
     def __post_init__(self) -> None:
         check_callable("fn", self.fn, "(problem)")
         check_settings(tol=self.tol)
+        check_choice("takes_mini_batches", self.takes_mini_batches, (False, True))
 
     def solve(self, problem: Proximal) -> Solution:
         with torch.enable_grad():  # fn may use autograd itself
