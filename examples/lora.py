@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, silu
 
 from imaml_ext import IMAML, Adam, ConjugateGradient, ProximalStrength, evaluate, module_loss
 from imaml_ext.training import Trainer, accuracy
@@ -70,7 +71,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
         scores = q @ k.mT / WIDTH**0.5 + self.position + FUTURE
         x = x + self.out(scores.softmax(-1) @ v)
-        return x + self.down(nn.functional.silu(self.up(self.norm2(x))))
+        return x + self.down(silu(self.up(self.norm2(x))))
 
 
 def pretrained(seed: int, steps: int) -> nn.Module:
@@ -85,7 +86,7 @@ def pretrained(seed: int, steps: int) -> nn.Module:
     for step in range(steps):
         x, y = (each.flatten(0, 1) for each in source.sample(step)[1])
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
         optimizer.step()
         schedule.step()
     return model.requires_grad_(False)
@@ -95,9 +96,7 @@ def run(seed: int, steps: Sequence[int], sizes: tuple[int, ...]) -> dict[str, fl
     """Query loss and accuracy on unseen tasks, for each method and number of inner steps."""
     pretraining, training, some, tasks = sizes
     model = pretrained(seed, pretraining)
-    loss = module_loss(
-        model, lambda z, y: nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())
-    )
+    loss = module_loss(model, lambda z, y: cross_entropy(z.flatten(0, 1), y.flatten()))
     metrics, results = {"loss": loss, "accuracy": accuracy(loss.outputs)}, {}
     validation, unseen = Chains(seed, 1, some), Chains(seed, 2, tasks)
 
@@ -113,10 +112,9 @@ def run(seed: int, steps: Sequence[int], sizes: tuple[int, ...]) -> dict[str, fl
     test("all weights", {n: p for n, p in copies.items() if n not in theta}, adapt_proximal=False)
     test("LoRA, B = 0", theta, adapt_proximal=False)
     lam = ProximalStrength(theta, initial=0.1, form="tensor")
-    inner, cg = Adam(lr=0.03, steps=8), ConjugateGradient(max_iter=4)
     rates = {1e-2: theta.values(), 3e-2: lam.parameters()}
     optimizer = torch.optim.Adam([{"params": list(p), "lr": lr} for lr, p in rates.items()])
-    method = IMAML(loss, theta, lam=lam, inner=inner, linear=cg)
+    method = IMAML(loss, theta, lam=lam, inner=Adam(0.03, steps=8), linear=ConjugateGradient(4))
     trainer = Trainer(method, Chains(seed, 0, tasks=8), optimizer)
     for _ in range(training):
         trainer.step()
