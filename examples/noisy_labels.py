@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import default_collate
 
-from imaml_ext import LBFGS, ConjugateGradient, adapt
+from imaml_ext import LBFGS, ConjugateGradient, WarmStart, adapt
 
 NOISE, CLEAN, FOLDS = 0.4, 100, 5
-DECAYS = torch.logspace(-3, 0, 30)
+DECAYS = torch.logspace(-5, 0, 21)
 theta = {"weight": torch.zeros(64, 10), "bias": torch.zeros(10)}
 
 
@@ -47,16 +47,16 @@ def sample_run(seed: int, examples: int):
 
 
 def loss(params, data):  # of one task: one run
-    x, y, weight, decay = data
+    x, y, weight = data
     each = cross_entropy(x @ params["weight"] + params["bias"], y, reduction="none")
-    penalty = decay / 2 * (params["weight"].square().sum() + params["bias"].square().sum())
-    return (weight * each).sum() / weight.sum() + penalty
+    return (weight * each).sum() / weight.sum()
 
 
-def fit(x, y, weight, decay):
-    """The minimum of the loss of every run. The penalty is in the loss, so lam is 0."""
-    inner, linear = LBFGS(steps=60, tol=1e-3), ConjugateGradient(max_iter=100, rtol=1e-2)
-    return adapt(loss, theta, (x, y, weight, decay), lam=0, inner=inner, linear=linear)
+def fit(x, y, weight, decay, warm_start=None):
+    """The minimum of every run, decay [runs] towards 0."""
+    inner, linear = LBFGS(steps=300, tol=2e-4), ConjugateGradient(max_iter=200, rtol=1e-3)
+    solvers = {"inner": inner, "linear": linear, "warm_start": warm_start}
+    return adapt(loss, theta, (x, y, weight), lam=decay, **solvers)
 
 
 def evaluate(params, x, y) -> tuple[Tensor, Tensor]:
@@ -109,16 +109,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     clean_decay = best_decay(train_x, train_y, held_out_x, held_out_y, FOLDS)
     alone = evaluate(fit(*clean, torch.ones(clean[1].shape), clean_decay), *test)[1]
 
-    # Learned weights, with the decay of uniform ones
-    logits = torch.zeros(y.shape, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=0.3)
+    # Learned weights and decays, from uniform weights and the best decay for them
+    logits, log_decay = torch.zeros(y.shape), decay.log()
+    optimizer = torch.optim.Adam([logits.requires_grad_(), log_decay.requires_grad_()], lr=0.3)
+    warm_start = WarmStart()  # the same fits in every step, with other weights
     for _ in range(steps):
         optimizer.zero_grad()
-        clean_loss, _ = evaluate(fit(x, y, logits.sigmoid(), decay), *clean)
-        clean_loss.sum().backward()  # the runs do not interact
+        params = fit(x, y, logits.sigmoid(), log_decay.exp(), warm_start)
+        evaluate(params, *clean)[0].sum().backward()  # the runs do not interact
         optimizer.step()
     weights = logits.detach().sigmoid()
-    learned = evaluate(fit(x, y, weights, decay), *test)[1]
+    learned = evaluate(fit(x, y, weights, log_decay.detach().exp()), *test)[1]
     areas = torch.tensor([roc_auc_score(~w, row) for w, row in zip(wrong, weights, strict=True)])
 
     results = {"uniform": uniform, "clean alone": alone, "learned": learned, "area": areas}
