@@ -30,7 +30,7 @@ from torch.utils.data import default_collate
 from imaml_ext import LBFGS, ConjugateGradient, WarmStart, adapt
 
 NOISE, CLEAN, FOLDS = 0.4, 50, 5
-DECAYS = torch.logspace(-5, -1, 13)
+DECAYS = torch.logspace(-5, -1, 9)
 theta = {"weight": torch.zeros(64, 10), "bias": torch.zeros(10)}
 
 
@@ -52,9 +52,9 @@ def loss(params, data):  # of one task: one run
     return (weight * each).sum() / weight.sum()
 
 
-def fit(x, y, weight, decay, warm_start=None):
+def fit(x, y, weight, decay, tol=2e-3, warm_start=None):
     """The minimum of every run, with a decay of every run, [runs]."""
-    inner, linear = LBFGS(steps=300, tol=5e-4), ConjugateGradient(max_iter=200, rtol=1e-3)
+    inner, linear = LBFGS(steps=300, tol=tol), ConjugateGradient(max_iter=200, rtol=1e-3)
     solvers = {"inner": inner, "linear": linear, "warm_start": warm_start}
     return adapt(loss, theta, (x, y, weight), lam=decay, **solvers)
 
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     warm_start = WarmStart()  # the same fits in every step, with other weights
     for _ in range(steps):
         optimizer.zero_grad()
-        params = fit(x, y, logits.sigmoid(), log_decay.exp(), warm_start)
+        params = fit(x, y, logits.sigmoid(), log_decay.exp(), 1e-4, warm_start)
         evaluate(params, *clean)[0].sum().backward()  # the runs do not interact
         optimizer.step()
     weights = logits.detach().sigmoid()
