@@ -1,17 +1,18 @@
-"""Which training labels are wrong? Weights of 500 examples, learned with 100 clean ones.
+"""Weights for 1,000 noisy labels, learned with 50 clean ones: better than the clean ones alone.
 
 Digits (8x8 images), 40% of whose training labels were replaced by another class at random. The
-model phi is multinomial logistic regression. It is fitted to the noisy examples, with weights that
-minimise its loss on the clean ones. The decay d is chosen for uniform weights, on the clean ones:
+model phi is multinomial logistic regression, fitted to the noisy examples. Weights and decay d
+minimise its loss on the clean ones, from uniform weights and the best d for them, in 3 Adam steps:
+    phi*(a, d) = argmin_phi  sum_j s(a_j) ce_j(phi) / sum_j s(a_j) + d/2 |phi|^2,  s = sigmoid
+    min over a in R^1000 and d:  mean of ce(phi*(a, d)) over the clean examples
 
-    phi*(a) = argmin_phi  sum_j s(a_j) ce_j(phi) / sum_j s(a_j) + d/2 |phi|^2,  s = sigmoid
-    min over a in R^500:  mean of ce(phi*(a)) over the clean examples
-
-    uniform weights   82.7 ± 4.5%    test accuracy, mean and 95% interval of 5 runs
-    clean alone       89.4 ± 3.6%    (decay chosen by 5-fold cross-validation)
-    learned weights   90.4 ± 1.9%    (area under their ROC curve for wrong labels: 85.6 ± 2.4%)
-The intervals of the last two overlap. python examples/noisy_labels.py; seeds 0 to 4, 25 s of CPU
-time, AMD EPYC, torch 2.13.0, 2026-11-27, with max_iter=40 for CG, before commit 57443ee.
+    uniform weights   84.1 ± 2.9%    test accuracy, mean and 95% interval of 10 runs
+    clean alone       80.2 ± 3.1%    (decay chosen by 5-fold cross-validation)
+    learned weights   85.4 ± 3.2%    (area under their ROC curve for wrong labels: 74.3 ± 1.8%)
+Paired differences: 5.2 ± 3.9% to clean alone, 1.3 ± 1.3% to uniform weights. Seeds 0 to 4 were used
+to choose 3 steps (more over-fit the clean images) and the sizes. Three decays of uniform weights
+are at the grid's end, 1e-5; in one step `adapt` warned that phi is off by an estimated 10%. python
+examples/noisy_labels.py, seeds 10 to 19, 2026-11-28, commit 6e604bb; 48 s on an AMD EPYC core.
 """
 
 import argparse
@@ -27,10 +28,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import default_collate
 
-from imaml_ext import LBFGS, ConjugateGradient, adapt
+from imaml_ext import LBFGS, ConjugateGradient, WarmStart, adapt
 
-NOISE, CLEAN, FOLDS = 0.4, 100, 5
-DECAYS = torch.logspace(-3, 0, 30)
+NOISE, CLEAN, FOLDS = 0.4, 50, 5
+DECAYS = torch.logspace(-5, -1, 9)
 theta = {"weight": torch.zeros(64, 10), "bias": torch.zeros(10)}
 
 
@@ -47,16 +48,16 @@ def sample_run(seed: int, examples: int):
 
 
 def loss(params, data):  # of one task: one run
-    x, y, weight, decay = data
+    x, y, weight = data
     each = cross_entropy(x @ params["weight"] + params["bias"], y, reduction="none")
-    penalty = decay / 2 * (params["weight"].square().sum() + params["bias"].square().sum())
-    return (weight * each).sum() / weight.sum() + penalty
+    return (weight * each).sum() / weight.sum()
 
 
-def fit(x, y, weight, decay):
-    """The minimum of the loss of every run. The penalty is in the loss, so lam is 0."""
-    inner, linear = LBFGS(steps=60, tol=1e-3), ConjugateGradient(max_iter=100, rtol=1e-2)
-    return adapt(loss, theta, (x, y, weight, decay), lam=0, inner=inner, linear=linear)
+def fit(x, y, weight, decay, tol=2e-3, warm_start=None):
+    """The minimum of every run, with a decay of every run, [runs]."""
+    inner, linear = LBFGS(steps=300, tol=tol), ConjugateGradient(max_iter=200, rtol=1e-3)
+    solvers = {"inner": inner, "linear": linear, "warm_start": warm_start}
+    return adapt(loss, theta, (x, y, weight), lam=decay, **solvers)
 
 
 def evaluate(params, x, y) -> tuple[Tensor, Tensor]:
@@ -91,41 +92,39 @@ def interval(values: Tensor) -> tuple[float, float]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the first run")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=10, help="of the first run")
+    parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--figure", help="save the figure as this PNG file")
     parser.add_argument("--small", action="store_true", help="2 runs, few steps: some seconds")
     args = parser.parse_args(argv)
-    runs, steps, examples = (2, 8, 200) if args.small else (args.runs, 20, 500)
-    start = time.process_time()
+    runs, steps, examples = (2, 4, 200) if args.small else (args.runs, 3, 1000)
     splits = [sample_run(args.seed + k, examples) for k in range(runs)]  # every run is a task
     x, y, wrong, clean, test = default_collate(splits)
-
     decay = best_decay(x, y, *clean)  # with uniform weights
     uniform = evaluate(fit(x, y, torch.ones(y.shape), decay), *test)[1]
-
     # The clean examples alone: the decay is chosen by cross-validation, a fold being a task.
     (train_x, held_out_x), (train_y, held_out_y) = map(folds_of, clean)
     clean_decay = best_decay(train_x, train_y, held_out_x, held_out_y, FOLDS)
     alone = evaluate(fit(*clean, torch.ones(clean[1].shape), clean_decay), *test)[1]
-
-    # Learned weights, with the decay of uniform ones
-    logits = torch.zeros(y.shape, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=0.3)
+    # Learned weights and decays, from uniform weights and the best decay for them
+    logits, log_decay = torch.zeros(y.shape), decay.log()
+    optimizer = torch.optim.Adam([logits.requires_grad_(), log_decay.requires_grad_()], lr=0.3)
+    warm_start = WarmStart()  # the same fits in every step, with other weights
     for _ in range(steps):
         optimizer.zero_grad()
-        clean_loss, _ = evaluate(fit(x, y, logits.sigmoid(), decay), *clean)
-        clean_loss.sum().backward()  # the runs do not interact
+        params = fit(x, y, logits.sigmoid(), log_decay.exp(), 1e-4, warm_start)
+        evaluate(params, *clean)[0].sum().backward()  # the runs do not interact
         optimizer.step()
     weights = logits.detach().sigmoid()
-    learned = evaluate(fit(x, y, weights, decay), *test)[1]
+    learned = evaluate(fit(x, y, weights, log_decay.detach().exp()), *test)[1]
     areas = torch.tensor([roc_auc_score(~w, row) for w, row in zip(wrong, weights, strict=True)])
-
     results = {"uniform": uniform, "clean alone": alone, "learned": learned, "area": areas}
+    results |= {"learned - uniform": learned - uniform, "learned - alone": learned - alone}
     results = {name: interval(values) for name, values in results.items()}
     for name, (mean, half) in results.items():
-        print(f"{name:12s} {100 * mean:.1f} ± {100 * half:.1f}%")
-    print(f"{time.process_time() - start:.0f} s of CPU time")
+        print(f"{name:17s} {100 * mean:.1f} ± {100 * half:.1f}%")
+    print("decays:", *(d.tolist() for d in (decay, clean_decay, log_decay.detach().exp())))
+    print(f"{time.process_time():.0f} s of CPU time")
     if args.figure:
         plot(args.figure, weights, wrong, results)
     return {name: mean for name, (mean, _) in results.items()}
@@ -138,9 +137,10 @@ def plot(path: str, weights: Tensor, wrong: Tensor, results: dict[str, tuple]) -
         left.hist(weights[part].numpy(), 25, range=(0, 1), alpha=0.7, color=color, label=name)
     left.set(xlabel="learned weight", ylabel=f"training examples, {len(weights)} runs")
     left.legend()
-    names = ["uniform weights", "clean alone", "learned weights"]
     means, halves = (100 * torch.tensor(list(results.values())[:3])).T.tolist()
-    bars = right.bar(names, means, yerr=halves, color=["0.6", "#e69f00", "#0072b2"], capsize=5)
+    bars = right.bar(
+        list(results)[:3], means, yerr=halves, color=["0.6", "#e69f00", "#0072b2"], capsize=5
+    )
     right.bar_label(bars, fmt="%.1f", padding=6)
     right.set(ylabel="test accuracy, % (bars: 95% interval)", ylim=(50, 100))
     figure.savefig(path, dpi=110)
