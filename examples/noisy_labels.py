@@ -11,7 +11,7 @@ minimise its loss on the clean ones, from uniform weights and the best d for the
     learned weights   85.4 ± 3.2%    (area under their ROC curve for wrong labels: 74.3 ± 1.8%)
 Paired differences: 5.2 ± 3.9% to clean alone, 1.3 ± 1.3% to uniform weights. Seeds 0 to 4 were used
 to choose 3 steps (more over-fit the clean images) and the sizes. Three decays of uniform weights
-are at the grid's end, 1e-5; in one step `adapt` warned that phi is off by an estimated 10%. python
+are at the grid's end, 1e-5; in at least one step `adapt` warned that phi is off by an estimated 10%. python
 examples/noisy_labels.py, seeds 10 to 19, 2026-11-28, commit 6e604bb; 48 s on an AMD EPYC core.
 """
 
