@@ -39,8 +39,9 @@ def ridge(head: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
 class Learner(nn.Module):
     """All that is learned: the body, the initial head, lam, and the temperature s."""
 
+    # Ridge regression is quadratic: one Newton step reaches its minimum.
+    inner = HessianFree(steps=1, linear=ConjugateGradient(max_iter=60, rtol=1e-4), damping=0.0)
     linear = ConjugateGradient(max_iter=40, rtol=1e-3)
-    inner = HessianFree(steps=1, linear=linear, damping=0.0)  # one step: ridge is quadratic
 
     def __init__(self, filters: Sequence[int]) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ def train(
     """The learner with averaged weights, and its accuracies on validation characters."""
     torch.manual_seed(seed)
     learner = Learner(filters)
-    average = AveragedModel(learner, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+    average = AveragedModel(learner, multi_avg_fn=get_ema_multi_avg_fn(0.98), use_buffers=True)
     source = ImageEpisodes(
         images["train"], way=way, shot=1, query=3, tasks=1, seed=seed, rotate=True
     )

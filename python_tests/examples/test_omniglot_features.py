@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from examples import load_example
 from torch import nn
 
+from examples import load_example
 from imaml_ext import ConjugateGradient, HessianFree
 from imaml_ext.data import Omniglot
 
