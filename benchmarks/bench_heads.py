@@ -28,7 +28,7 @@ from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.linear.base import LinearSystem
 from imaml_ext.solvers.solution import Solution
 
-LAM = 0.1
+LAM = 0.3
 Measured = dict[str, float]  # by part
 
 
@@ -98,10 +98,12 @@ class Network(nn.Module):
         self.body = nn.Sequential(*layers, nn.Flatten())
         self.head = nn.Linear(4 * width, way)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
         with self.meter.part("body: forward"):
-            features = self.body(x)
-        return self.head(features)
+            return self.body(x) / self.head.in_features**0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
 
 
 class MetaStep:
@@ -116,8 +118,8 @@ class MetaStep:
         self.network = Network(chosen.way, chosen.width, self.meter, running=self.running)
         self.network.to(device)
         self.optimizer = torch.optim.Adam(self.network.parameters())
-        self.linear = MeteredCG(max_iter=20, rtol=1e-4, meter=self.meter)
-        cg = ConjugateGradient(max_iter=20, rtol=1e-4)
+        self.linear = MeteredCG(max_iter=40, rtol=1e-3, meter=self.meter)
+        cg = ConjugateGradient(max_iter=40, rtol=1e-4)
         self.inner = MeteredNewton(steps=1, linear=cg, damping=0.0, meter=self.meter)
         labels = torch.arange(chosen.way, device=device).expand(tasks, -1)
 
@@ -146,8 +148,7 @@ class OnFeatures(MetaStep):
     def meta_gradient(self) -> None:
         (x, y), (query_x, query_y) = self.support, self.query
         images = torch.cat([x, query_x], 1)
-        with self.meter.part("body: forward"):
-            features = self.network.body(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        features = self.network.features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         leaf = features.detach().requires_grad_()
         with self.meter.part("head: query loss, pull-back"):
             shots = y.shape[1]
