@@ -1,6 +1,5 @@
 """Few-shot Omniglot with a ridge head: its gradients, and the program on made-up characters."""
 
-import json
 import math
 
 import pytest
@@ -22,7 +21,7 @@ def closed_form(learner, support, query_x, way):
     logits = []
     shots = support[1].shape[1]
     images = torch.cat([support[0], query_x], 1)
-    features = learner.body(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    features = learner.body(images.flatten(0, 1)).flatten(1).unflatten(0, images.shape[:2])
     features = features / math.sqrt(features.shape[-1])
     features = nn.functional.pad(features, (0, 1), value=1.0)  # the input of the bias
     initial = torch.cat([learner.weight, learner.bias[:, None]])
@@ -55,21 +54,15 @@ def test_logits_and_gradients_are_those_of_ridge_regression_in_closed_form(examp
 
 
 @pytest.mark.renders
-def test_the_program_writes_its_results_and_recognises_new_characters(
-    example, monkeypatch, tmp_path
-):
+def test_characters_that_were_not_in_the_training_are_recognised(example, monkeypatch, tmp_path):
     # Characters of 7 x 7 squares; a twentieth of the squares of a drawing are wrong.
     squares = torch.rand(1623, 1, 7, 7).gt(0.5) ^ torch.rand(1623, 20, 7, 7).lt(0.05)
     drawings = 255 * squares.to(torch.uint8).repeat_interleave(4, 2).repeat_interleave(4, 3)
     omniglot = Omniglot(drawings, [str(number) for number in range(1623)])
     monkeypatch.setattr(example, "load_omniglot", lambda root: omniglot)
     figure = tmp_path / "figure.png"
-    result = example.main(
-        ["--data", "nowhere", "--small", "--runs", str(tmp_path), "--figure", str(figure)]
-    )
+    arguments = ["--data", "none", "--small", "--seed", "0", "1", "--figure", str(figure)]
+    result = example.main(arguments)
     assert result["5-way"] > 50  # by chance: 20
     assert result["20-way"] > 25  # by chance: 5
-    assert figure.is_file()
-    saved = json.loads((tmp_path / "seed0.json").read_text())
-    assert saved["test"] == result
-    assert torch.load(tmp_path / "seed0.pt")["module.log_lam"] > math.log(0.01)
+    assert figure.read_bytes().startswith(b"\x89PNG")
