@@ -1,12 +1,19 @@
 """Few-shot Omniglot: features learned in 15 minutes on one core, and a convex head per task.
 
-The body f, four convolutions with weights psi, computes the features of all images of a meta-step
-at once. Only the head of task i is adapted, by ridge regression on its support set:
+The body f has four convolutions, with weights psi. Only the head of task i is adapted, by ridge
+regression on its support set:
 
     phi_i = argmin_phi 1/2 ‖f(x_i) phi - onehot(y_i)‖² + lam/2 ‖phi - theta‖²
     minimised over psi, theta, lam, s:  mean_i cross_entropy(s f(query x_i) phi_i, query y_i)
 
-RESULT
+1-shot accuracy on 600 tasks of unseen characters, in percent, with the 95% interval over tasks:
+
+    seed        0              1              2              mean
+    5-way       98.68 ± 0.29   98.59 ± 0.28   @A   @M
+    20-way      96.89 ± 0.20   96.76 ± 0.20   @B   @N
+
+`python examples/omniglot_features.py --data DATA --seed 0 1 2` at 6e31722, 2026-11-27, a core of an
+AMD EPYC, torch 2.13.0: 15 CPU minutes (19 with evaluations), 2384, 2084 and @C meta-steps.
 """
 
 import argparse
@@ -57,9 +64,8 @@ class Learner(nn.Module):
         """Logits of the query images, [B, N, way]."""
         (x, y), size = support, len(self.weight)
         images = torch.cat([x, query_x], 1).flatten(0, 1)  # one pass for all images of all tasks
-        features = self.body(images.contiguous(memory_format=torch.channels_last)).flatten(1)
-        features = features.view(len(x), -1, size) / math.sqrt(size)
-        shots, queries = features.split([x.shape[1], query_x.shape[1]], dim=1)
+        features = self.body(images.to(memory_format=torch.channels_last)).reshape(len(x), -1, size)
+        shots, queries = (features / size**0.5).split([x.shape[1], query_x.shape[1]], dim=1)
         theta = {"weight": self.weight.expand(-1, way), "bias": self.bias.expand(way)}
         head = adapt(
             ridge, theta, (shots, y), lam=self.log_lam.exp(), inner=self.inner, linear=self.linear
@@ -79,7 +85,7 @@ def evaluate(learner: nn.Module, images: Tensor, way: int, tasks: int, seed: int
 
 
 def train(images: dict[str, Tensor], seed: int, minutes: float, small: bool) -> tuple:
-    """The learner with averaged weights, and [minute, accuracies on validation characters]."""
+    """The learner with averaged weights, and [CPU minutes, accuracies, wall minutes] by minute."""
     torch.manual_seed(seed)
     filters, way, tasks = ((8, 8, 8, 8), 20, 20) if small else ((32, 64, 96, 128), 80, 200)
     learner = Learner(filters)
@@ -101,9 +107,8 @@ def train(images: dict[str, Tensor], seed: int, minutes: float, small: bool) -> 
         step, spent = step + 1, spent + (time.process_time() - start) / 60
         if spent >= min(len(curve) + 1, minutes):
             means = [evaluate(average, images["val"], w, tasks, seed=101)[0] for w in PUBLISHED]
-            curve.append([spent, *means])
-            wall = (time.perf_counter() - begin) / 60  # with the evaluations
-            print(f"{spent:.1f} CPU minutes ({wall:.1f} in all), {step} steps, validation:", *means)
+            curve.append([spent, *means, (time.perf_counter() - begin) / 60])
+            print(f"{step} steps, [CPU minutes, validation accuracies, wall minutes]:", curve[-1])
     return average, torch.tensor(curve)
 
 
@@ -115,7 +120,6 @@ def draw(curves: list[Tensor], file: str) -> None:
             (line,) = axis.plot(curve[:, 0], curve[:, number], ".-", color=colour, lw=1)
         line.set_label(f"{way}-way, validation characters, {len(curves)} seeds")
     axis.set(xlabel="minutes of one core", ylabel="1-shot accuracy (%)", ylim=(88, 100))
-    axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(file, dpi=110)
 
