@@ -8,7 +8,8 @@ pass.
 
 Parts are timed within whole meta-steps. The share of the arithmetic is that of the multiply-adds
 in convolutions and matrix products: the share of the time, if these ran at one rate, and nothing
-else took time. Every part handles all tasks at once, so its time per task must not grow with B.
+else took time. Every part handles all tasks at once: with more tasks, the head's time per task
+falls. That of the body may grow, as its activations no longer fit into the cache.
 """
 
 import statistics
