@@ -9,9 +9,12 @@ pass.
 Parts are timed within whole meta-steps. The share of the arithmetic is that of the multiply-adds
 in convolutions and matrix products: the share of the time, if these ran at one rate, and nothing
 else took time. Every part handles all tasks at once: with more tasks, the head's time per task
-falls. That of the body may grow, as its activations no longer fit into the cache.
+falls, and the body's stays the same. On Linux that needs MALLOC_MMAP_THRESHOLD_=4000000000 and
+MALLOC_TRIM_THRESHOLD_=8000000000 in the environment: otherwise glibc returns each activation above
+32 MB to the system, and the page faults take as long as the arithmetic.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -198,6 +201,7 @@ def main() -> None:
     options.add_argument("--tasks", type=int, nargs="+", default=[4, 16])
     chosen = options.parse_args()
     settings = {key: getattr(chosen, key) for key in ("way", "query", "width", "tasks")}
+    settings["mmap_threshold"] = os.environ.get("MALLOC_MMAP_THRESHOLD_")
     results = provenance("heads", torch.device(chosen.device), settings)
     results["methods"] = {}
     for name, method in METHODS.items():

@@ -318,6 +318,9 @@ def heads(result: Result) -> str:
             + [f"{1e-6 * products:.0f} M" for products in of_task[len(counts) :]]
         )
         text += f"{name}:\n\n{table(columns, lines)}\n"
+    threshold = result["settings"]["mmap_threshold"]
+    if threshold is not None:
+        text += f"Run with MALLOC_MMAP_THRESHOLD_={threshold}; see the docstring.\n"
     return text + (
         "Arithmetic: multiply-adds of convolutions and matrix products. `adapt` gets features that "
         "the body computes once; in ANIL the body is part of the loss.\n"
