@@ -90,6 +90,10 @@ TITLES: dict[str, Callable[[Result], str]] = {
         f"Peak memory of a meta-gradient, MiB: {s['workload']}, {s['tasks']} tasks, D={s['dim']}"
     ),
     "scaling": lambda s: f"Scaling: {s['workload']}",
+    "heads": lambda s: (
+        f"A meta-step that adapts a head: {s['way']}-way 1-shot, {s['query']} query images per "
+        f"class, four convolutions of {s['width']} filters"
+    ),
     "all_reduce": lambda s: (
         f"The all-reduce of a meta-step: {s['processes']} processes, {s['backend']}"
     ),
@@ -285,6 +289,44 @@ def all_reduce(result: Result) -> str:
     return table(["D", "in a meta-step, ms", "all-reduce alone, ms"], lines)
 
 
+def heads(result: Result) -> str:
+    """For each method, the parts' shares of the time and of the multiply-adds."""
+    counts = result["settings"]["tasks"]
+    columns = ["", *(f"time, B={b}" for b in counts), *(f"arithmetic, B={b}" for b in counts)]
+    text = ""
+    for name, parts in result["methods"].items():
+        measured = [
+            [row[of][number] for row in parts.values()]
+            for of in ("seconds", "multiply_adds")
+            for number in range(len(counts))
+        ]
+        totals = [sum(column) for column in measured]
+        lines = [
+            [
+                part,
+                *(
+                    f"{100 * c[row] / total:.1f}%"
+                    for c, total in zip(measured, totals, strict=True)
+                ),
+            ]
+            for row, part in enumerate(parts)
+        ]
+        of_task = [total / b for total, b in zip(totals, 2 * counts, strict=True)]
+        lines.append(
+            ["a task, in all"]
+            + [f"{1e3 * seconds:.1f} ms" for seconds in of_task[: len(counts)]]
+            + [f"{1e-6 * products:.0f} M" for products in of_task[len(counts) :]]
+        )
+        text += f"{name}:\n\n{table(columns, lines)}\n"
+    threshold = result["settings"]["mmap_threshold"]
+    if threshold is not None:
+        text += f"Run with MALLOC_MMAP_THRESHOLD_={threshold}; see the docstring.\n"
+    return text + (
+        "Arithmetic: multiply-adds of convolutions and matrix products. `adapt` gets features that "
+        "the body computes once; in ANIL the body is part of the loss.\n"
+    )
+
+
 BODIES = {
     "cg": times,
     "prox": times,
@@ -293,6 +335,7 @@ BODIES = {
     "scaling": scaling,
     "soak": soak,
     "all_reduce": all_reduce,
+    "heads": heads,
 }
 PAGES = {"inner": inner, "package": package}
 

@@ -96,6 +96,30 @@ def test_a_cg_iteration_is_one_launch_at_every_size(benchmark, tmp_path):
     assert "results/curves.png" in benchmark("tables").make([results])
 
 
+@pytest.mark.slow
+def test_the_arithmetic_of_a_head_is_counted_by_part(benchmark, tmp_path):
+    way, query, width = 3, 2, 4
+    _, results = run(
+        "bench_heads.py", "--tasks", "1", "2", "--way", str(way), "--query", str(query),
+        "--width", str(width), folder=tmp_path,
+    )  # fmt: skip
+    on_features, anil = results["methods"].values()
+    sides = (14, 7, 4, 2)  # the output of each convolution
+    first, *others = [
+        side**2 * 9 * fan_in * width for side, fan_in in zip(sides, (1, 4, 4, 4), strict=True)
+    ]
+    images = way * (1 + query)
+    forward = images * (first + sum(others))
+    # The backward pass: by the weights, and by the inputs but the images.
+    backward = images * (first + 2 * sum(others))
+    assert on_features["body: forward"]["multiply_adds"] == [forward, 2 * forward]
+    assert on_features["body: backward"]["multiply_adds"] == [backward, 2 * backward]
+    assert anil["body: forward"]["multiply_adds"][0] > 2 * forward  # in each evaluation
+    assert all(min(row["seconds"]) > 0 for row in (on_features | anil).values())
+    page = benchmark("tables").make([results])
+    assert all(page.count(f"| {part} |") == 1 + (part in anil) for part in on_features)
+
+
 def make_wheel(folder):
     """A minimal wheel: one module of 1000 bytes."""
     information = "nothing-1.0.dist-info"
