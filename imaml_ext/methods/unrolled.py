@@ -128,8 +128,7 @@ class Unrolled(Method):
 
         def shared(ok: Tensor) -> Params:
             if self.nonfinite == "propagate" and weights is None:
-                all_ok = ok.all()  # else the weight is NaN
-                return {name: torch.where(all_ok, t, 0.0) for name, t in found.shared.items()}
+                return {name: torch.where(ok.all(), t, 0.0) for name, t in found.shared.items()}
             if may_read_values(ok) and bool(ok.all()):
                 return found.shared
             # The derivative of a failed task is not finite, and cannot be subtracted from the sum.
@@ -139,8 +138,7 @@ class Unrolled(Method):
                 query.of_tasks(rows_of_tasks(batch.query, instead), self._constants()),
                 torch.where(ok, torch.ones_like(found.value) if weights is None else weights, 0.0),
             )
-            any_ok = ok.any()
-            return {name: torch.where(any_ok, total, 0.0) for name, total in again.shared.items()}
+            return {name: torch.where(ok.any(), total, 0.0) for name, total in again.shared.items()}
 
         return self._mean(problem, found, support, shared, weights)
 
@@ -245,7 +243,7 @@ class Unrolled(Method):
     def _problem(
         self, support: Any, tasks: Tensor | None = None, *, check: bool = True
     ) -> Proximal:
-        """The inner problems; with the numbers of their tasks if they are not 0, 1, ..."""
+        """The inner problems of tasks 0, 1, ..., or of those with other numbers [B]."""
         support, batches = split_batches(support)
         objective = Objective(
             self.loss, self.layout, support, "support", self._constants(), check=check
@@ -277,6 +275,8 @@ class Unrolled(Method):
         if self.step_weights is not None:
             numbers.append(found.value[:, None])
         finite = torch.cat([t.isfinite() for t in numbers], 1).all(1)
+        if not may_read_values(phi):  # then lam's values have not been checked
+            finite = finite & problem.lam.is_valid()
         residual = torch.where(finite, problem.residual(phi, support_gradient), torch.nan)
         status = torch.full_like(new_status(problem), Status.MAX_ITER)
         status = update_status(status, residual, None)
