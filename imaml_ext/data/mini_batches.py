@@ -122,8 +122,8 @@ def split_batches(support: Any) -> tuple[Any, MiniBatches | None]:
     return (support.data, support) if isinstance(support, MiniBatches) else (support, None)
 
 
-def rows_of_tasks(support: Any, tasks: Tensor) -> Any:
-    """A support set with these tasks, given by their numbers."""
+def rows_of_tasks(support: Any, tasks: slice | Tensor) -> Any:
+    """A support set with some tasks, a slice of them or their numbers."""
     if isinstance(support, MiniBatches):
         return support.rows(tasks)
     return pytree.tree_map(lambda leaf: leaf[tasks], support)

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from imaml_ext._checks import kind_of
+from imaml_ext.data.mini_batches import rows_of_tasks
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class TaskBatch:
 
     def rows(self, tasks: range) -> "TaskBatch":
         """These tasks of the batch, as views."""
-        return TaskBatch(*pytree.tree_map(lambda t: t[tasks.start : tasks.stop], self._parts()))
+        chosen = slice(tasks.start, tasks.stop)
+        return TaskBatch(*(rows_of_tasks(part, chosen) for part in self._parts()))
 
     def __len__(self) -> int:
         size: int = pytree.tree_leaves(self._parts())[0].shape[0]

@@ -38,6 +38,8 @@ class AuthorsCodeCG(ConjugateGradient):
     nearly `v / 2`, the direction of first-order MAML. Arguments as in `ConjugateGradient`."""
 
     def _solve(self, system: LinearSystem) -> Solution:
+        if system.x0 is not None:
+            raise ValueError("AuthorsCodeCG starts from 0, got x0: remove x0 or warm_start")
         lam = system.lam.values
         other = copy(system)
         other.lam = LamOperator.of(2 * (lam + 10))

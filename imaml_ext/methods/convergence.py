@@ -8,6 +8,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from imaml_ext.ops.rows import row_dot
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.solution import Lanczos, Solution, Status
 
@@ -29,7 +30,7 @@ def warn_if_inaccurate(problem: Proximal, inner: Solution, linear: Solution, v: 
     of phi's error on v is not included, so the gradient may be less accurate.
     """
     from_linear = _linear_error(linear, v)
-    from_inner = _inner_error(problem, inner, linear)
+    from_inner = _inner_error(problem, inner, linear, v)
     total = from_linear + from_inner
     level = next((level for level in _LEVELS if total > level), None)
     if level is None:
@@ -58,7 +59,7 @@ def _linear_error(linear: Solution, v: Tensor) -> float:
     return _ratio((residual / mu)[measured], _norms(linear.value)[measured])
 
 
-def _inner_error(problem: Proximal, inner: Solution, linear: Solution) -> float:
+def _inner_error(problem: Proximal, inner: Solution, linear: Solution, v: Tensor) -> float:
     """Estimate of `|phi - phi*| / |phi - theta|`; of `|phi - phi*| / |phi|` without Λ.
 
     With the Gauss-Newton matrix, it assumes that its smallest eigenvalue is that of the Hessian.
@@ -68,6 +69,11 @@ def _inner_error(problem: Proximal, inner: Solution, linear: Solution) -> float:
         return 0.0
     phi = inner.value
     mu, rounding, measured = _curvature(lanczos, replace(linear, value=phi))
+    # A warm start may solve the system without a product: then the curvature along x.
+    along = row_dot(linear.value, v).abs() / row_dot(linear.value, linear.value)
+    at_once = ~measured & along.isfinite()
+    mu, measured = torch.where(at_once, along, mu), measured | at_once
+    rounding = torch.where(at_once, torch.finfo(phi.dtype).eps * along * _norms(phi), rounding)
     residual = (inner.residual - 10 * rounding).clamp_min(0)
     change = phi - problem.theta if bool(problem.lam.values.any()) else phi
     floor = torch.finfo(phi.dtype).eps ** 0.5 * _norms(phi)

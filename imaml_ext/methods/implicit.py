@@ -29,7 +29,12 @@ from imaml_ext.methods.meta_gradient import (
     relative_weights,
     task_weight,
 )
-from imaml_ext.methods.shared import check_shared, direct_gradient, gradient_through_phi
+from imaml_ext.methods.shared import (
+    all_finite,
+    check_shared,
+    direct_gradient,
+    gradient_through_phi,
+)
 from imaml_ext.methods.solves import (
     Solvers,
     check_all_or_none_learned,
@@ -151,7 +156,7 @@ def implicit_meta_grad(
         through = gradient_through_phi(objective, phi, x_rows, ok, first_order)
         psi_gradient = {name: a + b for name, a, b in zip(psi, direct, through, strict=True)}
         # A sum over the tasks: if it is not finite, the task responsible is unknown, so all fail.
-        finite = torch.stack([g.isfinite().all() for g in psi_gradient.values()]).all()
+        finite = all_finite(psi_gradient)
         status = x.status.masked_fill(~finite, Status.NONFINITE)
         x, ok = replace(x, status=status), ok & finite
     weight = task_weight(ok, nonfinite, layout.dtype, shares)

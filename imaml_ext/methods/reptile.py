@@ -82,12 +82,11 @@ class Reptile(Unrolled):
         change = theta - phi if weights is None else weights[:, None] * (theta - phi)
         found = Derivatives(phi, losses, losses, {"theta": change}, {})
 
-        def shared(ok: Tensor, weight: Tensor) -> Params:
+        def shared(ok: Tensor) -> Params:
             each = [direct_gradient(objective, at, ok, weights) for objective, at in visited]
             sums = (sum(parts) for parts in zip(*each, strict=True))
             return {
-                name: total * (weight / len(visited))
-                for name, total in zip(self.shared, sums, strict=True)
+                name: total / len(visited) for name, total in zip(self.shared, sums, strict=True)
             }
 
         return self._mean(problem, found, support, shared, weights)

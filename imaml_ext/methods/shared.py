@@ -115,6 +115,11 @@ def gradient_through_phi(
     return _gradients(total, objective, phi, ok, leaves)
 
 
+def all_finite(gradients: Params) -> Tensor:
+    """Whether every entry of these gradients, at least one, is finite; 0-d bool."""
+    return torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all()
+
+
 def replacement(ok: Tensor) -> Tensor:
     """For each task the number of one that is ok, [B]: its own, or that of the first."""
     return torch.where(ok, torch.arange(len(ok), device=ok.device), ok.int().argmax())

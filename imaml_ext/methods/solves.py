@@ -123,9 +123,11 @@ def pull_back_sum(
     """
     theta, lam, displaced = problem.theta, problem.lam, ok & ~first_order
     if not isinstance(lam, SharedLam):
+        # A Λ of a task that failed may itself be NaN.
+        pulled = torch.where(ok[:, None], lam.mv(x), 0.0) * weight
         x = torch.where(ok[:, None], x, 0.0) * weight
         displacement = torch.where(displaced[:, None], phi - theta, 0.0)
-        return lam.mv(x).sum(0), lam.gradient(x, displacement)
+        return pulled.sum(0), lam.gradient(x, displacement)
     use = ok.to(torch.int32) + displaced.to(torch.int32)
     x_sum, products = pull_back(x, phi, theta, weight.reshape(1), use)
     return lam.mv(x_sum), lam.gradient_of_products(products)

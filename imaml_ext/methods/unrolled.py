@@ -30,10 +30,11 @@ from imaml_ext.methods.meta_gradient import (
     relative_weights,
     task_weight,
 )
-from imaml_ext.methods.shared import check_shared, replacement
+from imaml_ext.methods.shared import all_finite, check_shared, replacement
 from imaml_ext.methods.step_weights import StepWeights, check_step_weights, check_values
 from imaml_ext.problem.differentiation import check_inference_mode
 from imaml_ext.problem.lam import Lam, ProximalStrength, flatten_lam, unflatten_lam_gradient
+from imaml_ext.problem.lam_operator import product
 from imaml_ext.problem.layout import Params
 from imaml_ext.problem.objective import Loss, Objective, check_same_tasks
 from imaml_ext.problem.proximal import Proximal
@@ -128,19 +129,19 @@ class Unrolled(Method):
         found = self._differentiate(problem, query, weights)
         support = problem.objective.gradient(found.phi)
 
-        def shared(ok: Tensor, weight: Tensor) -> Params:
-            any_fails_all = self.nonfinite == "propagate" and weights is None
-            if any_fails_all or (may_read_values(ok) and bool(ok.all())):
-                return {name: total * weight for name, total in found.shared.items()}
+        def shared(ok: Tensor) -> Params:
+            if self.nonfinite == "propagate" and weights is None:
+                return {name: torch.where(ok.all(), t, 0.0) for name, t in found.shared.items()}
+            if may_read_values(ok) and bool(ok.all()):
+                return found.shared
             # The derivative of a failed task is not finite, and cannot be subtracted from the sum.
             instead = replacement(ok)
             again = self._differentiate(
-                self._problem(rows_of_tasks(batch.support, instead), check=False),
+                self._problem(rows_of_tasks(batch.support, instead), instead, check=False),
                 query.of_tasks(rows_of_tasks(batch.query, instead), self._constants()),
                 torch.where(ok, torch.ones_like(found.value) if weights is None else weights, 0.0),
             )
-            any_ok = ok.any()
-            return {name: torch.where(any_ok, t, 0.0) * weight for name, t in again.shared.items()}
+            return {name: torch.where(ok.any(), total, 0.0) for name, total in again.shared.items()}
 
         return self._mean(problem, found, support, shared, weights)
 
@@ -218,7 +219,7 @@ class Unrolled(Method):
         rates = lr.rates(steps, rows) if isinstance(lr, StepSize) else [lr] * steps
         if self.lam is None:
             return Given(theta, rates, None)
-        return Given(theta, rates, _product(rows[_LAM]) if _LAM in rows else problem.lam.mv)
+        return Given(theta, rates, product(rows[_LAM]) if _LAM in rows else problem.lam.mv)
 
     def _own(self) -> Params:
         """What has a row for each task in the graph, besides theta."""
@@ -242,13 +243,18 @@ class Unrolled(Method):
     def _constants(self) -> Params:
         return {name: tensor.detach() for name, tensor in self.shared.items()}
 
-    def _problem(self, support: Any, *, check: bool = True) -> Proximal:
+    def _problem(
+        self, support: Any, tasks: Tensor | None = None, *, check: bool = True
+    ) -> Proximal:
+        """The inner problems of tasks 0, 1, ..., or of those with other numbers [B]."""
         support, batches = split_batches(support)
         objective = Objective(
             self.loss, self.layout, support, "support", self._constants(), check=check
         )
         theta = self.layout.flatten(self.params).detach()
         lam = flatten_lam(self.layout, lam_value(self.lam)).detach()
+        if tasks is not None and lam.dim() == 3:
+            lam = lam[tasks]
         return Proximal(objective, theta, lam, batches=batches)
 
     def _mean(
@@ -256,14 +262,14 @@ class Unrolled(Method):
         problem: Proximal,
         found: Derivatives,
         support: tuple[Tensor, Tensor],  # losses [B] and their gradients [B, D], at phi
-        shared: Callable[[Tensor, Tensor], Params],
+        shared: Callable[[Tensor], Params],
         weights: Tensor | None,
     ) -> MetaGradient:
         """The mean over the tasks, with a report.
 
         Args:
-            shared: from the tasks that are ok, [B] bool, and the weight of each, 0-d, the
-                gradients of the shared parameters.
+            shared: from the tasks that are ok, [B] bool, the sums over them of the gradients of the
+                shared parameters.
             weights: relative weights of the tasks, [B], which the derivatives contain; or None.
         """
         layout, phi, (support_loss, support_gradient) = problem.layout, found.phi, support
@@ -272,11 +278,19 @@ class Unrolled(Method):
         if self.step_weights is not None:
             numbers.append(found.value[:, None])
         finite = torch.cat([t.isfinite() for t in numbers], 1).all(1)
+        if not may_read_values(phi):  # then lam's values have not been checked
+            finite = finite & problem.lam.is_valid()
         residual = torch.where(finite, problem.residual(phi, support_gradient), torch.nan)
         status = torch.full_like(new_status(problem), Status.MAX_ITER)
         status = update_status(status, residual, None)
         inner = Solution(phi, status, torch.full_like(status, self.inner.steps), residual)
         ok = ~failed_tasks(found.query_loss, inner)
+        sums = shared(ok) if self.shared else {}
+        if sums:  # if a sum is not finite, the task responsible is unknown, so all fail
+            valid = all_finite(sums)
+            inner = replace(inner, status=status.masked_fill(~valid, Status.NONFINITE))
+            ok = ok & valid
+            sums = {name: torch.where(valid, total, 0.0) for name, total in sums.items()}
         weight = task_weight(ok, self.nonfinite, layout.dtype, weights)
         # Weights before the sum, which may overflow where the mean does not.
         means = [(torch.where(ok[:, None], each, 0.0) * weight).sum(0) for each in rows]
@@ -294,7 +308,7 @@ class Unrolled(Method):
             inner=inner,
             linear=None,
             hyperparameters=hyperparameters,
-            shared=shared(ok, weight) if self.shared else {},
+            shared={name: total * weight for name, total in sums.items()},
             weights=weights,
         )
 
@@ -313,14 +327,6 @@ class Unrolled(Method):
 
 def _rows(tensor: Tensor, tasks: int) -> Tensor:
     return tensor.detach().expand(tasks, *tensor.shape).clone().requires_grad_()
-
-
-def _product(lam: Tensor) -> Callable[[Tensor], Tensor]:
-    """Row i times the matrix of task i, from [B, 1], diagonals [B, D] or matrices [B, D, D]."""
-    if lam.dim() == 2:
-        return lambda rows: lam * rows
-    # A sum of products, since autocast would round a matrix product.
-    return lambda rows: (lam * rows[:, None]).sum(2)
 
 
 def _at(objective: Objective, shared: Params) -> Objective:

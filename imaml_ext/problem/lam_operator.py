@@ -4,6 +4,7 @@ The values alone, by their number of dimensions, determine the kind.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -176,3 +177,11 @@ def matmul(rows: Tensor, matrix: Tensor) -> Tensor:
         return rows @ matrix
     with torch.autocast(device, enabled=False):
         return rows @ matrix
+
+
+def product(lam: Tensor) -> Callable[[Tensor], Tensor]:
+    """Row i times the matrix of task i, from [B, 1], diagonals [B, D] or matrices [B, D, D]."""
+    if lam.dim() == 2:
+        return lambda rows: lam * rows
+    # A sum of products, since autocast would round a matrix product.
+    return lambda rows: (lam * rows[:, None]).sum(2)

@@ -12,6 +12,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from imaml_ext._checks import check_callable, check_instance, check_integer, check_scalar, kind_of
+from imaml_ext.data.mini_batches import split_batches
 from imaml_ext.data.tasks import TaskSource, batches
 from imaml_ext.methods.base import Method
 from imaml_ext.ops.vmap_layers import task_layers
@@ -55,7 +56,7 @@ def evaluate(
         metrics: `(phi, query) -> 0-d tensor` for one task, by name, such as a loss or `accuracy`.
         tasks: number of tasks; excess tasks of the last batch are not counted.
         support_metrics: `(phi, support, query) -> 0-d tensor` for one task; reported as
-            "support_NAME".
+            "support_NAME". Of `MiniBatches` they receive the data.
 
     Raises:
         TypeError: an argument has the wrong type, or a metric does not return a tensor.
@@ -79,12 +80,13 @@ def evaluate(
                 "a batch has weights, but evaluate counts every task once: leave out padding "
                 "tasks, and pass batches without weights"
             )
+        support, _ = split_batches(batch.support)
         phi = method.with_shared(method.adapt(batch.support))
         for name, metric in metrics.items():
             label = f"metrics[{name!r}]"
             values[name].append(per_task(metric, phi, batch.query, label=label))
         for name, joint in support_metrics.items():
-            label, data = f"support_metrics[{name!r}]", (batch.support, batch.query)
+            label, data = f"support_metrics[{name!r}]", (support, batch.query)
             values[f"support_{name}"].append(per_task(joint, phi, *data, label=label))
         seen += next(iter(phi.values())).shape[0]
         if seen >= tasks:

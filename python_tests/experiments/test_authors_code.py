@@ -48,3 +48,5 @@ def test_the_authors_code_solves_another_system():
     # An estimate would be for another system.
     with pytest.raises(ValueError, match="measured no curvature"):
         _ = solution.error_estimate
+    with pytest.raises(ValueError, match="starts from 0"):
+        AuthorsCodeCG(max_iter=8).solve(at.matvec, v, problem.lam.values, x0=torch.ones_like(v))

@@ -318,6 +318,23 @@ def test_where_values_cannot_be_read_only_the_task_with_an_invalid_lam_fails(pro
     assert got.failed.tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("method", [IMAML, MAML])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
+def test_where_values_cannot_be_read_an_invalid_lam_is_omitted(problem, method, value):
+    params, support, query = problem
+    lam = torch.tensor([0.5, 0.6, 0.7], dtype=torch.float64)
+    settings = {"inner": GradientDescent(lr=0.1, steps=3), "nonfinite": "omit"}
+    made = method(loss, {k: t.requires_grad_() for k, t in params.items()}, lam=lam, **settings)
+    given = [tuple(leaf[[0, 2]] for leaf in data) for data in (support, query)]
+    rest = method(loss, made.params, lam=lam[[0, 2]], **settings)
+    want = rest.meta_gradient(TaskBatch(*given)).params
+    lam[1] = value
+    with recording():
+        got = made.meta_gradient(TaskBatch(support, query))
+    assert got.failed.tolist() == [False, True, False]
+    torch.testing.assert_close(got.params, want)
+
+
 def test_programs_have_the_same_gradients(problem):
     def bounded(params, data):
         x, y = data

@@ -22,6 +22,7 @@ from imaml_ext import (
     TaskBatch,
     TruncatedMAML,
     adapt,
+    evaluate,
     implicit_meta_grad,
 )
 
@@ -159,6 +160,30 @@ def test_mini_batches_are_copied_cut_and_moved_with_their_batch():
     for mine, theirs in zip(copied.support.at(1), other.support.at(1), strict=True):
         assert torch.equal(mine, theirs)
     assert batch.to(torch.device("cpu")).support.at(0)[0].shape == (3, 2, 4)
+
+
+def test_rows_of_a_batch_are_those_of_its_function_of_mini_batches_too():
+    x, y = randn(3, 5, 6, 4), randn(3, 5, 6)
+    support = MiniBatches(data(), lambda step: (x[:, step], y[:, step]))
+    part = TaskBatch(support, data()).rows(range(1, 3)).support
+    assert torch.equal(part.data[0], support.data[0][1:3])
+    assert torch.equal(part.at(4)[0], x[1:3, 4])
+    assert torch.equal(part.at(4)[1], y[1:3, 4])
+
+
+def test_support_metrics_receive_the_data_of_mini_batches():
+    method = IMAML(fit, learned(), lam=LAM, inner=GradientDescent(lr=0.05, steps=5), linear=CG)
+    drawn = MiniBatches.draw(data(), batch_size=3, steps=5)
+
+    def metric(params, support, query):
+        return fit(params, support)
+
+    got = evaluate(method, [TaskBatch(drawn, data())], {}, tasks=3, support_metrics={"fit": metric})
+    want = [
+        fit({"w": row}, (drawn.data[0][task], drawn.data[1][task]))
+        for task, row in enumerate(method.adapt(drawn)["w"])
+    ]
+    assert got.mean["support_fit"] == pytest.approx(torch.stack(want).mean().item())
 
 
 def test_imaml_takes_mini_batches_and_evaluates_with_them():

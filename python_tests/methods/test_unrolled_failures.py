@@ -128,3 +128,36 @@ def test_what_cannot_be_learned_or_does_not_fit_is_refused():
             make()
     with pytest.raises(TypeError, match="step_weights must be a tensor, or a function"):
         MAML(support_loss, params, step_weights=0.5)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2, 0, 1, 1]).double()])
+def test_a_lam_that_makes_its_task_diverge_spoils_no_other_gradient(weights):
+    lam = torch.tensor([0.5, 0.6, 1e300, 0.7, 0.8], dtype=torch.float64)
+    data, keep = batch(5), [0, 1, 3, 4]
+    rest = TaskBatch(
+        *(tuple(t[keep] for t in part) for part in (data.support, data.query)),
+        None if weights is None else weights[keep],
+    )
+    settings = {"shared": shared(), "query_loss": query_loss, "inner": GradientDescent(steps=3)}
+    params, whole = theta(), TaskBatch(data.support, data.query, weights)
+    got, want = (
+        MAML(support_loss, params, lam=of_tasks, nonfinite="omit", **settings).meta_gradient(tasks)
+        for of_tasks, tasks in ((lam, whole), (lam[keep], rest))
+    )
+    assert got.failed.tolist() == [False, False, weights is None, False, False]
+    for name, gradient in want.named().items():
+        torch.testing.assert_close(got.named()[name], gradient)
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "omit"])
+@pytest.mark.parametrize("make", [MAML, Reptile])
+def test_a_shared_gradient_that_is_not_finite_fails_all_tasks(make, nonfinite):
+    def loss(params, data):  # the derivative of the root is infinite at 0
+        return support_loss(params, data) + params["offset"].abs().sqrt()
+
+    offset = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    more = {**shared(), "offset": offset}
+    method = make(loss, theta(), shared=more, nonfinite=nonfinite)
+    out = method.meta_gradient(batch(3))
+    assert out.failed.all()
+    assert out.shared["offset"].isnan() if nonfinite == "propagate" else out.shared["offset"] == 0

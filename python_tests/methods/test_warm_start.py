@@ -1,5 +1,7 @@
 """Solves that start where the last ones for the same tasks ended."""
 
+import warnings
+
 import pytest
 import torch
 from problems import regression
@@ -11,6 +13,7 @@ from imaml_ext import (
     MINRES,
     Adam,
     ConjugateGradient,
+    ConvergenceWarning,
     External,
     GradientDescent,
     HessianFree,
@@ -196,3 +199,19 @@ PHI = {"w": torch.zeros(3, 4).double()}
 def test_an_invalid_start_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         implicit_meta_grad(fit, {"w": torch.zeros(4).double()}, data(), data(), lam=1.0, **change)
+
+
+@pytest.mark.parametrize("linear", [CG, MINRES(max_iter=100, rtol=1e-10)], ids=["cg", "minres"])
+def test_an_inaccurate_phi_is_reported_where_x_starts_at_the_solution(linear):
+    inner = GradientDescent(lr=0.01, steps=1)
+    params, support, warm_start = learned(), data(), WarmStart()
+    settings = {"lam": 0.01, "inner": inner, "linear": linear, "warm_start": warm_start}
+    phi = adapt(fit, params, support, **settings)["w"]
+    for _ in range(3):  # from the second on, no product is computed
+        with pytest.warns(ConvergenceWarning, match="adapt has not converged"):
+            phi.sum().backward(retain_graph=True)
+    accurate = adapt(fit, params, support, **settings | {"inner": SOLVERS["lbfgs"]})["w"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        for _ in range(3):
+            accurate.sum().backward(retain_graph=True)

@@ -243,3 +243,15 @@ def test_a_square_tensor_is_refused_where_b_equals_d():
         conjugate_gradient(lambda p: p, b, max_iter=1, preconditioner=torch.eye(3) + 1)
     got = conjugate_gradient(lambda p: 2 * p, b, max_iter=1, preconditioner=2 * torch.eye(3)[None])
     torch.testing.assert_close(got.value, b / 2)
+
+
+@pytest.mark.parametrize("name", ["jacobi", "adam"])
+def test_a_named_preconditioner_works_with_as_many_rows_as_columns(name, device):
+    h = symmetric(torch.rand(5, 5, dtype=torch.float64, device=device) + 0.5)
+    b = torch.randn(5, 5, dtype=torch.float64, device=device)
+    second = torch.rand(5, 5, dtype=torch.float64, device=device)
+    solver = ConjugateGradient(max_iter=20, rtol=1e-12, preconditioner=name)
+    got = solver.solve(product(h), b, 0.5, second_moment=second)
+    eye = torch.eye(5, dtype=torch.float64, device=device)
+    dense = torch.stack([product(h)(row.expand(5, -1)) for row in eye], dim=2)
+    torch.testing.assert_close(got.value, torch.linalg.solve(dense + 0.5 * eye, b))

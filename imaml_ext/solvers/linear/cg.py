@@ -23,7 +23,6 @@ from imaml_ext.solvers.linear.preconditioner import (
     Preconditioner,
     check_preconditioner,
     inverse_of,
-    with_curvature,
 )
 from imaml_ext.solvers.solution import Lanczos, Solution, Status, all_done
 
@@ -56,8 +55,8 @@ class ConjugateGradient(LinearSolver):
             raise ValueError(f"probes={self.probes} needs preconditioner='jacobi'")
 
     def _solve(self, system: LinearSystem) -> Solution:
-        preconditioner = with_curvature(system, self.preconditioner, self.probes)
-        return _solve(system, self.max_iter, self.rtol, self.atol, preconditioner)
+        inverse = inverse_of(self.preconditioner, system, self.probes)
+        return _solve(system, self.max_iter, self.rtol, self.atol, inverse)
 
 
 def conjugate_gradient(
@@ -120,7 +119,8 @@ def conjugate_gradient(
     with torch.no_grad():
         if x0 is not None:
             system.start_at(x0)
-        return finished(system, _solve(system, max_iter, rtol, atol, preconditioner))
+        inverse = inverse_of(preconditioner, system)
+        return finished(system, _solve(system, max_iter, rtol, atol, inverse))
 
 
 def _solve(
@@ -128,13 +128,12 @@ def _solve(
     max_iter: int,
     rtol: float,
     atol: float,
-    preconditioner: Tensor | Preconditioner | None,
+    inverse: Tensor | Preconditioner | None,
 ) -> Solution:
-    if preconditioner is None:
+    if inverse is None:
         if system.conjugate_gradient is not None and system.x0 is None:
             return _in_one_call(system, max_iter, rtol, atol)
         return _iterate(system, max_iter, rtol, atol, None)
-    inverse = inverse_of(preconditioner, system.b)
     if isinstance(inverse, Tensor):
         return _iterate(system, max_iter, rtol, atol, inverse)
     return _iterate_unfused(system, max_iter, rtol, atol, inverse)

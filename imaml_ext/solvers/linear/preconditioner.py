@@ -30,30 +30,22 @@ def check_preconditioner(value: Any, *, named: bool = True) -> None:
     check_callable("preconditioner", value, "(r)", remedy)
 
 
-def with_curvature(
-    system: LinearSystem, preconditioner: str | Tensor | Preconditioner | None, probes: int
+def inverse_of(
+    preconditioner: str | Tensor | Preconditioner | None, system: LinearSystem, probes: int = 0
 ) -> Tensor | Preconditioner | None:
-    """The preconditioner; for a name, the diagonal `|d| + Λ + damping` [B, D] that it stands for.
-
-    d estimates the diagonal of H. Entries that cannot be divisors are 1.
-    """
-    if not isinstance(preconditioner, str):
-        return preconditioner
-    is_jacobi = preconditioner == "jacobi"
-    d = _jacobi_diagonal(system, probes) if is_jacobi else _adam_diagonal(system)
-    diagonal = d.abs() + system.lam.diagonal() + system.damping
-    tiny = torch.finfo(diagonal.dtype).tiny
-    return torch.where((diagonal > tiny) & (diagonal < 1 / tiny), diagonal, 1.0)
-
-
-def inverse_of(preconditioner: Tensor | Preconditioner, b: Tensor) -> Tensor | Preconditioner:
     """The diagonal of M^-1, [B, D], for a diagonal M; otherwise a function that applies M^-1.
+
+    Args:
+        probes: of "jacobi".
 
     Raises:
         ValueError: a tensor has another shape, or is not positive (definite).
     """
+    if isinstance(preconditioner, str):
+        return 1 / _diagonal(system, preconditioner, probes)
     if not isinstance(preconditioner, Tensor):
-        return _checking(preconditioner)
+        return None if preconditioner is None else _checking(preconditioner)
+    b = system.b
     tasks, dim = b.shape
     shapes = [b.shape, (dim,), (dim, dim), (1, dim, dim), (tasks, dim, dim)]
     check_like("preconditioner", preconditioner, b, *shapes)
@@ -69,6 +61,17 @@ def inverse_of(preconditioner: Tensor | Preconditioner, b: Tensor) -> Tensor | P
     if may_read_values(b) and not bool(((inverse > 0) & inverse.isfinite()).all()):
         raise ValueError("preconditioner and its inverse must be positive and finite")
     return inverse.expand_as(b).contiguous()
+
+
+def _diagonal(system: LinearSystem, name: str, probes: int) -> Tensor:
+    """`|d| + Λ + damping`, [B, D], where d estimates the diagonal of H as the name says.
+
+    Entries that cannot be divisors are 1.
+    """
+    d = _jacobi_diagonal(system, probes) if name == "jacobi" else _adam_diagonal(system)
+    diagonal = d.abs() + system.lam.diagonal() + system.damping
+    tiny = torch.finfo(diagonal.dtype).tiny
+    return torch.where((diagonal > tiny) & (diagonal < 1 / tiny), diagonal, 1.0)
 
 
 def _of_matrix(m: Tensor) -> Preconditioner:
