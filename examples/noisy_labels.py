@@ -1,18 +1,13 @@
-"""Weights for 1,000 noisy labels, learned with 50 clean ones: better than the clean ones alone.
+"""Weights of 1,000 training examples, learned with 50 clean ones, find which labels are wrong.
 
-Digits (8x8 images), 40% of whose training labels were replaced by another class at random. The
-model phi is multinomial logistic regression, fitted to the noisy examples. Weights and decay d
-minimise its loss on the clean ones, from uniform weights and the best d for them, in 3 Adam steps:
-    phi*(a, d) = argmin_phi  sum_j s(a_j) ce_j(phi) / sum_j s(a_j) + d/2 |phi|^2,  s = sigmoid
-    min over a in R^1000 and d:  mean of ce(phi*(a, d)) over the clean examples
+Digits (8x8 images). For 40% of the training images the label is that of the next digit. The model
+phi is multinomial logistic regression with weight decay d, fitted to the weighted noisy examples.
+The weights minimise its loss on the clean examples, by 8 steps of Adam from uniform weights:
 
-    uniform weights   84.1 ± 2.9%    test accuracy, mean and 95% interval of 10 runs
-    clean alone       80.2 ± 3.1%    (decay chosen by 5-fold cross-validation)
-    learned weights   85.4 ± 3.2%    (area under their ROC curve for wrong labels: 74.3 ± 1.8%)
-Paired differences: 5.2 ± 3.9% to clean alone, 1.3 ± 1.3% to uniform weights. Seeds 0 to 4 were used
-to choose 3 steps (more over-fit the clean images) and the sizes. Three decays of uniform weights
-are at the grid's end, 1e-5; in at least one step `adapt` warned that phi is off by an estimated 10%. python
-examples/noisy_labels.py, seeds 10 to 19, 2026-11-28, commit 6e604bb; 48 s on an AMD EPYC core.
+    phi*(a) = argmin_phi  sum_j s(a_j) ce_j(phi) / sum_j s(a_j) + d/2 |phi|^2,  s = sigmoid
+    min over a in R^1000:  mean of ce(phi*(a)) over the clean examples
+
+@RESULTS
 """
 
 import argparse
@@ -31,7 +26,7 @@ from torch.utils.data import default_collate
 from imaml_ext import LBFGS, ConjugateGradient, WarmStart, adapt
 
 NOISE, CLEAN, FOLDS = 0.4, 50, 5
-DECAYS = torch.logspace(-5, -1, 9)
+DECAYS = torch.logspace(-5, 1, 19)
 theta = {"weight": torch.zeros(64, 10), "bias": torch.zeros(10)}
 
 
@@ -43,7 +38,7 @@ def sample_run(seed: int, examples: int):
     order = torch.randperm(len(x), generator=generator)
     train, clean, test = order.tensor_split([examples, examples + CLEAN])
     wrong = torch.rand(examples, generator=generator) < NOISE
-    labels = (y[train] + wrong * torch.randint(1, 10, (examples,), generator=generator)) % 10
+    labels = (y[train] + wrong) % 10
     return x[train], labels, wrong, (x[clean], y[clean]), (x[test], y[test])
 
 
@@ -69,12 +64,12 @@ def evaluate(params, x, y) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def best_decay(x, y, held_out_x, held_out_y, folds: int = 1) -> Tensor:
-    """The decay of every run with the smallest held-out loss; every decay is a task."""
+    """The decay of every run with the best held-out accuracy; every decay is a task."""
     data = (t.repeat_interleave(len(DECAYS), 0) for t in (x, y, held_out_x, held_out_y))
     x, y, held_out_x, held_out_y = data
     params = fit(x, y, torch.ones(y.shape), DECAYS.repeat(len(y) // len(DECAYS)))
-    losses = evaluate(params, held_out_x, held_out_y)[0]
-    return DECAYS[losses.view(-1, folds, len(DECAYS)).mean(1).argmin(1)]
+    accuracy = evaluate(params, held_out_x, held_out_y)[1]
+    return DECAYS[accuracy.view(-1, folds, len(DECAYS)).mean(1).argmax(1)]
 
 
 def folds_of(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,12 +87,12 @@ def interval(values: Tensor) -> tuple[float, float]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=10, help="of the first run")
+    parser.add_argument("--seed", type=int, default=20, help="of the first run")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--figure", help="save the figure as this PNG file")
     parser.add_argument("--small", action="store_true", help="2 runs, few steps: some seconds")
     args = parser.parse_args(argv)
-    runs, steps, examples = (2, 4, 200) if args.small else (args.runs, 3, 1000)
+    runs, steps, examples = (2, 6, 200) if args.small else (args.runs, 8, 1000)
     splits = [sample_run(args.seed + k, examples) for k in range(runs)]  # every run is a task
     x, y, wrong, clean, test = default_collate(splits)
     decay = best_decay(x, y, *clean)  # with uniform weights
@@ -106,24 +101,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     (train_x, held_out_x), (train_y, held_out_y) = map(folds_of, clean)
     clean_decay = best_decay(train_x, train_y, held_out_x, held_out_y, FOLDS)
     alone = evaluate(fit(*clean, torch.ones(clean[1].shape), clean_decay), *test)[1]
-    # Learned weights and decays, from uniform weights and the best decay for them
-    logits, log_decay = torch.zeros(y.shape), decay.log()
-    optimizer = torch.optim.Adam([logits.requires_grad_(), log_decay.requires_grad_()], lr=0.3)
+    # Learned weights, with the decay of uniform weights
+    logits = torch.zeros(y.shape, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.3)
     warm_start = WarmStart()  # the same fits in every step, with other weights
     for _ in range(steps):
         optimizer.zero_grad()
-        params = fit(x, y, logits.sigmoid(), log_decay.exp(), 1e-4, warm_start)
+        params = fit(x, y, logits.sigmoid(), decay, 1e-4, warm_start)
         evaluate(params, *clean)[0].sum().backward()  # the runs do not interact
         optimizer.step()
     weights = logits.detach().sigmoid()
-    learned = evaluate(fit(x, y, weights, log_decay.detach().exp()), *test)[1]
+    learned = evaluate(fit(x, y, weights, decay), *test)[1]
     areas = torch.tensor([roc_auc_score(~w, row) for w, row in zip(wrong, weights, strict=True)])
     results = {"uniform": uniform, "clean alone": alone, "learned": learned, "area": areas}
     results |= {"learned - uniform": learned - uniform, "learned - alone": learned - alone}
     results = {name: interval(values) for name, values in results.items()}
     for name, (mean, half) in results.items():
         print(f"{name:17s} {100 * mean:.1f} ± {100 * half:.1f}%")
-    print("decays:", *(d.tolist() for d in (decay, clean_decay, log_decay.detach().exp())))
+    print("decays:", *(d.tolist() for d in (decay, clean_decay)))
     print(f"{time.process_time():.0f} s of CPU time")
     if args.figure:
         plot(args.figure, weights, wrong, results)

@@ -60,7 +60,8 @@ class MiniBatches:
 
         An epoch has `N // batch_size` mini-batches; the remaining examples are not used in it. Each
         task has its own permutations, which depend only on the seed and the task's number. Only
-        indices are stored; examples are selected in each step.
+        indices are stored; examples are selected in each step. Tasks are numbered from 0 in every
+        call, so a shard of a batch has other mini-batches than the whole batch.
 
         Args:
             data: a pytree of [B, N, ...] tensors.

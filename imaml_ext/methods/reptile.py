@@ -21,8 +21,8 @@ class Reptile(Unrolled):
 
     Reptile needs steps on different examples of a task: with the same ones in every step, its
     gradient is that of joint training, which does not learn to adapt. So the first, third, ... step
-    uses the support set, and the others use the query set; of `MiniBatches`, numbers 0, 2, ...
-    Evaluation adapts to the support set only, as with every method.
+    uses the support set, or its next mini-batch, and the others use the query set. Evaluation
+    adapts to the support set only, as with every method.
 
     Args:
         loss, params, nonfinite: as in `MAML`.
@@ -73,10 +73,10 @@ class Reptile(Unrolled):
         given = self._given(problem, theta, {})
         phi, state, visited = theta, State(), []
         for step in range(self.inner.steps):
-            turn = next(turns)
+            objective = next(turns).objective_at(step // 2)
             if self.shared:
-                visited.append((turn.objective_at(step), phi))
-            phi, state = self._step(turn, step, phi, state, given)
+                visited.append((objective, phi))
+            phi, state = self._step(objective, step, phi, state, given)
         support = problem.objective.gradient(phi)
         losses = query_objective.losses(phi)
         change = theta - phi if weights is None else weights[:, None] * (theta - phi)

@@ -151,7 +151,7 @@ class Unrolled(Method):
         given = self._given(problem, problem.start(), {})
         phi, state = given.theta, State()
         for step in range(self.inner.steps):
-            phi, state = self._step(problem, step, phi, state, given)
+            phi, state = self._step(problem.objective_at(step), step, phi, state, given)
         return self.layout.unflatten(phi)
 
     def _differentiate(
@@ -170,7 +170,9 @@ class Unrolled(Method):
             before, state = theta, State()
             with torch.no_grad():
                 for step in range(steps - last):
-                    before, state = self._step(problem, step, before, state, given)
+                    before, state = self._step(
+                        problem.objective_at(step), step, before, state, given
+                    )
             # Without lam, the derivative of the earlier steps is taken to be the identity, else 0.
             carried = theta if last == steps or self.lam is None else theta.detach()
             phi = before.detach() + (carried - theta.detach())
@@ -181,7 +183,7 @@ class Unrolled(Method):
                     problem = problem.with_objective(_at(problem.objective, shared))
             values = []
             for step in range(steps - last, steps):
-                phi, state = self._step(problem, step, phi, state, given)
+                phi, state = self._step(problem.objective_at(step), step, phi, state, given)
                 if weights is not None and step < steps - 1 and (known is None or known[step]):
                     values.append(weights[step] * query.losses(phi))
             losses = query.losses(phi)
@@ -200,10 +202,9 @@ class Unrolled(Method):
         return Derivatives(phi.detach(), losses.detach(), value.detach(), by_rows, by_shared)
 
     def _step(
-        self, problem: Proximal, step: int, phi: Tensor, state: State, given: Given
+        self, objective: Objective, step: int, phi: Tensor, state: State, given: Given
     ) -> tuple[Tensor, State]:
         """phi and state after one inner step; in the graph of phi and `given` in grad mode."""
-        objective = problem.objective_at(step)
         if self.first_order:
             gradient = objective.gradient(phi.detach())[1]
         else:

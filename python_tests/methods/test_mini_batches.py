@@ -233,10 +233,10 @@ def test_reptile_and_truncated_maml_take_a_mini_batch_in_each_step():
     params, (x, y), (qx, qy) = learned(), (randn(3, 2, 6, 4), randn(3, 2, 6)), data()
     batch, inner = TaskBatch(MiniBatches(data(), (x, y)), (qx, qy)), GradientDescent(0.05, 4)
     moved = Reptile(fit, params, inner=inner).meta_gradient(batch).params["w"]
-    # Steps 0 and 2 are on the support set, whose mini-batches have numbers 0 and 2 % 2 = 0.
-    want = []
+    want = []  # steps 0 and 2 are on the support set
     for i in range(3):
-        turns = [(x[i, 0], y[i, 0]), (qx[i], qy[i])] * 2
+        query = qx[i], qy[i]
+        turns = [(x[i, 0], y[i, 0]), query, (x[i, 1], y[i, 1]), query]
         want.append(params["w"] - torch_steps(torch.optim.SGD, {"lr": 0.05}, turns, params["w"], 0))
     torch.testing.assert_close(moved, torch.stack(want).mean(0).detach())
     whole = MAML(fit, params, inner=inner).meta_gradient(batch).params["w"]
