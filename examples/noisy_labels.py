@@ -3,7 +3,6 @@
 Digits (8x8 images). For 40% of the training images the label is that of the next digit. The model
 phi is multinomial logistic regression with weight decay d, fitted to the weighted noisy examples.
 The weights minimise its loss on the clean examples, by 8 steps of Adam from uniform weights:
-
     phi*(a) = argmin_phi  sum_j s(a_j) ce_j(phi) / sum_j s(a_j) + d/2 |phi|^2,  s = sigmoid
     min over a in R^1000:  mean of ce(phi*(a)) over the clean examples
 
