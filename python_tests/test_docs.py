@@ -155,7 +155,9 @@ def test_relative_links_resolve(page):
             assert anchor in anchors(file), target
 
 
-FOLDERS = (".ci", "benchmarks", "build_backend", "csrc", "docs", "imaml_ext", "python_tests")
+FOLDERS = (
+    ".ci", "benchmarks", "build_backend", "csrc", "docs", "examples", "imaml_ext", "python_tests",
+)  # fmt: skip
 SOURCES = [*ROOT.glob("*.py"), *(path for f in FOLDERS for path in (ROOT / f).rglob("*.*"))]
 
 

@@ -217,7 +217,7 @@ def test_describe_names_the_tasks_and_the_remedy():
         ({"atol": float("nan")}, "atol must be finite"),
         ({"damping": float("inf")}, "damping must be finite"),
         ({"lam": float("nan")}, "lam must be finite, got nan"),
-        ({"lam": torch.ones(3)}, r"lam must be a scalar, \[4\] or \[4, 4\]"),
+        ({"lam": torch.ones(3)}, r"lam must be a scalar, \[4\], \[4, 4\], \[2, 1\] or \[2, 4\]"),
         ({"b": torch.ones(4)}, r"b must be \[B, D\]"),
         ({"b": torch.ones(2, 4, dtype=torch.int64)}, "float32 or float64"),
         ({"x0": torch.ones(4)}, r"x0 must be \[2, 4\]"),

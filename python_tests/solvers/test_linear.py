@@ -219,7 +219,9 @@ def test_a_subclass_receives_the_second_moment_and_checked_arguments():
     assert system.second_moment is moment
     assert not system.b.requires_grad
     assert torch.equal(system.b, b)
-    with pytest.raises(ValueError, match=r"lam must be a scalar, \[4\] or \[4, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"lam must be a scalar, \[4\], \[4, 4\], \[2, 1\] or \[2, 4\]"
+    ):
         Recording().solve(lambda p: p, b, torch.ones(3))
     with pytest.raises(TypeError, match="matvec must return a tensor, got NoneType"):
         Recording().solve(lambda p: None, b)
