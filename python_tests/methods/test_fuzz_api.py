@@ -200,7 +200,7 @@ LAMS = {
     **{str(v): (lambda p, v=v: v) for v in (None, True, "1.0", [1.0], 1j)},
     "0-d nan": lambda p: first(p).new_full((), torch.nan),
     "0-d integer": lambda p: torch.tensor(1),
-    "one entry": lambda p: first(p).new_ones(1),
+    "three dimensions": lambda p: first(p).new_ones(1, 1, 1),
     "huge": lambda p: first(p).new_ones(()).expand(2**31, 2**31),
     "missing": lambda p: dict(list({n: first(p).new_ones(()) for n in p}.items())[1:]),
     "more": lambda p: {n: first(p).new_ones(()) for n in [*p, "x"]},
