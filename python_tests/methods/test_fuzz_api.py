@@ -45,20 +45,26 @@ pytestmark = pytest.mark.fuzz
 def test_the_meta_gradient_agrees_with_a_dense_solve(data):
     problem = data.draw(problems())
     inner, cg = data.draw(inner_solvers()), data.draw(linear_solvers(problem.layout.dim))
-    before = [t.clone() for t in problem.tensors()]
+    before, layout = [t.clone() for t in problem.tensors()], problem.layout
+    numbers = st.lists(sampled(0.0, 0.5, 1.0, 3.0), min_size=problem.tasks, max_size=problem.tasks)
+    weights = data.draw(st.none() | numbers.filter(any).map(torch.tensor))
+    start, x0 = torch.randn(2, problem.tasks, layout.dim, dtype=layout.dtype)
+    starts = data.draw(st.booleans())
     out = implicit_meta_grad(
         problem.loss, problem.params, problem.support, problem.query, lam=problem.lam,
-        inner=inner, linear=cg,
+        inner=inner, linear=cg, weights=weights, x0=x0 if starts else None,
+        start=layout.unflatten(start) if starts else None,
     )  # fmt: skip
     tried["implicit_meta_grad"] += 1
-    layout = problem.layout
     to_theta, to_lam = problem.exact(layout.flatten(out.adapted))
     assert not out.failed.any(), out.describe()
-    assert_near(layout.flatten(out.params), to_theta.mean(0), layout.dtype)
+    share = torch.ones(problem.tasks) if weights is None else weights
+    share = share.double() / share.double().sum()
+    assert_near(layout.flatten(out.params), (share[:, None] * to_theta).sum(0), layout.dtype)
     if isinstance(problem.lam, float):
         assert out.lam is None
     else:
-        expected = lam_like(problem, to_lam.mean(0))
+        expected = lam_like(problem, (share[:, None, None] * to_lam).sum(0))
         pytree.tree_map(lambda a, b: assert_near(a, b, layout.dtype), out.lam, expected)
     assert all(torch.equal(a, b) for a, b in zip(before, problem.tensors(), strict=True))
 
