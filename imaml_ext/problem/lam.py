@@ -130,6 +130,8 @@ def lam_of_rows(lam: float | Tensor, b: Tensor) -> LamOperator:
 
 
 def _is_symmetric(matrix: Tensor) -> bool:
+    if matrix.numel() == 0:
+        return True
     slack = 1e-3 * matrix.abs().amax()  # far above rounding errors
     return not bool(((matrix - matrix.T).abs() > slack).any())
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from imaml_ext import conjugate_gradient
 from imaml_ext.problem.lam import (
     ProximalStrength,
     flatten_lam,
@@ -219,3 +220,8 @@ def test_weight_decay_pulls_a_proximal_strength_towards_the_identity(form):
         sum(p.sum() for p in strength.parameters()).mul(0).backward()
         optimizer.step()
     assert distance() < 0.02 * before
+
+
+def test_a_dense_lam_of_no_systems_is_accepted():
+    empty = torch.zeros(0, 0)
+    assert conjugate_gradient(lambda p: p, empty, lam=empty, max_iter=1).value.shape == (0, 0)

@@ -255,3 +255,10 @@ def test_a_named_preconditioner_works_with_as_many_rows_as_columns(name, device)
     eye = torch.eye(5, dtype=torch.float64, device=device)
     dense = torch.stack([product(h)(row.expand(5, -1)) for row in eye], dim=2)
     torch.testing.assert_close(got.value, torch.linalg.solve(dense + 0.5 * eye, b))
+
+
+@pytest.mark.parametrize("form", ["shared", "each"])
+def test_systems_without_unknowns_are_solved_with_a_matrix(form):
+    m = torch.zeros(0, 0) if form == "shared" else torch.zeros(3, 0, 0)
+    got = conjugate_gradient(lambda p: p, torch.zeros(3, 0), max_iter=2, preconditioner=m)
+    assert (got.status == Status.CONVERGED).all()

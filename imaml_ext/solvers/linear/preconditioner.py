@@ -75,6 +75,8 @@ def _diagonal(system: LinearSystem, name: str, probes: int) -> Tensor:
 
 
 def _of_matrix(m: Tensor) -> Preconditioner:
+    if m.numel() == 0:
+        return torch.clone
     finite = m.isfinite().all()
     factor, info = torch.linalg.cholesky_ex(torch.where(finite, m, 0.0))
     if may_read_values(m):
