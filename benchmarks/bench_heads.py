@@ -17,6 +17,7 @@ MALLOC_TRIM_THRESHOLD_=8000000000 in the environment: otherwise glibc returns ea
 import os
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class Network(nn.Module):
         return self.head(self.features(x))
 
 
-class MetaStep:
+class MetaStep(ABC):
     """A meta-step on the same B tasks each time; a subclass has the meta-gradient."""
 
     running = True
@@ -142,8 +143,9 @@ class MetaStep:
             self.optimizer.step()
         return dict(self.meter.spent)
 
+    @abstractmethod
     def meta_gradient(self) -> None:
-        raise NotImplementedError
+        """Fill the gradients, while the meter measures the parts."""
 
 
 class OnFeatures(MetaStep):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from imaml_ext._checks import check_range
 from imaml_ext.problem.lam_operator import LamOperator
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner.base import unverified
@@ -23,6 +24,10 @@ class DescentThenProximal(GradientDescent):
     `phi = theta + (1 - lr lam) (phi_K - theta)`. Arguments as in `GradientDescent`."""
 
     lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range("lr", self.lr, "(0, inf)")  # a number: `solve` multiplies Λ by it
+        super().__post_init__()
 
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
@@ -40,6 +45,8 @@ class AuthorsCodeCG(ConjugateGradient):
     def _solve(self, system: LinearSystem) -> Solution:
         if system.x0 is not None:
             raise ValueError("AuthorsCodeCG starts from 0, got x0: remove x0 or warm_start")
+        if not system.lam.is_fused:
+            raise ValueError("AuthorsCodeCG needs a scalar or diagonal lam, the same for all tasks")
         lam = system.lam.values
         other = copy(system)
         other.lam = LamOperator.of(2 * (lam + 10))

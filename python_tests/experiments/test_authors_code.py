@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from imaml_ext import GradientDescent
+from imaml_ext import GradientDescent, StepSize
 from imaml_ext.experiments.authors_code import AuthorsCodeCG, DescentThenProximal
 from imaml_ext.problem.layout import Layout
 from imaml_ext.problem.objective import Objective
@@ -50,3 +50,14 @@ def test_the_authors_code_solves_another_system():
         _ = solution.error_estimate
     with pytest.raises(ValueError, match="starts from 0"):
         AuthorsCodeCG(max_iter=8).solve(at.matvec, v, problem.lam.values, x0=torch.ones_like(v))
+
+
+@pytest.mark.parametrize("lam", [2 * torch.eye(4).double(), torch.full((3, 1), 2.0).double()])
+def test_the_authors_code_refuses_a_lam_that_it_cannot_scale(lam):
+    with pytest.raises(ValueError, match="needs a scalar or diagonal lam, the same for all tasks"):
+        AuthorsCodeCG(max_iter=8).solve(lambda p: p, torch.ones(3, 4).double(), lam)
+
+
+def test_the_authors_descent_refuses_step_sizes():
+    with pytest.raises(TypeError, match="lr must be a number, got StepSize"):
+        DescentThenProximal(lr=StepSize({"w": torch.zeros(4)}))

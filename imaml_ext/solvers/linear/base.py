@@ -243,8 +243,10 @@ def with_true_residual(
 
 
 def finished(system: LinearSystem, solution: Solution) -> Solution:
-    """The solution, x0 included, with final statuses: MAX_ITER instead of RUNNING, NONFINITE if not
-    finite."""
+    """The solution including x0, with final statuses.
+
+    They are MAX_ITER instead of RUNNING, and NONFINITE where the value is not finite.
+    """
     if system.is_plain:
         return solution
     x, status = solution.value, solution.status.to(torch.int32)
