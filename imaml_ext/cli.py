@@ -25,11 +25,12 @@ from imaml_ext.experiments.reproduce import STUDIES
 from imaml_ext.experiments.reproduce.study import Settings, measure, read
 from imaml_ext.experiments.run import Interrupted, resumed_config, saved_config, train_to_end
 from imaml_ext.ops.extension import WITHOUT_CUDA, build_info
-from imaml_ext.training.checkpoint import load_checkpoint, loading_from
+from imaml_ext.training.checkpoint import evaluated_tensors, load_checkpoint, loading_from
 from imaml_ext.training.distributed import Group, is_launched, own_device, process_group, rank
 from imaml_ext.training.evaluation import Evaluation
 from imaml_ext.training.optimisation import restore_learned
 from imaml_ext.training.trainer import NonfiniteError
+from imaml_ext.training.weight_averaging import averaged
 
 _EVAL_SETTINGS = [
     "method", "shot", "eval_query", "lam", "inner", "inner_lr", "inner_steps", "eval_proximal",
@@ -181,7 +182,8 @@ def _train_in(group: Group | None, device: torch.device, options: argparse.Names
         config = dataclasses.replace(PRESETS[options.dataset], **given_settings(options))
     torch.manual_seed(config.seed + rank(group))  # different dropout masks in each process
     experiment = build(config, data=options.data, device=device, download=options.download)
-    trainer = experiment.trainer(compile=options.compile, process_group=group)
+    begin = load_checkpoint(Path(config.start)) if config.start else None
+    trainer = experiment.trainer(start=begin, compile=options.compile, process_group=group)
     train_to_end(
         experiment, trainer, checkpoint, resume=resume, validations=options.validations,
         save_every=options.save_every, with_tensorboard=options.tensorboard,
@@ -189,7 +191,8 @@ def _train_in(group: Group | None, device: torch.device, options: argparse.Names
     )  # fmt: skip
     if rank(group) > 0:
         return
-    result = experiment.evaluate("test", options.eval_tasks)
+    with averaged(trainer.optimizer):
+        result = experiment.evaluate("test", options.eval_tasks)
     written = plots.of_training(experiment, trainer, out)
     _report(options, result, start, steps=trainer.steps, checkpoint=checkpoint, written=written)
 
@@ -203,7 +206,7 @@ def _eval(options: argparse.Namespace) -> None:
     config = dataclasses.replace(saved_config(state, checkpoint), **given_settings(options))
     experiment = build(config, data=options.data, device=_device(options))
     with loading_from(checkpoint):
-        restore_learned(experiment.method.learned(), state["learned"])
+        restore_learned(experiment.method.learned(), evaluated_tensors(state))
     result = experiment.evaluate(options.split, options.eval_tasks)
     _report(options, result, start, steps=state["steps"], checkpoint=checkpoint, written=[])
 

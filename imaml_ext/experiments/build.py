@@ -1,7 +1,8 @@
 """Builds the model, method, task sources and trainer of a Config."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 from torch import nn
 
 from imaml_ext._checks import check_choice
-from imaml_ext.data import ImageEpisodes, Sinusoid
+from imaml_ext.data import ImageEpisodes, SimilarClasses, Sinusoid
 from imaml_ext.data.tasks import TaskSource
 from imaml_ext.experiments.config import Config
 from imaml_ext.experiments.registry import CHOICES, DATASETS, Images, make_method
 from imaml_ext.methods.base import Method
 from imaml_ext.problem.module_loss import ModuleLoss, module_loss
 from imaml_ext.training.budget import Budget
+from imaml_ext.training.checkpoint import evaluated_tensors
 from imaml_ext.training.distributed import Group
 from imaml_ext.training.evaluation import (
     Evaluation,
@@ -28,6 +30,7 @@ from imaml_ext.training.evaluation import (
 )
 from imaml_ext.training.support_statistics import SupportStatistics
 from imaml_ext.training.trainer import Compile, Trainer
+from imaml_ext.training.weight_averaging import average_weights
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,28 @@ class Experiment:
     metrics: dict[str, Metric]
     support_metrics: dict[str, SupportMetric]
 
-    def trainer(self, *, compile: Compile = "auto", process_group: Group | None = None) -> Trainer:
+    def trainer(
+        self,
+        *,
+        start: Mapping[str, Any] | None = None,
+        compile: Compile = "auto",
+        process_group: Group | None = None,
+    ) -> Trainer:
         """A trainer with Adam, on a constant or a decaying learning rate.
 
         Args:
+            start: the state of a checkpoint, from which the learned tensors are initialised;
+                required by hard tasks, whose similar classes depend on it.
             compile, process_group: as in `Trainer`.
 
         Raises:
-            ValueError: a setting is incompatible with the group or the device.
+            ValueError: a setting is incompatible with start, the group or the device.
         """
         config, source = self.config, self.sources["train"]
+        if start is not None:
+            self.initialise(start)
+        if config.hard_tasks:
+            source = self._with_hard_tasks(source, start)
         on_cuda = self.method.layout.device.type == "cuda"
         if process_group is not None and config.minutes:
             raise ValueError("minutes is for one process, as clocks differ: use meta_steps")
@@ -65,22 +80,58 @@ class Experiment:
             eps=config.meta_eps,
             capturable=on_cuda,
         )
+        metrics = {name: metric for name, metric in self.metrics.items() if name != "loss"}
+        if config.train_way not in (0, config.way):
+            metrics = {}  # they use the model's own number of classes
+        if config.average:
+            average_weights(optimizer, config.average)
         budget = Budget(config.meta_steps, config.minutes)
         scheduler = None
-        if config.decay == "linear":
+        if config.decay != "constant":
+            factor = _DECAYS[config.decay]
             scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda _: min(1.0, max(0.02, 2 - 2 * budget.progress))
+                optimizer, lambda _: factor(min(1.0, budget.progress))
             )
         return Trainer(
             self.method,
             source,
             optimizer,
             scheduler=scheduler,
-            metrics={name: metric for name, metric in self.metrics.items() if name != "loss"},
+            metrics=metrics,
             compile=compile,
             budget=budget,
             process_group=process_group,
         )
+
+    @torch.no_grad()
+    def initialise(self, start: Mapping[str, Any]) -> None:
+        """Copy the tensors of the same name and shape from the state of a checkpoint.
+
+        The others keep their values.
+
+        Raises:
+            ValueError: there is none.
+        """
+        tensors, learned = evaluated_tensors(start), self.method.learned()
+        same = {n: t for n, t in tensors.items() if n in learned and t.shape == learned[n].shape}
+        if not same:
+            raise ValueError(f"{self.config.start} has none of the {len(learned)} learned tensors")
+        for name, tensor in same.items():
+            learned[name].copy_(tensor)
+
+    def _with_hard_tasks(self, source: TaskSource, start: Mapping[str, Any] | None) -> TaskSource:
+        config = self.config
+        model = self.loss.model
+        if start is None or not isinstance(source, ImageEpisodes):
+            raise ValueError("hard_tasks needs images, and start, whose features they depend on")
+        assert isinstance(model, nn.Sequential)
+        similar = SimilarClasses.nearest(
+            source.images,
+            model[:-1],
+            neighbours=config.neighbours,
+            rotate=source.rotate,
+        )
+        return source.with_similar(similar, config.hard_tasks)
 
     def evaluate(self, split: str, tasks: int) -> Evaluation:
         """Evaluate the method on tasks of "val" or "test", with all metrics."""
@@ -101,6 +152,12 @@ class Experiment:
             for name, tensor in method.hyperparameters().items():
                 tensor.copy_(learned.get(name, tensor))
         return dataclasses.replace(self, config=config, method=method)
+
+
+_DECAYS: dict[str, Callable[[float], float]] = {  # factor of the rate, by progress from 0 to 1
+    "linear": lambda progress: min(1.0, max(0.02, 2 - 2 * progress)),
+    "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress),
+}
 
 
 def percentages(result: Evaluation, prefix: str = "") -> dict[str, float]:
@@ -165,4 +222,5 @@ def _source(
     if images is None:
         return Sinusoid(**settings, device=device)
     rotate = training and dataset.rotate
-    return ImageEpisodes(images[split].to(device), way=config.way, rotate=rotate, **settings)
+    way = config.train_way if training and config.train_way else config.way
+    return ImageEpisodes(images[split].to(device), way=way, rotate=rotate, **settings)

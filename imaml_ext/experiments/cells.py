@@ -2,7 +2,8 @@
 
 A cell is a row (a method) in a column (a kind of task), in one variant of the settings: "paper", as
 published; "authors_code", as in the authors' release; "ours", chosen on validation classes for
-training on two CPU cores.
+training on two CPU cores; "features", which starts from features learned under a ridge head, and
+trains on tasks of which half have similar classes.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from imaml_ext.experiments.config import Config
 
 Settings = dict[str, Any]  # of a Config; under "test", those that differ in evaluation
 
-VARIANTS = ("ours", "paper", "authors_code")
+VARIANTS = ("ours", "features", "paper", "authors_code")
 
 COLUMNS: dict[str, Settings] = {
     "5w1s": {"way": 5, "shot": 1},
@@ -33,12 +34,21 @@ class Row:
 
 
 ROWS = {
+    "ridge-head": Row("ridge head", {"method": "ridge-head"}),
     "maml": Row("MAML", {"method": "maml"}),
     "fomaml": Row("first-order MAML", {"method": "fomaml"}),
     "reptile": Row("Reptile", {"method": "reptile"}),
     "imaml-gd": Row("iMAML, gradient descent", {"method": "imaml", "inner": "gd"}),
     "imaml-hf": Row("iMAML, Hessian-free", {"method": "imaml", "inner": "hessian-free"}),
 }
+
+
+FEATURES = {  # by name of the model, from which cells start
+    "omniglot-features": Config(
+        dataset="omniglot", method="ridge-head", train_way=80, query=3, tasks=1, meta_lr=4e-3,
+        decay="cosine", average=0.99, meta_steps=20_000, minutes=25.0,
+    ),
+}  # fmt: skip
 
 
 def _omniglot(way: int, shot: int) -> dict[str, dict[str, Settings]]:
@@ -53,13 +63,22 @@ def _omniglot(way: int, shot: int) -> dict[str, dict[str, Settings]]:
     }  # fmt: skip
     ours = {"query": 5, "eval_query": shot, "tasks": 8, "meta_lr": 2e-3, "meta_steps": 20_000}
     imaml = {**ours, "tasks": 6, "cg_steps": 3}
+    rows: dict[str, Settings] = {
+        "maml": {**ours, "inner_lr": 0.4, "inner_steps": 1},
+        "fomaml": {**ours, "inner_lr": 0.1, "inner_steps": 5},
+        "reptile": {**ours, "inner_lr": 0.1, "inner_steps": 4, "meta_lr": 1e-3},
+        "imaml-gd": {**imaml, "lam": 0.3, "inner_lr": 0.1, "inner_steps": 8},
+        "imaml-hf": {**imaml, "lam": 2.0, "inner_steps": 2, "curvature": "ggn"},
+    }
+    start: Settings = {"start": "omniglot-features"}
+    fine_tuning: Settings = {
+        **start, "hard_tasks": 0.5, "meta_lr": 5e-4, "decay": "cosine", "average": 0.998,
+    }  # fmt: skip
     return {
-        "ours": {
-            "maml": {**ours, "inner_lr": 0.4, "inner_steps": 1},
-            "fomaml": {**ours, "inner_lr": 0.1, "inner_steps": 5},
-            "reptile": {**ours, "inner_lr": 0.1, "inner_steps": 4, "meta_lr": 1e-3},
-            "imaml-gd": {**imaml, "lam": 0.3, "inner_lr": 0.1, "inner_steps": 8},
-            "imaml-hf": {**imaml, "lam": 2.0, "inner_steps": 2, "curvature": "ggn"},
+        "ours": rows,
+        "features": {
+            "ridge-head": {**start, "eval_query": shot},
+            **{row: settings | fine_tuning for row, settings in rows.items()},
         },
         "paper": paper,
         "authors_code": {"imaml-gd": paper["imaml-gd"] | authors_code},
@@ -170,7 +189,7 @@ class Cell:
     """One number of a table.
 
     Attributes:
-        train: how it is trained.
+        train: how it is trained. `start`, if any, is a name in FEATURES.
         changes: settings that differ in evaluation.
         published: accuracy and 95% half-width in percent, if any.
     """

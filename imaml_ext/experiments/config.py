@@ -7,7 +7,7 @@ from imaml_ext.methods.meta_gradient import Nonfinite
 from imaml_ext.problem.objective import CurvatureKind
 
 LearnLam = Literal["no", "scalar", "tensor", "diagonal"]
-Decay = Literal["constant", "linear"]
+Decay = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,15 @@ class Config:
 
     dataset: str
     method: Annotated[str, "meta-learning method"] = "imaml"
+    start: Annotated[str, "checkpoint or model whose tensors the training starts from"] = ""
     way: Annotated[int, "classes per task"] = 5
+    train_way: Annotated[int, "classes per task in training of ridge-head; 0: as way"] = 0
     shot: Annotated[int, "support examples per class, or per regression task"] = 1
     query: Annotated[int, "query examples per class in training"] = 1
     eval_query: Annotated[int, "query examples per class in evaluation"] = 1
     tasks: Annotated[int, "tasks per meta-step"] = 16
+    hard_tasks: Annotated[float, "fraction of training tasks with similar classes, by start"] = 0.0
+    neighbours: Annotated[int, "a hard task's classes are among one and this many nearest"] = 30
     lam: Annotated[float, "proximal strength"] = 2.0
     inner_lr: Annotated[float, "step size of the inner solver"] = 0.1
     inner_steps: Annotated[int, "steps of the inner solver"] = 16
@@ -43,8 +47,13 @@ class Config:
         Nonfinite, "a non-finite task stops the run (propagate) or is left out (omit)"
     ] = "propagate"
     decay: Annotated[
-        Decay, "learning rate schedule; linear: decays to 2% over the second half of the run"
+        Decay,
+        "learning rate schedule; linear: decays to 2% over the second half of the run; "
+        "cosine: to 0 over the whole run",
     ] = "linear"
+    average: Annotated[
+        float, "decay of a moving average of the learned tensors, for evaluation; 0: none"
+    ] = 0.0
     meta_steps: Annotated[int, "limit on the number of meta-steps"] = 1000
     minutes: Annotated[float, "limit on the training time; 0: no limit"] = 0.0
     seed: Annotated[int, "seed of the initial model and of the training tasks"] = 0

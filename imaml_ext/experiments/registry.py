@@ -12,6 +12,7 @@ from imaml_ext.data import load_mini_imagenet, load_omniglot, load_tiny_imagenet
 from imaml_ext.experiments.authors_code import AuthorsCodeCG, DescentThenProximal
 from imaml_ext.experiments.config import Config, Decay, LearnLam
 from imaml_ext.experiments.models import conv4, mlp
+from imaml_ext.experiments.ridge_head import RidgeHead
 from imaml_ext.methods.base import Method
 from imaml_ext.methods.imaml import IMAML
 from imaml_ext.methods.maml import FOMAML, MAML, TruncatedMAML
@@ -103,6 +104,12 @@ def _imaml(c: Config, *, params: dict[str, nn.Parameter], **shared: Any) -> IMAM
     return IMAML(params=params, lam=lam, linear=linear, adapt_proximal=c.eval_proximal, **shared)
 
 
+def _ridge_head(c: Config, *, loss: ModuleLoss, nonfinite: Nonfinite, **_: Any) -> RidgeHead:
+    if not isinstance(loss.model, nn.Sequential) or loss.criterion is nn.functional.mse_loss:
+        raise ValueError("ridge-head is for classification")
+    return RidgeHead(loss, shot=c.shot, nonfinite=nonfinite)
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "imaml": _imaml,
     "maml": lambda c, **shared: MAML(learn_lr=c.learn_lr, **shared),
@@ -112,6 +119,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "truncated-maml": lambda c, **shared: TruncatedMAML(learn_lr=c.learn_lr, last=c.last, **shared),
     "fomaml": lambda _, **shared: FOMAML(**shared),
     "reptile": lambda _, **shared: Reptile(**shared),
+    "ridge-head": _ridge_head,
 }
 
 _ONLY_FOR = {  # the methods that use a field of Config; of others it must have its default
@@ -119,6 +127,7 @@ _ONLY_FOR = {  # the methods that use a field of Config; of others it must have 
     "learn_lr": ("maml", "maml-accelerated", "truncated-maml"),
     "learn_lam": ("imaml",),
     "inner": ("imaml",),
+    "train_way": ("ridge-head",),  # the others learn a head for a number of classes
 }
 
 

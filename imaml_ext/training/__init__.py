@@ -16,6 +16,7 @@ from imaml_ext.training.logs import json_lines, tensorboard
 from imaml_ext.training.recorded import RecordedMetaGradient
 from imaml_ext.training.support_statistics import SupportStatistics
 from imaml_ext.training.trainer import NonfiniteError, Trainer
+from imaml_ext.training.weight_averaging import average_weights, averaged
 
 __all__ = [
     "Budget",
@@ -26,6 +27,8 @@ __all__ = [
     "SupportStatistics",
     "Trainer",
     "accuracy",
+    "average_weights",
+    "averaged",
     "compiled",
     "cuda_graph",
     "evaluate",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imaml_ext._io import write_atomically
 
@@ -16,7 +17,7 @@ _FORMAT = "imaml_ext checkpoint"
 _VERSION = 1
 _MODEL = {"config", "steps", "learned"}
 _TRAINING = {
-    *("seconds", "history", "validation"),
+    *("history", "validation"),
     *("optimizer_class", "optimizer", "scheduler", "random"),
 }
 
@@ -39,6 +40,8 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
 def save_model(path: str | Path, state: Mapping[str, Any]) -> None:
     """Write the part of a state that evaluation needs, about a third of it.
 
+    If the state has averages of learned tensors, they replace the tensors.
+
     Args:
         path, state: as in `save_checkpoint`.
 
@@ -46,7 +49,15 @@ def save_model(path: str | Path, state: Mapping[str, Any]) -> None:
         KeyError: the state lacks "config", "steps" or "learned".
         OSError: the file cannot be written.
     """
-    save_checkpoint(path, {name: state[name] for name in sorted(_MODEL)})
+    model = {name: state[name] for name in sorted(_MODEL)} | {"learned": evaluated_tensors(state)}
+    if "seconds" in state:
+        model["seconds"] = state["seconds"]
+    save_checkpoint(path, model)
+
+
+def evaluated_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The learned tensors of a state, or their averages if it has any, {name: tensor}."""
+    return {**state["learned"], **state.get("averages", {})}
 
 
 def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, Any]:
@@ -57,8 +68,9 @@ def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, An
         training: whether the checkpoint must contain what is needed to resume the training.
 
     Returns:
-        "config" (JSON), "steps" and "learned" ({name: tensor}); unless `save_model` wrote it, also
-        the other entries of `Trainer.state_dict()`.
+        "config" (JSON), "steps" and "learned" ({name: tensor}), and "seconds", which models of
+        version 0.1 lack; unless `save_model` wrote it, also the other entries of
+        `Trainer.state_dict()`.
 
     Raises:
         FileNotFoundError: the file does not exist.

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from imaml_ext.methods.base import Method
+from imaml_ext.training.weight_averaging import averages
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class Optimisation:
         random = {"cpu": torch.get_rng_state()}
         if self.method.layout.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
+        learned, kept = self.method.learned(), averages(self.optimizer)
         return {
-            "learned": {name: tensor.detach() for name, tensor in self.method.learned().items()},
+            "learned": {name: tensor.detach() for name, tensor in learned.items()},
+            "averages": {name: kept[t] for name, t in learned.items() if t in kept},
             "optimizer_class": type(self.optimizer).__name__,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},

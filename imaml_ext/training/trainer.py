@@ -33,6 +33,7 @@ from imaml_ext.training.logs import Log, Record
 from imaml_ext.training.optimisation import Optimisation
 from imaml_ext.training.record import ENTRIES, DeferredRecord, Pending, measure
 from imaml_ext.training.snapshot import ScheduleSnapshot
+from imaml_ext.training.weight_averaging import averaged
 
 Compile = Literal["auto", "on", "off"]
 
@@ -313,6 +314,8 @@ class Trainer:
     ) -> Record:
         """Evaluate, and append the means, the meta-step and the time to `validation`.
 
+        Tensors of which `average_weights` keeps averages are replaced by these.
+
         Args:
             source, metrics, tasks: as in `evaluate`.
 
@@ -322,7 +325,7 @@ class Trainer:
         """
         check_metrics("metrics", metrics, "(params, query)", ENTRIES[:3])
         self.read()
-        with self._recording():
+        with self._recording(), averaged(self.optimizer):
             means = evaluate(self.method, source, metrics, tasks=tasks).mean
         return self._keep("val", self.steps, self.seconds, means)
 

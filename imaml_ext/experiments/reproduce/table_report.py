@@ -8,6 +8,8 @@ from imaml_ext.experiments.cells import COLUMNS, ROWS, TABLES, cell
 from imaml_ext.experiments.plots import label, panels, save
 from imaml_ext.experiments.reproduce.study import Record
 
+_VARIANTS = {"features": "from features"}
+
 
 def draw(table: str, records: list[Record], folder: Path) -> list[Path]:
     """Plot the learning curves of each column, and write the table's section of README.md."""
@@ -38,7 +40,7 @@ def _label(record: Record, records: list[Record]) -> str:
     text = ROWS[record["row"]].label
     same = [r for r in records if r["row"] == record["row"]]
     if record["variant"] != "ours":
-        text += f", {record['variant']}"
+        text += f", {_VARIANTS.get(record['variant'], record['variant'])}"
     if len({r["seed"] for r in same}) > 1:
         text += f", seed {record['seed']}"
     if len({(r["config"]["minutes"], r["config"]["meta_steps"]) for r in same}) > 1:
@@ -57,7 +59,8 @@ def markdown(table: str, records: list[Record]) -> str:
             parts.append(f"![Learning curves]({table}-{column}.png)\n")
             parts.append(_trained(trained))
             parts.append(_origin(table, column, trained))
-        missing = [row for row in ROWS if not any(r["row"] == row for r in trained)]
+        rows = TABLES[table].rows(column, "ours")
+        missing = [row for row in rows if not any(r["row"] == row for r in trained)]
         if missing:
             parts.append(_missing(table, column, missing, of_column))
     return "\n".join(parts)
@@ -89,9 +92,15 @@ def _row(record: Record, method: str) -> dict[str, str]:
         "without lam, %": other,
         "validation, %": _interval(record, "val_"),
         "meta-steps": str(record["meta_steps"]),
-        "minutes": f"{record['seconds'] / 60:.0f}",
+        "minutes": _minutes(record),
         "adaptation": adaptation,
     }
+
+
+def _minutes(record: Record) -> str:
+    """Of training, after those of the features that it started from."""
+    own = f"{record['seconds'] / 60:.0f}"
+    return f"{record['start']['seconds'] / 60:.0f} + {own}" if "start" in record else own
 
 
 def _interval(record: Record, prefix: str) -> str:

@@ -14,13 +14,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from imaml_ext.experiments.build import Experiment, build, percentages
-from imaml_ext.experiments.cells import ROWS, TABLES, Cell, cell
+from imaml_ext.experiments.cells import FEATURES, ROWS, TABLES, Cell, cell
 from imaml_ext.experiments.config import Config
 from imaml_ext.experiments.reproduce.study import Record, Settings, Study, read_lines
 from imaml_ext.experiments.reproduce.table_report import draw
 from imaml_ext.experiments.run import resumed_config, train_to_end
 from imaml_ext.training.checkpoint import load_checkpoint, save_model
-from imaml_ext.training.trainer import NonfiniteError
+from imaml_ext.training.trainer import NonfiniteError, Trainer
+from imaml_ext.training.weight_averaging import averaged
 
 _VALIDATIONS = 8
 _SIDE_TASKS = 200  # tasks of every evaluation except the main one
@@ -68,27 +69,56 @@ def _repeats(record: Record, old: Record, tasks: int) -> bool:
 
 
 def _measure(one: Cell, config: Config, settings: Settings) -> Record:
-    length = f"{config.minutes:g}min" if config.minutes else f"{config.meta_steps}steps"
-    checkpoint = settings.runs / f"{one.name}-seed{config.seed}-{length}" / "checkpoint.pt"
-    resume = checkpoint.exists()
-    if resume:
-        resumed_config(checkpoint, vars(config))  # raises if its settings differ
-    experiment = build(config, data=settings.data, device=settings.device)
-    trainer = experiment.trainer()
-    train_to_end(
-        experiment, trainer, checkpoint, resume=resume,
-        validations=_VALIDATIONS if config.meta_steps >= _TRAINED else 0,
-        validation_tasks=min(100, settings.eval_tasks), name=one.name,
-    )  # fmt: skip
-    record: Record = {"meta_steps": trainer.steps, "seconds": trainer.seconds}
+    start = _features(config, settings) if config.start else None
+    record: Record = {}
+    if start is not None:
+        record["start"] = {"meta_steps": start["steps"], "seconds": start["seconds"]}
+    if start is not None and config.method == "ridge-head":  # trained for all columns at once
+        experiment = build(config, data=settings.data, device=settings.device)
+        experiment.initialise(start)
+        record |= {"meta_steps": 0, "seconds": 0.0, "curve": []}
+        return record | _test(experiment, settings.eval_tasks)
+    experiment, trainer, checkpoint = _train(config, one.name, settings, start)
+    record |= {"meta_steps": trainer.steps, "seconds": trainer.seconds}
     if trainer.steps < _TRAINED:
         return record
     record["curve"] = [
         [r["step"], round(r["seconds"], 2), 100 * r["accuracy"]] for r in trainer.validation
     ]
-    record |= _test(experiment.adapting(**one.changes), settings.eval_tasks)
+    with averaged(trainer.optimizer):
+        record |= _test(experiment.adapting(**one.changes), settings.eval_tasks)
     _keep_if_best(one, checkpoint, record["val_accuracy"], settings.out)
     return record
+
+
+def _train(
+    config: Config, name: str, settings: Settings, start: Record | None = None
+) -> tuple[Experiment, Trainer, Path]:
+    """Train to the end, or resume; returns the trainer and its checkpoint, too."""
+    length = f"{config.minutes:g}min" if config.minutes else f"{config.meta_steps}steps"
+    checkpoint = settings.runs / f"{name}-seed{config.seed}-{length}" / "checkpoint.pt"
+    resume = checkpoint.exists()
+    if resume:
+        resumed_config(checkpoint, vars(config))  # raises if its settings differ
+    experiment = build(config, data=settings.data, device=settings.device)
+    trainer = experiment.trainer(start=start)
+    train_to_end(
+        experiment, trainer, checkpoint, resume=resume,
+        validations=_VALIDATIONS if config.meta_steps >= _TRAINED else 0,
+        validation_tasks=min(100, settings.eval_tasks), name=name,
+    )  # fmt: skip
+    return experiment, trainer, checkpoint
+
+
+def _features(config: Config, settings: Settings) -> Record:
+    """The model that the cell starts from; it is learned first if the folder lacks it."""
+    name = f"{config.start}-seed{config.seed}" if config.seed else config.start
+    model = settings.out / "models" / f"{name}.pt"
+    if not model.exists():
+        features = dataclasses.replace(FEATURES[config.start], seed=config.seed)
+        _, _, checkpoint = _train(features, config.start, settings)
+        save_model(model, load_checkpoint(checkpoint))
+    return load_checkpoint(model)
 
 
 def _test(experiment: Experiment, tasks: int) -> Record:
