@@ -14,7 +14,7 @@ from imaml_ext.cli import main
 from imaml_ext.data import Sinusoid
 from imaml_ext.experiments.build import build
 from imaml_ext.experiments.presets import PRESETS
-from imaml_ext.training.checkpoint import load_checkpoint
+from imaml_ext.training.checkpoint import load_checkpoint, save_checkpoint
 
 QUICK = ["--meta-steps", "4", "--tasks", "3", "--inner-steps", "2", "--eval-tasks", "5"]
 
@@ -37,6 +37,41 @@ def test_train_and_eval_agree(tmp_path, capsys):
     arguments = ["eval", trained["checkpoint"], "--eval-tasks", "5", "--device", "cpu", "--json"]
     assert main(arguments) == 0
     assert last_json(capsys)["loss"] == trained["loss"]
+
+
+def test_averaged_tensors_are_evaluated_after_training_and_later(tmp_path, capsys):
+    run = ["train", *QUICK, "--device", "cpu", "--out", str(tmp_path), "--average", "0.9", "--json"]
+    assert main(run) == 0
+    trained = last_json(capsys)
+    arguments = ["eval", trained["checkpoint"], "--eval-tasks", "5", "--device", "cpu", "--json"]
+    assert main(arguments) == 0
+    assert last_json(capsys)["loss"] == trained["loss"]
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    save_checkpoint(tmp_path / "last.pt", state | {"averages": {}})
+    assert main(["eval", str(tmp_path / "last.pt"), *arguments[2:]]) == 0
+    assert last_json(capsys)["loss"] != trained["loss"]
+
+
+def test_a_training_can_start_from_another(tmp_path, capsys, monkeypatch):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    common = ["--device", "cpu", "--json", "--out"]
+    assert main(["train", *QUICK, *common, first]) == 0
+    step = Trainer.step
+    begun = []
+
+    def seen_step(trainer):
+        begun.append({n: t.detach().clone() for n, t in trainer.method.params.items()})
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", seen_step)
+    start = ["--start", f"{first}/checkpoint.pt"]
+    assert main(["train", *QUICK, "--seed", "1", *start, *common, second]) == 0
+    for name, tensor in load_checkpoint(tmp_path / "first" / "checkpoint.pt")["learned"].items():
+        assert torch.equal(begun[0][name], tensor)
+    # Evaluation does not need the model from which training started.
+    (tmp_path / "first" / "checkpoint.pt").unlink()
+    assert main(["eval", second, "--eval-tasks", "5", "--device", "cpu"]) == 0
+    capsys.readouterr()
 
 
 def test_compiled_training_ends_where_eager_training_does(tmp_path, capsys):
@@ -211,6 +246,11 @@ def fails(arguments, capsys):
         (["train", "--method", "maml", "--inner", "adam"], "inner is for imaml"),
         (["train", "--method", "fomaml", "--learn-lr"], "learn_lr is for maml"),
         (["train", "--learn-lr"], "learn_lr is for maml"),
+        (["train", "--start", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+        (["train", "--average", "1"], "decay must be in [0, 1), got 1.0"),
+        (["train", "--hard-tasks", "0.5"], "hard_tasks needs images, and start"),
+        (["train", "--train-way", "80"], "train_way is for ridge-head, got 80"),
+        (["train", "--method", "ridge-head"], "ridge-head is for classification"),
         (["train", "--resume"], "--resume needs --out, the folder of the run"),
         (["train", "--resume", "--out", "nowhere"], "no checkpoint at nowhere/checkpoint.pt"),
         (["eval", "nowhere.pt"], "no checkpoint at nowhere.pt"),

@@ -38,7 +38,7 @@ def add_settings(
 def _presets(name: str) -> str:
     values = {dataset: getattr(config, name) for dataset, config in PRESETS.items()}
     if len(set(values.values())) == 1:
-        return f"default: {values['sinusoid']}"
+        return f"default: {values['sinusoid']}" if values["sinusoid"] != "" else "default: none"
     return ", ".join(f"{dataset}: {value}" for dataset, value in values.items())
 
 

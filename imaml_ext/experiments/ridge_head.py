@@ -55,9 +55,9 @@ class RidgeHead(Method):
         }
         super().__init__(loss, learned, nonfinite=nonfinite)
         self.criterion, self.shot = loss.criterion, shot
-        device = self.layout.device
-        self.log_ridge = torch.tensor(0.1, device=device).log().requires_grad_()
-        self.log_scale = torch.tensor(20.0, device=device).log().requires_grad_()
+        one = torch.ones((), dtype=self.layout.dtype, device=self.layout.device)
+        self.log_ridge = (0.1 * one).log().requires_grad_()
+        self.log_scale = (20.0 * one).log().requires_grad_()
 
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
         batch = TaskBatch.of(batch)

@@ -1,6 +1,7 @@
 """Experiments: what a Config builds, and adapting it differently in evaluation."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -19,10 +20,13 @@ from imaml_ext import (
     Reptile,
     TruncatedMAML,
 )  # fmt: skip
+from imaml_ext.data import SimilarClasses
 from imaml_ext.experiments.authors_code import AuthorsCodeCG, DescentThenProximal
 from imaml_ext.experiments.build import build
+from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.presets import PRESETS
 from imaml_ext.experiments.registry import CHOICES, DATASETS
+from imaml_ext.training.checkpoint import evaluated_tensors
 
 
 def test_evaluation_tasks_do_not_depend_on_the_training_batch():
@@ -101,9 +105,9 @@ def test_data_sets_without_an_archive_cannot_be_downloaded(dataset):
         build(PRESETS[dataset], download=True)
 
 
-def test_the_learning_rate_is_constant_or_decays_linearly_to_two_percent():
+def test_the_learning_rate_is_constant_or_decays():
     rates = {}
-    for decay in ("constant", "linear"):
+    for decay in ("constant", "linear", "cosine"):
         config = dataclasses.replace(
             PRESETS["sinusoid"], tasks=1, inner_steps=1, meta_lr=2**-10, meta_steps=8, decay=decay
         )
@@ -113,3 +117,65 @@ def test_the_learning_rate_is_constant_or_decays_linearly_to_two_percent():
             rates[decay].append(2**10 * trainer.optimizer.param_groups[0]["lr"])
     assert rates["constant"] == [1.0] * 8
     assert rates["linear"] == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.02])
+    cosine = [0.5 + 0.5 * math.cos(math.pi * k / 8) for k in range(1, 9)]
+    assert rates["cosine"] == pytest.approx(cosine, abs=1e-12)
+
+
+def test_training_starts_from_the_tensors_of_equal_name_and_shape():
+    small = dataclasses.replace(PRESETS["sinusoid"], tasks=2, inner_steps=1, average=0.5)
+    first = build(small)
+    trainer = first.trainer()
+    trainer.step()
+    trainer.step()
+    expected = dict(evaluated_tensors(trainer.state_dict()))
+    other = build(dataclasses.replace(small, seed=1, start="first.pt"))
+    before = {name: tensor.detach().clone() for name, tensor in other.method.params.items()}
+    state = {"learned": expected | {"0.bias": torch.zeros(3)}}
+    started = other.trainer(start=state).method.params
+    assert torch.equal(started["0.bias"], before.pop("0.bias"))  # of another shape
+    for name, tensor in before.items():
+        assert torch.equal(started[name], expected[name])
+        assert not torch.equal(tensor, expected[name])
+    with pytest.raises(ValueError, match=r"first\.pt has none of the 6 learned tensors"):
+        other.trainer(start={"learned": {"conv": torch.zeros(1)}})
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    monkeypatch.setitem(conv4.__kwdefaults__, "filters", 8)
+    images = (255 * torch.rand(36, 20, 28, 28)).to(torch.uint8)
+    parts = dict(zip(("train", "val", "test"), images.split(12), strict=True))
+    few = dataclasses.replace(DATASETS["omniglot"], images=lambda *_: parts)
+    monkeypatch.setitem(DATASETS, "omniglot", few)
+
+
+def test_hard_tasks_are_similar_by_the_features_that_training_starts_from(few_images):
+    settings = {"hard_tasks": 0.75, "neighbours": 6, "tasks": 3, "inner_steps": 1}
+    config = dataclasses.replace(PRESETS["omniglot"], **settings)
+    with pytest.raises(ValueError, match="hard_tasks needs images, and start"):
+        build(config).trainer()
+    with pytest.raises(ValueError, match="hard_tasks needs images, and start"):
+        build(dataclasses.replace(PRESETS["sinusoid"], hard_tasks=0.5)).trainer()
+    start = {"learned": dict(build(dataclasses.replace(config, seed=3)).method.params)}
+    experiment = build(config)
+    source = experiment.trainer(start=start).source
+    assert (source.hard, source.similar.groups.shape) == (0.75, (48, 7))
+    body = experiment.loss.model[:-1]
+    expected = SimilarClasses.nearest(source.images, body, neighbours=6, rotate=True)
+    assert torch.equal(source.similar.groups, expected.groups)
+    assert experiment.sources["val"].similar is None
+
+
+def test_the_ridge_head_trains_with_its_own_number_of_classes(few_images):
+    settings = {"method": "ridge-head", "train_way": 9, "tasks": 1, "meta_lr": 0.01}
+    experiment = build(dataclasses.replace(PRESETS["omniglot"], **settings))
+    trainer = experiment.trainer()
+    assert trainer.source.sample(0).support[1].max() == 8
+    before = {n: t.detach().clone() for n, t in experiment.method.learned().items()}
+    trainer.step()
+    assert not any(torch.equal(before[n], t) for n, t in experiment.method.learned().items())
+    assert "accuracy" in experiment.evaluate("val", 3).mean  # of 5-way tasks
+    with pytest.raises(ValueError, match="train_way is for ridge-head, got 9 with method 'imaml'"):
+        build(dataclasses.replace(PRESETS["omniglot"], train_way=9))
+    with pytest.raises(ValueError, match="ridge-head is for classification"):
+        build(dataclasses.replace(PRESETS["sinusoid"], method="ridge-head"))

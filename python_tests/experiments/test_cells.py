@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from imaml_ext.experiments.cells import ROWS, TABLES, VARIANTS, cell
+from imaml_ext.experiments.cells import FEATURES, ROWS, TABLES, VARIANTS, cell
 
 
 def every_cell():
@@ -19,19 +19,21 @@ def every_cell():
 @pytest.mark.parametrize("table", list(TABLES))
 def test_every_column_has_our_settings_for_every_row(table):
     for column in TABLES[table].columns:
-        assert list(TABLES[table].rows(column, "ours")) == list(ROWS)
+        assert ["ridge-head", *TABLES[table].rows(column, "ours")] == list(ROWS)
 
 
 def test_every_cell_of_table_2_has_settings_in_every_variant_that_exists():
     names = [one.name for one in every_cell()]
     assert len(set(names)) == len(names)
     of_table_2 = [one for one in every_cell() if one.table == "table2"]
-    assert len(of_table_2) == 20 + 16 + 4  # ours; paper, without Reptile; authors_code, iMAML alone
+    # ours; features, with the ridge head; paper, without Reptile; authors_code, iMAML alone
+    assert len(of_table_2) == 20 + 24 + 16 + 4
     for one in of_table_2:
         way, shot = int(one.column.split("w")[0]), int(one.column[-2])
         assert (one.train.way, one.train.shot) == (way, shot)
-        assert one.published is not None
+        assert (one.published is None) == (one.row == "ridge-head")
         assert one.train.eval_query == shot
+        assert (one.train.start in FEATURES) == (one.variant == "features")
 
 
 def test_the_paper_variant_has_the_papers_settings():

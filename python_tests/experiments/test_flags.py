@@ -38,5 +38,5 @@ def test_help_describes_every_field_and_its_presets(capsys):
     text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # unwrapped
     for field in dataclasses.fields(Config)[1:]:
         assert f"--{field.name.replace('_', '-')}" in text
-    assert "to 2% over the second half of the run (default: linear)" in text
+    assert "cosine: to 0 over the whole run (default: linear)" in text
     assert "(sinusoid: 10, omniglot: 1, mini-imagenet: 1, tiny-imagenet: 1)" in text

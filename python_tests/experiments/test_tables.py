@@ -11,6 +11,7 @@ import torch
 
 from imaml_ext import MAML, Trainer
 from imaml_ext.cli import main
+from imaml_ext.experiments import cells
 from imaml_ext.experiments.cells import ROWS, TABLES, cell
 from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.registry import DATASETS
@@ -192,6 +193,67 @@ def test_a_checkpoint_with_other_settings_is_refused(tmp_path, capsys, few_class
     monkeypatch.setattr(tables, "cell", lambda *_: changed)
     assert reproduce(tmp_path, "--methods", "fomaml", "--meta-steps", "1") == 1
     assert "was trained with inner_lr=0.1, got 0.123" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick_features(monkeypatch):
+    monkeypatch.setattr(tables, "_TRAINED", 2)
+    features = cells.FEATURES["omniglot-features"]
+    quick = dataclasses.replace(features, minutes=0.0, meta_steps=3, train_way=8)
+    monkeypatch.setitem(cells.FEATURES, "omniglot-features", quick)
+
+    def with_few_neighbours(*names):
+        one = cell(*names)
+        return dataclasses.replace(one, train=dataclasses.replace(one.train, neighbours=6))
+
+    monkeypatch.setattr(tables, "cell", with_few_neighbours)
+
+
+def test_cells_start_from_features_that_are_learned_once(
+    tmp_path, capsys, few_classes, quick_features, monkeypatch
+):
+    trained = []
+    step = Trainer.step
+
+    def counted_step(trainer):
+        trained.append(type(trainer.method).__name__)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", counted_step)
+    command = ["--variant", "features", "--meta-steps", "2", "--methods", "ridge-head", "fomaml"]
+    assert reproduce(tmp_path, *command) == 0
+    assert reproduce(tmp_path, *command, "--cells", "5w5s") == 0
+    assert trained == ["RidgeHead"] * 3 + ["FOMAML"] * 4
+    capsys.readouterr()
+    ridge, fomaml, *_ = lines(tmp_path)
+    assert ridge["start"] == fomaml["start"]
+    assert ridge["start"]["meta_steps"] == 3
+    assert (ridge["meta_steps"], fomaml["meta_steps"]) == (0, 2)
+    text = (tmp_path / "results" / "README.md").read_text()
+    assert "| ridge head, from features | **" in text
+    assert "| first-order MAML, from features | **" in text
+    assert "| 0 + 0 |" in text  # minutes of the features, and after them
+
+    # Another seed learns its own features.
+    assert reproduce(tmp_path, *command, "--seed", "1") == 0
+    assert trained[7:] == ["RidgeHead"] * 3 + ["FOMAML"] * 2
+    models = {path.name for path in (tmp_path / "results" / "models").iterdir()}
+    assert models >= {"omniglot-features.pt", "omniglot-features-seed1.pt"}
+    capsys.readouterr()
+
+
+def test_a_record_of_a_version_without_some_settings_is_not_measured_again(
+    tmp_path, capsys, few_classes, monkeypatch
+):
+    command = ["--methods", "fomaml", "--meta-steps", "1"]
+    assert reproduce(tmp_path, *command) == 0
+    (record,) = lines(tmp_path)
+    for name in ("start", "average", "hard_tasks", "neighbours", "train_way"):
+        del record["config"][name]
+    (tmp_path / "results" / "table2.jsonl").write_text(json.dumps(record) + "\n")
+    capsys.readouterr()
+    assert reproduce(tmp_path, *command) == 0
+    assert "already measured" in capsys.readouterr().out
 
 
 def test_the_authors_variant_is_tested_without_the_proximal_term(

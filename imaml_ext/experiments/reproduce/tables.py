@@ -65,6 +65,8 @@ def measure(table: str, settings: Settings) -> Iterator[Record]:
 
 def _repeats(record: Record, old: Record, tasks: int) -> bool:
     """Whether an old record has this training and, if it was tested, this number of tasks."""
+    defaults = vars(Config(dataset=""))  # of the fields that the config of an old version lacks
+    old = {**old, "config": defaults | old["config"]}
     return record.items() <= old.items() and old.get("test_tasks", tasks) == tasks
 
 

@@ -1,0 +1,91 @@
+"""The ridge head against its closed form, differentiated by autograd."""
+
+import pytest
+import torch
+from torch import nn
+
+from imaml_ext import TaskBatch, module_loss
+from imaml_ext.experiments.ridge_head import RidgeHead
+
+SHOT = 2
+
+
+def small_model(way=3):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 36, way)).double()
+
+
+def small_batch(way, tasks=2, query=3):
+    def examples(count):
+        x = torch.rand(tasks, way * count, 1, 8, 8, dtype=torch.float64)
+        y = torch.arange(way).repeat_interleave(count).expand(tasks, -1)
+        return x + y[..., None, None, None] / way, y
+
+    return TaskBatch(examples(SHOT), examples(query))
+
+
+def precise(method):
+    """With solves to rounding error."""
+    method.inner = type(method.inner)(
+        steps=3, linear=type(method.linear)(max_iter=200, rtol=1e-12), damping=0.0
+    )
+    method.linear = type(method.linear)(max_iter=200, rtol=1e-12)
+    return method
+
+
+def closed_form(method, x, y, way):
+    """Weights [d + 1, way] of one task, the last row being the biases."""
+    z = method.body(x) / method.size**0.5
+    z = torch.cat([z, torch.ones_like(z[:, :1])], 1)
+    gram = z @ z.mT + method.log_ridge.exp() * torch.eye(len(z), dtype=z.dtype)
+    return z.mT @ torch.linalg.solve(gram, nn.functional.one_hot(y, way).to(z.dtype))
+
+
+@pytest.mark.parametrize("way", [3, 5])  # 3 is that of the model
+def test_meta_gradient_equals_that_of_the_closed_form(way):
+    model, batch = small_model(), small_batch(way)
+    method = precise(RidgeHead(module_loss(model, nn.functional.cross_entropy), shot=SHOT))
+    losses = []
+    for task in range(2):
+        weights = closed_form(method, batch.support[0][task], batch.support[1][task], way)
+        z = method.body(batch.query[0][task]) / method.size**0.5
+        logits = method.log_scale.exp() * (z @ weights[:-1] + weights[-1])
+        losses.append(nn.functional.cross_entropy(logits, batch.query[1][task]))
+    learned = method.learned()
+    expected = torch.autograd.grad(torch.stack(losses).mean(), list(learned.values()))
+    out = method.meta_gradient(batch)
+    torch.testing.assert_close(out.query_loss, torch.stack(losses).detach())
+    named = out.named()
+    assert named.keys() == learned.keys()
+    for name, gradient in zip(learned, expected, strict=True):
+        torch.testing.assert_close(named[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_the_adapted_parameters_are_the_models_with_the_fitted_head():
+    model, batch = small_model(), small_batch(3)
+    loss = module_loss(model, nn.functional.cross_entropy)
+    method = precise(RidgeHead(loss, shot=SHOT))
+    phi = method.adapt(batch.support)
+    assert phi.keys() == dict(model.named_parameters()).keys()
+    assert not any(tensor.requires_grad for tensor in phi.values())
+    out = method.meta_gradient(batch)
+    for task in range(2):
+        row = {name: tensor[task] for name, tensor in phi.items()}
+        query = [part[task] for part in batch.query]
+        torch.testing.assert_close(loss(row, query).detach(), out.query_loss[task])
+        support = [part[task] for part in batch.support]
+        torch.testing.assert_close(loss(row, support).detach(), out.support_loss[task])
+
+
+def test_the_head_is_not_learned():
+    model = small_model()
+    method = RidgeHead(module_loss(model, nn.functional.cross_entropy), shot=SHOT)
+    names = {"0.weight", "0.bias", "1.weight", "1.bias", "log_ridge", "log_scale"}
+    assert method.learned().keys() == names
+
+
+def test_a_model_without_a_linear_last_layer_is_refused():
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    with pytest.raises(TypeError, match=r"last layer must be an nn\.Linear, got ReLU"):
+        RidgeHead(module_loss(model, nn.functional.cross_entropy), shot=1)
