@@ -51,6 +51,9 @@ def averaged(optimizer: Optimizer) -> Iterator[None]:
     """Context in which the tensors that the optimizer updates have the values of their averages.
 
     Without averages, nothing changes. Training must not go on inside the context.
+
+    Args:
+        optimizer: as in `average_weights`.
     """
     values = averages(optimizer)
     before = {tensor: tensor.detach().clone() for tensor in values}

@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.registry import DATASETS
 from imaml_ext.experiments.reproduce import STUDIES, tables
 from imaml_ext.experiments.reproduce.study import read
-from imaml_ext.experiments.reproduce.table_report import markdown, write_section
+from imaml_ext.experiments.reproduce.table_report import extrapolated, markdown, write_section
 from imaml_ext.training.checkpoint import load_checkpoint
 from imaml_ext.training.trainer import NonfiniteError
 
@@ -299,6 +300,31 @@ def test_a_timing_is_extrapolated_to_the_whole_training():
         "10.0 s for a meta-step of 16 tasks on a machine, 2 thread(s), so 60,000 would take "
         "167 hours" in text
     )
+
+
+def run_of(tasks, error, half_width):
+    return {
+        "meta_steps": tasks // 8, "config": {"tasks": 8}, "accuracy": 100 - error,
+        "ci95": half_width,
+    }  # fmt: skip
+
+
+def test_the_extrapolation_of_a_power_law_is_the_power_law():
+    runs = [run_of(tasks, 400 * tasks**-0.5, 0.1) for tasks in (800, 8000, 80_000)]
+    low, middle, high = extrapolated(runs)
+    assert middle == pytest.approx(4.0 / 640_000**0.5, rel=1e-9)
+    assert low < middle < high
+
+
+def test_the_interval_of_the_extrapolation_covers_the_truth_as_often_as_it_says():
+    generator, covered = np.random.default_rng(0), 0
+    sizes, spread = np.array([10_000, 100_000]), 0.05  # standard error of the logarithm
+    for _ in range(400):
+        errors = 40 * sizes**-0.27 * np.exp(spread * generator.standard_normal(2))
+        runs = [run_of(n, e, 1.96 * spread * e) for n, e in zip(sizes, errors, strict=True)]
+        low, _, high = extrapolated(runs)
+        covered += low <= 0.4 * 640_000**-0.27 <= high
+    assert 0.92 < covered / 400 < 0.98
 
 
 @pytest.mark.parametrize("table", list(TABLES))

@@ -1,13 +1,17 @@
 """A table as Markdown and plots, from its records alone."""
 
+import math
 import re
 from pathlib import Path
+
+import numpy as np
 
 from imaml_ext._io import write_atomically
 from imaml_ext.experiments.cells import COLUMNS, ROWS, TABLES, cell
 from imaml_ext.experiments.plots import label, panels, save
 from imaml_ext.experiments.reproduce.study import Record
 
+_PAPERS_TASKS = 640_000  # 20,000 meta-steps of 32
 _VARIANTS = {"features": "from features"}
 
 
@@ -28,10 +32,15 @@ def _draw_column(records: list[Record], path: Path) -> Path:
     for record in records:
         if record["curve"]:
             steps, seconds, accuracy = zip(*record["curve"], strict=True)
-            axes[0].plot(steps, accuracy, ".-", label=_label(record, records))
-            axes[1].plot([s / 60 for s in seconds], accuracy, ".-", label=_label(record, records))
-    label(axes[0], "meta-steps", "accuracy on validation classes (%)")
-    label(axes[1], "minutes of training")
+            tasks = [step * record["config"]["tasks"] for step in steps]
+            begin = record.get("start", {}).get("seconds", 0.0)  # when its features were ready
+            minutes = [(begin + s) / 60 for s in seconds]
+            axes[0].plot(tasks, accuracy, ".-", label=_label(record, records))
+            axes[1].plot(minutes, accuracy, ".-", label=_label(record, records))
+    label(axes[0], "tasks seen, after the features if any", "accuracy on validation classes (%)")
+    label(axes[1], "minutes of training, with those of the features", fontsize=7)
+    for axis in axes:
+        axis.set_xscale("log")
     return save(figure, path)
 
 
@@ -58,6 +67,7 @@ def markdown(table: str, records: list[Record]) -> str:
         if trained:
             parts.append(f"![Learning curves]({table}-{column}.png)\n")
             parts.append(_trained(trained))
+            parts += _extrapolations(trained)
             parts.append(_origin(table, column, trained))
         rows = TABLES[table].rows(column, "ours")
         missing = [row for row in rows if not any(r["row"] == row for r in trained)]
@@ -107,6 +117,37 @@ def _interval(record: Record, prefix: str) -> str:
     if f"{prefix}accuracy" not in record:
         return ""
     return f"{record[f'{prefix}accuracy']:.2f} ± {record[f'{prefix}ci95']:.2f}"
+
+
+def _extrapolations(records: list[Record]) -> list[str]:
+    """A paragraph for each method that was trained for two lengths or more."""
+    lines = []
+    for row, variant in dict.fromkeys((r["row"], r["variant"]) for r in records):
+        runs = [r for r in records if (r["row"], r["variant"]) == (row, variant) and r["curve"]]
+        lengths = {run["meta_steps"] for run in runs}
+        if len(lengths) > 1 and max(lengths) >= 3 * min(lengths):
+            low, middle, high = (100 * (1 - error) for error in extrapolated(runs)[::-1])
+            lines.append(
+                f"{_label(runs[0], runs[:1])}: {middle:.1f}% ({low:.1f} to {high:.1f}) after "
+                f"{_PAPERS_TASKS:,} tasks, if the error falls as a power of the number of tasks, "
+                f"fitted to {len(runs)} trainings; the interval is that of the tasks tested alone.\n"
+            )
+    return lines
+
+
+def extrapolated(runs: list[Record]) -> tuple[float, float, float]:
+    """Error after the paper's number of tasks: lower end of the 95% interval, value, upper end.
+
+    Fits log error to log tasks by least squares, weighted by the standard errors of the tests.
+    """
+    tasks = np.log([run["meta_steps"] * run["config"]["tasks"] for run in runs])
+    error = np.array([1 - run["accuracy"] / 100 for run in runs])
+    spread = np.array([run["ci95"] / 196 for run in runs]) / error
+    design = np.stack([np.ones_like(tasks), tasks - math.log(_PAPERS_TASKS)], 1) / spread[:, None]
+    at_papers, _ = np.linalg.lstsq(design, np.log(error) / spread, rcond=None)[0]
+    half = 1.96 * math.sqrt(np.linalg.inv(design.T @ design)[0, 0])
+    low, middle, high = np.exp([at_papers - half, at_papers, at_papers + half])
+    return float(low), float(middle), float(high)
 
 
 def _origin(table: str, column: str, records: list[Record]) -> str:
