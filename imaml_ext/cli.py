@@ -182,8 +182,7 @@ def _train_in(group: Group | None, device: torch.device, options: argparse.Names
         config = dataclasses.replace(PRESETS[options.dataset], **given_settings(options))
     torch.manual_seed(config.seed + rank(group))  # different dropout masks in each process
     experiment = build(config, data=options.data, device=device, download=options.download)
-    begin = load_checkpoint(Path(config.start)) if config.start else None
-    trainer = experiment.trainer(start=begin, compile=options.compile, process_group=group)
+    trainer = experiment.trainer(compile=options.compile, process_group=group)
     train_to_end(
         experiment, trainer, checkpoint, resume=resume, validations=options.validations,
         save_every=options.save_every, with_tensorboard=options.tensorboard,

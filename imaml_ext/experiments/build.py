@@ -18,7 +18,7 @@ from imaml_ext.experiments.registry import CHOICES, DATASETS, Images, make_metho
 from imaml_ext.methods.base import Method
 from imaml_ext.problem.module_loss import ModuleLoss, module_loss
 from imaml_ext.training.budget import Budget
-from imaml_ext.training.checkpoint import evaluated_tensors
+from imaml_ext.training.checkpoint import evaluated_tensors, load_checkpoint
 from imaml_ext.training.distributed import Group
 from imaml_ext.training.evaluation import (
     Evaluation,
@@ -59,14 +59,17 @@ class Experiment:
         """A trainer with Adam, on a constant or a decaying learning rate.
 
         Args:
-            start: the state of a checkpoint, from which the learned tensors are initialised;
-                required by hard tasks, whose similar classes depend on it.
+            start: the state of a checkpoint, from which the learned tensors are initialised and the
+                similar classes of hard tasks are found; default: that of `config.start`, if any.
             compile, process_group: as in `Trainer`.
 
         Raises:
-            ValueError: a setting is incompatible with start, the group or the device.
+            FileNotFoundError, ValueError: as `load_checkpoint`, or a setting is incompatible with
+                start, the group or the device.
         """
         config, source = self.config, self.sources["train"]
+        if start is None and config.start:
+            start = load_checkpoint(config.start)
         if start is not None:
             self.initialise(start)
         if config.hard_tasks:
