@@ -25,6 +25,9 @@ class Config:
     train_way: Annotated[int, "classes per task in training of ridge-head; 0: as way"] = 0
     shot: Annotated[int, "support examples per class, or per regression task"] = 1
     query: Annotated[int, "query examples per class in training"] = 1
+    query_batches: Annotated[
+        int, "batches into which the training query set of a task is divided, for batch norm"
+    ] = 1
     eval_query: Annotated[int, "query examples per class in evaluation"] = 1
     tasks: Annotated[int, "tasks per meta-step"] = 16
     hard_tasks: Annotated[float, "fraction of training tasks with similar classes, by start"] = 0.0

@@ -12,6 +12,7 @@ from imaml_ext.data import load_mini_imagenet, load_omniglot, load_tiny_imagenet
 from imaml_ext.experiments.authors_code import AuthorsCodeCG, DescentThenProximal
 from imaml_ext.experiments.config import Config, Decay, LearnLam
 from imaml_ext.experiments.models import conv4, mlp
+from imaml_ext.experiments.query_batches import QueryBatches
 from imaml_ext.experiments.ridge_head import RidgeHead
 from imaml_ext.methods.base import Method
 from imaml_ext.methods.imaml import IMAML
@@ -127,6 +128,7 @@ _ONLY_FOR = {  # the methods that use a field of Config; of others it must have 
     "learn_lr": ("maml", "maml-accelerated", "truncated-maml"),
     "learn_lam": ("imaml",),
     "inner": ("imaml",),
+    "query_batches": ("imaml", "maml", "maml-accelerated", "truncated-maml", "fomaml"),
     "train_way": ("ridge-head",),  # the others learn a head for a number of classes
 }
 
@@ -143,12 +145,20 @@ def make_method(config: Config, loss: ModuleLoss) -> Method:
             raise ValueError(
                 f"{name} is for {', '.join(methods)}, got {value!r} with method {config.method!r}"
             )
+    if config.query_batches < 1 or config.query % config.query_batches:
+        raise ValueError(
+            f"query_batches must divide query={config.query}, got {config.query_batches}"
+        )
+    different = {}
+    if config.query_batches > 1:
+        different["query_loss"] = QueryBatches(loss, config.query_batches)
     return METHODS[config.method](
         config,
         loss=loss,
         params=dict(loss.model.named_parameters()),
         inner=INNER[config.inner](config),
         nonfinite=config.nonfinite,
+        **different,
     )
 
 

@@ -166,6 +166,28 @@ def test_hard_tasks_are_similar_by_the_features_that_training_starts_from(few_im
     assert experiment.sources["val"].similar is None
 
 
+def test_query_batches_are_normalised_as_in_evaluation(few_images):
+    settings = {"query": 4, "tasks": 2, "inner_steps": 1, "query_batches": 2}
+    experiment = build(dataclasses.replace(PRESETS["omniglot"], **settings))
+    batch = experiment.sources["train"].sample(0)
+    out = experiment.method.meta_gradient(batch)
+    x, y = batch.query
+    for task in range(2):
+        phi = {name: tensor[task] for name, tensor in out.adapted.items()}
+        images = x[task].view(5, 2, 2, 1, 28, 28)  # class, image of a batch, batch
+        expected = [
+            experiment.loss(phi, (images[:, :, k].flatten(0, 1), y[task, ::2])) for k in (0, 1)
+        ]
+        torch.testing.assert_close(out.query_loss[task], torch.stack(expected).mean().detach())
+    assert experiment.method.loss is experiment.loss  # of the support set
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_query_batches_divide_the_query_set(count):
+    with pytest.raises(ValueError, match=f"query_batches must divide query=10, got {count}"):
+        build(dataclasses.replace(PRESETS["sinusoid"], query_batches=count))
+
+
 def test_the_ridge_head_trains_with_its_own_number_of_classes(few_images):
     settings = {"method": "ridge-head", "train_way": 9, "tasks": 1, "meta_lr": 0.01}
     experiment = build(dataclasses.replace(PRESETS["omniglot"], **settings))
