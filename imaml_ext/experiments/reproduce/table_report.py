@@ -130,7 +130,7 @@ def _extrapolations(records: list[Record]) -> list[str]:
             lines.append(
                 f"{_label(runs[0], runs[:1])}: {middle:.1f}% ({low:.1f} to {high:.1f}) after "
                 f"{_PAPERS_TASKS:,} tasks, if the error falls as a power of the number of tasks, "
-                f"fitted to {len(runs)} trainings; the interval is that of the tasks tested alone.\n"
+                f"fitted to {len(runs)} trainings. The interval counts only the tasks tested.\n"
             )
     return lines
 
