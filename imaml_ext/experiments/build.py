@@ -110,10 +110,11 @@ class Experiment:
     def initialise(self, start: Mapping[str, Any]) -> None:
         """Copy the tensors of the same name and shape from the state of a checkpoint.
 
-        The others keep their values.
+        Parameters that it does not have, such as the last layer of a ridge head, become 0. The
+        other tensors keep their values.
 
         Raises:
-            ValueError: there is none.
+            ValueError: no tensor has the same name and shape.
         """
         tensors, learned = evaluated_tensors(start), self.method.learned()
         same = {n: t for n, t in tensors.items() if n in learned and t.shape == learned[n].shape}
@@ -121,6 +122,9 @@ class Experiment:
             raise ValueError(f"{self.config.start} has none of the {len(learned)} learned tensors")
         for name, tensor in same.items():
             learned[name].copy_(tensor)
+        for name, parameter in self.method.params.items():
+            if name not in tensors:
+                parameter.zero_()
 
     def _with_hard_tasks(self, source: TaskSource, start: Mapping[str, Any] | None) -> TaskSource:
         config = self.config

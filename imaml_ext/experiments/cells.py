@@ -7,7 +7,7 @@ trains on tasks of which half have similar classes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from imaml_ext._checks import check_choice
@@ -43,10 +43,15 @@ ROWS = {
 }
 
 
-FEATURES = {  # by name of the model, from which cells start
-    "omniglot-features": Config(
-        dataset="omniglot", method="ridge-head", train_way=80, query=3, tasks=1, meta_lr=4e-3,
-        decay="cosine", average=0.99, meta_steps=20_000, minutes=25.0,
+_features = Config(
+    dataset="omniglot", method="ridge-head", train_way=80, query=3, tasks=1, meta_lr=4e-3,
+    decay="cosine", average=0.99, meta_steps=20_000, minutes=25.0,
+)  # fmt: skip
+FEATURES = {  # by name of the model, from which cells or other features start
+    "omniglot-features": _features,
+    "omniglot-features-hard": replace(
+        _features, start="omniglot-features", hard_tasks=0.5, neighbours=150, meta_lr=2e-3,
+        minutes=20.0,
     ),
 }  # fmt: skip
 
@@ -70,9 +75,9 @@ def _omniglot(way: int, shot: int) -> dict[str, dict[str, Settings]]:
         "imaml-gd": {**imaml, "lam": 0.3, "inner_lr": 0.1, "inner_steps": 8},
         "imaml-hf": {**imaml, "lam": 2.0, "inner_steps": 2, "curvature": "ggn"},
     }
-    start: Settings = {"start": "omniglot-features"}
+    start: Settings = {"start": "omniglot-features-hard"}
     fine_tuning: Settings = {
-        **start, "hard_tasks": 0.5, "meta_lr": 5e-4, "decay": "cosine", "average": 0.998,
+        **start, "hard_tasks": 1.0, "meta_lr": 5e-4, "decay": "cosine", "average": 0.998,
     }  # fmt: skip
     return {
         "ours": rows,

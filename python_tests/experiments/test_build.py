@@ -136,6 +136,8 @@ def test_training_starts_from_the_tensors_of_equal_name_and_shape():
     for name, tensor in before.items():
         assert torch.equal(started[name], expected[name])
         assert not torch.equal(tensor, expected[name])
+    del state["learned"]["2.bias"]
+    assert not other.trainer(start=state).method.params["2.bias"].any()
     with pytest.raises(ValueError, match=r"first\.pt has none of the 6 learned tensors"):
         other.trainer(start={"learned": {"conv": torch.zeros(1)}})
 

@@ -199,9 +199,10 @@ def test_a_checkpoint_with_other_settings_is_refused(tmp_path, capsys, few_class
 @pytest.fixture
 def quick_features(monkeypatch):
     monkeypatch.setattr(tables, "_TRAINED", 2)
-    features = cells.FEATURES["omniglot-features"]
-    quick = dataclasses.replace(features, minutes=0.0, meta_steps=3, train_way=8)
-    monkeypatch.setitem(cells.FEATURES, "omniglot-features", quick)
+    for name, features in cells.FEATURES.items():
+        few = {"meta_steps": 3, "train_way": 6, "neighbours": 7}
+        quick = dataclasses.replace(features, minutes=0.0, **few)
+        monkeypatch.setitem(cells.FEATURES, name, quick)
 
     def with_few_neighbours(*names):
         one = cell(*names)
@@ -224,7 +225,7 @@ def test_cells_start_from_features_that_are_learned_once(
     command = ["--variant", "features", "--meta-steps", "2", "--methods", "ridge-head", "fomaml"]
     assert reproduce(tmp_path, *command) == 0
     assert reproduce(tmp_path, *command, "--cells", "5w5s") == 0
-    assert trained == ["RidgeHead"] * 3 + ["FOMAML"] * 4
+    assert trained == ["RidgeHead"] * 6 + ["FOMAML"] * 4
     capsys.readouterr()
     ridge, fomaml, *_ = lines(tmp_path)
     assert ridge["start"] == fomaml["start"]
@@ -237,9 +238,14 @@ def test_cells_start_from_features_that_are_learned_once(
 
     # Another seed learns its own features.
     assert reproduce(tmp_path, *command, "--seed", "1") == 0
-    assert trained[7:] == ["RidgeHead"] * 3 + ["FOMAML"] * 2
+    assert trained[10:] == ["RidgeHead"] * 6 + ["FOMAML"] * 2
     models = {path.name for path in (tmp_path / "results" / "models").iterdir()}
-    assert models >= {"omniglot-features.pt", "omniglot-features-seed1.pt"}
+    names = ("omniglot-features", "omniglot-features-hard")
+    assert models >= {f"{name}{seed}.pt" for name in names for seed in ("", "-seed1")}
+    first, second = (
+        load_checkpoint(tmp_path / "results" / "models" / f"{name}.pt")["seconds"] for name in names
+    )
+    assert second > first  # includes it
     capsys.readouterr()
 
 

@@ -20,7 +20,7 @@ def draw(table: str, records: list[Record], folder: Path) -> list[Path]:
     written = []
     for column in TABLES[table].columns:
         trained = [r for r in records if r["column"] == column and "accuracy" in r]
-        if trained:
+        if any(record["curve"] for record in trained):
             written.append(_draw_column(trained, folder / f"{table}-{column}.png"))
     readme = folder / "README.md"
     write_section(readme, table, markdown(table, records))
@@ -65,7 +65,8 @@ def markdown(table: str, records: list[Record]) -> str:
         trained = [r for r in of_column if "accuracy" in r]
         parts.append("### {way}-way {shot}-shot\n".format(**COLUMNS[column]))
         if trained:
-            parts.append(f"![Learning curves]({table}-{column}.png)\n")
+            if any(record["curve"] for record in trained):
+                parts.append(f"![Learning curves]({table}-{column}.png)\n")
             parts.append(_trained(trained))
             parts += _extrapolations(trained)
             parts.append(_origin(table, column, trained))

@@ -113,13 +113,20 @@ def _train(
 
 
 def _features(config: Config, settings: Settings) -> Record:
-    """The model that the cell starts from; it is learned first if the folder lacks it."""
+    """The model that a training starts from; it is learned first if the folder lacks it.
+
+    Its "seconds" include those of the model that it started from itself.
+    """
     name = f"{config.start}-seed{config.seed}" if config.seed else config.start
     model = settings.out / "models" / f"{name}.pt"
     if not model.exists():
         features = dataclasses.replace(FEATURES[config.start], seed=config.seed)
-        _, _, checkpoint = _train(features, config.start, settings)
-        save_model(model, load_checkpoint(checkpoint))
+        start = _features(features, settings) if features.start else None
+        _, _, checkpoint = _train(features, config.start, settings, start)
+        state = load_checkpoint(checkpoint)
+        if start is not None:
+            state["seconds"] += start["seconds"]
+        save_model(model, state)
     return load_checkpoint(model)
 
 
