@@ -254,7 +254,10 @@ def sanitize(place: Place, step: Step) -> None:
 def train(
     place: Place, step: Step, *, cells: list[str], methods: list[str], minutes: float, data: Path
 ) -> None:
-    """Train cells of table 2; what is trained before the stage is stopped is kept."""
+    """Train cells of table 2 from the features in results/models.
+
+    What is trained before the stage is stopped is kept.
+    """
     environment, folder = place.installed(), place.work / "train"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -267,7 +270,11 @@ def train(
     elif not (data / "omniglot-py").is_dir():
         raise LeftOut(f"no omniglot-py in {data}: pass its folder as --data")
     command = [PYTHON, "-m", "imaml_ext", "reproduce", "table2", "--json", "--data", data]
-    command += ["--device", place.device, "--out", "results", "--runs", "runs", *length]
+    for model in (ROOT / "results" / "models").glob("omniglot-features*.pt"):
+        (folder / "results" / "models").mkdir(parents=True, exist_ok=True)
+        shutil.copy(model, folder / "results" / "models")
+    command += ["--variant", "features", "--device", place.device]
+    command += ["--out", "results", "--runs", "runs", *length]
     command += ["--cells", *cells, "--methods", *methods]
     try:
         output = step.command(*command, cwd=folder, env=environment)

@@ -77,13 +77,19 @@ def _omniglot(way: int, shot: int) -> dict[str, dict[str, Settings]]:
     }
     start: Settings = {"start": "omniglot-features-hard"}
     fine_tuning: Settings = {
-        **start, "hard_tasks": 1.0, "meta_lr": 5e-4, "decay": "cosine", "average": 0.998,
+        **start, "hard_tasks": 1.0, "query_batches": 5 // shot, "meta_lr": 1e-3,
+        "decay": "cosine", "average": 0.998,
     }  # fmt: skip
+    from_features: dict[str, Settings] = {
+        "imaml-gd": {"lam": 0.1, "inner_lr": 0.2},
+        "imaml-hf": {"lam": 0.3},
+        "reptile": {"query_batches": 1},
+    }
     return {
         "ours": rows,
         "features": {
             "ridge-head": {**start, "eval_query": shot},
-            **{row: settings | fine_tuning for row, settings in rows.items()},
+            **{row: rows[row] | fine_tuning | from_features.get(row, {}) for row in rows},
         },
         "paper": paper,
         "authors_code": {"imaml-gd": paper["imaml-gd"] | authors_code},
