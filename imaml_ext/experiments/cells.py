@@ -3,7 +3,7 @@
 A cell is a row (a method) in a column (a kind of task), in one variant of the settings: "paper", as
 published; "authors_code", as in the authors' release; "ours", chosen on validation classes for
 training on two CPU cores; "features", which starts from features learned under a ridge head, and
-trains on tasks of which half have similar classes.
+trains on tasks of similar classes.
 """
 
 from collections.abc import Callable
