@@ -35,6 +35,9 @@ from imaml_ext.training.weight_averaging import averaged
 _EVAL_SETTINGS = [
     "method", "shot", "eval_query", "lam", "inner", "inner_lr", "inner_steps", "eval_proximal",
 ]  # fmt: skip
+_ONLY_IN_TRAINING: dict[str, Any] = {
+    "query_batches": 1, "query_scale": 1.0, "train_way": 0,
+}  # fmt: skip
 _RANGES = {
     "validations": "[1, inf)", "eval_tasks": "[1, inf)", "meta_steps": "[1, inf)",
     "save_every": "[0, inf)", "budget": "[0, inf)",
@@ -192,7 +195,7 @@ def _train_in(group: Group | None, device: torch.device, options: argparse.Names
         return
     with averaged(trainer.optimizer):
         result = experiment.evaluate("test", options.eval_tasks)
-    written = plots.of_training(experiment, trainer, out)
+        written = plots.of_training(experiment, trainer, out)
     _report(options, result, start, steps=trainer.steps, checkpoint=checkpoint, written=written)
 
 
@@ -202,7 +205,8 @@ def _eval(options: argparse.Namespace) -> None:
     if checkpoint.is_dir():
         checkpoint /= "checkpoint.pt"
     state = load_checkpoint(checkpoint)
-    config = dataclasses.replace(saved_config(state, checkpoint), **given_settings(options))
+    saved = dataclasses.replace(saved_config(state, checkpoint), **_ONLY_IN_TRAINING)
+    config = dataclasses.replace(saved, **given_settings(options))
     experiment = build(config, data=options.data, device=_device(options))
     with loading_from(checkpoint):
         restore_learned(experiment.method.learned(), evaluated_tensors(state))

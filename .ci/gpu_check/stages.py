@@ -270,9 +270,11 @@ def train(
     elif not (data / "omniglot-py").is_dir():
         raise LeftOut(f"no omniglot-py in {data}: pass its folder as --data")
     command = [PYTHON, "-m", "imaml_ext", "reproduce", "table2", "--json", "--data", data]
-    for model in (ROOT / "results" / "models").glob("omniglot-features*.pt"):
-        (folder / "results" / "models").mkdir(parents=True, exist_ok=True)
-        shutil.copy(model, folder / "results" / "models")
+    features = ROOT / "results" / "models" / "omniglot-features-hard.pt"
+    if not features.is_file():
+        raise LeftOut(f"no {features}, which takes 45 minutes to train")
+    (folder / "results" / "models").mkdir(parents=True)
+    shutil.copy(features, folder / "results" / "models")
     command += ["--variant", "features", "--device", place.device]
     command += ["--out", "results", "--runs", "runs", *length]
     command += ["--cells", *cells, "--methods", *methods]

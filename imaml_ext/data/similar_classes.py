@@ -14,8 +14,8 @@ class SimilarClasses:
     """Groups of similar classes, from which `ImageEpisodes` draws hard tasks.
 
     Attributes:
-        groups: int64 [groups, size]; entry `turn * classes + c` is class c, rotated by `turn`
-            quarters. A group has no class twice.
+        groups: int64 [groups, size]; entry `turns * classes + c` is class c, rotated by `turns`
+            quarter turns. A group has no class twice.
         classes: number of classes of the images.
     """
 
@@ -69,7 +69,7 @@ class SimilarClasses:
         return SimilarClasses(torch.cat(groups), classes)
 
     def decode(self, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes, and quarter turns, of entries of `groups`."""
+        """The classes and the quarter turns of entries of `groups`."""
         return entries % self.classes, entries // self.classes
 
     def check(self, classes: int, *, way: int, rotate: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from imaml_ext._checks import check_choice
+from imaml_ext._checks import check_choice, check_range
 from imaml_ext.data import ImageEpisodes, SimilarClasses, Sinusoid
 from imaml_ext.data.tasks import TaskSource
 from imaml_ext.experiments.config import Config
@@ -69,7 +69,8 @@ class Experiment:
         """
         config, source = self.config, self.sources["train"]
         if start is None and config.start:
-            start = load_checkpoint(config.start)
+            path = Path(config.start)
+            start = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
         if start is not None:
             self.initialise(start)
         if config.hard_tasks:
@@ -86,6 +87,7 @@ class Experiment:
         metrics = {name: metric for name, metric in self.metrics.items() if name != "loss"}
         if config.train_way not in (0, config.way):
             metrics = {}  # they use the model's own number of classes
+        check_range("average", config.average, "[0, 1)")
         if config.average:
             average_weights(optimizer, config.average)
         budget = Budget(config.meta_steps, config.minutes)
@@ -108,29 +110,31 @@ class Experiment:
 
     @torch.no_grad()
     def initialise(self, start: Mapping[str, Any]) -> None:
-        """Copy the tensors of the same name and shape from the state of a checkpoint.
+        """Copy the learned tensors from the state of a checkpoint.
 
-        Parameters that it does not have, such as the last layer of a ridge head, become 0. The
-        other tensors keep their values.
+        The last layer becomes 0 if the state has none, as that of a ridge head, or one for another
+        number of classes. Hyper-parameters that the state does not have keep their values.
 
         Raises:
-            ValueError: no tensor has the same name and shape.
+            ValueError: the state lacks another layer.
         """
         tensors, learned = evaluated_tensors(start), self.method.learned()
-        same = {n: t for n, t in tensors.items() if n in learned and t.shape == learned[n].shape}
-        if not same:
-            raise ValueError(f"{self.config.start} has none of the {len(learned)} learned tensors")
-        for name, tensor in same.items():
-            learned[name].copy_(tensor)
-        for name, parameter in self.method.params.items():
-            if name not in tensors:
-                parameter.zero_()
+        *_, (last, _) = self.loss.model.named_children()
+        for name, tensor in learned.items():
+            if name in tensors and tensors[name].shape == tensor.shape:
+                tensor.copy_(tensors[name])
+            elif name.startswith(f"{last}."):
+                tensor.zero_()
+            elif name in self.method.params:
+                raise ValueError(f"start has no {name} of shape {list(tensor.shape)}")
 
     def _with_hard_tasks(self, source: TaskSource, start: Mapping[str, Any] | None) -> TaskSource:
         config = self.config
         model = self.loss.model
         if start is None or not isinstance(source, ImageEpisodes):
-            raise ValueError("hard_tasks needs images, and start, whose features they depend on")
+            raise ValueError(
+                "hard_tasks needs images, and start, whose features tell which classes are similar"
+            )
         assert isinstance(model, nn.Sequential)
         similar = SimilarClasses.nearest(
             source.images,

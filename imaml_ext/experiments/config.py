@@ -20,18 +20,27 @@ class Config:
 
     dataset: str
     method: Annotated[str, "meta-learning method"] = "imaml"
-    start: Annotated[str, "checkpoint or model whose tensors the training starts from"] = ""
+    start: Annotated[
+        str, "checkpoint, model or run folder that the training starts from; also needed to resume"
+    ] = ""
     way: Annotated[int, "classes per task"] = 5
-    train_way: Annotated[int, "classes per task in training of ridge-head; 0: as way"] = 0
+    train_way: Annotated[int, "classes per training task with ridge-head; 0: as way"] = 0
     shot: Annotated[int, "support examples per class, or per regression task"] = 1
     query: Annotated[int, "query examples per class in training"] = 1
     query_batches: Annotated[
         int, "batches into which the training query set of a task is divided, for batch norm"
     ] = 1
+    query_scale: Annotated[float, "factor of the logits in the training loss of the query set"] = (
+        1.0
+    )
     eval_query: Annotated[int, "query examples per class in evaluation"] = 1
     tasks: Annotated[int, "tasks per meta-step"] = 16
-    hard_tasks: Annotated[float, "fraction of training tasks with similar classes, by start"] = 0.0
-    neighbours: Annotated[int, "a hard task's classes are among one and this many nearest"] = 30
+    hard_tasks: Annotated[
+        float, "fraction of training tasks whose classes are similar, by the features of start"
+    ] = 0.0
+    neighbours: Annotated[
+        int, "classes of a hard task are drawn from one class and this many nearest neighbours"
+    ] = 30
     lam: Annotated[float, "proximal strength"] = 2.0
     inner_lr: Annotated[float, "step size of the inner solver"] = 0.1
     inner_steps: Annotated[int, "steps of the inner solver"] = 16

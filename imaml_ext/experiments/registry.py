@@ -8,11 +8,12 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from imaml_ext._checks import check_range
 from imaml_ext.data import load_mini_imagenet, load_omniglot, load_tiny_imagenet
 from imaml_ext.experiments.authors_code import AuthorsCodeCG, DescentThenProximal
 from imaml_ext.experiments.config import Config, Decay, LearnLam
 from imaml_ext.experiments.models import conv4, mlp
-from imaml_ext.experiments.query_batches import QueryBatches
+from imaml_ext.experiments.query_loss import QueryLoss
 from imaml_ext.experiments.ridge_head import RidgeHead
 from imaml_ext.methods.base import Method
 from imaml_ext.methods.imaml import IMAML
@@ -105,10 +106,12 @@ def _imaml(c: Config, *, params: dict[str, nn.Parameter], **shared: Any) -> IMAM
     return IMAML(params=params, lam=lam, linear=linear, adapt_proximal=c.eval_proximal, **shared)
 
 
-def _ridge_head(c: Config, *, loss: ModuleLoss, nonfinite: Nonfinite, **_: Any) -> RidgeHead:
-    if not isinstance(loss.model, nn.Sequential) or loss.criterion is nn.functional.mse_loss:
+def _ridge_head(c: Config, *, loss: ModuleLoss, **_: Any) -> RidgeHead:
+    if loss.criterion is not nn.functional.cross_entropy:
         raise ValueError("ridge-head is for classification")
-    return RidgeHead(loss, shot=c.shot, nonfinite=nonfinite)
+    if c.nonfinite == "omit":
+        raise ValueError("ridge-head cannot omit tasks: their gradients are computed together")
+    return RidgeHead(loss, shot=c.shot)
 
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -123,12 +126,14 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ridge-head": _ridge_head,
 }
 
+_WITH_QUERY_LOSS = ("imaml", "maml", "maml-accelerated", "truncated-maml", "fomaml")
 _ONLY_FOR = {  # the methods that use a field of Config; of others it must have its default
     # The implicit gradient does not depend on the step size.
     "learn_lr": ("maml", "maml-accelerated", "truncated-maml"),
     "learn_lam": ("imaml",),
     "inner": ("imaml",),
-    "query_batches": ("imaml", "maml", "maml-accelerated", "truncated-maml", "fomaml"),
+    "query_batches": _WITH_QUERY_LOSS,
+    "query_scale": _WITH_QUERY_LOSS,
     "train_way": ("ridge-head",),  # the others learn a head for a number of classes
 }
 
@@ -145,20 +150,21 @@ def make_method(config: Config, loss: ModuleLoss) -> Method:
             raise ValueError(
                 f"{name} is for {', '.join(methods)}, got {value!r} with method {config.method!r}"
             )
+    check_range("query_scale", config.query_scale, "(0, inf)")
     if config.query_batches < 1 or config.query % config.query_batches:
         raise ValueError(
             f"query_batches must divide query={config.query}, got {config.query_batches}"
         )
-    different = {}
-    if config.query_batches > 1:
-        different["query_loss"] = QueryBatches(loss, config.query_batches)
+    more: dict[str, Any] = {}
+    if (config.query_batches, config.query_scale) != (1, 1.0):  # Reptile has no query loss
+        more["query_loss"] = QueryLoss(loss, config.query_batches, config.query_scale)
     return METHODS[config.method](
         config,
         loss=loss,
         params=dict(loss.model.named_parameters()),
         inner=INNER[config.inner](config),
         nonfinite=config.nonfinite,
-        **different,
+        **more,
     )
 
 

@@ -10,29 +10,31 @@ from imaml_ext.data.mini_batches import split_batches
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.adapt import adapt
 from imaml_ext.methods.base import Method
-from imaml_ext.methods.meta_gradient import MetaGradient, Nonfinite
+from imaml_ext.methods.meta_gradient import MetaGradient
 from imaml_ext.problem.layout import Params
 from imaml_ext.problem.module_loss import ModuleLoss
 from imaml_ext.solvers.inner import HessianFree
 from imaml_ext.solvers.inner.base import unverified
 from imaml_ext.solvers.linear.cg import ConjugateGradient
+from imaml_ext.solvers.solution import Status
 
 
 class RidgeHead(Method):
     """The last layer is fitted to each task by ridge regression, and the other layers are learned.
 
-    With features z(x), the body's d outputs divided by sqrt(d), the logits of task i are
-    `s z(x) phi_i`, where phi_i minimises `1/2 ‖z(x_i) phi - onehot(y_i)‖² + lam/2 ‖phi‖²`. The
-    body's parameters, lam and s are learned, through `adapt`. Batches may differ in the number of
-    classes: features for 5-way tasks can be learned from tasks with many more.
+    With features z(x), the body's d outputs divided by sqrt(d), with a constant 1 appended, the
+    logits of task i are `s z(x) phi_i`, where phi_i minimises
+    `1/2 ‖z(x_i) phi - onehot(y_i)‖² + lam/2 ‖phi‖²`. The body's parameters, lam (at first 0.1) and
+    s (at first 20) are learned, through `adapt`. Batches may differ in the number of classes:
+    features for 5-way tasks can be learned from tasks with many more.
 
     Args:
         loss: of an `nn.Sequential` whose last layer is an `nn.Linear`.
         shot: support examples per class.
-        nonfinite: as in `Method`.
 
     Raises:
-        TypeError: the last layer is another one.
+        TypeError: the last layer is not an `nn.Linear`. `meta_gradient` raises a ValueError for a
+            batch with weights.
 
     Source: Bertinetto, Henriques, Torr, Vedaldi 2019, "Meta-learning with differentiable
         closed-form solvers", with an implicit gradient instead of the closed form.
@@ -42,7 +44,7 @@ class RidgeHead(Method):
     inner = HessianFree(steps=1, linear=ConjugateGradient(max_iter=60, rtol=1e-4), damping=0.0)
     linear = ConjugateGradient(max_iter=40, rtol=1e-3)
 
-    def __init__(self, loss: ModuleLoss, *, shot: int, nonfinite: Nonfinite = "propagate") -> None:
+    def __init__(self, loss: ModuleLoss, *, shot: int) -> None:
         *body, (self.head_name, head) = loss.model.named_children()
         if not isinstance(head, nn.Linear):
             raise TypeError(f"the last layer must be an nn.Linear, got {type(head).__name__}")
@@ -53,7 +55,7 @@ class RidgeHead(Method):
             for name, layer in body
             for key, parameter in layer.named_parameters()
         }
-        super().__init__(loss, learned, nonfinite=nonfinite)
+        super().__init__(loss, learned)
         self.criterion, self.shot = loss.criterion, shot
         one = torch.ones((), dtype=self.layout.dtype, device=self.layout.device)
         self.log_ridge = (0.1 * one).log().requires_grad_()
@@ -61,6 +63,8 @@ class RidgeHead(Method):
 
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
         batch = TaskBatch.of(batch)
+        if batch.weights is not None:
+            raise ValueError("RidgeHead does not take weights of tasks")
         (support_x, support_y), (query_x, query_y) = batch.support, batch.query
         learned = self.learned()
         with torch.enable_grad():
@@ -72,14 +76,16 @@ class RidgeHead(Method):
         with torch.no_grad():
             support_loss = vmap(self.criterion)(_outputs(head, features), support_y)
         losses = losses.detach()
-        done = torch.zeros(len(losses), dtype=torch.int32, device=losses.device)
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        steps = torch.ones(len(losses), dtype=torch.int32, device=losses.device)
+        status = torch.where(finite, Status.MAX_ITER, Status.NONFINITE * steps)  # of all tasks
         return MetaGradient(
             params={name: named[name] for name in self.params},
             lam=None,
             support_loss=support_loss,
             query_loss=losses,
             adapted=self._phi(head),
-            inner=unverified(losses, done, done),
+            inner=unverified(losses, status, steps),
             linear=None,
             hyperparameters={name: named[name] for name in self.hyperparameters()},
         )

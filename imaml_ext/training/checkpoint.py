@@ -17,7 +17,7 @@ _FORMAT = "imaml_ext checkpoint"
 _VERSION = 1
 _MODEL = {"config", "steps", "learned"}
 _TRAINING = {
-    *("history", "validation"),
+    *("seconds", "history", "validation"),
     *("optimizer_class", "optimizer", "scheduler", "random"),
 }
 
@@ -98,7 +98,7 @@ def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, An
             f"{path} is a version {state.get('version')} checkpoint, expected {_VERSION}"
         )
     missing = (_MODEL | _TRAINING if training else _MODEL) - state.keys()
-    if missing == _TRAINING:
+    if missing in (_TRAINING, _TRAINING - {"seconds"}):
         raise ValueError(f"{path} contains only a model: it can be evaluated, not trained further")
     if missing:
         raise ValueError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from imaml_ext.methods.base import Method
-from imaml_ext.training.weight_averaging import averages
+from imaml_ext.training.weight_averaging import averages, decays
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,12 @@ class Optimisation:
             )
         if state["scheduler"].keys() != expected["scheduler"].keys():
             raise ValueError("the checkpoint was written with another scheduler, or without one")
+        saved, own = (decays(s["optimizer"]["param_groups"]) for s in (state, expected))
+        if saved != own:
+            raise ValueError(
+                f"the checkpoint was written with the average_decay {saved}, but the optimizer has "
+                f"{own}: call average_weights with the same decay before loading"
+            )
         with self._undone_on_error():
             self._load(state)
 

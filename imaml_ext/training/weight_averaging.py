@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from imaml_ext._checks import check_instance, check_range
 
-_AVERAGE = "average"  # name in the state of each tensor
+_AVERAGE = "average"  # in the optimizer's state of each tensor
+_DECAY = "average_decay"  # in each of its parameter groups
 
 
 def average_weights(optimizer: Optimizer, decay: float) -> None:
@@ -19,15 +20,16 @@ def average_weights(optimizer: Optimizer, decay: float) -> None:
     After each step, `average <- decay average + (1 - decay) tensor`, from the tensor's value after
     the first step. The averages are part of the optimizer's state, so checkpoints contain
     them and a recorded meta-step updates them. Training itself does not change; `averaged` puts the
-    averages in place of the tensors.
+    averages in place of the tensors. A checkpoint with averages can only be loaded after this call
+    with the same decay, and one without averages only without it.
 
     Args:
-        optimizer: any `torch.optim.Optimizer`; a second call adds a second update per step.
+        optimizer: any `torch.optim.Optimizer`.
         decay: in [0, 1).
 
     Raises:
         TypeError: `optimizer` is not an optimizer, or `decay` not a number.
-        ValueError: `decay` is out of range.
+        ValueError: `decay` is out of range, or the optimizer already keeps averages.
 
     Source: Polyak, Juditsky 1992, "Acceleration of stochastic approximation by averaging"; the
         moving average is that of `torch.optim.swa_utils.get_ema_multi_avg_fn`.
@@ -35,22 +37,36 @@ def average_weights(optimizer: Optimizer, decay: float) -> None:
     check_instance("optimizer", optimizer, Optimizer, "pass one of torch.optim")
     check_range("decay", decay, "[0, 1)")
 
-    @torch.no_grad()
-    def update(optimizer: Optimizer, *_: Any) -> None:
-        for tensor, state in optimizer.state.items():
+    if any(decays(optimizer.param_groups)):
+        raise ValueError("the optimizer already keeps averages")
+    for group in optimizer.param_groups:
+        group[_DECAY] = decay
+    optimizer.register_step_post_hook(_update)
+
+
+@torch.no_grad()
+def _update(optimizer: Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            if tensor.grad is None:  # not updated; Adam creates its state only if there is none
+                continue
+            state = optimizer.state[tensor]
             if _AVERAGE in state:
-                state[_AVERAGE].lerp_(tensor, 1 - decay)
+                state[_AVERAGE].lerp_(tensor, 1 - group[_DECAY])
             else:
                 state[_AVERAGE] = tensor.detach().clone()
 
-    optimizer.register_step_post_hook(update)
+
+def decays(groups: list[dict[str, Any]]) -> list[float | None]:
+    """The decay of each parameter group; None if no averages are kept."""
+    return [group.get(_DECAY) for group in groups]
 
 
 @contextmanager
 def averaged(optimizer: Optimizer) -> Iterator[None]:
     """Context in which the tensors that the optimizer updates have the values of their averages.
 
-    Without averages, nothing changes. Training must not go on inside the context.
+    Without averages, nothing changes. Do not train inside the context.
 
     Args:
         optimizer: as in `average_weights`.

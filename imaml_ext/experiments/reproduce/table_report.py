@@ -11,7 +11,6 @@ from imaml_ext.experiments.cells import COLUMNS, ROWS, TABLES, cell
 from imaml_ext.experiments.plots import label, panels, save
 from imaml_ext.experiments.reproduce.study import Record
 
-_PAPERS_TASKS = 640_000  # 20,000 meta-steps of 32
 _VARIANTS = {"features": "from features"}
 
 
@@ -90,7 +89,9 @@ def _row(record: Record, method: str) -> dict[str, str]:
     steps = record["adaptation_steps"]
     adaptation = f"{steps} step" if steps == 1 else f"{steps} steps"
     other = _interval(record, "no_proximal_")
-    if config["method"] == "imaml" and config["eval_proximal"]:
+    if config["method"] == "ridge-head":
+        adaptation = "ridge regression"
+    elif config["method"] == "imaml" and config["eval_proximal"]:
         adaptation += f", lam {config['lam']:g}"
     elif config["method"] == "imaml":
         adaptation += ", without lam"
@@ -121,33 +122,37 @@ def _interval(record: Record, prefix: str) -> str:
 
 
 def _extrapolations(records: list[Record]) -> list[str]:
-    """A paragraph for each method that was trained for two lengths or more."""
+    """A paragraph for each method that was trained from random weights for several lengths."""
     lines = []
-    for row, variant in dict.fromkeys((r["row"], r["variant"]) for r in records):
-        runs = [r for r in records if (r["row"], r["variant"]) == (row, variant) and r["curve"]]
+    trained = [r for r in records if r["variant"] == "ours" and r["accuracy"] < 100]
+    for row in dict.fromkeys(r["row"] for r in trained):
+        runs = [r for r in trained if r["row"] == row]
         lengths = {run["meta_steps"] for run in runs}
         if len(lengths) > 1 and max(lengths) >= 3 * min(lengths):
-            low, middle, high = (100 * (1 - error) for error in extrapolated(runs)[::-1])
+            paper = cell(runs[0]["table"], runs[0]["column"], row, "paper").train
+            tasks = paper.meta_steps * paper.tasks
+            low, middle, high = (100 * (1 - error) for error in extrapolated(runs, tasks)[::-1])
             lines.append(
-                f"{_label(runs[0], runs[:1])}: {middle:.1f}% ({low:.1f} to {high:.1f}) after "
-                f"{_PAPERS_TASKS:,} tasks, if the error falls as a power of the number of tasks, "
-                f"fitted to {len(runs)} trainings. The interval counts only the tasks tested.\n"
+                f"{_label(runs[0], runs[:1])}: {middle:.1f}% ({low:.1f} to {high:.1f}) after the "
+                f"paper's {tasks:,} tasks, if the error follows a power law in the number of tasks "
+                f"(fitted to {len(runs)} training runs). The interval reflects only the number of "
+                "test tasks.\n"
             )
     return lines
 
 
-def extrapolated(runs: list[Record]) -> tuple[float, float, float]:
-    """Error after the paper's number of tasks: lower end of the 95% interval, value, upper end.
+def extrapolated(runs: list[Record], at_tasks: int) -> tuple[float, float, float]:
+    """The error after `at_tasks` tasks: lower end of the 95% interval, value, upper end.
 
     Fits log error to log tasks by least squares, weighted by the standard errors of the tests.
     """
     tasks = np.log([run["meta_steps"] * run["config"]["tasks"] for run in runs])
     error = np.array([1 - run["accuracy"] / 100 for run in runs])
     spread = np.array([run["ci95"] / 196 for run in runs]) / error
-    design = np.stack([np.ones_like(tasks), tasks - math.log(_PAPERS_TASKS)], 1) / spread[:, None]
-    at_papers, _ = np.linalg.lstsq(design, np.log(error) / spread, rcond=None)[0]
+    design = np.stack([np.ones_like(tasks), tasks - math.log(at_tasks)], 1) / spread[:, None]
+    expected, _ = np.linalg.lstsq(design, np.log(error) / spread, rcond=None)[0]
     half = 1.96 * math.sqrt(np.linalg.inv(design.T @ design)[0, 0])
-    low, middle, high = np.exp([at_papers - half, at_papers, at_papers + half])
+    low, middle, high = np.exp([expected - half, expected, expected + half])
     return float(low), float(middle), float(high)
 
 
@@ -157,7 +162,8 @@ def _origin(table: str, column: str, records: list[Record]) -> str:
     def all_of(values: list[str]) -> str:
         return ", ".join(dict.fromkeys(values))
 
-    best = max(records, key=lambda record: record["val_accuracy"])
+    trained = [record for record in records if record["meta_steps"]]
+    best = max(trained or records, key=lambda record: record["val_accuracy"])
     sources = [record["source"] for record in records]
     return (
         f"On {all_of([str(r['test_tasks']) for r in records])} test tasks, seed "

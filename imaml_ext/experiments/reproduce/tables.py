@@ -148,8 +148,12 @@ def _test(experiment: Experiment, tasks: int) -> Record:
 
 
 def _keep_if_best(one: Cell, checkpoint: Path, accuracy: float, out: Path) -> None:
-    """Keep the column's best model by validation accuracy; test classes must not select it."""
-    others = [r for r in read_lines(out / f"{one.table}.jsonl") if r["column"] == one.column]
+    """Keep the column's best model by validation accuracy; test classes must not select it.
+
+    The ridge head is kept apart, as the model from which the others start.
+    """
+    lines = read_lines(out / f"{one.table}.jsonl")
+    others = [r for r in lines if r["column"] == one.column and r["row"] != "ridge-head"]
     if accuracy > max((r.get("val_accuracy", 0.0) for r in others), default=0.0):
         state = load_checkpoint(checkpoint)
         state["config"] = json.dumps(json.loads(state["config"]) | one.changes)
