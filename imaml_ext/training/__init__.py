@@ -3,7 +3,12 @@
 from imaml_ext.training.budget import Budget
 from imaml_ext.training.capture import Capture, cuda_graph, no_capture
 from imaml_ext.training.capture_programs import compiled
-from imaml_ext.training.checkpoint import load_checkpoint, save_checkpoint, save_model
+from imaml_ext.training.checkpoint import (
+    evaluated_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    save_model,
+)
 from imaml_ext.training.distributed import process_group
 from imaml_ext.training.evaluation import (
     Evaluation,
@@ -32,6 +37,7 @@ __all__ = [
     "compiled",
     "cuda_graph",
     "evaluate",
+    "evaluated_tensors",
     "json_lines",
     "load_checkpoint",
     "no_capture",

@@ -56,7 +56,11 @@ def save_model(path: str | Path, state: Mapping[str, Any]) -> None:
 
 
 def evaluated_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The learned tensors of a state, or their averages if it has any, {name: tensor}."""
+    """The learned tensors, {name: tensor}, or their averages if the state has any.
+
+    Args:
+        state: as `load_checkpoint` returns it.
+    """
     return {**state["learned"], **state.get("averages", {})}
 
 

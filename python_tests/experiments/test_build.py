@@ -121,25 +121,42 @@ def test_the_learning_rate_is_constant_or_decays():
     assert rates["cosine"] == pytest.approx(cosine, abs=1e-12)
 
 
-def test_training_starts_from_the_tensors_of_equal_name_and_shape():
+def test_a_training_starts_from_the_evaluated_tensors_of_another():
     small = dataclasses.replace(PRESETS["sinusoid"], tasks=2, inner_steps=1, average=0.5)
-    first = build(small)
-    trainer = first.trainer()
+    trainer = build(small).trainer()
     trainer.step()
     trainer.step()
-    expected = dict(evaluated_tensors(trainer.state_dict()))
-    other = build(dataclasses.replace(small, seed=1, start="first.pt"))
-    before = {name: tensor.detach().clone() for name, tensor in other.method.params.items()}
-    state = {"learned": expected | {"0.bias": torch.zeros(3)}}
+    state = trainer.state_dict()
+    expected = evaluated_tensors(state)
+    assert not torch.equal(expected["0.bias"], state["learned"]["0.bias"])
+    other = build(dataclasses.replace(small, seed=1))
+    assert not torch.equal(other.method.params["0.bias"], expected["0.bias"])
     started = other.trainer(start=state).method.params
-    assert torch.equal(started["0.bias"], before.pop("0.bias"))  # of another shape
-    for name, tensor in before.items():
-        assert torch.equal(started[name], expected[name])
-        assert not torch.equal(tensor, expected[name])
-    del state["learned"]["2.bias"]
-    assert not other.trainer(start=state).method.params["2.bias"].any()
-    with pytest.raises(ValueError, match=r"first\.pt has none of the 6 learned tensors"):
-        other.trainer(start={"learned": {"conv": torch.zeros(1)}})
+    for name, tensor in expected.items():
+        assert torch.equal(started[name], tensor)
+
+
+@pytest.mark.parametrize("change", [lambda t: None, lambda t: torch.ones(3)], ids=["none", "other"])
+def test_a_last_layer_that_the_start_lacks_becomes_zero(change):
+    experiment = build(PRESETS["sinusoid"])
+    tensors = {n: t.detach().clone() for n, t in experiment.method.params.items()}
+    for name in ("4.weight", "4.bias"):
+        tensors[name] = change(tensors[name])
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    experiment.initialise({"learned": tensors})
+    assert not experiment.method.params["4.weight"].any()
+    assert not experiment.method.params["4.bias"].any()
+    assert torch.equal(experiment.method.params["2.weight"], tensors["2.weight"])
+    with pytest.raises(ValueError, match=r"start has no 2\.bias of shape \[40\]"):
+        experiment.initialise({"learned": tensors | {"2.bias": torch.ones(3)}})
+
+
+def test_hyperparameters_that_the_start_lacks_keep_their_values():
+    experiment = build(dataclasses.replace(PRESETS["sinusoid"], learn_lam="scalar"))
+    before = {n: t.detach().clone() for n, t in experiment.method.hyperparameters().items()}
+    experiment.initialise({"learned": dict(experiment.method.params)})
+    for name, tensor in experiment.method.hyperparameters().items():
+        assert torch.equal(tensor, before[name])
 
 
 @pytest.fixture
@@ -182,6 +199,21 @@ def test_query_batches_are_normalised_as_in_evaluation(few_images):
         ]
         torch.testing.assert_close(out.query_loss[task], torch.stack(expected).mean().detach())
     assert experiment.method.loss is experiment.loss  # of the support set
+
+
+def test_a_query_scale_multiplies_the_logits_of_the_query_loss_alone(few_images):
+    settings = {"query": 2, "tasks": 2, "inner_steps": 1, "query_scale": 3.0}
+    experiment = build(dataclasses.replace(PRESETS["omniglot"], **settings))
+    batch = experiment.sources["train"].sample(0)
+    out = experiment.method.meta_gradient(batch)
+    plain = build(dataclasses.replace(PRESETS["omniglot"], **settings | {"query_scale": 1.0}))
+    assert torch.equal(out.support_loss, plain.method.meta_gradient(batch).support_loss)
+    x, y = batch.query
+    for task in range(2):
+        phi = {name: tensor[task] for name, tensor in out.adapted.items()}
+        logits = 3 * experiment.loss.outputs(phi, x[task]).detach()
+        expected = torch.nn.functional.cross_entropy(logits, y[task])
+        torch.testing.assert_close(out.query_loss[task], expected)
 
 
 @pytest.mark.parametrize("count", [0, 3])

@@ -78,6 +78,22 @@ def test_the_adapted_parameters_are_the_models_with_the_fitted_head():
         torch.testing.assert_close(loss(row, support).detach(), out.support_loss[task])
 
 
+@pytest.mark.parametrize("part", ["support", "query"])
+def test_what_is_not_finite_fails(part):
+    method = RidgeHead(module_loss(small_model(), nn.functional.cross_entropy), shot=SHOT)
+    batch = small_batch(3)
+    assert not method.meta_gradient(batch).failed.any()
+    getattr(batch, part)[0][1, 0] = torch.nan
+    assert method.meta_gradient(batch).failed.all()  # the gradients are computed together
+
+
+def test_weights_are_refused():
+    method = RidgeHead(module_loss(small_model(), nn.functional.cross_entropy), shot=SHOT)
+    batch = small_batch(3)
+    with pytest.raises(ValueError, match="does not take weights"):
+        method.meta_gradient(TaskBatch(batch.support, batch.query, torch.ones(2)))
+
+
 def test_the_head_is_not_learned():
     model = small_model()
     method = RidgeHead(module_loss(model, nn.functional.cross_entropy), shot=SHOT)

@@ -234,7 +234,10 @@ def test_cells_start_from_features_that_are_learned_once(
     text = (tmp_path / "results" / "README.md").read_text()
     assert "| ridge head, from features | **" in text
     assert "| first-order MAML, from features | **" in text
-    assert "| 0 + 0 |" in text  # minutes of the features, and after them
+    assert "| 0 + 0 | ridge regression |" in text  # minutes of the features, and after them
+    assert ", first-order MAML, from features, is kept" in text
+    state = load_checkpoint(tmp_path / "results" / "models" / "table2-5w1s.pt")
+    assert json.loads(state["config"])["method"] == "fomaml"
 
     # Another seed learns its own features.
     assert reproduce(tmp_path, *command, "--seed", "1") == 0
@@ -317,7 +320,7 @@ def run_of(tasks, error, half_width):
 
 def test_the_extrapolation_of_a_power_law_is_the_power_law():
     runs = [run_of(tasks, 400 * tasks**-0.5, 0.1) for tasks in (800, 8000, 80_000)]
-    low, middle, high = extrapolated(runs)
+    low, middle, high = extrapolated(runs, 640_000)
     assert middle == pytest.approx(4.0 / 640_000**0.5, rel=1e-9)
     assert low < middle < high
 
@@ -328,7 +331,7 @@ def test_the_interval_of_the_extrapolation_covers_the_truth_as_often_as_it_says(
     for _ in range(400):
         errors = 40 * sizes**-0.27 * np.exp(spread * generator.standard_normal(2))
         runs = [run_of(n, e, 1.96 * spread * e) for n, e in zip(sizes, errors, strict=True)]
-        low, _, high = extrapolated(runs)
+        low, _, high = extrapolated(runs, 640_000)
         covered += low <= 0.4 * 640_000**-0.27 <= high
     assert 0.92 < covered / 400 < 0.98
 

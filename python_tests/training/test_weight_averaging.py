@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from trainings import RecordableWithNan, make_trainer, sinusoid
+from trainings import RecordableWithNan, make_method, make_trainer, sinusoid
 
+from imaml_ext import Trainer
 from imaml_ext.training import average_weights, averaged, evaluate, save_model
 from imaml_ext.training.capture import no_capture
 from imaml_ext.training.checkpoint import evaluated_tensors, load_checkpoint
@@ -35,8 +36,11 @@ def assert_equal(got, expected):
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_the_average_is_exponential_and_starts_after_the_first_step():
-    trainer, expected = averaging_trainer(), None
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.LBFGS])
+def test_the_average_is_exponential_and_starts_after_the_first_step(kind):
+    method, expected = make_method(CPU), None
+    trainer = Trainer(method, sinusoid(CPU), kind(method.learned().values(), lr=2**-7))
+    average_weights(trainer.optimizer, DECAY)
     for _ in range(5):
         trainer.step()
         now = learned(trainer)
@@ -116,6 +120,17 @@ def test_a_model_has_the_averages_and_a_checkpoint_both(tmp_path):
         load_checkpoint(tmp_path / "model.pt", training=True)
 
 
+def test_averages_are_loaded_only_where_they_are_kept(tmp_path):
+    averaging, plain = averaging_trainer(), make_trainer(CPU)
+    for trainer, other in ((averaging, plain), (plain, averaging)):
+        trainer.step()
+        trainer.save(tmp_path / "checkpoint.pt")
+        before = learned(other)
+        with pytest.raises(ValueError, match="call average_weights with the same decay before"):
+            other.load(tmp_path / "checkpoint.pt")
+        assert_equal(learned(other), before)
+
+
 @pytest.mark.parametrize("record", [True, False], ids=["recorded", "no_capture"])
 def test_steps_on_the_device_update_the_averages_too(record, device, capture):
     trainer = averaging_trainer(device, capture if record else no_capture)
@@ -145,3 +160,6 @@ def test_invalid_arguments_are_refused():
         average_weights(optimizer, 1.0)
     with pytest.raises(TypeError, match="optimizer must be"):
         average_weights(None, 0.5)
+    average_weights(optimizer, 0.5)
+    with pytest.raises(ValueError, match="already keeps averages"):
+        average_weights(optimizer, 0.5)
