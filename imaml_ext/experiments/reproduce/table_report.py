@@ -34,12 +34,12 @@ def _draw_column(records: list[Record], path: Path) -> Path:
             tasks = [step * record["config"]["tasks"] for step in steps]
             begin = record.get("start", {}).get("seconds", 0.0)  # when its features were ready
             minutes = [(begin + s) / 60 for s in seconds]
-            axes[0].plot(tasks, accuracy, ".-", label=_label(record, records))
-            axes[1].plot(minutes, accuracy, ".-", label=_label(record, records))
-    label(axes[0], "tasks seen, after the features if any", "accuracy on validation classes (%)")
+            errors = [100 - a for a in accuracy]
+            axes[0].loglog(tasks, errors, ".-", label=_label(record, records))
+            axes[1].loglog(minutes, errors, ".-", label=_label(record, records))
+    label(axes[0], "tasks seen, after the features if any", "error on validation classes (%)")
     label(axes[1], "minutes of training, with those of the features", fontsize=7)
-    for axis in axes:
-        axis.set_xscale("log")
+    axes[0].get_legend().remove()  # it is that of the second panel
     return save(figure, path)
 
 
