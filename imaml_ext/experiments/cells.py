@@ -81,12 +81,15 @@ def _omniglot(way: int, shot: int) -> dict[str, dict[str, Settings]]:
         "decay": "cosine", "average": 0.998,
     }  # fmt: skip
     from_features: dict[str, Settings] = {
-        "imaml-gd": {"meta_lr": 3e-4, "query_scale": 6.0, "cg_steps": 5, "curvature": "ggn"},
+        "imaml-gd": {
+            "inner": "nesterov", "inner_lr": 0.3, "cg_steps": 5, "curvature": "ggn",
+            "meta_lr": 3e-4, "query_scale": 4.0,
+        },
         "imaml-hf": {"lam": 0.3},
         "maml": {"meta_lr": 3e-4, "query_scale": 2.0},
         "fomaml": {"meta_lr": 3e-4, "query_scale": 6.0},
         "reptile": {"query_batches": 1},
-    }
+    }  # fmt: skip
     return {
         "ours": rows,
         "features": {

@@ -88,6 +88,8 @@ def _row(record: Record, method: str) -> dict[str, str]:
     config = record["config"] | record["test"]
     steps = record["adaptation_steps"]
     adaptation = f"{steps} step" if steps == 1 else f"{steps} steps"
+    if config["inner"] == "nesterov":
+        adaptation = f"{steps} Nesterov steps"
     other = _interval(record, "no_proximal_")
     if config["method"] == "ridge-head":
         adaptation = "ridge regression"
