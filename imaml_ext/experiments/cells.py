@@ -85,7 +85,7 @@ def _omniglot(way: int, shot: int) -> dict[str, dict[str, Settings]]:
             "inner": "nesterov", "inner_lr": 0.3, "cg_steps": 5, "curvature": "ggn",
             "meta_lr": 3e-4, "query_scale": 4.0,
         },
-        "imaml-hf": {"lam": 0.3},
+        "imaml-hf": {"lam": 0.3, "cg_steps": 5, "meta_lr": 3e-4, "query_scale": 3.0},
         "maml": {"inner_lr": 0.3, "inner_steps": 3, "meta_lr": 3e-4, "query_scale": 4.0},
         "fomaml": {"meta_lr": 3e-4, "query_scale": 6.0},
         "reptile": {"query_batches": 1},
