@@ -78,7 +78,7 @@ class RidgeHead(Method):
         losses = losses.detach()
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
         steps = torch.ones(len(losses), dtype=torch.int32, device=losses.device)
-        status = torch.where(finite, Status.MAX_ITER, Status.NONFINITE * steps)  # of all tasks
+        status = torch.full_like(steps, Status.MAX_ITER).masked_fill(~finite, Status.NONFINITE)
         return MetaGradient(
             params={name: named[name] for name in self.params},
             lam=None,

@@ -36,8 +36,7 @@ def average_weights(optimizer: Optimizer, decay: float) -> None:
     """
     check_instance("optimizer", optimizer, Optimizer, "pass one of torch.optim")
     check_range("decay", decay, "[0, 1)")
-
-    if any(decays(optimizer.param_groups)):
+    if any(kept is not None for kept in decays(optimizer.param_groups)):
         raise ValueError("the optimizer already keeps averages")
     for group in optimizer.param_groups:
         group[_DECAY] = decay

@@ -160,6 +160,6 @@ def test_invalid_arguments_are_refused():
         average_weights(optimizer, 1.0)
     with pytest.raises(TypeError, match="optimizer must be"):
         average_weights(None, 0.5)
-    average_weights(optimizer, 0.5)
+    average_weights(optimizer, 0.0)
     with pytest.raises(ValueError, match="already keeps averages"):
         average_weights(optimizer, 0.5)
