@@ -35,6 +35,14 @@ def test_a_group_is_a_class_and_its_nearest():
     assert similar.groups[0].sort().values.tolist() == [0, 1, 2]
 
 
+def test_what_all_classes_have_in_common_does_not_matter():
+    similar, shifted = (
+        SimilarClasses.nearest(striped_images(), features, neighbours=4)
+        for features in (on_a_circle, lambda x: on_a_circle(x) + torch.tensor([50.0, -20.0]))
+    )
+    assert torch.equal(shifted.groups.sort(1).values, similar.groups.sort(1).values)
+
+
 def quadrant(x):
     """The brightness of the four corners."""
     return torch.stack([x[..., 0, 0], x[..., 0, -1], x[..., -1, -1], x[..., -1, 0]], -1)[:, 0]
