@@ -249,6 +249,13 @@ def test_cells_start_from_features_that_are_learned_once(
         load_checkpoint(tmp_path / "results" / "models" / f"{name}.pt")["seconds"] for name in names
     )
     assert second > first  # includes it
+    seeds = [r["accuracy"] for r in lines(tmp_path) if r["column"] == "5w1s" and r["meta_steps"]]
+    text = (tmp_path / "results" / "README.md").read_text()
+    assert "| first-order MAML, from features, seed 1 | **" in text
+    assert (
+        f"first-order MAML, from features: {sum(seeds) / 2:.2f}% on average over 2 seeds, which "
+        f"share the test tasks (standard deviation {abs(seeds[0] - seeds[1]) / 2**0.5:.2f}; "
+    ) in text
     capsys.readouterr()
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,11 +50,20 @@ def _label(record: Record, records: list[Record]) -> str:
     same = [r for r in records if r["row"] == record["row"]]
     if record["variant"] != "ours":
         text += f", {_VARIANTS.get(record['variant'], record['variant'])}"
-    if len({r["seed"] for r in same}) > 1:
-        text += f", seed {record['seed']}"
-    if len({(r["config"]["minutes"], r["config"]["meta_steps"]) for r in same}) > 1:
+    if len({_length(r) for r in same}) > 1:
         text += f", {record['seconds'] / 60:.0f} min"
+    if len({r["seed"] for r in same if _but_seed(r) == _but_seed(record)}) > 1:
+        text += f", seed {record['seed']}"
     return text
+
+
+def _length(record: Record) -> tuple[float, int]:
+    return record["config"]["minutes"], record["config"]["meta_steps"]
+
+
+def _but_seed(record: Record) -> tuple[Any, ...]:
+    """What records that differ only in the seed have in common."""
+    return record["row"], record["variant"], *_length(record)
 
 
 def markdown(table: str, records: list[Record]) -> str:
@@ -67,6 +77,7 @@ def markdown(table: str, records: list[Record]) -> str:
             if any(record["curve"] for record in trained):
                 parts.append(f"![Learning curves]({table}-{column}.png)\n")
             parts.append(_trained(trained))
+            parts += _over_seeds(trained)
             parts += _extrapolations(trained)
             parts.append(_origin(table, column, trained))
         rows = TABLES[table].rows(column, "ours")
@@ -121,6 +132,23 @@ def _interval(record: Record, prefix: str) -> str:
     if f"{prefix}accuracy" not in record:
         return ""
     return f"{record[f'{prefix}accuracy']:.2f} ± {record[f'{prefix}ci95']:.2f}"
+
+
+def _over_seeds(records: list[Record]) -> list[str]:
+    """A paragraph for each training that was repeated with other seeds."""
+    lines = []
+    for common in dict.fromkeys(_but_seed(r) for r in records):
+        runs = [r for r in records if _but_seed(r) == common]
+        if len(runs) > 1:
+            accuracies = [run["accuracy"] for run in runs]
+            support = np.mean([run["support_accuracy"] for run in runs])
+            name = _label(runs[0], [r for r in records if r["seed"] == runs[0]["seed"]])
+            lines.append(
+                f"{name}: {np.mean(accuracies):.2f}% on average over {len(runs)} seeds, which "
+                f"share the test tasks (standard deviation {np.std(accuracies, ddof=1):.2f}; "
+                f"{support:.2f}% with support statistics).\n"
+            )
+    return lines
 
 
 def _extrapolations(records: list[Record]) -> list[str]:
