@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,6 +52,18 @@ def test_averaged_tensors_are_evaluated_after_training_and_later(tmp_path, capsy
     save_checkpoint(tmp_path / "last.pt", state | {"averages": {}})
     assert main(["eval", str(tmp_path / "last.pt"), *arguments[2:]]) == 0
     assert last_json(capsys)["loss"] != trained["loss"]
+
+
+def test_a_reader_that_has_ended_is_not_an_error_to_report(tmp_path, capsys):
+    assert main(["train", *QUICK, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "imaml_ext", "eval", str(tmp_path), "--eval-tasks", "5"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert ended.stderr == ""
+    assert ended.returncode == 1
 
 
 def test_a_training_can_start_from_another(tmp_path, capsys, monkeypatch):
