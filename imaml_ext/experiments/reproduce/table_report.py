@@ -9,7 +9,7 @@ import numpy as np
 
 from imaml_ext._io import write_atomically
 from imaml_ext.experiments.cells import COLUMNS, ROWS, TABLES, cell
-from imaml_ext.experiments.plots import label, panels, save
+from imaml_ext.experiments.plots import panels, save
 from imaml_ext.experiments.reproduce.study import Record
 
 _VARIANTS = {"features": "from features"}
@@ -28,7 +28,14 @@ def draw(table: str, records: list[Record], folder: Path) -> list[Path]:
 
 
 def _draw_column(records: list[Record], path: Path) -> Path:
-    figure, axes = panels(2, sharey=True)
+    from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator
+
+    figure, axes = panels(3, width=4.5, sharey=True)
+    by_tasks, by_minutes, beside = axes
+    for axis in (by_tasks, by_minutes):
+        axis.set_prop_cycle(color=colormaps["tab20"](range(20)))
+        axis.grid(alpha=0.3)
     for record in records:
         if record["curve"]:
             steps, seconds, accuracy = zip(*record["curve"], strict=True)
@@ -36,11 +43,17 @@ def _draw_column(records: list[Record], path: Path) -> Path:
             begin = record.get("start", {}).get("seconds", 0.0)  # when its features were ready
             minutes = [(begin + s) / 60 for s in seconds]
             errors = [100 - a for a in accuracy]
-            axes[0].loglog(tasks, errors, ".-", label=_label(record, records))
-            axes[1].loglog(minutes, errors, ".-", label=_label(record, records))
-    label(axes[0], "tasks seen, after the features if any", "error on validation classes (%)")
-    label(axes[1], "minutes of training, with those of the features", fontsize=7)
-    axes[0].get_legend().remove()  # it is that of the second panel
+            by_tasks.loglog(tasks, errors, ".-", label=_label(record, records))
+            by_minutes.semilogy(minutes, errors, ".-")
+    by_tasks.set(xlabel="tasks seen, after the features if any")
+    by_tasks.set(ylabel="error on validation classes (%)")
+    by_minutes.set(xlabel="minutes of training, with those of the features")
+    for axis, digits in ((by_tasks.xaxis, (1, 3)), (by_tasks.yaxis, (1, 2, 3, 5, 7))):
+        axis.set_major_locator(LogLocator(subs=digits))
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter("")
+    beside.axis("off")
+    beside.legend(*by_tasks.get_legend_handles_labels(), loc="center left", fontsize=9)
     return save(figure, path)
 
 
