@@ -53,16 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if (value := vars(options).get(name)) is not None:
                 check_range(flag(name), value, interval)
         options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 1
     except (ValueError, TypeError, OSError, NonfiniteError) as error:
         print(f"imaml-ext: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print(f"imaml-ext: interrupted {interrupt}".rstrip(), file=sys.stderr)
         return 128 + (interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
     return 0
 
 

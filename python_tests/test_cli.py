@@ -59,7 +59,7 @@ def test_a_reader_that_has_ended_is_not_an_error_to_report(tmp_path, capsys):
     capsys.readouterr()
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "imaml_ext", "eval", str(tmp_path), "--eval-tasks", "5"]
+    command = [sys.executable, "-m", "imaml_ext", "eval", str(tmp_path), "--device", "cpu"]
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert ended.stderr == ""
