@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import select
 import signal
 import sys
 import time
@@ -53,18 +54,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if (value := vars(options).get(name)) is not None:
                 check_range(flag(name), value, interval)
         options.run(options)
+        sys.stdout.flush()
     except (ValueError, TypeError, OSError, NonfiniteError) as error:
+        if isinstance(error, BrokenPipeError) and _lost_reader():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+            return 1
         print(f"imaml-ext: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print(f"imaml-ext: interrupted {interrupt}".rstrip(), file=sys.stderr)
         return 128 + (interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 1
     return 0
+
+
+def _lost_reader() -> bool:
+    """Whether stdout is a pipe whose reader, such as `head`, has ended."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

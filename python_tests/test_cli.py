@@ -1,6 +1,7 @@
 """The command line: what it trains, prints and refuses."""
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -54,7 +55,11 @@ def test_averaged_tensors_are_evaluated_after_training_and_later(tmp_path, capsy
     assert last_json(capsys)["loss"] != trained["loss"]
 
 
-def test_a_reader_that_has_ended_is_not_an_error_to_report(tmp_path, capsys):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_ended_is_not_an_error_to_report(
+    unbuffered, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     assert main(["train", *QUICK, "--device", "cpu", "--out", str(tmp_path)]) == 0
     capsys.readouterr()
     reading, writing = os.pipe()
@@ -64,6 +69,17 @@ def test_a_reader_that_has_ended_is_not_an_error_to_report(tmp_path, capsys):
     os.close(writing)
     assert ended.stderr == ""
     assert ended.returncode == 1
+
+
+def test_another_broken_pipe_is_reported(monkeypatch, capfd):
+    def failing(_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_eval", failing)
+    with monkeypatch.context() as patched, open(os.devnull, "w") as read:
+        patched.setattr(sys, "stdout", read)
+        assert main(["eval", "run"]) == 1
+    assert "error: [Errno 32] Broken pipe" in capfd.readouterr().err
 
 
 def test_a_training_can_start_from_another(tmp_path, capsys, monkeypatch):
