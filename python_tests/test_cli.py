@@ -65,7 +65,9 @@ def test_a_reader_that_has_ended_is_not_an_error_to_report(
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "imaml_ext", "eval", str(tmp_path), "--device", "cpu"]
-    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    ended = subprocess.run(  # not in the source folder, whose package may not be built
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path
+    )
     os.close(writing)
     assert ended.stderr == ""
     assert ended.returncode == 1
