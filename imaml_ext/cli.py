@@ -29,7 +29,7 @@ from imaml_ext.ops.extension import WITHOUT_CUDA, build_info
 from imaml_ext.training.checkpoint import evaluated_tensors, load_checkpoint, loading_from
 from imaml_ext.training.distributed import Group, is_launched, own_device, process_group, rank
 from imaml_ext.training.evaluation import Evaluation
-from imaml_ext.training.optimisation import restore_learned
+from imaml_ext.training.optimisation import restore_tensors
 from imaml_ext.training.trainer import NonfiniteError
 from imaml_ext.training.weight_averaging import averaged
 
@@ -221,7 +221,8 @@ def _eval(options: argparse.Namespace) -> None:
     config = dataclasses.replace(saved, **given_settings(options))
     experiment = build(config, data=options.data, device=_device(options))
     with loading_from(checkpoint):
-        restore_learned(experiment.method.learned(), evaluated_tensors(state))
+        method = experiment.method
+        restore_tensors(method.learned() | method.buffers(), evaluated_tensors(state))
     result = experiment.evaluate(options.split, options.eval_tasks)
     _report(options, result, start, steps=state["steps"], checkpoint=checkpoint, written=[])
 
@@ -235,6 +236,7 @@ def _report(
     if "accuracy" in result.mean:
         figures |= percentages(result)
         print("accuracy  {accuracy:.2f} ± {ci95:.2f} % (95%)".format(**figures))
+    if "support_accuracy" in figures:
         print("          {support_accuracy:.2f} ± {support_ci95:.2f} % with".format(**figures),
               "batch norm statistics of the support set alone")  # fmt: skip
     figures |= {"loss": result.mean["loss"], "loss_ci95": result.ci95["loss"]}

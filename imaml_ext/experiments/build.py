@@ -118,14 +118,14 @@ class Experiment:
         Raises:
             ValueError: the state lacks another layer.
         """
-        tensors, learned = evaluated_tensors(start), self.method.learned()
+        tensors, learned = evaluated_tensors(start), self.method.learned() | self.method.buffers()
         *_, (last, _) = self.loss.model.named_children()
         for name, tensor in learned.items():
             if name in tensors and tensors[name].shape == tensor.shape:
                 tensor.copy_(tensors[name])
             elif name.startswith(f"{last}."):
                 tensor.zero_()
-            elif name in self.method.params:
+            elif name not in self.method.hyperparameters():
                 raise ValueError(f"start has no {name} of shape {list(tensor.shape)}")
 
     def _with_hard_tasks(self, source: TaskSource, start: Mapping[str, Any] | None) -> TaskSource:
@@ -176,6 +176,7 @@ def percentages(result: Evaluation, prefix: str = "") -> dict[str, float]:
     return {
         f"{prefix}{kind}{name}": 100 * values[f"{kind}accuracy"]
         for kind in ("", "support_")
+        if f"{kind}accuracy" in result.mean
         for name, values in (("accuracy", result.mean), ("ci95", result.ci95))
     }
 
@@ -200,10 +201,11 @@ def build(
         check_choice(name, getattr(config, name), choices)
     Budget(config.meta_steps, config.minutes)  # raises before the data is loaded
     dataset = DATASETS[config.dataset]
+    check_choice(f"network for {config.dataset}", config.network, dataset.networks)
     images = dataset.images(data, download) if dataset.images else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = dataset.network(config.way)
+        model = dataset.networks[config.network](config.way)
     model.to(device)
     metrics: dict[str, Metric] = {}
     support_metrics: dict[str, SupportMetric] = {}
@@ -212,7 +214,8 @@ def build(
     else:
         loss = module_loss(model, nn.functional.cross_entropy)
         metrics["accuracy"] = accuracy(loss.outputs)
-        support_metrics["accuracy"] = support_accuracy(SupportStatistics(model))
+        if config.network == "paper":  # the others have running statistics
+            support_metrics["accuracy"] = support_accuracy(SupportStatistics(model))
     metrics["loss"] = loss
     sources = {split: _source(config, split, images, device) for split in ("train", "val", "test")}
     method = make_method(config, loss)

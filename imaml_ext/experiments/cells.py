@@ -27,19 +27,29 @@ COLUMNS: dict[str, Settings] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A method, and the settings that select it."""
+    """A method, and the settings that select it.
+
+    Attributes:
+        of_paper: whether the paper's tables have it.
+    """
 
     label: str
     settings: Settings
+    of_paper: bool = True
 
 
 ROWS = {
-    "ridge-head": Row("ridge head", {"method": "ridge-head"}),
+    "ridge-head": Row("ridge head", {"method": "ridge-head"}, of_paper=False),
     "maml": Row("MAML", {"method": "maml"}),
     "fomaml": Row("first-order MAML", {"method": "fomaml"}),
     "reptile": Row("Reptile", {"method": "reptile"}),
     "imaml-gd": Row("iMAML, gradient descent", {"method": "imaml", "inner": "gd"}),
     "imaml-hf": Row("iMAML, Hessian-free", {"method": "imaml", "inner": "hessian-free"}),
+    "implicit-head": Row(
+        "learned features, implicit head",
+        {"method": "ridge-head", "network": "wide"},
+        of_paper=False,
+    ),
 }
 
 
@@ -53,6 +63,12 @@ FEATURES = {  # by name of the model, from which cells or other features start
         _features, start="omniglot-features", hard_tasks=0.5, neighbours=150, meta_lr=2e-3,
         minutes=20.0,
     ),
+}  # fmt: skip
+
+
+_head: Settings = {
+    "query": 3, "eval_query": 5, "tasks": 1, "meta_lr": 4e-3, "decay": "cosine", "average": 0.99,
+    "meta_steps": 20_000,
 }  # fmt: skip
 
 
@@ -74,6 +90,7 @@ def _omniglot(way: int, shot: int) -> dict[str, dict[str, Settings]]:
         "reptile": {**ours, "inner_lr": 0.1, "inner_steps": 4, "meta_lr": 1e-3},
         "imaml-gd": {**imaml, "lam": 0.3, "inner_lr": 0.1, "inner_steps": 8},
         "imaml-hf": {**imaml, "lam": 2.0, "inner_steps": 2, "curvature": "ggn"},
+        "implicit-head": {**_head, "train_way": 80 if shot == 1 else 40},
     }
     start: Settings = {"start": "omniglot-features-hard"}
     fine_tuning: Settings = {
@@ -94,7 +111,7 @@ def _omniglot(way: int, shot: int) -> dict[str, dict[str, Settings]]:
         "ours": rows,
         "features": {
             "ridge-head": {**start, "eval_query": shot},
-            **{row: rows[row] | fine_tuning | from_features.get(row, {}) for row in rows},
+            **{row: rows[row] | fine_tuning | own for row, own in from_features.items()},
         },
         "paper": paper,
         "authors_code": {"imaml-gd": paper["imaml-gd"] | authors_code},
@@ -115,6 +132,7 @@ def _natural(way: int, shot: int) -> dict[str, dict[str, Settings]]:
             "reptile": {**ours, "inner_lr": 0.1, "inner_steps": 4, "meta_lr": 1e-3},
             "imaml-gd": {**imaml, "lam": 0.3, "inner_lr": 0.1, "inner_steps": 8},
             "imaml-hf": {**imaml, "lam": 2.0, "inner_steps": 2},
+            "implicit-head": {**_head, "train_way": 20},
         },
         "paper": _paper(15, maml, {"lam": 0.5, "inner_steps": 10}),
     }
@@ -221,6 +239,11 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.table}-{self.column}-{self.row}-{self.variant}"
+
+
+def kept_as(table: str, column: str, row: str) -> str:
+    """The name of the model that is kept: one of a column for all methods of the paper."""
+    return f"{table}-{column}" + ("" if ROWS[row].of_paper else f"-{row}")
 
 
 def cell(table: str, column: str, row: str, variant: str = "ours") -> Cell:

@@ -7,6 +7,7 @@ from imaml_ext.methods.meta_gradient import Nonfinite
 from imaml_ext.problem.objective import CurvatureKind
 
 LearnLam = Literal["no", "scalar", "tensor", "diagonal"]
+Network = Literal["paper", "wide"]
 Decay = Literal["constant", "linear", "cosine"]
 
 
@@ -20,6 +21,9 @@ class Config:
 
     dataset: str
     method: Annotated[str, "meta-learning method"] = "imaml"
+    network: Annotated[
+        Network, "wide: more filters, and batch norm with running statistics, for ridge-head"
+    ] = "paper"
     start: Annotated[
         str, "checkpoint, model or run folder that the training starts from; also needed to resume"
     ] = ""

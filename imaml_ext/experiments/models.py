@@ -37,6 +37,27 @@ def conv4(
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters * side * side, way))
 
 
+def wide_conv4(way: int, *, channels: int = 1, image: int = 28) -> nn.Sequential:
+    """Four blocks of 32 to 128 filters, then a linear layer.
+
+    As `conv4`, but each block halves the image before it is normalised, and batch norm keeps
+    running statistics: in evaluation, the output for an image does not depend on any other.
+
+    Args:
+        way, channels, image: as in `conv4`.
+    """
+    layers: list[nn.Module] = []
+    for filters in (32, 64, 96, 128):
+        layers += [
+            nn.Conv2d(channels, filters, 3, padding=1, bias=False),
+            nn.MaxPool2d(2, ceil_mode=True),
+            nn.BatchNorm2d(filters, momentum=0.02),
+            nn.ReLU(),
+        ]
+        channels, image = filters, (image + 1) // 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * image * image, way))
+
+
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with ReLU in between; `mlp(1, 40, 40, 1)` is the network for sinusoids.
 

@@ -1,6 +1,6 @@
 """What the names in a `Config` refer to: data sets, methods and solvers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from imaml_ext._checks import check_range
 from imaml_ext.data import load_mini_imagenet, load_omniglot, load_tiny_imagenet
 from imaml_ext.experiments.authors_code import AuthorsCodeCG, DescentThenProximal
-from imaml_ext.experiments.config import Config, Decay, LearnLam
-from imaml_ext.experiments.models import conv4, mlp
+from imaml_ext.experiments.config import Config, Decay, LearnLam, Network
+from imaml_ext.experiments.models import conv4, mlp, wide_conv4
 from imaml_ext.experiments.query_loss import QueryLoss
 from imaml_ext.experiments.ridge_head import RidgeHead
 from imaml_ext.methods.base import Method
@@ -34,16 +34,16 @@ Images = dict[str, Tensor]  # uint8 [classes, images, ...] of train, val and tes
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, and the network for it.
+    """A data set, and the networks for it.
 
     Args:
-        network: builds the network for a number of classes.
+        networks: by name, what builds the network for a number of classes.
         images: loads the images under a root folder, and may download them; None: sinusoids.
         eval_tasks_at_once: tasks per batch in evaluation, as many as memory allows.
         rotate: whether images rotated by 90, 180 and 270 degrees are training classes too.
     """
 
-    network: Callable[[int], nn.Module]
+    networks: Mapping[Network, Callable[[int], nn.Module]]
     images: Callable[[str | Path, bool], Images] | None = None
     eval_tasks_at_once: int = 20
     rotate: bool = False
@@ -62,15 +62,18 @@ def _local(load: Callable[[str | Path], Images]) -> Callable[[str | Path, bool],
     return images
 
 
-_natural = partial(conv4, channels=3, filters=32, pool=True)
+def _natural(image: int) -> dict[Network, Callable[[int], nn.Module]]:
+    return {
+        "paper": partial(conv4, channels=3, image=image, filters=32, pool=True),
+        "wide": partial(wide_conv4, channels=3, image=image),
+    }
+
 
 DATASETS = {
-    "sinusoid": Dataset(lambda way: mlp(1, 40, 40, 1)),
-    "omniglot": Dataset(conv4, _omniglot, rotate=True),
-    "mini-imagenet": Dataset(
-        partial(_natural, image=84), _local(load_mini_imagenet), eval_tasks_at_once=4
-    ),
-    "tiny-imagenet": Dataset(partial(_natural, image=32), _local(load_tiny_imagenet)),
+    "sinusoid": Dataset({"paper": lambda way: mlp(1, 40, 40, 1)}),
+    "omniglot": Dataset({"paper": conv4, "wide": wide_conv4}, _omniglot, rotate=True),
+    "mini-imagenet": Dataset(_natural(84), _local(load_mini_imagenet), eval_tasks_at_once=4),
+    "tiny-imagenet": Dataset(_natural(32), _local(load_tiny_imagenet)),
 }
 
 INNER: dict[str, Callable[[Config], InnerSolver]] = {
@@ -135,6 +138,7 @@ _ONLY_FOR = {  # the methods that use a field of Config; of others it must have 
     "query_batches": _WITH_QUERY_LOSS,
     "query_scale": _WITH_QUERY_LOSS,
     "train_way": ("ridge-head",),  # the others learn a head for a number of classes
+    "network": ("ridge-head",),  # running statistics change in training
 }
 
 
@@ -173,6 +177,7 @@ CHOICES = {  # by field of Config
     "method": list(METHODS),
     "inner": list(INNER),
     "linear": list(LINEAR),
+    "network": list(get_args(Network)),
     "curvature": list(get_args(CurvatureKind)),
     "learn_lam": list(get_args(LearnLam)),
     "nonfinite": list(get_args(Nonfinite)),

@@ -1,5 +1,7 @@
 """Features that are learned under a ridge-regression head."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from imaml_ext.solvers.inner import HessianFree
 from imaml_ext.solvers.inner.base import unverified
 from imaml_ext.solvers.linear.cg import ConjugateGradient
 from imaml_ext.solvers.solution import Status
+from imaml_ext.training.snapshot import Snapshot
 
 
 class RidgeHead(Method):
@@ -27,6 +30,9 @@ class RidgeHead(Method):
     `1/2 ‖z(x_i) phi - onehot(y_i)‖² + lam/2 ‖phi‖²`. The body's parameters, lam (at first 0.1) and
     s (at first 20) are learned, through `adapt`. Batches may differ in the number of classes:
     features for 5-way tasks can be learned from tasks with many more.
+
+    `meta_gradient` runs the body in training mode, and `adapt` in evaluation mode, so batch norms
+    may keep running statistics; in a process group, those of rank 0 are saved.
 
     Args:
         loss: of an `nn.Sequential` whose last layer is an `nn.Linear`.
@@ -48,7 +54,7 @@ class RidgeHead(Method):
         *body, (self.head_name, head) = loss.model.named_children()
         if not isinstance(head, nn.Linear):
             raise TypeError(f"the last layer must be an nn.Linear, got {type(head).__name__}")
-        self.body = nn.Sequential(*(layer for _, layer in body))
+        self.body = nn.Sequential(*(layer for _, layer in body)).eval()
         self.size = head.in_features
         learned = {
             f"{name}.{key}": parameter
@@ -56,7 +62,7 @@ class RidgeHead(Method):
             for key, parameter in layer.named_parameters()
         }
         super().__init__(loss, learned)
-        self.criterion, self.shot = loss.criterion, shot
+        self.model, self.criterion, self.shot = loss.model, loss.criterion, shot
         one = torch.ones((), dtype=self.layout.dtype, device=self.layout.device)
         self.log_ridge = (0.1 * one).log().requires_grad_()
         self.log_scale = (20.0 * one).log().requires_grad_()
@@ -66,8 +72,8 @@ class RidgeHead(Method):
         if batch.weights is not None:
             raise ValueError("RidgeHead does not take weights of tasks")
         (support_x, support_y), (query_x, query_y) = batch.support, batch.query
-        learned = self.learned()
-        with torch.enable_grad():
+        learned, before = self.learned(), Snapshot(list(self.buffers().values()))
+        with torch.enable_grad(), self._training():
             features = self._features(support_x)
             head = self._head(features, support_y)
             losses = vmap(self.criterion)(_outputs(head, self._features(query_x)), query_y)
@@ -77,6 +83,7 @@ class RidgeHead(Method):
             support_loss = vmap(self.criterion)(_outputs(head, features), support_y)
         losses = losses.detach()
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        before.restore(unless=finite)
         steps = torch.ones(len(losses), dtype=torch.int32, device=losses.device)
         status = torch.full_like(steps, Status.MAX_ITER).masked_fill(~finite, Status.NONFINITE)
         return MetaGradient(
@@ -97,6 +104,18 @@ class RidgeHead(Method):
 
     def hyperparameters(self) -> Params:
         return {"log_ridge": self.log_ridge, "log_scale": self.log_scale}
+
+    def buffers(self) -> Params:
+        return dict(self.model.named_buffers())
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Context in which the body is in training mode."""
+        self.body.train()
+        try:
+            yield
+        finally:
+            self.body.eval()
 
     def _features(self, x: Tensor) -> Tensor:
         """Of the images of each task, [B, N, d]; batch norm sees one task at a time."""

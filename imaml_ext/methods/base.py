@@ -90,6 +90,10 @@ class Method(ABC):
         """What the method learns besides parameters, named as in `MetaGradient.named`."""
         return {}
 
+    def buffers(self) -> Params:
+        """Tensors that `meta_gradient` changes, such as running statistics; kept in checkpoints."""
+        return {}
+
     def learned(self) -> Params:
         """Every tensor that the outer optimizer updates, named as in `MetaGradient.named`."""
         return self.params | self.shared | self.hyperparameters()

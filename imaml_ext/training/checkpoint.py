@@ -56,12 +56,12 @@ def save_model(path: str | Path, state: Mapping[str, Any]) -> None:
 
 
 def evaluated_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The learned tensors, {name: tensor}, or their averages if the state has any.
+    """The learned tensors, {name: tensor}, or their averages if the state has any; and buffers.
 
     Args:
         state: as `load_checkpoint` returns it.
     """
-    return {**state["learned"], **state.get("averages", {})}
+    return {**state["learned"], **state.get("averages", {}), **state.get("buffers", {})}
 
 
 def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, Any]:

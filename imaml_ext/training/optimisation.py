@@ -44,6 +44,7 @@ class Optimisation:
         return {
             "learned": {name: tensor.detach() for name, tensor in learned.items()},
             "averages": {name: kept[t] for name, t in learned.items() if t in kept},
+            "buffers": self.method.buffers(),
             "optimizer_class": type(self.optimizer).__name__,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
@@ -85,7 +86,8 @@ class Optimisation:
             raise
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        restore_learned(self.method.learned(), state["learned"])
+        restore_tensors(self.method.learned(), state["learned"])
+        restore_tensors(self.method.buffers(), state.get("buffers", {}))
         torch.set_rng_state(state["random"]["cpu"])
         if "cuda" in state["random"] and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["random"]["cuda"])
@@ -99,13 +101,13 @@ class Optimisation:
             self.scheduler.load_state_dict(state["scheduler"])
 
 
-def restore_learned(learned: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy the saved tensors into the learned ones.
+def restore_tensors(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy the saved tensors into those of the same names.
 
     Raises:
         ValueError: names, shapes or dtypes differ; nothing is written.
     """
-    expected, got = _formats(learned), _formats(saved)
+    expected, got = _formats(tensors), _formats(saved)
     if got != expected:
         differing = [n for n in expected | got if got.get(n) != expected.get(n)]
         first = differing[0]
@@ -114,7 +116,7 @@ def restore_learned(learned: Mapping[str, Tensor], saved: Mapping[str, Tensor]) 
             f"{first!r}: got {got.get(first)}, expected {expected.get(first)}"
         )
     with torch.no_grad():
-        for name, tensor in learned.items():
+        for name, tensor in tensors.items():
             tensor.copy_(saved[name])
 
 

@@ -26,13 +26,15 @@ def test_every_cell_of_table_2_has_settings_in_every_variant_that_exists():
     names = [one.name for one in every_cell()]
     assert len(set(names)) == len(names)
     of_table_2 = [one for one in every_cell() if one.table == "table2"]
-    # ours; features, with the ridge head; paper, without Reptile; authors_code, iMAML alone
-    assert len(of_table_2) == 20 + 24 + 16 + 4
+    # ours, with the implicit head; features, with the ridge head; paper, without Reptile;
+    # authors_code, iMAML alone
+    assert len(of_table_2) == 24 + 24 + 16 + 4
     for one in of_table_2:
         way, shot = int(one.column.split("w")[0]), int(one.column[-2])
         assert (one.train.way, one.train.shot) == (way, shot)
-        assert (one.published is None) == (one.row == "ridge-head")
-        assert one.train.eval_query == shot
+        assert (one.published is not None) == ROWS[one.row].of_paper
+        # Batch norm of the query set has as many images of a class as the support set.
+        assert one.train.eval_query == (5 if one.row == "implicit-head" else shot)
         assert (one.train.start in FEATURES) == (one.variant == "features")
 
 

@@ -6,13 +6,15 @@ from torch import nn
 
 from imaml_ext import TaskBatch, module_loss
 from imaml_ext.experiments.ridge_head import RidgeHead
+from imaml_ext.training import Trainer
+from imaml_ext.training.checkpoint import evaluated_tensors
 
 SHOT = 2
 
 
-def small_model(way=3):
+def small_model(way=3, running=False):
     torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Tanh()]
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=running), nn.Tanh()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 36, way)).double()
 
 
@@ -105,3 +107,61 @@ def test_a_model_without_a_linear_last_layer_is_refused():
     model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
     with pytest.raises(TypeError, match=r"last layer must be an nn\.Linear, got ReLU"):
         RidgeHead(module_loss(model, nn.functional.cross_entropy), shot=1)
+
+
+def with_running_statistics():
+    loss = module_loss(small_model(running=True), nn.functional.cross_entropy)
+    return loss, RidgeHead(loss, shot=SHOT)
+
+
+def test_running_statistics_change_in_training_and_normalise_in_evaluation():
+    loss, method = with_running_statistics()
+    batch = small_batch(3, tasks=1)
+    before = {name: tensor.clone() for name, tensor in method.buffers().items()}
+    mean = torch.zeros(4, dtype=torch.float64)
+    for x in (batch.support[0][0], batch.query[0][0]):  # momentum 0.1
+        mean = 0.9 * mean + 0.1 * loss.model[0](x).mean((0, 2, 3)).detach()
+    method.meta_gradient(batch)
+    torch.testing.assert_close(method.buffers()["1.running_mean"], mean)
+    after = {name: tensor.clone() for name, tensor in method.buffers().items()}
+    assert after.keys() == before.keys() == {
+        "1.running_mean", "1.running_var", "1.num_batches_tracked"
+    }  # fmt: skip
+    phi = {name: tensor[0] for name, tensor in method.adapt(batch.support).items()}
+    x = batch.query[0][0]
+    outputs = loss.outputs(phi, x)
+    torch.testing.assert_close(loss.outputs(phi, x[:1]), outputs[:1])
+    for name, tensor in method.buffers().items():
+        assert torch.equal(tensor, after[name])
+
+
+def test_a_task_that_is_not_finite_does_not_change_running_statistics():
+    _, method = with_running_statistics()
+    batch = small_batch(3)
+    method.meta_gradient(batch)
+    before = {name: tensor.clone() for name, tensor in method.buffers().items()}
+    batch.query[0][1, 0] = torch.nan
+    assert method.meta_gradient(batch).failed.all()
+    for name, tensor in method.buffers().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_checkpoint_has_the_running_statistics(tmp_path):
+    batches = [small_batch(3, tasks=1) for _ in range(4)]
+    _, method = with_running_statistics()
+    trainer = Trainer(method, batches)
+    for _ in batches:
+        trainer.step()
+    _, first = with_running_statistics()
+    interrupted = Trainer(first, batches)
+    interrupted.step()
+    interrupted.step()
+    interrupted.save(tmp_path / "checkpoint.pt")
+    _, second = with_running_statistics()
+    resumed = Trainer(second, batches)
+    resumed.load(tmp_path / "checkpoint.pt")
+    resumed.step()
+    resumed.step()
+    evaluated = evaluated_tensors(resumed.state_dict())
+    for name, tensor in (method.learned() | method.buffers()).items():
+        assert torch.equal(evaluated[name], tensor)

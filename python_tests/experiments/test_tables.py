@@ -18,7 +18,12 @@ from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.registry import DATASETS
 from imaml_ext.experiments.reproduce import STUDIES, tables
 from imaml_ext.experiments.reproduce.study import read
-from imaml_ext.experiments.reproduce.table_report import extrapolated, markdown, write_section
+from imaml_ext.experiments.reproduce.table_report import (
+    extrapolated,
+    markdown,
+    overview,
+    write_section,
+)
 from imaml_ext.training.checkpoint import load_checkpoint
 from imaml_ext.training.trainer import NonfiniteError
 
@@ -81,7 +86,7 @@ def test_a_table_grows_cell_by_cell(tmp_path, capsys, few_classes, monkeypatch):
 
     # The model kept is the better one on validation classes, and reproduces its figure.
     best = max((fomaml, imaml), key=lambda record: record["val_accuracy"])
-    assert f"{ROWS[best['row']].label}, is kept: `imaml-ext eval models/table2-5w1s.pt" in text
+    assert f"classes: {ROWS[best['row']].label}: `imaml-ext eval models/table2-5w1s.pt" in text
     model = tmp_path / "results" / "models" / "table2-5w1s.pt"
     arguments = ["eval", str(model), "--eval-tasks", "20", "--device", "cpu", "--json"]
     assert main(arguments) == 0
@@ -106,6 +111,31 @@ def test_the_model_to_keep_is_chosen_on_validation_classes(
     capsys.readouterr()
     state = load_checkpoint(tmp_path / "results" / "models" / "table2-5w1s.pt")
     assert json.loads(state["config"])["method"] == "maml"
+
+
+def test_the_implicit_head_is_kept_apart(tmp_path, capsys, few_classes, monkeypatch):
+    monkeypatch.setattr(tables, "_TRAINED", 2)
+    narrow = dataclasses.replace(
+        cell("table2", "5w1s", "implicit-head"),
+        train=dataclasses.replace(cell("table2", "5w1s", "implicit-head").train, train_way=7),
+    )
+    original = cell
+    monkeypatch.setattr(
+        tables, "cell", lambda *names: narrow if names[2] == "implicit-head" else original(*names)
+    )
+    command = ["--meta-steps", "2", "--methods", "implicit-head", "fomaml"]
+    assert reproduce(tmp_path, *command) == 0
+    head, _ = lines(tmp_path)
+    assert "support_accuracy" not in head  # running statistics
+    capsys.readouterr()
+    text = (tmp_path / "results" / "README.md").read_text()
+    assert "ridge regression, running statistics |" in text
+    name = "table2-5w1s-implicit-head.pt"
+    assert f"learned features, implicit head: `imaml-ext eval models/{name}" in text
+    model = tmp_path / "results" / "models" / name
+    assert main(["eval", str(model), "--eval-tasks", "20", "--device", "cpu", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["accuracy"] == head["accuracy"]
 
 
 def test_another_number_of_evaluation_tasks_tests_the_same_training_again(
@@ -235,7 +265,7 @@ def test_cells_start_from_features_that_are_learned_once(
     assert "| ridge head, from features | **" in text
     assert "| first-order MAML, from features | **" in text
     assert "| 0 + 0 | ridge regression |" in text  # minutes of the features, and after them
-    assert ", first-order MAML, from features, is kept" in text
+    assert "classes: first-order MAML, from features: `imaml-ext eval" in text
     state = load_checkpoint(tmp_path / "results" / "models" / "table2-5w1s.pt")
     assert json.loads(state["config"])["method"] == "fomaml"
 
@@ -302,8 +332,9 @@ def test_the_published_section_follows_from_the_published_lines(table):
     results = Path(__file__).parents[2] / "results"
     if not (results / f"{table}.jsonl").is_file():
         pytest.skip("no published results for this table")
-    section = markdown(table, read(STUDIES[table], results / f"{table}.jsonl"))
-    assert section in (results / "README.md").read_text()
+    records = read(STUDIES[table], results / f"{table}.jsonl")
+    for section in (overview(table, records), markdown(table, records)):
+        assert section in (results / "README.md").read_text()
 
 
 def test_a_timing_is_extrapolated_to_the_whole_training():
@@ -346,3 +377,30 @@ def test_the_interval_of_the_extrapolation_covers_the_truth_as_often_as_it_says(
 @pytest.mark.parametrize("table", list(TABLES))
 def test_every_table_is_a_study(table):
     assert table in STUDIES
+
+
+def test_the_overview_has_the_longest_training_of_each_variant():
+    def record(column, variant, minutes, accuracy, seed=0, **more):
+        train = vars(cell("table2", column, "maml", variant).train) | {"tasks": 8}
+        return {
+            "column": column, "row": "maml", "variant": variant, "seed": seed, "config": train,
+            "seconds": 60 * minutes, "meta_steps": 1000, "accuracy": accuracy, "ci95": 0.25, **more,
+        }  # fmt: skip
+
+    start = {"start": {"seconds": 2700.0, "meta_steps": 5000}}
+    text = overview(
+        "table2",
+        [
+            record("5w1s", "ours", 15, 91.0),
+            record("5w1s", "ours", 30, 92.0),
+            record("5w1s", "ours", 30, 93.0, seed=1),
+            record("20w1s", "features", 20, 94.0, **start),
+            {"column": "5w5s", "row": "maml", "variant": "ours", "seconds": 3.0, "meta_steps": 2},
+        ],
+    )
+    published, ours, features = text.splitlines()[2:5]
+    assert published == "| MAML | published | 98.7 ± 0.4 | 99.9 ± 0.1 | 95.8 ± 0.3 | 98.9 ± 0.2 |"
+    assert ours == "|  | random weights | **92.00 ± 0.25**<br>30 min, 8,000 tasks |  |  |  |"
+    assert features == (
+        "|  | from features |  |  | **94.00 ± 0.25**<br>45 + 20 min, 8,000 tasks |  |"
+    )

@@ -29,7 +29,7 @@ from imaml_ext.training.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from imaml_ext.training.optimisation import restore_learned
+from imaml_ext.training.optimisation import restore_tensors
 
 CPU = torch.device("cpu")
 MODELS = Path(__file__).parents[2] / "results" / "models"
@@ -329,12 +329,12 @@ def test_a_model_is_restored_or_refused_with_the_path(tmp_path):
     trainer.save(tmp_path / "c.pt")
     learned = load_checkpoint(tmp_path / "c.pt")["learned"]
     target = make_method(CPU)
-    restore_learned(target.learned(), learned)
+    restore_tensors(target.learned(), learned)
     got, expected = target.learned(), trainer.method.learned()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     message = r"c\.pt: the checkpoint belongs to another model"
     with pytest.raises(ValueError, match=message), loading_from(tmp_path / "c.pt"):
-        restore_learned(other_model().method.learned(), learned)
+        restore_tensors(other_model().method.learned(), learned)
 
 
 @pytest.mark.parametrize("entry", ["learned", "optimizer", "scheduler", "random"])

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from imaml_ext._io import write_atomically
-from imaml_ext.experiments.cells import COLUMNS, ROWS, TABLES, cell
+from imaml_ext.experiments.cells import COLUMNS, ROWS, TABLES, cell, kept_as
 from imaml_ext.experiments.plots import panels, save
 from imaml_ext.experiments.reproduce.study import Record
 
-_VARIANTS = {"features": "from features"}
+_VARIANTS = {"ours": "random weights", "features": "from features"}  # where a training starts
+_NONE = {"val_accuracy": 0.0}
 
 
 def draw(table: str, records: list[Record], folder: Path) -> list[Path]:
@@ -23,6 +24,8 @@ def draw(table: str, records: list[Record], folder: Path) -> list[Path]:
         if any(record["curve"] for record in trained):
             written.append(_draw_column(trained, folder / f"{table}-{column}.png"))
     readme = folder / "README.md"
+    if any("accuracy" in record for record in records):
+        write_section(readme, f"{table} overview", overview(table, records))
     write_section(readme, table, markdown(table, records))
     return [*written, readme]
 
@@ -79,6 +82,33 @@ def _but_seed(record: Record) -> tuple[Any, ...]:
     return record["row"], record["variant"], *_length(record)
 
 
+def overview(table: str, records: list[Record]) -> str:
+    """Published and measured accuracies of all columns: the longest training of each variant."""
+    columns = TABLES[table].columns
+    headings = ["method", "", *("{way}-way {shot}-shot".format(**COLUMNS[c]) for c in columns)]
+    lines = [headings, ["---"] * len(headings)]
+    for row in ROWS:
+        of_row = [r for r in records if r["row"] == row and "accuracy" in r]
+        own = []
+        if published := TABLES[table].published.get(row):
+            own.append(["published", *("{:g} ± {:g}".format(*figures) for figures in published)])
+        for variant in dict.fromkeys(r["variant"] for r in of_row):
+            cells = []
+            for column in columns:
+                runs = [r for r in of_row if (r["column"], r["variant"]) == (column, variant)]
+                longest = max(runs, key=lambda r: (r["seconds"], -r["seed"]), default=None)
+                cells.append(_overview_cell(longest) if longest else "")
+            own.append([_VARIANTS.get(variant, variant), *cells])
+        lines += [[ROWS[row].label * (k == 0), *line] for k, line in enumerate(own)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _overview_cell(record: Record) -> str:
+    tasks = record["meta_steps"] * record["config"]["tasks"]
+    text = f"**{_interval(record, '')}**<br>{_minutes(record)} min"
+    return f"{text}, {tasks:,} tasks" if tasks else text
+
+
 def markdown(table: str, records: list[Record]) -> str:
     """The table's section: measured and published accuracies, then the cells not trained."""
     parts = [f"## {TABLES[table].title}\n"]
@@ -117,6 +147,8 @@ def _row(record: Record, method: str) -> dict[str, str]:
     other = _interval(record, "no_proximal_")
     if config["method"] == "ridge-head":
         adaptation = "ridge regression"
+        if config.get("network") == "wide":
+            adaptation += ", running statistics"
     elif config["method"] == "imaml" and config["eval_proximal"]:
         adaptation += f", lam {config['lam']:g}"
     elif config["method"] == "imaml":
@@ -205,8 +237,15 @@ def _origin(table: str, column: str, records: list[Record]) -> str:
     def all_of(values: list[str]) -> str:
         return ", ".join(dict.fromkeys(values))
 
-    trained = [record for record in records if record["meta_steps"]]
-    best = max(trained or records, key=lambda record: record["val_accuracy"])
+    best: dict[str, Record] = {}  # by name of the model
+    for record in records:
+        name = kept_as(table, column, record["row"])
+        if record["meta_steps"] and record["val_accuracy"] > best.get(name, _NONE)["val_accuracy"]:
+            best[name] = record
+    kept = [
+        f"{_label(record, records)}: `imaml-ext eval models/{name}.pt --data FOLDER`"
+        for name, record in best.items()
+    ]
     sources = [record["source"] for record in records]
     return (
         f"On {all_of([str(r['test_tasks']) for r in records])} test tasks, seed "
@@ -215,9 +254,10 @@ def _origin(table: str, column: str, records: list[Record]) -> str:
         f"{all_of([str(s['threads']) for s in sources])} thread(s); torch "
         f"{all_of([s['torch'] for s in sources])}; commit "
         f"{all_of([s['commit'] for s in sources])}; {all_of([s['date'][:10] for s in sources])}. "
-        "Commands: " + all_of([f"`{s['command']}`" for s in sources]) + ". The best on validation "
-        f"classes, {_label(best, records)}, is kept: `imaml-ext eval models/{table}-{column}.pt "
-        "--data FOLDER`.\n"
+        "Commands: "
+        + all_of([f"`{s['command']}`" for s in sources])
+        + ".\n"
+        + f"\nModels, the best on validation classes: {'; '.join(kept)}.\n" * bool(kept)
     )
 
 

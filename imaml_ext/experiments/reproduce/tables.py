@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from imaml_ext.experiments.build import Experiment, build, percentages
-from imaml_ext.experiments.cells import FEATURES, ROWS, TABLES, Cell, cell
+from imaml_ext.experiments.cells import FEATURES, ROWS, TABLES, Cell, cell, kept_as
 from imaml_ext.experiments.config import Config
 from imaml_ext.experiments.reproduce.study import Record, Settings, Study, read_lines
 from imaml_ext.experiments.reproduce.table_report import draw
@@ -148,16 +148,14 @@ def _test(experiment: Experiment, tasks: int) -> Record:
 
 
 def _keep_if_best(one: Cell, checkpoint: Path, accuracy: float, out: Path) -> None:
-    """Keep the column's best model by validation accuracy; test classes must not select it.
-
-    The ridge head is kept apart, as the model from which the others start.
-    """
+    """Keep the best model of its name by validation accuracy; test classes must not select it."""
+    name = kept_as(one.table, one.column, one.row)
     lines = read_lines(out / f"{one.table}.jsonl")
-    others = [r for r in lines if r["column"] == one.column and r["row"] != "ridge-head"]
+    others = [r for r in lines if kept_as(one.table, r["column"], r["row"]) == name]
     if accuracy > max((r.get("val_accuracy", 0.0) for r in others), default=0.0):
         state = load_checkpoint(checkpoint)
         state["config"] = json.dumps(json.loads(state["config"]) | one.changes)
-        save_model(out / "models" / f"{one.table}-{one.column}.pt", state)
+        save_model(out / "models" / f"{name}.pt", state)
 
 
 def select(records: list[Record]) -> list[Record]:
