@@ -95,6 +95,19 @@ def test_a_table_grows_cell_by_cell(tmp_path, capsys, few_classes, monkeypatch):
     assert figures["support_accuracy"] == best["support_accuracy"]
 
 
+def test_only_rows_with_a_published_training_are_extrapolated(
+    tmp_path, capsys, few_classes, monkeypatch
+):
+    monkeypatch.setattr(tables, "_TRAINED", 1)
+    for steps in ("1", "3"):
+        command = ["--meta-steps", steps, "--methods", "fomaml", "reptile"]
+        assert reproduce(tmp_path, *command, "--eval-tasks", "40") == 0
+    capsys.readouterr()
+    text = (tmp_path / "results" / "README.md").read_text()
+    (extrapolation,) = (line for line in text.splitlines() if "power law" in line)
+    assert extrapolation.startswith("first-order MAML: ")
+
+
 def test_the_model_to_keep_is_chosen_on_validation_classes(
     tmp_path, capsys, few_classes, monkeypatch
 ):

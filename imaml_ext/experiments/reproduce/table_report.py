@@ -121,7 +121,7 @@ def markdown(table: str, records: list[Record]) -> str:
                 parts.append(f"![Learning curves]({table}-{column}.png)\n")
             parts.append(_trained(trained))
             parts += _over_seeds(trained)
-            parts += _extrapolations(trained)
+            parts += _extrapolations(table, column, trained)
             parts.append(_origin(table, column, trained))
         rows = TABLES[table].rows(column, "ours")
         missing = [row for row in rows if not any(r["row"] == row for r in trained)]
@@ -196,15 +196,18 @@ def _over_seeds(records: list[Record]) -> list[str]:
     return lines
 
 
-def _extrapolations(records: list[Record]) -> list[str]:
-    """A paragraph for each method that was trained from random weights for several lengths."""
+def _extrapolations(table: str, column: str, records: list[Record]) -> list[str]:
+    """A paragraph for each method that was trained from random weights for several lengths.
+
+    Only for those that the paper has trained on the same data, for a number of tasks that it gives.
+    """
     lines = []
     trained = [r for r in records if r["variant"] == "ours" and r["accuracy"] < 100]
-    for row in dict.fromkeys(r["row"] for r in trained):
-        runs = [r for r in trained if r["row"] == row]
+    for row in TABLES[table].rows(column, "paper"):
+        runs = [r for r in trained if r["row"] == row and r["published"]]
         lengths = {run["meta_steps"] for run in runs}
         if len(lengths) > 1 and max(lengths) >= 3 * min(lengths):
-            paper = cell(runs[0]["table"], runs[0]["column"], row, "paper").train
+            paper = cell(table, column, row, "paper").train
             tasks = paper.meta_steps * paper.tasks
             low, middle, high = (100 * (1 - error) for error in extrapolated(runs, tasks)[::-1])
             lines.append(
