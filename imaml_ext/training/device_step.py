@@ -140,7 +140,8 @@ class DeviceStep:
         """Run the step, and restore everything that it writes."""
         learned = self.method.learned().values()
         gradients = [tensor.grad for tensor in learned]
-        before = Snapshot([*self._updated(), self._records, self._refused, self._step_number])
+        own = [self._records, self._refused, self._step_number]
+        before = Snapshot([*self._updated(), *self.method.buffers().values(), *own])
         try:
             self._step()
         finally:

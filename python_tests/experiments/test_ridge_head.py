@@ -165,3 +165,24 @@ def test_a_checkpoint_has_the_running_statistics(tmp_path):
     evaluated = evaluated_tensors(resumed.state_dict())
     for name, tensor in (method.learned() | method.buffers()).items():
         assert torch.equal(evaluated[name], tensor)
+
+
+def test_a_warm_up_of_a_recording_does_not_change_running_statistics():
+    _, method = with_running_statistics()
+    changed = []
+
+    def capture(function, warmup):
+        before = {name: tensor.clone() for name, tensor in method.buffers().items()}
+        warmup()
+        changed.extend(n for n, t in method.buffers().items() if not torch.equal(t, before[n]))
+        function()
+        changed.append("by the step")
+        assert not torch.equal(method.buffers()["1.running_mean"], before["1.running_mean"])
+        return function
+
+    optimizer = torch.optim.SGD(method.learned().values(), lr=1e-3, fused=True)
+    batches = [small_batch(3, tasks=1) for _ in range(2)]
+    trainer = Trainer(method, batches, optimizer, capture=capture)
+    trainer.step()
+    trainer.step()
+    assert changed == ["by the step"]

@@ -13,7 +13,6 @@ from imaml_ext.experiments.plots import panels, save
 from imaml_ext.experiments.reproduce.study import Record
 
 _VARIANTS = {"ours": "random weights", "features": "from features"}  # where a training starts
-_NONE = {"val_accuracy": 0.0}
 
 
 def draw(table: str, records: list[Record], folder: Path) -> list[Path]:
@@ -241,10 +240,9 @@ def _origin(table: str, column: str, records: list[Record]) -> str:
         return ", ".join(dict.fromkeys(values))
 
     best: dict[str, Record] = {}  # by name of the model
-    for record in records:
-        name = kept_as(table, column, record["row"])
-        if record["meta_steps"] and record["val_accuracy"] > best.get(name, _NONE)["val_accuracy"]:
-            best[name] = record
+    for record in sorted(records, key=lambda record: -record["val_accuracy"]):
+        if record["meta_steps"]:
+            best.setdefault(kept_as(table, column, record["row"]), record)
     kept = [
         f"{_label(record, records)}: `imaml-ext eval models/{name}.pt --data FOLDER`"
         for name, record in best.items()
