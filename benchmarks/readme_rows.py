@@ -1,60 +1,65 @@
-"""The GPU rows of the README's table of times."""
+"""The README's table of times: one meta-gradient on each device, by implementation."""
 
 from typing import Any
 
 Result = dict[str, Any]
 
-BEGIN, END = "<!-- measured on a GPU: by benchmarks/tables.py -->\n", "<!-- end -->\n"
-NOTHING = "Not yet measured on a GPU.\n"
+BEGIN, END = "<!-- times: by benchmarks/tables.py -->\n", "<!-- end -->\n"
+NOTHING = "\nNot yet measured on a GPU.\n"
 
-WORK = {
-    "cg": lambda s: (
-        f"{s['iterations']} CG iterations without the HVPs, {s['tasks']} tasks, D = {s['dim']:,}"
-    ),
-    "prox": lambda s: f"a proximal step of {s['step']}, {s['tasks']} tasks, D = {s['dim']:,}",
-    "meta_grad": lambda s: f"a meta-gradient, {s['workload']}, {s['tasks']} tasks",
+WORKLOADS = {
+    "sinusoid": "sinusoid",
+    "omniglot-5w1s": "Omniglot 5-way 1-shot",
+    "omniglot-20w1s": "Omniglot 20-way 1-shot",
+    "omniglot-20w5s": "Omniglot 20-way 5-shot",
 }
-OTHERS = 4  # implementations listed in a row
+OTHERS = {  # the fastest implementation whose name starts with this, by the column's title
+    "batched PyTorch": "batched PyTorch",
+    "JAX": "JAX",
+    "TorchOpt": "TorchOpt",
+    "lean loop": "loop over tasks",
+}
 
 
 def section(results: list[Result]) -> str:
-    """The text between the README's marks: one table per GPU."""
-    cards: dict[str, list[Result]] = {}
-    for result in results:
-        timed = result["benchmark"] in WORK and not result["settings"].get("tf32")
-        if result.get("device_type") == "cuda" and timed:
-            cards.setdefault(result["device"], []).append(result)
-    return "\n".join(_table(card, cards[card]) for card in sorted(cards)) or NOTHING
+    """The text between the README's marks."""
+    timed = [r for r in results if r["benchmark"] == "meta_grad" and not r["settings"].get("tf32")]
+    order = list(WORKLOADS)
+    timed.sort(key=lambda r: (_on_gpu(r), r["device"], order.index(r["settings"]["workload"])))
+    titles = ["a meta-gradient", "device", "imaml_ext", *OTHERS.values()]
+    rows = [titles, ["---"] * len(titles), *map(_row, timed)]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return table if any(map(_on_gpu, timed)) else table + NOTHING
 
 
-def _table(card: str, results: list[Result]) -> str:
-    order = list(WORK)
-    lines = [
-        f"On one {card}, float32:",
-        "",
-        "| | imaml_ext | others, relative to the fastest of imaml_ext |",
-        "| --- | --- | --- |",
-        *(_row(result) for result in sorted(results, key=lambda r: order.index(r["benchmark"]))),
+def _row(result: Result) -> list[str]:
+    """The time of the fastest variant of imaml_ext, and the others relative to it."""
+    settings = result["settings"]
+    ours = _fastest(result, "imaml_ext")
+    assert ours is not None
+    others = [_fastest(result, prefix) for prefix in OTHERS]
+    device = result["device"]
+    return [
+        f"{WORKLOADS[settings['workload']]}, {settings['tasks']} tasks",
+        device if _on_gpu(result) else f"{device}, {result['threads']} cores",
+        f"{1e3 * ours:.3g} ms" if ours < 1 else f"{ours:.2g} s",
+        *("" if other is None else _ratio(other / ours) for other in others),
     ]
-    return "\n".join(lines) + "\n"
 
 
-def _row(result: Result) -> str:
-    """Times of imaml_ext's variants; ratios of the others to the fastest of them."""
-    rows = sorted(result["implementations"].items(), key=lambda item: item[1]["median"])
-    ours = [(name, row) for name, row in rows if name.startswith("imaml_ext")]
-    others = [(name, row) for name, row in rows if not name.startswith("imaml_ext")]
-    best = ours[0][1]["median"]
-    times = "; ".join(_named(name, row) for name, row in reversed(ours))
-    against = ", ".join(f"{name} {row['median'] / best:.1f}x" for name, row in others[:OTHERS])
-    return f"| {WORK[result['benchmark']](result['settings'])} | {times} | {against} |"
+def _ratio(value: float) -> str:
+    return f"{value:.0f}x" if value >= 10 else f"{value:.1f}x"
 
 
-def _named(name: str, row: dict[str, float]) -> str:
-    way = name.removeprefix("imaml_ext").removeprefix(", ")
-    text = f"{way} {1e3 * row['median']:.3g} ms".lstrip()
-    share = row.get("share_of_copy_bandwidth")
-    return text if share is None else f"{text} ({100 * share:.0f}% of copy bandwidth)"
+def _fastest(result: Result, prefix: str) -> float | None:
+    times = [
+        row["median"] for name, row in result["implementations"].items() if name.startswith(prefix)
+    ]
+    return min(times, default=None)
+
+
+def _on_gpu(result: Result) -> bool:
+    return bool(result.get("device_type") == "cuda")
 
 
 def replaced(page: str, results: list[Result]) -> str:
