@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,6 +21,7 @@ from imaml_ext._version import __version__
 from imaml_ext.experiments import plots
 from imaml_ext.experiments.build import build, percentages
 from imaml_ext.experiments.cells import COLUMNS, ROWS, TABLES, VARIANTS
+from imaml_ext.experiments.config import Config
 from imaml_ext.experiments.flags import SETTINGS, add_settings, flag, given_settings
 from imaml_ext.experiments.presets import PRESETS
 from imaml_ext.experiments.reproduce import STUDIES
@@ -39,6 +41,13 @@ _EVAL_SETTINGS = [
 _ONLY_IN_TRAINING: dict[str, Any] = {
     "query_batches": 1, "query_scale": 1.0, "train_way": 0,
 }  # fmt: skip
+_EXAMPLES = """examples:
+  imaml-ext train                                        sinusoid regression, half a minute
+  imaml-ext train omniglot --data FOLDER --minutes 15    few-shot classification
+  imaml-ext eval runs/omniglot-... --data FOLDER         the trained model, on unseen tasks
+  imaml-ext reproduce fig2a                              a figure of the paper
+
+imaml-ext COMMAND --help lists the options of a command."""
 _RANGES = {
     "validations": "[1, inf)", "eval_tasks": "[1, inf)", "meta_steps": "[1, inf)",
     "save_every": "[0, inf)", "budget": "[0, inf)",
@@ -74,6 +83,29 @@ def _lost_reader() -> bool:
     return bool(poll.poll(0))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Suggests the nearest flag for one that does not exist."""
+
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = sys.argv[1:] if args is None else args
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+    def error(self, message: str) -> NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for given in (text.partition("=")[0] for text in self._given if text.startswith("--")):
+            if not any(flag.startswith(given) for flag in flags):
+                message = f"there is no option {given}"
+                for near in difflib.get_close_matches(given, flags, n=1):
+                    message += f": did you mean {near}?"
+                break
+        super().error(message)
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Appends the default of an option, unless it is None or the option is a switch."""
 
@@ -84,9 +116,10 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="imaml-ext", description="Meta-learning with implicit gradients."
-    )
+    parser = _Parser(
+        prog="imaml-ext", description="Meta-learning with implicit gradients.", epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -109,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--save-every", type=float, default=60.0, metavar="SECONDS",
         help="time between checkpoints")  # fmt: skip
     add("--tensorboard", action="store_true", help="also log to OUT for TensorBoard, if installed")
-    add_settings(train, "experiment (defaults: the data set's preset)", SETTINGS, with_presets=True)
+    add_settings(train, SETTINGS, "the preset of the data set", with_presets=True)
 
     test = commands.add_parser(
         "eval", help="evaluate a checkpoint on unseen tasks", formatter_class=_Help,
@@ -120,7 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--split", choices=["val", "test"], default="test",
         help="validation or test tasks")  # fmt: skip
     _add_common(test)
-    add_settings(test, "experiment (defaults: as in training)", _EVAL_SETTINGS, with_presets=False)
+    test.add_argument("--out", type=Path,
+        help="folder of the plot (default: the run's, or runs/NAME for NAME.pt)")  # fmt: skip
+    add_settings(test, _EVAL_SETTINGS, "as in training", with_presets=False)
 
     study = commands.add_parser(
         "reproduce", help="measure and draw a figure or table of the paper",
@@ -198,6 +233,8 @@ def _train_in(group: Group | None, device: torch.device, options: argparse.Names
     torch.manual_seed(config.seed + rank(group))  # different dropout masks in each process
     experiment = build(config, data=options.data, device=device, download=options.download)
     trainer = experiment.trainer(compile=options.compile, process_group=group)
+    if rank(group) == 0:
+        print(_plan(config, device, out), file=sys.stderr)
     train_to_end(
         experiment, trainer, checkpoint, resume=resume, validations=options.validations,
         save_every=options.save_every, with_tensorboard=options.tensorboard,
@@ -205,10 +242,29 @@ def _train_in(group: Group | None, device: torch.device, options: argparse.Names
     )  # fmt: skip
     if rank(group) > 0:
         return
+    print(f"evaluating on {options.eval_tasks} unseen tasks", file=sys.stderr)
     with averaged(trainer.optimizer):
         result = experiment.evaluate("test", options.eval_tasks)
         written = plots.of_training(experiment, trainer, out)
     _report(options, result, start, steps=trainer.steps, checkpoint=checkpoint, written=written)
+
+
+def _plan(config: Config, device: torch.device, out: Path) -> str:
+    """What a training will do, and where."""
+    tasks = config.dataset
+    if config.dataset != "sinusoid":
+        tasks = f"{config.way}-way {config.shot}-shot {tasks}"
+    length = f"{config.meta_steps} meta-steps of {config.tasks} tasks"
+    if config.minutes:
+        length = f"{config.minutes:g} minutes, or {length}"
+    where = "the CPU, " + _count(torch.get_num_threads(), "thread")
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    return f"{config.method} on {tasks}: {length}, on {where}; results in {out}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -223,8 +279,12 @@ def _eval(options: argparse.Namespace) -> None:
     with loading_from(checkpoint):
         method = experiment.method
         restore_tensors(method.learned() | method.buffers(), evaluated_tensors(state))
+    is_run = checkpoint.name == "checkpoint.pt"
+    out = options.out or (checkpoint.parent if is_run else Path("runs") / checkpoint.stem)
+    out.mkdir(parents=True, exist_ok=True)  # raises before the evaluation
     result = experiment.evaluate(options.split, options.eval_tasks)
-    _report(options, result, start, steps=state["steps"], checkpoint=checkpoint, written=[])
+    written = [plots.of_tasks(experiment, options.split, out)]
+    _report(options, result, start, steps=state["steps"], checkpoint=checkpoint, written=written)
 
 
 def _report(

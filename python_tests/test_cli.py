@@ -39,7 +39,49 @@ def test_train_and_eval_agree(tmp_path, capsys):
     assert all((tmp_path / "run" / p.rsplit("/", 1)[1]).stat().st_size for p in trained["plots"])
     arguments = ["eval", trained["checkpoint"], "--eval-tasks", "5", "--device", "cpu", "--json"]
     assert main(arguments) == 0
-    assert last_json(capsys)["loss"] == trained["loss"]
+    evaluated = last_json(capsys)
+    assert evaluated["loss"] == trained["loss"]
+    assert evaluated["plots"] == [trained["plots"][1]]
+
+
+def test_the_plot_of_a_model_outside_a_run_goes_to_a_folder_of_its_own(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *QUICK, "--device", "cpu", "--out", "run"]) == 0
+    os.rename("run/checkpoint.pt", "run/best.pt")
+    evaluate = ["eval", "run/best.pt", "--eval-tasks", "2", "--device", "cpu", "--json"]
+    assert main(evaluate) == 0
+    assert last_json(capsys)["plots"] == ["runs/best/fits.png"]
+    assert main([*evaluate, "--out", "elsewhere"]) == 0
+    assert last_json(capsys)["plots"] == ["elsewhere/fits.png"]
+
+
+def test_a_training_says_first_what_it_will_do_and_where(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    assert main(["train", *QUICK, "--device", "cpu", "--out", out, "--minutes", "0.5"]) == 0
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first == (
+        "imaml on sinusoid: 0.5 minutes, or 4 meta-steps of 3 tasks, on the CPU, 1 thread; "
+        f"results in {out}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--metasteps", "3"], "--metasteps: did you mean --meta-steps?"),
+        (["train", "omniglot", "--minute=3", "--shots=1"], "--shots: did you mean --shot?"),
+        (["eval", "checkpoint.pt", "--innner-lr", "1"], "--innner-lr: did you mean --inner-lr?"),
+        (["--versoin"], "--versoin: did you mean --version?"),
+        (["train", "--qqqqqqqq"], "there is no option --qqqqqqqq\n"),
+        (["train", "sinusoid", "omniglot"], "unrecognized arguments: omniglot"),
+    ],
+)
+def test_the_error_for_an_unknown_option_names_the_nearest(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_averaged_tensors_are_evaluated_after_training_and_later(tmp_path, capsys):

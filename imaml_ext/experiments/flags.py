@@ -10,6 +10,12 @@ from imaml_ext.experiments.presets import PRESETS
 from imaml_ext.experiments.registry import CHOICES
 
 SETTINGS = [field.name for field in dataclasses.fields(Config) if field.name != "dataset"]
+_GROUPS = {  # titles in the help, by the first field of each group
+    "method": "model and method",
+    "way": "tasks",
+    "lam": "adaptation and meta-gradient",
+    "meta_lr": "outer loop",
+}
 
 
 def flag(name: str) -> str:
@@ -18,11 +24,18 @@ def flag(name: str) -> str:
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, title: str, names: Sequence[str], *, with_presets: bool
+    parser: argparse.ArgumentParser, names: Sequence[str], defaults: str, *, with_presets: bool
 ) -> None:
-    """Add a group of flags for these fields. Flags that are not given set no attribute."""
-    group, hints = parser.add_argument_group(title), get_type_hints(Config, include_extras=True)
-    for name in names:
+    """Add groups of flags for these fields, whose defaults are described by a text. Flags that are
+    not given set no attribute."""
+    hints, groups = get_type_hints(Config, include_extras=True), {}
+    title = ""
+    for name in SETTINGS:
+        title = _GROUPS.get(name, title)
+        if name not in names:
+            continue
+        if title not in groups:
+            groups[title] = parser.add_argument_group(f"{title} (defaults: {defaults})")
         (text,) = hints[name].__metadata__
         if with_presets:
             text += f" ({_presets(name)})"
@@ -30,7 +43,7 @@ def add_settings(
         parsing: dict[str, Any] = {"type": kind, "choices": CHOICES.get(name)}
         if kind is bool:
             parsing = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(
+        groups[title].add_argument(
             flag(name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **parsing
         )
 

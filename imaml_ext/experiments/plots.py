@@ -5,18 +5,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from imaml_ext._io import write_atomically
+from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.experiments.build import Experiment
+from imaml_ext.problem.layout import Params
 from imaml_ext.training.trainer import Trainer
 
 
 def panels(count: int, *, width: float = 5.5, sharey: bool = False) -> tuple[Any, list[Any]]:
     """A figure and its axes, side by side."""
+    figure = _figure(width * count, 4.2)
+    return figure, list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
+
+
+def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # on first use: it loads slowly
 
-    figure = Figure(figsize=(width * count, 4.2))
-    return figure, list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
+    return Figure(figsize=(width, height))
 
 
 def label(axis: Any, x: str, y: str = "", title: str = "", **legend: Any) -> None:
@@ -34,12 +42,17 @@ def save(figure: Any, path: Path) -> Path:
 
 
 def of_training(experiment: Experiment, trainer: Trainer, folder: Path) -> list[Path]:
-    """Plot the learning curves and, for sinusoids, the model's fits. Returns the files."""
+    """Plot the learning curves and some test tasks. Returns the files."""
     curves = folder / "learning_curves.png"
-    written = [learning_curves(trainer.history, trainer.validation, curves)]
+    written = learning_curves(trainer.history, trainer.validation, curves)
+    return [written, of_tasks(experiment, "test", folder)]
+
+
+def of_tasks(experiment: Experiment, split: str, folder: Path) -> Path:
+    """Plot the model's predictions for the first tasks of a split. Returns the file."""
     if experiment.config.dataset == "sinusoid":
-        written.append(sinusoid_fits(experiment, folder / "fits.png"))
-    return written
+        return sinusoid_fits(experiment, split, folder / "fits.png")
+    return image_predictions(experiment, split, folder / "predictions.png")
 
 
 def learning_curves(
@@ -66,17 +79,16 @@ def learning_curves(
     return save(figure, path)
 
 
-def sinusoid_fits(experiment: Experiment, path: Path) -> Path:
+def sinusoid_fits(experiment: Experiment, split: str, path: Path) -> Path:
     """Plot up to four tasks: the data, and the model before and after adaptation."""
-    method, loss, batch = experiment.method, experiment.loss, experiment.sources["test"].sample(0)
-    phi = method.adapt(batch.support)
+    method, loss = experiment.method, experiment.loss
+    batch, phi = _adapted(experiment, split, tasks=4)
     example = next(iter(method.params.values()))
     grid = torch.linspace(-5, 5, 200, dtype=example.dtype, device=example.device)[:, None]
-    figure, axes = panels(min(4, len(batch.query[0])), width=4, sharey=True)
+    figure, axes = panels(len(phi), width=4, sharey=True)
     with torch.no_grad():
         start = loss.outputs(method.params, grid).cpu()
-        for task, axis in enumerate(axes):
-            row = {name: tensor[task] for name, tensor in phi.items()}
+        for task, (axis, row) in enumerate(zip(axes, phi, strict=True)):
             fit = loss.outputs(row, grid).cpu()
             x, y = (tensor[task, :, 0].cpu() for tensor in batch.query)
             order = x.argsort()
@@ -88,3 +100,46 @@ def sinusoid_fits(experiment: Experiment, path: Path) -> Path:
     axes[0].set_ylabel("y")
     axes[0].legend()
     return save(figure, path)
+
+
+def image_predictions(experiment: Experiment, split: str, path: Path) -> Path:
+    """Plot up to three tasks of up to ten classes: support images, and query images with the
+    predicted class. A query image is classified together with the others of its task."""
+    batch, phi = _adapted(experiment, split, tasks=3)
+    classes = range(min(10, experiment.config.way))
+    figure = _figure(1.1 * len(classes) + 0.6, 2.7 * len(phi))
+    axes = figure.subplots(2 * len(phi), len(classes), squeeze=False)
+    for task, row in enumerate(phi):
+        (support, support_y), (query, query_y) = (
+            (x[task].cpu(), y[task].cpu()) for x, y in (batch.support, batch.query)
+        )
+        with torch.no_grad():
+            predicted = experiment.loss.outputs(row, batch.query[0][task]).argmax(-1).cpu()
+        for number in classes:
+            above, below = axes[2 * task : 2 * task + 2, number]
+            at = (query_y == number).nonzero()[0, 0]
+            right = predicted[at] == number
+            _show(above, support[(support_y == number).nonzero()[0, 0]], f"{number}")
+            _show(below, query[at], f"{predicted[at]}", "green" if right else "red")
+        axes[2 * task, 0].set_ylabel("support: class")
+        axes[2 * task + 1, 0].set_ylabel("query: predicted")
+    return save(figure, path)
+
+
+def _show(axis: Any, image: Tensor, title: str, color: str = "black") -> None:
+    """Draw an image [channels, height, width] of any range."""
+    low, high = image.min(), image.max()
+    image = (image - low) / (high - low).clamp(min=1e-12)
+    axis.imshow(image.movedim(0, -1).squeeze(-1).numpy(), cmap="gray")
+    axis.set_title(title, color=color, fontsize=10)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_color(color)
+
+
+def _adapted(experiment: Experiment, split: str, tasks: int) -> tuple[TaskBatch, list[Params]]:
+    """Up to this many tasks, and the parameters adapted to each."""
+    batch = experiment.sources[split].sample(0)
+    first = pytree.tree_map(lambda t: t[:tasks], (batch.support, batch.query))
+    phi = experiment.method.with_shared(experiment.method.adapt(first[0]))
+    count = len(next(iter(phi.values())))
+    return TaskBatch(*first), [{name: t[i] for name, t in phi.items()} for i in range(count)]

@@ -8,7 +8,9 @@ import torch
 
 from imaml_ext.experiments import plots
 from imaml_ext.experiments.build import build
+from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.presets import PRESETS
+from imaml_ext.experiments.registry import DATASETS
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def test_learning_curves_are_running_means_in_percent(figures, tmp_path):
 
 def test_fits_show_the_model_before_and_after_adaptation(figures, tmp_path):
     one = build(dataclasses.replace(PRESETS["sinusoid"], inner_steps=2))
-    plots.sinusoid_fits(one, tmp_path / "x.png")
+    plots.sinusoid_fits(one, "test", tmp_path / "x.png")
     axes = figures[0].axes
     assert len(axes) == 4
     phi = one.method.adapt(one.sources["test"].sample(0).support)
@@ -49,6 +51,37 @@ def test_fits_show_the_model_before_and_after_adaptation(figures, tmp_path):
             x, y = torch.from_numpy(lines(axis)[name]).T
             want = torch.func.functional_call(one.loss.model, params, (x[:, None].float(),))
             torch.testing.assert_close(y.float(), want[:, 0].detach())
+
+
+def test_image_predictions_show_the_predicted_classes_of_query_images(
+    figures, tmp_path, monkeypatch
+):
+    images = {
+        split: torch.randint(256, (5, 3, 28, 28)).byte() for split in ("train", "val", "test")
+    }
+    small = dataclasses.replace(DATASETS["omniglot"], images=lambda *_: images)
+    monkeypatch.setitem(DATASETS, "omniglot", small)
+    monkeypatch.setitem(conv4.__kwdefaults__, "filters", 4)
+    one = build(dataclasses.replace(PRESETS["omniglot"], inner_steps=2, way=4, query=2))
+    plots.image_predictions(one, "val", tmp_path / "x.png")
+    axes = np.array(figures[0].axes).reshape(3, 2, 4)  # task, support or query, class
+    batch = one.sources["val"].sample(0)
+    phi = one.method.adapt(batch.support)
+    colors = set()
+    for task, (above, below) in enumerate(axes):
+        assert [axis.get_title() for axis in above] == ["0", "1", "2", "3"]
+        row = {name: tensor[task] for name, tensor in phi.items()}
+        x, y = batch.query[0][task], batch.query[1][task]
+        predicted = torch.func.functional_call(one.loss.model, row, (x,)).argmax(1)
+        for number, axis in enumerate(below):
+            at = y.tolist().index(number)
+            assert axis.get_title() == str(predicted[at].item())
+            assert axis.title.get_color() == ("green" if predicted[at] == number else "red")
+            colors.add(axis.title.get_color())
+            shown = torch.from_numpy(axis.get_images()[0].get_array())
+            image = x[at, 0] - x[at].min()
+            torch.testing.assert_close(shown.float(), image / image.max())
+    assert colors == {"green", "red"}
 
 
 @pytest.mark.renders
