@@ -129,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train.set_defaults(run=_train)
     add = train.add_argument
-    add("dataset", nargs="?", choices=list(PRESETS), default="sinusoid", help="data set")
+    add("dataset", nargs="?", choices=list(PRESETS),
+        help="data set (default: sinusoid, or that of the resumed run)")  # fmt: skip
     _add_common(train)
     add("--download", action="store_true", help="download the data set if it is missing")
     add("--out", type=Path, help="folder of the run (default: runs/DATASET-TIME)")
@@ -220,16 +221,18 @@ def _train(options: argparse.Namespace) -> None:
 
 def _train_in(group: Group | None, device: torch.device, options: argparse.Namespace) -> None:
     start = time.perf_counter()
-    out = options.out or Path("runs") / f"{options.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    dataset = options.dataset or "sinusoid"
+    out = options.out or Path("runs") / f"{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint = out / "checkpoint.pt"
     # torchrun repeats its command after a failure; the first time there is no checkpoint.
     resume = options.resume and (group is None or checkpoint.exists())
     if resume:
-        config = resumed_config(checkpoint, {"dataset": options.dataset, **given_settings(options)})
+        given = {"dataset": options.dataset} if options.dataset else {}
+        config = resumed_config(checkpoint, given | given_settings(options))
     elif checkpoint.exists():
         raise ValueError(f"{checkpoint} exists: resume it with --resume, or choose another --out")
     else:
-        config = dataclasses.replace(PRESETS[options.dataset], **given_settings(options))
+        config = dataclasses.replace(PRESETS[dataset], **given_settings(options))
     torch.manual_seed(config.seed + rank(group))  # different dropout masks in each process
     experiment = build(config, data=options.data, device=device, download=options.download)
     trainer = experiment.trainer(compile=options.compile, process_group=group)
@@ -238,7 +241,7 @@ def _train_in(group: Group | None, device: torch.device, options: argparse.Names
     train_to_end(
         experiment, trainer, checkpoint, resume=resume, validations=options.validations,
         save_every=options.save_every, with_tensorboard=options.tensorboard,
-        how_to_resume=f"--resume --out {out}",
+        how_to_resume=f"repeat the command with --resume --out {out}",
     )  # fmt: skip
     if rank(group) > 0:
         return

@@ -1,6 +1,7 @@
 """The command line: what it trains, prints and refuses."""
 
 import argparse
+import dataclasses
 import errno
 import json
 import os
@@ -16,7 +17,9 @@ from imaml_ext import Trainer, cli
 from imaml_ext.cli import main
 from imaml_ext.data import Sinusoid
 from imaml_ext.experiments.build import build
+from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.presets import PRESETS
+from imaml_ext.experiments.registry import DATASETS
 from imaml_ext.training.checkpoint import load_checkpoint, save_checkpoint
 
 QUICK = ["--meta-steps", "4", "--tasks", "3", "--inner-steps", "2", "--eval-tasks", "5"]
@@ -351,6 +354,23 @@ def test_a_resumed_run_keeps_its_settings(tmp_path, capsys):
     message = fails(["train", *out, "--resume", "--lam", "9"], capsys)
     assert "was trained with lam=0." in message
     assert main(["train", *out, "--resume", "--meta-steps", "6", "--eval-tasks", "2"]) == 0
+
+
+def test_a_resumed_run_keeps_its_data_set(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(conv4.__kwdefaults__, "filters", 4)
+    images = torch.randint(256, (5, 3, 28, 28), dtype=torch.uint8)
+    small = dataclasses.replace(
+        DATASETS["omniglot"], images=lambda *_: dict.fromkeys(("train", "val", "test"), images)
+    )
+    monkeypatch.setitem(DATASETS, "omniglot", small)
+    out = ["--device", "cpu", "--out", str(tmp_path), "--json"]
+    assert main(["train", "omniglot", *QUICK, "--query", "1", *out]) == 0
+    assert main(["train", *out, "--resume", "--meta-steps", "6", "--eval-tasks", "2"]) == 0
+    resumed = last_json(capsys)
+    assert resumed["meta_steps"] == 6
+    assert "accuracy" in resumed
+    message = fails(["train", "sinusoid", *out, "--resume"], capsys)
+    assert "was trained with dataset=omniglot" in message
 
 
 def test_an_unwritable_folder_fails_in_one_line(tmp_path, capsys):

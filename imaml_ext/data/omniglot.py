@@ -156,7 +156,7 @@ def _download(root: str | Path) -> None:
     except (ImportError, RuntimeError) as error:
         raise ValueError(
             f"--download needs torchvision, which cannot be imported ({error}); "
-            "pip install 'imaml_ext[download]'"
+            "pip install torchvision"
         ) from error
     for background in (True, False):
         Archive(str(root), background=background, download=True)

@@ -229,7 +229,7 @@ def test_a_group_that_is_stopped_saves_its_last_step(undisturbed, tmp_path):
     wait_for_step(run, tmp_path, 3, saved=False)
     run.send_signal(signal.SIGTERM)
     _, error = run.communicate(timeout=300)
-    assert "to resume: --resume" in error
+    assert "to resume: repeat the command with --resume" in error
     assert 0 < load_checkpoint(tmp_path / "checkpoint.pt")["steps"] < STEPS
     finished(torchrun(2, *TRAIN, *LONG, "--out", tmp_path, "--resume"))
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in learned(tmp_path).items())
