@@ -16,7 +16,8 @@ import imaml_ext
 
 ROOT = Path(__file__).parents[2]
 NOT_PACKED = (
-    ".ci/", ".clang-format", ".gitignore", ".pre-commit-config.yaml", "noxfile.py", "results/",
+    ".ci/", ".clang-format", ".github/", ".gitignore", ".pre-commit-config.yaml", "noxfile.py",
+    "results/",
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
