@@ -236,11 +236,10 @@ def _train_in(group: Group | None, device: torch.device, options: argparse.Names
     torch.manual_seed(config.seed + rank(group))  # different dropout masks in each process
     experiment = build(config, data=options.data, device=device, download=options.download)
     trainer = experiment.trainer(compile=options.compile, process_group=group)
-    if rank(group) == 0:
-        print(_plan(config, device, out), file=sys.stderr)
     train_to_end(
         experiment, trainer, checkpoint, resume=resume, validations=options.validations,
         save_every=options.save_every, with_tensorboard=options.tensorboard,
+        plan=_plan(config, device, out),
         how_to_resume=f"repeat the command with --resume --out {out}",
     )  # fmt: skip
     if rank(group) > 0:

@@ -87,6 +87,7 @@ def train_to_end(
     save_every: float = 60.0,
     with_tensorboard: bool = False,
     name: str = "",
+    plan: str = "",
     how_to_resume: str = "repeat the command",
 ) -> None:
     """Train until the trainer's budget is spent; save the state periodically and at the end.
@@ -101,6 +102,7 @@ def train_to_end(
         validation_tasks: tasks of each validation.
         save_every: largest time between two checkpoints, in seconds of training.
         name: label of the progress bar.
+        plan: what the run will do, printed when it is certain to start.
         how_to_resume: for the message of `Interrupted`.
 
     Raises:
@@ -124,6 +126,8 @@ def train_to_end(
                 print(f"resuming from meta-step {trainer.steps}", file=sys.stderr)
         if leads:
             stack.enter_context(_logged(trainer, checkpoint.parent, with_tensorboard))
+            if plan:
+                print(plan, file=sys.stderr)
         bar = stack.enter_context(_progress_bar(trainer, config, name))
         received = stack.enter_context(_stop_signals())
         last_saved, shown, told = trainer.seconds, -math.inf, False

@@ -12,7 +12,7 @@ from imaml_ext.experiments.flags import SETTINGS, add_settings, given_settings
 
 def parse(*arguments):
     parser = argparse.ArgumentParser()
-    add_settings(parser, "settings", SETTINGS, with_presets=True)
+    add_settings(parser, SETTINGS, "settings", with_presets=True)
     return given_settings(parser.parse_args(arguments))
 
 
