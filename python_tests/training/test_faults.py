@@ -118,7 +118,7 @@ def small_disk(tmp_path):
         )  # fmt: skip
         if done.returncode == 77 or "unshare failed" in done.stderr:
             pytest.skip("a disk cannot be mounted here")
-        progress = ("step/s", "s/step", "resuming from", "recorded programs")
+        progress = ("step/s", "s/step", "resuming from", "results in", "recorded programs")
         lines = [line for line in done.stderr.splitlines() if not any(u in line for u in progress)]
         return done.returncode, [line for line in lines if line.strip()]
 
