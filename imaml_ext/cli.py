@@ -83,13 +83,13 @@ def _lost_reader() -> bool:
     return bool(poll.poll(0))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Suggests the nearest flag for one that does not exist."""
+class _CommandParser(argparse.ArgumentParser):
+    """Suggests the nearest option for one that does not exist."""
 
     _given: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        self._given = sys.argv[1:] if args is None else args
+        self._given = args
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -116,12 +116,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="imaml-ext", description="Meta-learning with implicit gradients.", epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
 
     train = commands.add_parser(
         "train", help="meta-train, then evaluate on unseen tasks", formatter_class=_Help,
@@ -258,7 +258,7 @@ def _plan(config: Config, device: torch.device, out: Path) -> str:
         tasks = f"{config.way}-way {config.shot}-shot {tasks}"
     length = f"{config.meta_steps} meta-steps of {config.tasks} tasks"
     if config.minutes:
-        length = f"{config.minutes:g} minutes, or {length}"
+        length = f"at most {config.minutes:g} minutes or {length}"
     where = "the CPU, " + _count(torch.get_num_threads(), "thread")
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import os
 from pathlib import Path
@@ -10,6 +11,8 @@ from matplotlib.figure import Figure
 from tape import Tape
 
 import imaml_ext
+from imaml_ext.experiments.models import conv4
+from imaml_ext.experiments.registry import DATASETS
 from imaml_ext.training.capture import cuda_graph
 
 CUDA = torch.cuda.is_available() and bool(imaml_ext.build_info()["cuda"])
@@ -102,3 +105,14 @@ def omniglot_root():
     if root is None or not (Path(root) / "omniglot-py").is_dir():
         pytest.skip("set IMAML_TEST_DATA to a folder that holds omniglot-py")
     return Path(root)
+
+
+@pytest.fixture
+def small_omniglot(monkeypatch):
+    """In place of Omniglot, five classes of four random images, and a network of four filters."""
+    images = torch.randint(256, (5, 4, 28, 28), dtype=torch.uint8)
+    small = dataclasses.replace(
+        DATASETS["omniglot"], images=lambda *_: dict.fromkeys(("train", "val", "test"), images)
+    )
+    monkeypatch.setitem(DATASETS, "omniglot", small)
+    monkeypatch.setitem(conv4.__kwdefaults__, "filters", 4)

@@ -1,7 +1,6 @@
 """The command line: what it trains, prints and refuses."""
 
 import argparse
-import dataclasses
 import errno
 import json
 import os
@@ -17,9 +16,7 @@ from imaml_ext import Trainer, cli
 from imaml_ext.cli import main
 from imaml_ext.data import Sinusoid
 from imaml_ext.experiments.build import build
-from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.presets import PRESETS
-from imaml_ext.experiments.registry import DATASETS
 from imaml_ext.training.checkpoint import load_checkpoint, save_checkpoint
 
 QUICK = ["--meta-steps", "4", "--tasks", "3", "--inner-steps", "2", "--eval-tasks", "5"]
@@ -65,7 +62,7 @@ def test_a_training_says_first_what_it_will_do_and_where(tmp_path, capsys):
     assert main(["train", *QUICK, "--device", "cpu", "--out", out, "--minutes", "0.5"]) == 0
     first, *_ = capsys.readouterr().err.splitlines()
     assert first == (
-        "imaml on sinusoid: 0.5 minutes, or 4 meta-steps of 3 tasks, on the CPU, 1 thread; "
+        "imaml on sinusoid: at most 0.5 minutes or 4 meta-steps of 3 tasks, on the CPU, 1 thread; "
         f"results in {out}"
     )
 
@@ -76,7 +73,7 @@ def test_a_training_says_first_what_it_will_do_and_where(tmp_path, capsys):
         (["train", "--metasteps", "3"], "--metasteps: did you mean --meta-steps?"),
         (["train", "omniglot", "--minute=3", "--shots=1"], "--shots: did you mean --shot?"),
         (["eval", "checkpoint.pt", "--innner-lr", "1"], "--innner-lr: did you mean --inner-lr?"),
-        (["--versoin"], "--versoin: did you mean --version?"),
+        (["trian", "--data", "x"], "invalid choice: 'trian'"),
         (["train", "--qqqqqqqq"], "there is no option --qqqqqqqq\n"),
         (["train", "sinusoid", "omniglot"], "unrecognized arguments: omniglot"),
     ],
@@ -356,13 +353,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path, capsys):
     assert main(["train", *out, "--resume", "--meta-steps", "6", "--eval-tasks", "2"]) == 0
 
 
-def test_a_resumed_run_keeps_its_data_set(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(conv4.__kwdefaults__, "filters", 4)
-    images = torch.randint(256, (5, 3, 28, 28), dtype=torch.uint8)
-    small = dataclasses.replace(
-        DATASETS["omniglot"], images=lambda *_: dict.fromkeys(("train", "val", "test"), images)
-    )
-    monkeypatch.setitem(DATASETS, "omniglot", small)
+def test_a_resumed_run_keeps_its_data_set(small_omniglot, tmp_path, capsys):
     out = ["--device", "cpu", "--out", str(tmp_path), "--json"]
     assert main(["train", "omniglot", *QUICK, "--query", "1", *out]) == 0
     assert main(["train", *out, "--resume", "--meta-steps", "6", "--eval-tasks", "2"]) == 0

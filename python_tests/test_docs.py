@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import get_origin
 
 import pytest
-import torch
 
 import imaml_ext
 import imaml_ext.data
 import imaml_ext.solvers.inner
 from imaml_ext.experiments.build import build
-from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.presets import PRESETS
-from imaml_ext.experiments.registry import DATASETS
 from imaml_ext.experiments.run import train_to_end
 
 ROOT = Path(__file__).parents[1]
@@ -107,14 +104,8 @@ def entries_of_lines():
 @pytest.mark.parametrize("dataset", ["sinusoid", "omniglot"])
 @pytest.mark.parametrize("method", ["imaml", "fomaml"])
 def test_metrics_jsonl_has_the_entries_in_the_table_of_records(
-    dataset, method, tmp_path, monkeypatch
+    dataset, method, small_omniglot, tmp_path
 ):
-    monkeypatch.setitem(conv4.__kwdefaults__, "filters", 4)  # a narrow network is fast
-    images = torch.randint(256, (5, 4, 28, 28), dtype=torch.uint8)
-    small = dataclasses.replace(
-        DATASETS["omniglot"], images=lambda *_: dict.fromkeys(("train", "val", "test"), images)
-    )
-    monkeypatch.setitem(DATASETS, "omniglot", small)
     config = dataclasses.replace(
         PRESETS[dataset], method=method, meta_steps=2, tasks=2, query=1, inner_steps=1, cg_steps=1
     )

@@ -8,9 +8,7 @@ import torch
 
 from imaml_ext.experiments import plots
 from imaml_ext.experiments.build import build
-from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.presets import PRESETS
-from imaml_ext.experiments.registry import DATASETS
 
 
 @pytest.fixture
@@ -54,14 +52,8 @@ def test_fits_show_the_model_before_and_after_adaptation(figures, tmp_path):
 
 
 def test_image_predictions_show_the_predicted_classes_of_query_images(
-    figures, tmp_path, monkeypatch
+    small_omniglot, figures, tmp_path
 ):
-    images = {
-        split: torch.randint(256, (5, 3, 28, 28)).byte() for split in ("train", "val", "test")
-    }
-    small = dataclasses.replace(DATASETS["omniglot"], images=lambda *_: images)
-    monkeypatch.setitem(DATASETS, "omniglot", small)
-    monkeypatch.setitem(conv4.__kwdefaults__, "filters", 4)
     one = build(dataclasses.replace(PRESETS["omniglot"], inner_steps=2, way=4, query=2))
     plots.image_predictions(one, "val", tmp_path / "x.png")
     axes = np.array(figures[0].axes).reshape(3, 2, 4)  # task, support or query, class
