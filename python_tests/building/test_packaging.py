@@ -83,7 +83,55 @@ def test_the_sdist_has_the_tracked_files_except_results_and_tools(sources, backe
     wanted = {name for name in tracked() if not name.startswith(NOT_PACKED)}
     assert packed == wanted | {"PKG-INFO", "setup.cfg"}
     assert f"\nVersion: {imaml_ext.__version__}\n" in metadata
+    assert "\nDescription-Content-Type: text/markdown\n" in metadata
+    assert "\n# imaml_ext\n" in metadata
+    assert "](docs/" not in metadata
     assert not stale.exists()
+
+
+README = """# Name
+
+An [older
+paper](https://arxiv.org/abs/1), [a section](#use), `list[0](x)` and [docs/](docs/README.md#top).
+
+![A figure](results/fig.png)
+
+*Its caption,
+in two lines.*
+
+    code [0](1)
+
+## Use
+"""
+WITHOUT_REPOSITORY = """# Name
+
+An [older
+paper](https://arxiv.org/abs/1), [a section](#use), `list[0](x)` and docs/.
+
+    code [0](1)
+
+## Use
+"""
+
+
+@pytest.mark.parametrize(
+    ("repository", "expected"),
+    [
+        ("", WITHOUT_REPOSITORY),
+        (
+            "https://example.org/owner/name/",
+            README.replace(
+                "(docs/README.md#top)",
+                "(https://example.org/owner/name/blob/v1.2/docs/README.md#top)",
+            ).replace(
+                "(results/fig.png)", "(https://example.org/owner/name/raw/v1.2/results/fig.png)"
+            ),
+        ),
+    ],
+)
+def test_the_description_links_to_the_repository_or_nowhere(repository, expected, backend):
+    readme = importlib.import_module("imaml_readme")
+    assert readme.for_index(README, repository, "v1.2") == expected
 
 
 def test_the_wheel_has_only_the_modules_and_their_types(sources, backend):
