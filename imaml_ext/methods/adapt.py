@@ -22,6 +22,7 @@ from imaml_ext.methods.solves import (
     given,
     is_first_order,
     pull_back_sum,
+    rows_of,
 )
 from imaml_ext.methods.warm_start import WarmStart, start_at
 from imaml_ext.ops.batching import call_for_each, is_grads_batched
@@ -44,6 +45,7 @@ def adapt(
     inner: InnerSolver | None = None,
     linear: LinearSolver | None = None,
     shared: Mapping[str, Tensor] | None = None,
+    start: Mapping[str, Tensor] | None = None,
     warm_start: WarmStart | None = None,
     warn: bool | None = None,
 ) -> Params:
@@ -60,6 +62,9 @@ def adapt(
         support: a pytree of [B, ...] tensors; they may require grad, such as the features of a
             learned body, learned labels or example weights. Exact only with `curvature="hessian"`.
             It may be `MiniBatches`.
+        start: initial phi of each task, {name: [B, ...]}; default theta. As theta is also the
+            centre of the proximal term, weight decay of a network needs one: theta = 0 is a saddle
+            point.
         warm_start: keeps the solutions for these tasks from call to call; the inner and the linear
             solve start at the last ones.
         warn: whether `backward` issues a `ConvergenceWarning` if the relative errors of phi and of
@@ -88,7 +93,8 @@ def adapt(
     leaves = {k: t for k, t in enumerate(pytree.tree_leaves(support)) if t.requires_grad}
     if warm_start is not None:
         warm_start.check(objective)
-    call = _Call(objective, Solvers(inner, linear), tuple(leaves), warn, warm_start, batches)
+    first = None if start is None else rows_of("start", start, objective)
+    call = _Call(objective, Solvers(inner, linear), tuple(leaves), warn, first, warm_start, batches)
     inputs = (*(shared or {}).values(), *leaves.values())
     theta, flat_lam = layout.flatten(params), flatten_lam(layout, lam)
     return layout.unflatten(_Adapt.apply(theta, flat_lam, call, *inputs))
@@ -101,6 +107,7 @@ class _Call(NamedTuple):
     solvers: Solvers
     leaves: tuple[int, ...]  # of support: those that require grad
     warn: bool | None
+    first: Tensor | None  # initial phi [B, D]
     last: WarmStart | None
     batches: MiniBatches | None
 
@@ -109,9 +116,8 @@ class _Adapt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, theta: Tensor, lam: Tensor, call: _Call, *inputs: Tensor) -> Tensor:
         objective, solvers, last = call.objective, call.solvers, call.last
-        start = None
-        if last is not None and last.phi is not None:
-            start = start_at(last.phi, theta.detach())
+        known = call.first if last is None or last.phi is None else last.phi
+        start = None if known is None else start_at(known, theta.detach())
         problem = Proximal(
             objective, theta.detach(), lam.detach(), start=start, batches=call.batches
         )
@@ -137,7 +143,7 @@ class _Adapt(torch.autograd.Function):
             )
         if is_grads_batched(v):
             return call_for_each(partial(_Adapt.backward, ctx), v)
-        objective, solvers, leaves, warn, last, _ = ctx.call
+        objective, solvers, leaves, warn, _, last, _ = ctx.call
         objective.usage.check_unchanged()
         theta, lam, phi, *_ = ctx.saved_tensors  # the rest: checked for in-place changes by torch
         problem = Proximal(objective, theta, lam)

@@ -1,5 +1,6 @@
 """A warning where a solve of `adapt` has not converged, from the error estimates of both."""
 
+import math
 import sys
 import warnings
 from dataclasses import replace
@@ -36,11 +37,11 @@ def warn_if_inaccurate(problem: Proximal, inner: Solution, linear: Solution, v: 
     if level is None:
         return
     if total == torch.inf:
-        cause = "H + Λ is not positive definite at phi: take more inner steps, or raise lam"
+        cause = "H + Λ is not positive definite at phi: take more inner steps, or a larger lam"
     elif from_inner > from_linear:
-        cause = "take more steps of the inner solver, or use another inner="
+        cause = _remedy(inner, "lower tol", "take more steps", "inner")
     else:
-        cause = "raise max_iter of the linear solver, or use another linear="
+        cause = _remedy(linear, "lower rtol", "raise max_iter", "linear")
     off = "adapt" if from_inner > from_linear else "the linear solve of adapt"
     warnings.warn(
         f"{off} has not converged: it is off by an estimated {level:.0%} or more, and so is the "
@@ -50,9 +51,20 @@ def warn_if_inaccurate(problem: Proximal, inner: Solution, linear: Solution, v: 
     )
 
 
+def _remedy(solution: Solution, if_converged: str, otherwise: str, which: str) -> str:
+    converged = bool((solution.status == Status.CONVERGED).all())
+    remedy = if_converged if converged else otherwise
+    return f"{remedy} of the {which} solver, or use another {which}="
+
+
 def _linear_error(linear: Solution, v: Tensor) -> float:
-    """Estimate of `|x - x*| / |x|`; without Ritz values `|r| / |v|`."""
+    """Estimate of `|x - x*| / |x|`; without Ritz values `|r| / |v|`.
+
+    Infinite with negative curvature, unless Ritz values tell.
+    """
     if linear.lanczos is None:
+        if bool((linear.status == Status.NEGATIVE_CURVATURE).any()):
+            return math.inf
         return _ratio(linear.residual, _norms(v))
     mu, rounding, measured = _curvature(linear.lanczos, linear)
     residual = torch.maximum(linear.residual, rounding)

@@ -44,7 +44,7 @@ def check_shared(shared: Any, layout: Layout, *losses: Loss | None) -> Params:
     if unused:
         raise ValueError(
             f"shared[{unused[0]!r}] is used by no loss: module_loss uses the parameters of its "
-            "model by their names"
+            "model, and of a criterion that is a module, by their names"
         )
     if own.dtype != layout.dtype or own.device != layout.device:
         raise ValueError(

@@ -17,7 +17,7 @@ from imaml_ext.problem.lam_operator import SharedLam
 from imaml_ext.problem.objective import Objective
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner import GradientDescent, InnerSolver
-from imaml_ext.solvers.inner.base import new_status, unverified, update_status
+from imaml_ext.solvers.inner.base import final_status, new_status, unverified
 from imaml_ext.solvers.linear.base import LinearSolver
 from imaml_ext.solvers.linear.cg import ConjugateGradient
 from imaml_ext.solvers.solution import Solution, Status
@@ -29,7 +29,7 @@ class Solvers:
     def __init__(self, inner: InnerSolver | None, linear: LinearSolver | None) -> None:
         self.inner = GradientDescent() if inner is None else inner
         self.linear = ConjugateGradient() if linear is None else linear
-        check_instance("inner", self.inner, InnerSolver, "pass one, such as GradientDescent()")
+        check_instance("inner", self.inner, InnerSolver, "pass GradientDescent(), or External(fn)")
         check_instance("linear", self.linear, LinearSolver, "pass one, such as ConjugateGradient()")
 
     def differentiate(
@@ -42,8 +42,7 @@ class Solvers:
         if not may_read_values(phi):  # then lam's values have not been checked
             unusable = unusable | ~problem.lam.is_valid()
         residual = problem.residual(phi, at_phi.gradient).masked_fill(unusable, torch.nan)
-        status = update_status(solution.status, residual, self.inner.tol)
-        status = status.masked_fill(status == Status.RUNNING, Status.MAX_ITER)
+        status = final_status(solution.status, residual, self.inner.tol)
         x = self.linear.solve(
             at_phi.matvec, v, problem.lam.values, second_moment=solution.second_moment, x0=x0
         )

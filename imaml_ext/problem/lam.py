@@ -49,7 +49,10 @@ def flatten_lam(layout: Layout, lam: Any) -> Tensor:
                 "a dense lam must be finite, symmetric and positive definite; for a diagonal per "
                 "task, pass a dict of tensors [B, *shape]"
             )
-        raise ValueError("lam must be positive and finite in every entry, or a scalar 0")
+        raise ValueError(
+            "lam must be positive and finite in every entry, or a scalar 0: to exempt some "
+            "parameters, pass 0 and add a penalty of the others to the loss"
+        )
     return values
 
 
@@ -73,12 +76,14 @@ def _flatten_dict(layout: Layout, lam: Mapping[str, Tensor]) -> Tensor:
     for name, shape in layout.shapes.items():
         tensor = lam[name]
         layout.check_like_parameters(f"lam[{name!r}]", tensor)
-        if tensor.dim() == len(shape) + 1 and tensor.shape[1:] == shape:
+        if tensor.dim() == len(shape) + 1 and _expands(tensor.shape[1:], shape):
             tasks[name] = len(tensor)
-        elif tensor.dim() != 0 and tensor.shape != shape:
+        elif tensor.dim() != 0 and not _expands(tensor.shape, shape):
+            one = ["B", *[1] * len(shape)]
             raise ValueError(
                 f"lam[{name!r}] must be 0-d or of shape {list(shape)}, or that with a first "
-                f"dimension of tasks, got {list(tensor.shape)}"
+                f"dimension of B tasks, got {list(tensor.shape)}: one number per task has the "
+                f"shape [{', '.join(map(str, one))}]"
             )
     if len(set(tasks.values())) > 1:
         raise ValueError(f"the tensors of lam must have the same number of tasks, got {tasks}")
@@ -88,6 +93,13 @@ def _flatten_dict(layout: Layout, lam: Mapping[str, Tensor]) -> Tensor:
         for (name, shape), size in zip(layout.shapes.items(), layout.sizes, strict=True)
     ]
     return torch.cat(parts, dim=-1)
+
+
+def _expands(shape: torch.Size, target: torch.Size) -> bool:
+    """Whether `expand` makes the target from it, with the same number of dimensions."""
+    return len(shape) == len(target) and all(
+        size in (1, wanted) for size, wanted in zip(shape, target, strict=True)
+    )
 
 
 def unflatten_lam_gradient(layout: Layout, lam: Lam, gradient: Tensor) -> Any:

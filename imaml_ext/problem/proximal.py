@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from imaml_ext.data.mini_batches import MiniBatches
 from imaml_ext.ops.rows import prox_norms, row_dot
+from imaml_ext.problem.differentiation import check_no_transform
 from imaml_ext.problem.lam_operator import LamOperator
 from imaml_ext.problem.layout import Layout
 from imaml_ext.problem.objective import Objective
@@ -116,14 +117,19 @@ class Proximal:
         return Proximal(objective, self.theta, lam, start=self._start, batches=self.batches)
 
     def values(self, phi: Tensor) -> Tensor:
-        """G at phi [B, D]; [B] float64."""
-        with torch.no_grad():
-            displacement = phi - self.theta
-            losses = self.objective.losses(phi)
-            return losses + 0.5 * row_dot(displacement, self.lam.mv(displacement))
+        """G at phi [B, D]; [B] float64. Differentiable, if phi requires grad, in grad mode."""
+        check_no_transform()
+        phi = phi.contiguous()
+        displacement = phi - self.theta
+        pull = self.lam.mv(displacement)
+        losses = self.objective.losses(phi)
+        if phi.requires_grad and torch.is_grad_enabled():
+            return losses + 0.5 * (displacement * pull).sum(1, dtype=torch.float64)
+        return losses + 0.5 * row_dot(displacement, pull)
 
     def value_and_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """G [B] float64 and ∇G [B, D] at phi [B, D]."""
+        """G [B] float64 and ∇G [B, D] at phi [B, D], without a graph."""
+        phi = phi.detach().contiguous()
         return self.add_proximal(phi, *self.objective.gradient(phi))
 
     def add_proximal(self, phi: Tensor, losses: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from imaml_ext._tracing import may_poll
+from imaml_ext._checks import check_instance
+from imaml_ext._tracing import may_poll, may_read_values
 
 
 class Status(IntEnum):
@@ -149,7 +150,10 @@ class Solution:
             ValueError: the solver measured no curvature; `lanczos` is None.
         """
         if self.lanczos is None:
-            raise ValueError("no error estimate: the solver measured no curvature")
+            raise ValueError(
+                "no error estimate: the linear solver measured no curvature; one of your own "
+                "returns it as the `lanczos` of its Solution"
+            )
         mu = self.lanczos.smallest
         rounding = torch.finfo(self.value.dtype).eps * self.lanczos.largest.abs()
         residual = torch.maximum(self.residual, rounding * self.value.norm(dim=1))
@@ -176,6 +180,43 @@ def counted(tasks: list[int], total: int) -> str:
     """A text such as "2 of 16 tasks: 3, 7", with at most 8 tasks listed."""
     shown = ", ".join(map(str, tasks[:8])) + (", ..." if len(tasks) > 8 else "")
     return f"{len(tasks)} of {total} tasks: {shown}"
+
+
+def checked(solver: object, solution: Solution, rows: Tensor) -> Solution:
+    """What a solver returned, detached and contiguous.
+
+    Args:
+        solver: named in errors.
+        solution: of any type.
+        rows: [B, D], like the value that is expected.
+
+    Raises:
+        TypeError: it is not a `Solution`, or a field is not a tensor of the expected kind.
+        ValueError: a field has another shape, dtype or device, or a status is not a `Status`.
+    """
+    name = type(solver).__name__
+    remedy = "return Solution(value, status, steps, residual)"
+    check_instance(f"the result of {name}", solution, Solution, remedy)
+    value = _checked_field(f"{name}: value", solution.value, rows, rows.dtype)
+    status = _checked_field(f"{name}: status", solution.status, rows[:, 0], torch.int32)
+    steps = _checked_field(f"{name}: steps", solution.steps, rows[:, 0], torch.int32)
+    residual = _checked_field(f"{name}: residual", solution.residual, rows[:, 0], torch.float64)
+    if may_read_values(status):
+        unknown = set(status.tolist()).difference(Status)
+        if unknown:
+            raise ValueError(f"{name}: status must have values of Status, got {min(unknown)}")
+    return replace(solution, value=value, status=status, steps=steps, residual=residual)
+
+
+def _checked_field(name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    check_instance(name, tensor, Tensor, f"pass one, {list(like.shape)} {dtype}")
+    same = tensor.shape == like.shape and tensor.device == like.device
+    if not same or tensor.dtype != dtype:
+        raise ValueError(
+            f"{name} must be {list(like.shape)} {dtype} on {like.device}, got "
+            f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        )
+    return tensor.detach().contiguous()
 
 
 pytree.register_dataclass(Lanczos)

@@ -3,6 +3,9 @@
 Tests of one solver only are in test_cg.py, test_minres.py and test_neumann.py.
 """
 
+import math
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from matrices import product, symmetric
@@ -179,15 +182,19 @@ def test_an_invalid_x0_is_refused(make):
 # ---- a user's own solver
 
 
+@dataclass(frozen=True)
 class Richardson(LinearSolver):
-    """Leaves rows RUNNING, and lets them diverge."""
+    """Claims a status that it does not compute, and lets rows diverge."""
+
+    claimed: Status = Status.RUNNING
 
     def _solve(self, system):
         x = torch.zeros_like(system.b)
         for _ in range(self.max_iter):
             x = x + 0.1 * (system.b - system.product(x))
         steps = torch.full(x.shape[:1], self.max_iter, dtype=torch.int32)
-        return Solution(x, torch.zeros_like(steps), steps, torch.zeros(len(x)).double())
+        residual = (system.b - system.product(x)).norm(dim=1).double()
+        return Solution(x, torch.full_like(steps, self.claimed), steps, residual)
 
 
 @pytest.mark.parametrize("form", LAMS)
@@ -197,11 +204,62 @@ def test_a_subclass_implements_only_its_iteration(form):
     b = torch.randn(3, 10, dtype=torch.float64)
     lam, matrix = make_lam(form, 10, torch.float64, "cpu")
     got = Richardson(max_iter=500, damping=0.2).solve(product(h), b, lam)
-    assert got.status.tolist() == [Status.MAX_ITER, Status.MAX_ITER, Status.NONFINITE]
+    assert got.status.tolist() == [Status.CONVERGED, Status.CONVERGED, Status.NONFINITE]
     a = h + matrix + 0.2 * torch.eye(10, dtype=torch.float64)
     torch.testing.assert_close(got.value[:2], torch.linalg.solve(a[:2], b[:2]))
     assert (got.value[2] == 0).all()
     assert got.residual[2].isnan()
+
+
+@pytest.mark.parametrize("claimed", [Status.RUNNING, Status.CONVERGED])
+@pytest.mark.parametrize(
+    ("settings", "residual", "reached"),
+    [
+        ({"rtol": 0.1}, 0.09, True),
+        ({"rtol": 0.1}, 0.15, None),  # as claimed
+        ({"rtol": 0.1}, 0.3, False),
+        ({"atol": 1.0}, 0.09, True),
+        ({"atol": 1.0}, 0.3, False),
+        ({}, 0.09, False),
+        ({}, 1e-14, True),
+    ],
+)
+def test_the_status_of_a_subclass_agrees_with_its_residual(claimed, settings, residual, reached):
+    """|b| = 10, and k steps with the identity leave the residual 0.9^k |b|."""
+    steps = round(math.log(residual) / math.log(0.9))
+    b = torch.full((1, 4), 5.0, dtype=torch.float64)
+    wanted = claimed == Status.CONVERGED if reached is None else reached
+    for x0, saved in ((None, 0), (0.5 * b, 6)):
+        solver = Richardson(max_iter=steps - saved, claimed=claimed, **settings)
+        status = solver.solve(lambda p: p, b, x0=x0).status.item()
+        assert status == (Status.CONVERGED if wanted else Status.MAX_ITER)
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        (torch.ones(2, 3), TypeError, "the result of Wrong must be an instance of Solution"),
+        ({"value": torch.ones(3, 2)}, ValueError, r"Wrong: value must be \[2, 3\] torch.float32"),
+        ({"value": torch.ones(2, 3).double()}, ValueError, "got .* torch.float64"),
+        ({"status": [1, 1]}, TypeError, "Wrong: status must be an instance of Tensor, got list"),
+        ({"status": torch.full((2,), 77)}, ValueError, r"Wrong: status must be \[2\] torch.int32"),
+        (
+            {"status": torch.full((2,), 77, dtype=torch.int32)}, ValueError,
+            "Wrong: status must have values of Status, got 77",
+        ),
+        ({"steps": 7}, TypeError, "Wrong: steps must be an instance of Tensor, got"),
+        ({"residual": torch.zeros(2)}, ValueError, r"Wrong: residual must be \[2\] torch.float64"),
+    ],
+)  # fmt: skip
+def test_an_invalid_result_of_a_subclass_is_refused(result, error, message):
+    class Wrong(LinearSolver):
+        def _solve(self, system):
+            steps = torch.zeros(2, dtype=torch.int32)
+            valid = Solution(system.b, steps, steps, torch.zeros(2).double())
+            return replace(valid, **result) if isinstance(result, dict) else result
+
+    with pytest.raises(error, match=message):
+        Wrong().solve(lambda p: p, torch.ones(2, 3))
 
 
 def test_a_subclass_receives_the_second_moment_and_checked_arguments():

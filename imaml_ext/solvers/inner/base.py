@@ -9,13 +9,14 @@ from imaml_ext._checks import check_integer, check_range
 from imaml_ext.ops.rows import is_not_finite
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner.step_size import StepSize
-from imaml_ext.solvers.solution import Solution, Status
+from imaml_ext.solvers.solution import Solution, Status, checked
 
 
 class InnerSolver(ABC):
-    """Solves the inner problems of a batch, starting from `phi = theta`.
+    """Solves the inner problems of a batch.
 
     The implicit gradient depends only on phi, so a solver may compute it in any way.
+    [external-solver.md](../external-solver.md) has a complete solver.
 
     Attributes:
         tol: a task has converged when `‖∇G_i‖ <= tol` (delta of the paper's Algorithm 2). None:
@@ -29,17 +30,18 @@ class InnerSolver(ABC):
 
     @abstractmethod
     def solve(self, problem: Proximal) -> Solution:
-        """Adapt the problem's tasks.
+        """Adapt the problem's tasks, starting from `problem.start()`.
 
-        On an accelerator a solve of more than 64 steps synchronises every 64, to stop when all
-        tasks are done; never while being recorded.
+        The built-in solvers of more than 64 steps synchronise every 64 on an accelerator, to stop
+        when all tasks are done; never while being recorded.
 
         Args:
-            problem: G_i of every task.
+            problem: G_i of every task; its tensors must not be modified.
 
         Returns:
-            `value` is phi [B, D]. `residual` may be NaN and a task RUNNING: the caller, which
-            computes the gradient at phi anyway, sets both.
+            `value` is phi [B, D]. The caller measures `residual` at phi, so NaN may be returned,
+            and completes the status: a RUNNING task becomes CONVERGED if `residual <= tol`,
+            otherwise MAX_ITER, and a CONVERGED one MAX_ITER if `residual > 2 tol`.
         """
 
 
@@ -47,16 +49,23 @@ def solve_inner(inner: InnerSolver, problem: Proximal) -> Solution:
     """`inner.solve(problem)`.
 
     Raises:
-        ValueError: the solver needs all examples in each step, but there are mini-batches.
+        TypeError, ValueError: the solver needs all examples in each step, but there are
+            mini-batches; or it does not return a valid solution.
+        RuntimeError: it modified theta.
     """
-    if problem.batches is not None:
-        name = type(inner).__name__
-        if not inner.takes_mini_batches:
-            raise ValueError(
-                f"{name} does not take mini-batches: pass the support set itself, or use "
-                "GradientDescent, Adam, or External(fn, takes_mini_batches=True)"
-            )
-    return inner.solve(problem)
+    name = type(inner).__name__
+    if problem.batches is not None and not inner.takes_mini_batches:
+        raise ValueError(
+            f"{name} does not take mini-batches: pass the support set itself, or use "
+            "GradientDescent, Adam, or External(fn, takes_mini_batches=True)"
+        )
+    version = problem.theta._version
+    solution = inner.solve(problem)
+    if problem.theta._version != version:
+        raise RuntimeError(
+            f"{name} modified problem.theta in place: start from problem.start(), which is a copy"
+        )
+    return checked(inner, solution, problem.theta.expand(problem.tasks, -1))
 
 
 def update_status(status: Tensor, residual: Tensor, tol: float | None) -> Tensor:
@@ -68,6 +77,15 @@ def update_status(status: Tensor, residual: Tensor, tol: float | None) -> Tensor
         converged = (status == Status.RUNNING) & (residual <= tol)
         status = status.masked_fill(converged, Status.CONVERGED)
     return status.to(torch.int32).masked_fill(is_not_finite(residual), Status.NONFINITE)
+
+
+def final_status(status: Tensor, residual: Tensor, tol: float | None) -> Tensor:
+    """The statuses of a finished solve, from the residuals at its solution."""
+    status = update_status(status, residual, tol)
+    failed = status == Status.RUNNING
+    if tol is not None:
+        failed |= (status == Status.CONVERGED) & (residual > 2 * tol)
+    return status.masked_fill(failed, Status.MAX_ITER)
 
 
 def unverified(phi: Tensor, status: Tensor, steps: Tensor) -> Solution:

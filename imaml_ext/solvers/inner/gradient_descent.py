@@ -90,7 +90,7 @@ class GradientDescent(InnerSolver):
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
         check_tol(problem, self.tol)
-        if isinstance(self.lr, StepSize):
+        if isinstance(self.lr, StepSize) or type(self).direction is not GradientDescent.direction:
             return solve_in_torch(self, self.lr, problem)[0]
         phi = problem.start()
         velocity = torch.zeros_like(phi) if self.momentum else None

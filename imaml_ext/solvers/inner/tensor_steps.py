@@ -1,8 +1,9 @@
-"""The steps of gradient descent and of Adam in PyTorch, for step sizes that are tensors.
+"""The steps of gradient descent and of Adam in PyTorch, for what the fused kernels cannot do.
 
-The fused kernels, which are faster, take the step size as a number.
+Those take the step size as a number, and the direction of the class itself, not of a subclass.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -39,11 +40,15 @@ def check_constant_step_size(lr: float | StepSize) -> None:
 
 
 @torch.no_grad()
-def solve_in_torch(solver: Stepwise, lr: StepSize, problem: Proximal) -> tuple[Solution, State]:
+def solve_in_torch(
+    solver: Stepwise, lr: float | StepSize, problem: Proximal
+) -> tuple[Solution, State]:
     """As `InnerSolver.solve`, and the state after the last step of each task."""
     check_constant_step_size(lr)
-    lr.check(problem.layout, solver.steps)
-    rates = lr.rates(solver.steps)
+    if isinstance(lr, StepSize):
+        lr.check(problem.layout, solver.steps)
+    rates: Sequence[float | Tensor]
+    rates = lr.rates(solver.steps) if isinstance(lr, StepSize) else [lr] * solver.steps
     phi, state = problem.start(), State()
     status = new_status(problem)
     steps = torch.zeros_like(status)

@@ -13,7 +13,7 @@ from imaml_ext.ops.rows import is_not_finite, row_dot
 from imaml_ext.problem.lam import lam_of_rows
 from imaml_ext.problem.objective import CurvatureKind, Matvec
 from imaml_ext.programs.task_program import CgResult, Continuation
-from imaml_ext.solvers.solution import Solution, Status
+from imaml_ext.solvers.solution import Solution, Status, checked
 
 
 class LinearSystem:
@@ -30,8 +30,8 @@ class LinearSystem:
         x0: where the solve starts, [B, D]; None for 0. Then b is `b - A x0`: a solver computes the
             correction of x0, starting from 0.
         norm: `|b|` of the given b, [B] float64, if there is an x0: tolerances are relative to it.
-        is_plain: set by a solver that has checked its solution, see `CgResult`, and set its final
-            statuses.
+        is_verified: set by a solver whose statuses need not be compared with its residuals.
+        is_final: set by a solver of which all rows are finite and have their final statuses.
 
     Raises:
         TypeError, ValueError: an argument, or a result of matvec, is invalid.
@@ -57,7 +57,8 @@ class LinearSystem:
         self.second_moment = second_moment
         self.x0: Tensor | None = None
         self.norm: Tensor | None = None
-        self.is_plain = False
+        self.is_verified = False
+        self.is_final = False
         self._matvec = matvec
         # Conjugate gradient by one call; None if matvec has no program.
         self.conjugate_gradient: Callable[..., CgResult] | None = None
@@ -106,7 +107,9 @@ class LinearSolver(ABC):
 
     A subclass implements `_solve(system)`, which receives a checked `LinearSystem` and returns a
     `Solution`, starting from x = 0; it runs under `torch.no_grad`. If `solve` is given an x0, b of
-    the system is `b - A x0`, and `solve` adds x0 to the value that `_solve` returns.
+    the system is `b - A x0`, and `solve` adds x0 to the value that `_solve` returns. It also
+    completes the statuses from the residuals: a RUNNING row becomes CONVERGED or MAX_ITER, and a
+    CONVERGED one MAX_ITER where its residual is too large.
 
     Args:
         max_iter: maximum number of products with H, without those for x0 and for the check below.
@@ -174,7 +177,8 @@ class LinearSolver(ABC):
         with torch.no_grad():
             if x0 is not None:
                 system.start_at(x0, only_if_better=True)
-            solution = finished(system, self._solve(system))
+            found = checked(self, self._solve(system), system.b)
+            solution = finished(system, found, self.rtol, self.atol)
             if system.norm is None:
                 return solution
             at_once = (solution.status == Status.NEGATIVE_CURVATURE) & (solution.steps == 0)
@@ -186,7 +190,10 @@ class LinearSolver(ABC):
 
     @abstractmethod
     def _solve(self, system: LinearSystem) -> Solution:
-        """Solve the system. Rows may be left RUNNING or not finite: `solve` sets their status."""
+        """Solve the system. Rows may be left RUNNING or not finite: `solve` sets their status.
+
+        `residual` is `|b - A x|`; `lanczos` may be None, and then there is no `error_estimate`.
+        """
 
 
 def squared_tolerance(system: LinearSystem, bb: Tensor, rtol: float, atol: float) -> Tensor:
@@ -222,10 +229,8 @@ def with_true_residual(
         rtol, atol: those of the solve.
         drift: bound of the difference between `solution.residual` and `|b - A x|`, [B] float64.
     """
-    measures = rtol > 0 or atol > 0
-    norm = norm if system.norm is None else system.norm
-    floor = (10 if measures else 1000) * torch.finfo(system.b.dtype).eps
-    tol = (max(rtol, floor) * norm).clamp_min(atol)
+    system.is_verified = True
+    measures, tol = rtol > 0 or atol > 0, _tolerance(system, norm, rtol, atol)
     doubtful = drift > torch.maximum(solution.residual, tol)
     if may_read_values(drift) and not bool(doubtful.any()):
         return solution
@@ -242,14 +247,28 @@ def with_true_residual(
     )
 
 
-def finished(system: LinearSystem, solution: Solution) -> Solution:
+def _tolerance(system: LinearSystem, norm: Tensor, rtol: float, atol: float) -> Tensor:
+    """The residual at which a row counts as converged, within a factor of 2, [B] float64."""
+    norm = norm if system.norm is None else system.norm
+    floor = (10 if rtol > 0 or atol > 0 else 1000) * torch.finfo(system.b.dtype).eps
+    return (max(rtol, floor) * norm).clamp_min(atol)
+
+
+def finished(system: LinearSystem, solution: Solution, rtol: float, atol: float) -> Solution:
     """The solution including x0, with final statuses.
 
     They are MAX_ITER instead of RUNNING, and NONFINITE where the value is not finite.
     """
-    if system.is_plain:
+    if system.is_final:
         return solution
-    x, status = solution.value, solution.status.to(torch.int32)
+    x, status = solution.value, solution.status
+    if not system.is_verified:
+        norm = row_dot(system.b, system.b).sqrt()
+        tol, residual = _tolerance(system, norm, rtol, atol), solution.residual
+        reached = (status == Status.RUNNING) & (residual <= tol)
+        missed = (status == Status.CONVERGED) & ~(residual <= 2 * tol)
+        status = status.masked_fill(reached, Status.CONVERGED)
+        status = status.masked_fill(missed, Status.MAX_ITER)
     if system.x0 is not None:
         x = system.x0 + x
     failed = status == Status.NONFINITE

@@ -120,7 +120,7 @@ def conjugate_gradient(
         if x0 is not None:
             system.start_at(x0)
         inverse = inverse_of(preconditioner, system)
-        return finished(system, _solve(system, max_iter, rtol, atol, inverse))
+        return finished(system, _solve(system, max_iter, rtol, atol, inverse), rtol, atol)
 
 
 def _solve(
@@ -189,7 +189,7 @@ def _in_one_call(system: LinearSystem, max_iter: int, rtol: float, atol: float) 
     status, lanczos = found.status, Lanczos(found.diagonal, found.link, found.count)
     solution = Solution(found.x, status, found.steps, found.residual, lanczos)
     if found.is_plain:
-        system.is_plain = True
+        system.is_final = True
         status.masked_fill_(status == Status.RUNNING, Status.MAX_ITER)
         return solution
     largest = lanczos.diagonal.amax(0)
