@@ -74,6 +74,13 @@ def check_callable(name: str, value: Any, parameters: str, remedy: str = "") -> 
     raise TypeError(f"{name} must be a function of {parameters}, got {got}{remedy}")
 
 
+def check_not_of_torch(name: str, value: Any, parameters: str, remedy: str) -> None:
+    """Raises TypeError for a layer or function of torch.nn, which has other parameters."""
+    if str(getattr(value, "__module__", "")).startswith("torch.nn."):
+        got = getattr(value, "__name__", type(value).__name__)
+        raise TypeError(f"{name} must be a function of {parameters}, got torch's {got}: {remedy}")
+
+
 def check_scalar(name: str, value: Any) -> None:
     """Raises TypeError for anything but a real tensor, ValueError for one that is not 0-d."""
     if not isinstance(value, Tensor):

@@ -109,8 +109,8 @@ def omniglot_root():
 
 @pytest.fixture
 def small_omniglot(monkeypatch):
-    """In place of Omniglot, five classes of four random images, and a network of four filters."""
-    images = torch.randint(256, (5, 4, 28, 28), dtype=torch.uint8)
+    """In place of Omniglot, five classes of 20 random images, and a network of four filters."""
+    images = torch.randint(256, (5, 20, 28, 28), dtype=torch.uint8)
     small = dataclasses.replace(
         DATASETS["omniglot"], images=lambda *_: dict.fromkeys(("train", "val", "test"), images)
     )

@@ -1,7 +1,7 @@
-"""A griffe extension for mkdocstrings: expands two abbreviations of the docstrings.
+"""A griffe extension for mkdocstrings: expands three abbreviations of the docstrings.
 
-An entry `a, b: text` in a section becomes one entry per name, and a public name in backticks
-becomes a link to its documentation.
+An entry `a, b: text` in a section becomes one entry per name; a public name in backticks, and the
+file of a guide, become links.
 """
 
 import re
@@ -12,6 +12,7 @@ import griffe
 
 _SECTION = re.compile(r"^(Args|Attributes|Raises):$")
 _SEVERAL = re.compile(r"^    (\w+(?:, \w+)+): (.*)$")
+_GUIDE = re.compile(r"\bdocs/([\w-]+\.md)\b")
 _CODE = re.compile(r"(?<!\[)`(\w+(?:\.\w+)*)`")
 
 
@@ -51,6 +52,11 @@ def documented() -> dict[str, str]:
     return found
 
 
+def _title(guide: str) -> str:
+    page = Path(__file__).parents[1] / guide
+    return page.read_text("utf-8").partition("\n")[0].removeprefix("# ")
+
+
 class Names(griffe.Extension):
     def __init__(self) -> None:
         self.documented = documented()
@@ -64,6 +70,7 @@ class Names(griffe.Extension):
             if thing.parent is not None and thing.parent.is_class:
                 near |= {thing.parent.name, *thing.parent.members}
             text = one_name_per_entry(thing.docstring.value)
+            text = _GUIDE.sub(lambda guide: f"[{_title(guide[1])}](../{guide[1]})", text)
             thing.docstring.value = _CODE.sub(lambda code: self._link(code, near), text)
         for member in thing.members.values():
             if not member.is_alias:

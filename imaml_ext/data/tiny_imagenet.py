@@ -34,7 +34,7 @@ def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: `root` does not contain the file.
-        ValueError: the file is damaged, or does not have the arrays above.
+        ValueError: the file is damaged, or does not have the expected arrays.
     """
     path = Path(root) / _FILE
     if not path.is_file():

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from imaml_ext._checks import check_callable
+from imaml_ext._checks import check_callable, check_not_of_torch
 from imaml_ext.data.tasks import TaskBatch
 from imaml_ext.methods.meta_gradient import MetaGradient, Nonfinite, check_nonfinite
 from imaml_ext.problem.layout import Layout, Params
@@ -106,19 +106,16 @@ def check_losses(loss: Any, query_loss: Any = None) -> None:
         if isinstance(value, ModuleLoss) or (value is None and name == "query_loss"):
             continue
         check_callable(name, value, "(params, data)", remedy)
-        if str(getattr(value, "__module__", "")).startswith("torch.nn."):
-            got = getattr(value, "__name__", type(value).__name__)
-            raise TypeError(
-                f"{name} must be a function of (params, data), got torch's {got}: {remedy}"
-            )
+        check_not_of_torch(name, value, "(params, data)", remedy)
 
 
 def check_learned(label: str, tensors: Params) -> None:
     for name, tensor in tensors.items():
         if not tensor.requires_grad:
             raise ValueError(
-                f"{label}[{name!r}] does not require grad: leave it out to keep its value, "
-                "or call requires_grad_() to learn it"
+                f"{label}[{name!r}] does not require grad: leave it out to keep its value, or "
+                "call requires_grad_() to learn it; of a model, pass named_parameters(), not "
+                "state_dict(), which is detached"
             )
         if name.split(".")[0] in ("lam", "lr", "log_lr"):
             raise ValueError(f"{label}[{name!r}]: the names lam, lr and log_lr are reserved")

@@ -11,12 +11,20 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from imaml_ext._checks import check_callable, check_instance, check_integer, check_scalar, kind_of
+from imaml_ext._checks import (
+    check_callable,
+    check_instance,
+    check_integer,
+    check_not_of_torch,
+    check_scalar,
+    kind_of,
+)
 from imaml_ext.data.mini_batches import split_batches
 from imaml_ext.data.tasks import TaskSource, batches
 from imaml_ext.methods.base import Method
 from imaml_ext.ops.vmap_layers import task_layers
 from imaml_ext.problem.layout import Params
+from imaml_ext.problem.module_loss import ModuleLoss
 from imaml_ext.problem.precision import one_precision
 
 Metric = Callable[[Params, Any], Tensor]  # (phi, query) -> scalar, for one task
@@ -117,7 +125,11 @@ def check_metrics(
             raise TypeError(f"the names in {label} must be strings, got {name!r}")
         if name in reserved:
             raise ValueError(f"{label}[{name!r}] is an entry of every record: rename it")
+        remedy = "pass a loss from module_loss, or accuracy(loss.outputs)"
         check_callable(f"{label}[{name!r}]", metric, parameters)
+        check_not_of_torch(f"{label}[{name!r}]", metric, parameters, remedy)
+        if isinstance(getattr(metric, "__self__", None), ModuleLoss):
+            raise TypeError(f"{label}[{name!r}] returns outputs, not a metric: {remedy}")
 
 
 def accuracy(outputs: Callable[[Params, Any], Tensor]) -> Metric:
@@ -133,6 +145,8 @@ def accuracy(outputs: Callable[[Params, Any], Tensor]) -> Metric:
         TypeError: `outputs` is not such a function.
     """
     check_callable("outputs", outputs, "(params, x)")
+    if isinstance(outputs, ModuleLoss):
+        raise TypeError("outputs must return outputs, got a loss: pass loss.outputs")
 
     def metric(params: Params, data: tuple[Tensor, Tensor]) -> Tensor:
         x, y = data

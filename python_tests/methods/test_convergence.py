@@ -80,6 +80,22 @@ def test_a_task_without_a_query_gradient_does_not_hide_the_others():
         phi["w"][1].sum().backward()  # v = 0 for the others
 
 
+def test_the_remedy_is_that_of_the_solver_that_stopped_too_early():
+    (x, y), theta = data(), learned()
+    exact = ConjugateGradient(max_iter=100, rtol=1e-12)
+    loose = [
+        (HessianFree(steps=3, linear=exact, damping=0.0), ConjugateGradient(max_iter=1)),
+        (HessianFree(steps=3, linear=exact, damping=0.0), ConjugateGradient(50, rtol=0.9)),
+        (GradientDescent(lr=1e-3, steps=1), exact),
+        (GradientDescent(lr=1e-3, steps=1, tol=100.0), exact),
+    ]
+    remedies = ["raise max_iter of the linear", "lower rtol", "take more steps", "lower tol"]
+    for (inner, linear), remedy in zip(loose, remedies, strict=True):
+        phi = adapt(fit, theta, (x, y), lam=0.05, inner=inner, linear=linear)
+        with pytest.warns(ConvergenceWarning, match=remedy):
+            phi["w"].sum().backward()
+
+
 def test_a_saddle_point_in_one_task_does_not_hide_the_warning():
     def loss(p, d):
         return d[0] * p["w"].square().sum() / 2

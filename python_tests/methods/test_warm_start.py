@@ -48,6 +48,23 @@ def test_every_inner_solver_starts_at_the_given_phi(name, device):
         torch.testing.assert_close(warm.params[key], gradient, rtol=1e-7, atol=1e-9)
 
 
+def test_adapt_starts_at_the_given_phi_until_there_is_a_last_one():
+    problem = regression(3)
+    solver = External(lambda problem: problem.start())
+    start = {name: torch.randn(3, *t.shape).double() for name, t in problem.params.items()}
+    call = (problem.loss, problem.params, problem.support)
+    settings = {"lam": 1.0, "inner": solver, "start": start, "warn": False}
+    phi = adapt(*call, **settings)
+    moved = WarmStart()
+    moved.phi = problem.layout.flatten(start) + 1
+    later = adapt(*call, **settings, warm_start=moved)
+    for name, rows in start.items():
+        assert torch.equal(phi[name], rows)
+        torch.testing.assert_close(later[name], rows + 1)
+    with pytest.raises(ValueError, match="start must have 3 tasks"):
+        adapt(*call, **settings | {"start": {name: rows[:2] for name, rows in start.items()}})
+
+
 @pytest.mark.parametrize("linear", [CG, MINRES(max_iter=100, rtol=1e-10)], ids=["cg", "minres"])
 def test_a_warm_call_with_another_lam_gives_the_cold_result_in_fewer_steps(linear, device):
     problem = regression(3, device)

@@ -151,6 +151,8 @@ def forms():
         "[B, D]": torch.rand(2, 7, dtype=torch.float64) + 1,
         "per task": {"w": torch.rand(2, 2, 3, dtype=torch.float64) + 1, "b": tensor([2.0, 3.0])},
         "per task in part": {"b": tensor([2.0, 3.0]), "w": tensor(2.0)},
+        "per task and tensor": {"w": tensor([[[2.0]], [[4.0]]]), "b": tensor([3.0, 5.0])},
+        "per row": {"w": tensor([[2.0], [4.0]]), "b": tensor(3.0)},
     }
 
 
@@ -160,10 +162,15 @@ def test_flatten_lam_orders_the_entries_like_the_parameters():
         "0-d": tensor([0.7]),
         "per tensor": tensor([2.0] * 6 + [3.0]),
         "in another order": tensor([2.0] * 6 + [3.0]),
+        "per row": tensor([2.0] * 3 + [4.0] * 3 + [3.0]),
     }
     for name, expected in want.items():
         assert torch.equal(flatten_lam(LAYOUT, forms()[name]), expected)
-    want = {"[B]": [[0.5], [0.7]], "per task in part": [[2.0] * 6 + [2.0], [2.0] * 6 + [3.0]]}
+    want = {
+        "[B]": [[0.5], [0.7]],
+        "per task in part": [[2.0] * 6 + [2.0], [2.0] * 6 + [3.0]],
+        "per task and tensor": [[2.0] * 6 + [3.0], [4.0] * 6 + [5.0]],
+    }
     for name, expected in want.items():
         assert torch.equal(flatten_lam(LAYOUT, forms()[name]), tensor(expected)[:, None])
     diagonal = forms()["diagonal"]
@@ -186,6 +193,12 @@ def test_unflattening_a_gradient_is_the_derivative_of_flattening(form):
     got = [got] if isinstance(got, torch.Tensor) else list(got.values())
     for ours, exact in zip(got, want, strict=True):
         torch.testing.assert_close(ours, exact)
+
+
+def test_a_shape_that_does_not_broadcast_is_refused():
+    for shape in ((2,), (3,), (1, 2), (4, 3, 2), (5, 2, 1, 1)):
+        with pytest.raises(ValueError, match=r"lam\['w'\] must be .*has the shape \[B, 1, 1\]"):
+            flatten_lam(LAYOUT, {"w": torch.ones(shape).double(), "b": tensor(3.0)})
 
 
 def test_a_float_has_no_gradient():

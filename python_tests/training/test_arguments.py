@@ -91,6 +91,8 @@ def test_a_scheduler_that_would_not_change_the_training_is_refused():
         ({"metrics": [LOSS]}, "got list: pass a dict"),
         ({"metrics": {"mse": 3}}, r"metrics\['mse'\] must be a function of \(params, query\)"),
         ({"metrics": {3: LOSS}}, "names in metrics must be strings, got 3"),
+        ({"metrics": {"a": nn.CrossEntropyLoss()}}, r"got torch's CrossEntropyLoss: pass a loss"),
+        ({"metrics": {"a": LOSS.outputs}}, r"metrics\['a'\] returns outputs.*accuracy\("),
     ],
 )
 def test_arguments_of_another_type_are_refused(arguments, message):

@@ -52,6 +52,12 @@ def test_accuracy_is_the_fraction_of_labels_with_the_largest_output():
     assert joint({}, (2, None), (torch.arange(4), labels)).item() == 0.25
 
 
+def test_the_accuracy_of_a_loss_is_refused():
+    loss = make_method("cpu").loss
+    with pytest.raises(TypeError, match=r"outputs must return outputs.*pass loss\.outputs"):
+        accuracy(loss)
+
+
 def test_a_metric_per_task_has_no_graph(device):
     phi = {"w": torch.tensor([[1.0], [2.0], [3.0]], device=device, requires_grad=True)}
     x = torch.tensor([[1.0], [10.0], [100.0]], device=device)

@@ -15,8 +15,8 @@ from imaml_ext.solvers.solution import Solution, Status, checked
 class InnerSolver(ABC):
     """Solves the inner problems of a batch.
 
-    The implicit gradient depends only on phi, so a solver may compute it in any way.
-    [external-solver.md](../external-solver.md) has a complete solver.
+    The implicit gradient depends only on phi, so a solver may compute it in any way;
+    docs/external-solver.md has a complete example.
 
     Attributes:
         tol: a task has converged when `‖∇G_i‖ <= tol` (delta of the paper's Algorithm 2). None:
