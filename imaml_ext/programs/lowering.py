@@ -128,7 +128,8 @@ class Lowering:
             return self._gather(*args)
         if target in (aten.scatter.src, aten.scatter.value, aten.scatter_add.default):
             return self._scatter(target is aten.scatter_add.default, *args)
-        raise UnsupportedOperator(str(target))
+        shared = " with the same weight for all tasks" if target is aten.convolution.default else ""
+        raise UnsupportedOperator(f"{target}{shared}")
 
     def _modify(self, node: fx.Node, a: Array, *others: Any) -> Array:
         """An operator in place: later reads of the array get the result."""

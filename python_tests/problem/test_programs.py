@@ -495,6 +495,18 @@ def test_what_cannot_be_recorded_uses_pytorch():
         programs.check()
 
 
+def test_the_weight_of_a_convolution_that_all_tasks_share_is_the_stated_reason():
+    model = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(6, 3)).double()
+    (x, y), query = data()
+    loss = module_loss(model, F.mse_loss)
+    head = {name: p for name, p in model.named_parameters() if name.startswith("2.")}
+    programs = Programs()
+    with programs.use():
+        solve(loss, head, (x[:, :, None], y), (query[0][:, :, None], query[1]))
+    with pytest.raises(RuntimeError, match="convolution.* with the same weight for all tasks"):
+        programs.check()
+
+
 def test_a_program_that_differs_from_pytorch_is_not_used(monkeypatch):
     calls = []
 
