@@ -497,13 +497,14 @@ def test_what_cannot_be_recorded_uses_pytorch():
 
 def test_the_weight_of_a_convolution_that_all_tasks_share_is_the_stated_reason():
     model = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(6, 3)).double()
+    model[0].requires_grad_(False)
     (x, y), query = data()
     loss = module_loss(model, F.mse_loss)
     head = {name: p for name, p in model.named_parameters() if name.startswith("2.")}
     programs = Programs()
     with programs.use():
         solve(loss, head, (x[:, :, None], y), (query[0][:, :, None], query[1]))
-    with pytest.raises(RuntimeError, match="convolution.* with the same weight for all tasks"):
+    with pytest.raises(RuntimeError, match=r"convolution.* with the same weight for all tasks"):
         programs.check()
 
 
