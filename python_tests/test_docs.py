@@ -6,6 +6,7 @@ import inspect
 import json
 import pydoc
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import get_origin
@@ -15,6 +16,7 @@ import pytest
 import imaml_ext
 import imaml_ext.data
 import imaml_ext.solvers.inner
+from imaml_ext.cli import _parser
 from imaml_ext.experiments.build import build
 from imaml_ext.experiments.presets import PRESETS
 from imaml_ext.experiments.run import train_to_end
@@ -89,6 +91,25 @@ def test_the_code_of_the_readme_runs(capsys):
     assert "of 16 tasks" in description
     assert names["out"].linear.error_estimate.max() < 1e-4  # five steps solve for three unknowns
     assert errors.startswith("tensor([")
+
+
+COMMANDS = [
+    command
+    for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+    for command in re.findall(
+        r"^ {4}.*?\bimaml[-_]ext ((?:train|eval|reproduce)\b.*)$",
+        page.read_text("utf-8").replace("\\\n", " "),
+        re.MULTILINE,
+    )
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_accepts_the_commands_of_the_pages(command):
+    arguments = shlex.split(command, comments=True)
+    assert _parser().parse_args(arguments).run
+    models = [name for name in arguments if name.startswith("results/")]
+    assert all((ROOT / name).is_file() for name in models)
 
 
 def test_the_readme_has_at_most_700_words():
