@@ -153,4 +153,6 @@ def test_table_flags_are_refused_for_other_studies(tmp_path, capsys):
 
 def test_figure_2b_without_data_fails_in_one_line(tmp_path, capsys):
     assert main(["reproduce", "fig2b", "--data", str(tmp_path), "--out", str(tmp_path)]) == 1
-    assert "no Omniglot: expected" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no Omniglot: expected" in error
+    assert "with --data, or download it with imaml-ext train" in error
