@@ -146,8 +146,9 @@ def test_an_incomplete_line_is_reported_before_anything_is_measured(tmp_path, ca
         assert lines.read_text() == content
 
 
-def test_table_flags_are_refused_for_other_studies(tmp_path, capsys):
-    assert main(["reproduce", "fig2a", "--budget", "3", "--out", str(tmp_path)]) == 1
+@pytest.mark.parametrize("budget", ["--budget", "--minutes"])
+def test_table_flags_are_refused_for_other_studies(budget, tmp_path, capsys):
+    assert main(["reproduce", "fig2a", budget, "3", "--out", str(tmp_path)]) == 1
     assert "apply to table2, table3, natural, got fig2a" in capsys.readouterr().err
 
 
