@@ -178,7 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", choices=list(ROWS), help="rows (default: all)")
     add("--variant", choices=VARIANTS, default="ours", help="which settings to use")
     add("--budget", "--minutes", type=float, default=0.0, metavar="MINUTES",
-        help="training time of each cell, over all runs; 0: no time limit")  # fmt: skip
+        help="training time of each cell, over all runs, not counting the learning of features, "
+        "validation and testing; 0: no time limit")  # fmt: skip
     add("--runs", type=Path, default=Path("runs"), help="folder of the checkpoints")
     return parser
 

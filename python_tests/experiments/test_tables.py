@@ -66,7 +66,9 @@ def test_a_table_grows_cell_by_cell(tmp_path, capsys, few_classes, monkeypatch):
     monkeypatch.setattr(tables, "_TRAINED", 3)
     quick = ["--meta-steps", "3"]  # enough to be tested
     assert reproduce(tmp_path, *quick, "--methods", "fomaml") == 0
-    assert "published 98.3" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "published 98.3" in printed.out
+    assert "evaluating on 20 unseen tasks" in printed.err
     (first,) = lines(tmp_path)
     assert first["test_tasks"] == 20
     assert first["meta_steps"] == 3

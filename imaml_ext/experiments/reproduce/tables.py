@@ -7,6 +7,7 @@ same command. A training of another length is a new one.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -131,6 +132,7 @@ def _features(config: Config, settings: Settings) -> Record:
 
 
 def _test(experiment: Experiment, tasks: int) -> Record:
+    print(f"evaluating on {tasks} unseen tasks", file=sys.stderr)
     config, few = experiment.config, min(_SIDE_TASKS, tasks)
     figures = {
         "test_tasks": tasks,
