@@ -333,7 +333,10 @@ def _reproduce(options: argparse.Namespace) -> None:
     figures = study.summary(records)
     for name, values in figures.items():
         print(f"{name}: " + ", ".join(f"{key} {_short(v)}" for key, v in values.items()))
-    print(f"measured  {lines}")
+    if options.draw_only:
+        print(f"drawn     from {lines}, nothing was measured")
+    else:
+        print(f"measured  {lines}")
     for path in written:
         print(f"written   {path}")
     if options.json:

@@ -112,6 +112,9 @@ def test_a_study_is_measured_and_drawn_again_without_measuring(tmp_path, capsys,
 
     monkeypatch.setattr(sinusoid, "build", fail)
     assert main([*command, "--draw-only"]) == 0
+    printed = capsys.readouterr().out
+    assert f"drawn     from {lines}, nothing was measured\n" in printed
+    assert "measured  " not in printed
     assert picture.read_bytes() == drawn
     assert lines.read_text() == first
 

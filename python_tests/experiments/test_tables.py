@@ -76,7 +76,8 @@ def test_a_table_grows_cell_by_cell(tmp_path, capsys, few_classes, monkeypatch):
     assert {"commit", "command", "device", "torch", "date"} <= first["source"].keys()
 
     assert reproduce(tmp_path, *quick, "--methods", "fomaml", "imaml-gd") == 0
-    assert "already measured" in capsys.readouterr().out
+    already = f"already in {tmp_path}/results/table2.jsonl, not trained again"
+    assert f"table2-5w1s-fomaml-ours: {already}" in capsys.readouterr().out
     fomaml, imaml = lines(tmp_path)
     assert fomaml == first
     assert "no_proximal_accuracy" in imaml
@@ -315,7 +316,7 @@ def test_a_record_of_a_version_without_some_settings_is_not_measured_again(
     (tmp_path / "results" / "table2.jsonl").write_text(json.dumps(record) + "\n")
     capsys.readouterr()
     assert reproduce(tmp_path, *command) == 0
-    assert "already measured" in capsys.readouterr().out
+    assert "not trained again" in capsys.readouterr().out
 
 
 def test_the_authors_variant_is_tested_without_the_proximal_term(

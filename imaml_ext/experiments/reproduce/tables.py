@@ -54,7 +54,9 @@ def measure(table: str, settings: Settings) -> Iterator[Record]:
             "test": one.changes,
         }
         if any(_repeats(record, old, settings.eval_tasks) for old in read_lines(lines)):
-            tqdm.write(f"{one.name}: already measured; delete its line to measure again")
+            tqdm.write(
+                f"{one.name}: already in {lines}, not trained again; delete its line to repeat it"
+            )
             continue
         try:
             record |= _measure(one, config, settings)
