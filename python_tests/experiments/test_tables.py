@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -64,34 +65,36 @@ def lines(folder):
 @pytest.mark.renders
 def test_a_table_grows_cell_by_cell(tmp_path, capsys, few_classes, monkeypatch):
     monkeypatch.setattr(tables, "_TRAINED", 3)
+    monkeypatch.chdir(tmp_path)
+    here = Path()
     quick = ["--meta-steps", "3"]  # enough to be tested
-    assert reproduce(tmp_path, *quick, "--methods", "fomaml") == 0
+    assert reproduce(here, *quick, "--methods", "fomaml") == 0
     printed = capsys.readouterr()
     assert "published 98.3" in printed.out
     assert "evaluating on 20 unseen tasks" in printed.err
-    (first,) = lines(tmp_path)
+    (first,) = lines(here)
     assert first["test_tasks"] == 20
     assert first["meta_steps"] == 3
     assert [step for step, _, _ in first["curve"]] == [1, 2, 3]
     assert {"commit", "command", "device", "torch", "date"} <= first["source"].keys()
 
-    assert reproduce(tmp_path, *quick, "--methods", "fomaml", "imaml-gd") == 0
-    already = f"already in {tmp_path}/results/table2.jsonl, not trained again"
-    assert f"table2-5w1s-fomaml-ours: {already}" in capsys.readouterr().out
-    fomaml, imaml = lines(tmp_path)
+    assert reproduce(here, *quick, "--methods", "fomaml", "imaml-gd") == 0
+    already = "table2-5w1s-fomaml-ours: already in results/table2.jsonl, not trained again"
+    assert already in capsys.readouterr().out
+    fomaml, imaml = lines(here)
     assert fomaml == first
     assert "no_proximal_accuracy" in imaml
     assert "no_proximal_accuracy" not in fomaml
-    text = (tmp_path / "results" / "README.md").read_text()
+    text = (here / "results" / "README.md").read_text()
     assert f"| **{imaml['accuracy']:.2f} ± {imaml['ci95']:.2f}** | 99.16 ± 0.35 |" in text
     assert "- MAML (published: 98.7 ± 0.4 %)" in text  # not trained
-    assert (tmp_path / "results" / "table2-5w1s.png").stat().st_size > 1000
+    assert (here / "results" / "table2-5w1s.png").stat().st_size > 1000
 
     # The model kept is the better one on validation classes, and reproduces its figure.
     best = max((fomaml, imaml), key=lambda record: record["val_accuracy"])
-    assert f"classes: {ROWS[best['row']].label}: `imaml-ext eval models/table2-5w1s.pt" in text
-    model = tmp_path / "results" / "models" / "table2-5w1s.pt"
-    arguments = ["eval", str(model), "--eval-tasks", "20", "--device", "cpu", "--json"]
+    method = f"classes: {ROWS[best['row']].label}: "
+    command = re.search(f"{method}`imaml-ext (eval .*) --data FOLDER`", text).group(1)
+    arguments = [*command.split(), "--eval-tasks", "20", "--device", "cpu", "--json"]
     assert main(arguments) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["accuracy"] == best["accuracy"]
@@ -147,8 +150,8 @@ def test_the_implicit_head_is_kept_apart(tmp_path, capsys, few_classes, monkeypa
     text = (tmp_path / "results" / "README.md").read_text()
     assert "ridge regression, running statistics |" in text
     name = "table2-5w1s-implicit-head.pt"
-    assert f"learned features, implicit head: `imaml-ext eval models/{name}" in text
     model = tmp_path / "results" / "models" / name
+    assert f"learned features, implicit head: `imaml-ext eval {model} --data" in text
     assert main(["eval", str(model), "--eval-tasks", "20", "--device", "cpu", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["accuracy"] == head["accuracy"]
@@ -349,7 +352,7 @@ def test_the_published_section_follows_from_the_published_lines(table):
     if not (results / f"{table}.jsonl").is_file():
         pytest.skip("no published results for this table")
     records = read(STUDIES[table], results / f"{table}.jsonl")
-    for section in (overview(table, records), markdown(table, records)):
+    for section in (overview(table, records), markdown(table, records, Path("results"))):
         assert section in (results / "README.md").read_text()
 
 
@@ -358,7 +361,7 @@ def test_a_timing_is_extrapolated_to_the_whole_training():
         "table": "table2", "column": "20w5s", "row": "maml", "variant": "paper", "seconds": 30.0,
         "meta_steps": 3, "config": {"tasks": 16}, "source": {"device": "a machine", "threads": 2},
     }  # fmt: skip
-    text = markdown("table2", [record])
+    text = markdown("table2", [record], Path("results"))
     assert (
         "10.0 s for a meta-step of 16 tasks on a machine, 2 thread(s), so 60,000 would take "
         "167 hours" in text

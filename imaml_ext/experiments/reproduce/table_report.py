@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def draw(table: str, records: list[Record], folder: Path) -> list[Path]:
     readme = folder / "README.md"
     if any("accuracy" in record for record in records):
         write_section(readme, f"{table} overview", overview(table, records))
-    write_section(readme, table, markdown(table, records))
+    write_section(readme, table, markdown(table, records, folder))
     return [*written, readme]
 
 
@@ -108,8 +109,11 @@ def _overview_cell(record: Record) -> str:
     return f"{text}, {tasks:,} tasks" if tasks else text
 
 
-def markdown(table: str, records: list[Record]) -> str:
-    """The table's section: measured and published accuracies, then the cells not trained."""
+def markdown(table: str, records: list[Record], folder: Path) -> str:
+    """The table's section: measured and published accuracies, then the cells not trained.
+
+    Its commands find the models in `folder` from the current folder.
+    """
     parts = [f"## {TABLES[table].title}\n"]
     for column in TABLES[table].columns:
         of_column = [r for r in records if r["column"] == column]
@@ -121,7 +125,7 @@ def markdown(table: str, records: list[Record]) -> str:
             parts.append(_trained(trained))
             parts += _over_seeds(trained)
             parts += _extrapolations(table, column, trained)
-            parts.append(_origin(table, column, trained))
+            parts.append(_origin(table, column, trained, folder))
         rows = TABLES[table].rows(column, "ours")
         missing = [row for row in rows if not any(r["row"] == row for r in trained)]
         if missing:
@@ -233,7 +237,7 @@ def extrapolated(runs: list[Record], at_tasks: int) -> tuple[float, float, float
     return float(low), float(middle), float(high)
 
 
-def _origin(table: str, column: str, records: list[Record]) -> str:
+def _origin(table: str, column: str, records: list[Record], folder: Path) -> str:
     """The provenance of the figures."""
 
     def all_of(values: list[str]) -> str:
@@ -243,10 +247,10 @@ def _origin(table: str, column: str, records: list[Record]) -> str:
     for record in sorted(records, key=lambda record: -record["val_accuracy"]):
         if record["meta_steps"]:
             best.setdefault(kept_as(table, column, record["row"]), record)
-    kept = [
-        f"{_label(record, records)}: `imaml-ext eval models/{name}.pt --data FOLDER`"
-        for name, record in best.items()
-    ]
+    kept = []
+    for name, record in best.items():
+        model = shlex.quote(str(folder / "models" / f"{name}.pt"))
+        kept.append(f"{_label(record, records)}: `imaml-ext eval {model} --data FOLDER`")
     sources = [record["source"] for record in records]
     return (
         f"On {all_of([str(r['test_tasks']) for r in records])} test tasks, seed "
