@@ -101,6 +101,19 @@ def test_a_table_grows_cell_by_cell(tmp_path, capsys, few_classes, monkeypatch):
     assert figures["support_accuracy"] == best["support_accuracy"]
 
 
+def test_an_unknown_commit_is_left_out(tmp_path, capsys, few_classes, monkeypatch):
+    monkeypatch.setattr(tables, "_TRAINED", 1)
+    assert reproduce(tmp_path, "--meta-steps", "1", "--methods", "fomaml", "reptile") == 0
+    capsys.readouterr()
+    records = lines(tmp_path)
+    for commits, clause in ((("", ""), ""), (("", "abc"), "commit abc; ")):
+        for record, commit in zip(records, commits, strict=True):
+            record["source"]["commit"] = commit
+        text = markdown("table2", records, tmp_path)
+        source = records[0]["source"]
+        assert f"; torch {source['torch']}; {clause}{source['date'][:10]}. Commands:" in text
+
+
 def test_only_rows_with_a_published_training_are_extrapolated(
     tmp_path, capsys, few_classes, monkeypatch
 ):

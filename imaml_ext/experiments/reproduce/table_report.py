@@ -252,13 +252,15 @@ def _origin(table: str, column: str, records: list[Record], folder: Path) -> str
         model = shlex.quote(str(folder / "models" / f"{name}.pt"))
         kept.append(f"{_label(record, records)}: `imaml-ext eval {model} --data FOLDER`")
     sources = [record["source"] for record in records]
+    commits = all_of([s["commit"] for s in sources if s["commit"]])  # "" outside of git
+    commit = f"commit {commits}; " if commits else ""
     return (
         f"On {all_of([str(r['test_tasks']) for r in records])} test tasks, seed "
         f"{all_of([str(r['seed']) for r in records])}; "
         f"{all_of([s['device'] for s in sources])}, "
         f"{all_of([str(s['threads']) for s in sources])} thread(s); torch "
-        f"{all_of([s['torch'] for s in sources])}; commit "
-        f"{all_of([s['commit'] for s in sources])}; {all_of([s['date'][:10] for s in sources])}. "
+        f"{all_of([s['torch'] for s in sources])}; {commit}"
+        f"{all_of([s['date'][:10] for s in sources])}. "
         "Commands: "
         + all_of([f"`{s['command']}`" for s in sources])
         + ".\n"
