@@ -17,7 +17,7 @@ from imaml_ext.experiments import cells
 from imaml_ext.experiments.cells import ROWS, TABLES, cell
 from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.registry import DATASETS
-from imaml_ext.experiments.reproduce import STUDIES, tables
+from imaml_ext.experiments.reproduce import STUDIES, table_report, tables
 from imaml_ext.experiments.reproduce.study import read
 from imaml_ext.experiments.reproduce.table_report import (
     extrapolated,
@@ -379,6 +379,41 @@ def test_a_timing_is_extrapolated_to_the_whole_training():
         "10.0 s for a meta-step of 16 tasks on a machine, 2 thread(s), so 60,000 would take "
         "167 hours" in text
     )
+
+
+@pytest.mark.parametrize("start", [{}, {"start": {"seconds": 600.0}}], ids=["", "features"])
+def test_learning_curves_have_the_published_errors_and_name_features_only_if_used(
+    start, tmp_path, monkeypatch
+):
+    figures = []
+    monkeypatch.setattr(table_report, "save", lambda figure, path: figures.append(figure) or path)
+    record = {
+        "row": "maml", "variant": "ours", "seed": 0, "seconds": 120.0, "published": [98.7, 0.4],
+        "config": {"tasks": 8, "minutes": 2.0, "meta_steps": 100},
+        "curve": [[10, 60.0, 80.0], [20, 120.0, 90.0]],
+    }  # fmt: skip
+    other = record | {"row": "implicit-head", "published": None}
+    untrained = record | {"row": "ridge-head", "curve": [], "start": {"seconds": 600.0}}
+    records = [untrained, record | start, record | {"seed": 1}, other]
+    table_report._draw_column(records, tmp_path / "x.png")
+    by_tasks, by_minutes = figures[0].axes
+    assert by_tasks.get_lines()[0].get_xydata().tolist() == [[80, 20], [160, 10]]
+    begin = 10 if start else 0
+    assert by_minutes.get_lines()[0].get_xydata().tolist() == [[begin + 1, 20], [begin + 2, 10]]
+    for axis in (by_tasks, by_minutes):
+        first, *_, published = axis.get_lines()
+        assert published.get_ydata() == pytest.approx([1.3, 1.3])
+        assert published.get_linestyle() == "--"
+        assert tuple(published.get_color()) == tuple(first.get_color())
+        assert len(axis.get_lines()) == 4
+        assert ("features" in axis.get_xlabel()) == bool(start)
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels == [
+        "MAML, seed 0",
+        "MAML, seed 1",
+        "learned features, implicit head",
+        "MAML, published (test classes)",
+    ]
 
 
 def run_of(tasks, error, half_width):

@@ -34,11 +34,12 @@ def _draw_column(records: list[Record], path: Path) -> Path:
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator
 
-    figure, axes = panels(3, width=4.5, sharey=True)
-    by_tasks, by_minutes, beside = axes
-    for axis in (by_tasks, by_minutes):
+    figure, axes = panels(2, width=6.75, sharey=True)
+    by_tasks, by_minutes = axes
+    for axis in axes:
         axis.set_prop_cycle(color=colormaps["tab20"](range(20)))
         axis.grid(alpha=0.3)
+    published: dict[str, tuple[float, Any]] = {}  # by row: the error, the color of the first curve
     for record in records:
         if record["curve"]:
             steps, seconds, accuracy = zip(*record["curve"], strict=True)
@@ -46,17 +47,27 @@ def _draw_column(records: list[Record], path: Path) -> Path:
             begin = record.get("start", {}).get("seconds", 0.0)  # when its features were ready
             minutes = [(begin + s) / 60 for s in seconds]
             errors = [100 - a for a in accuracy]
-            by_tasks.loglog(tasks, errors, ".-", label=_label(record, records))
+            (curve,) = by_tasks.loglog(tasks, errors, ".-", label=_label(record, records))
             by_minutes.semilogy(minutes, errors, ".-")
-    by_tasks.set(xlabel="tasks seen, after the features if any")
+            if record["published"]:
+                error = 100 - record["published"][0]
+                published.setdefault(record["row"], (error, curve.get_color()))
+    for row, (error, color) in published.items():
+        text = f"{ROWS[row].label}, published (test classes)"
+        for axis in axes:
+            axis.axhline(error, linestyle="--", linewidth=1, color=color, label=text)
+    with_features = any("start" in record for record in records if record["curve"])
+    by_tasks.set(xlabel="tasks seen" + ", without those of the features" * with_features)
     by_tasks.set(ylabel="error on validation classes (%)")
-    by_minutes.set(xlabel="minutes of training, with those of the features")
+    by_minutes.set(xlabel="minutes of training" + ", with those of the features" * with_features)
     for axis, digits in ((by_tasks.xaxis, (1, 3)), (by_tasks.yaxis, (1, 2, 3, 5, 7))):
         axis.set_major_locator(LogLocator(subs=digits))
         axis.set_major_formatter("{x:,g}")
         axis.set_minor_formatter("")
-    beside.axis("off")
-    beside.legend(*by_tasks.get_legend_handles_labels(), loc="center left", fontsize=9)
+    handles, labels = by_tasks.get_legend_handles_labels()
+    figure.set_layout_engine("constrained")
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / 3))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return save(figure, path)
 
 
