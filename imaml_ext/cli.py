@@ -100,8 +100,9 @@ class _CommandParser(argparse.ArgumentParser):
         for given in (text.partition("=")[0] for text in self._given if text.startswith("--")):
             if not any(flag.startswith(given) for flag in flags):
                 message = f"there is no option {given}"
-                for near in difflib.get_close_matches(given, flags, n=1):
-                    message += f": did you mean {near}?"
+                names = [flag.lstrip("-") for flag in flags]  # the dashes would count as similar
+                for near in difflib.get_close_matches(given[2:], names, n=1, cutoff=0.75):
+                    message += f": did you mean --{near}?"
                 break
         super().error(message)
 
@@ -176,8 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--cells", nargs="+", choices=sorted(COLUMNS), help="columns (default: all)")
     add("--methods", nargs="+", choices=list(ROWS), help="rows (default: all)")
     add("--variant", choices=VARIANTS, default="ours", help="which settings to use")
-    add("--budget", type=float, default=0.0, metavar="MINUTES",
-        help="training time of each cell, over all runs; 0: no time limit")  # fmt: skip
+    add("--budget", "--minutes", type=float, default=0.0, metavar="MINUTES",
+        help="training time of each cell, over all runs, not counting the learning of features, "
+        "validation and testing; 0: no time limit")  # fmt: skip
     add("--runs", type=Path, default=Path("runs"), help="folder of the checkpoints")
     return parser
 
@@ -331,7 +333,10 @@ def _reproduce(options: argparse.Namespace) -> None:
     figures = study.summary(records)
     for name, values in figures.items():
         print(f"{name}: " + ", ".join(f"{key} {_short(v)}" for key, v in values.items()))
-    print(f"measured  {lines}")
+    if options.draw_only:
+        print(f"drawn     from {lines}, nothing was measured")
+    else:
+        print(f"measured  {lines}")
     for path in written:
         print(f"written   {path}")
     if options.json:

@@ -73,6 +73,8 @@ def test_a_training_says_first_what_it_will_do_and_where(tmp_path, capsys):
         (["train", "--metasteps", "3"], "--metasteps: did you mean --meta-steps?"),
         (["train", "omniglot", "--minute=3", "--shots=1"], "--shots: did you mean --shot?"),
         (["eval", "checkpoint.pt", "--innner-lr", "1"], "--innner-lr: did you mean --inner-lr?"),
+        (["eval", "checkpoint.pt", "--way", "5"], "there is no option --way\n"),
+        (["reproduce", "table2", "--minuts", "3"], "--minuts: did you mean --minutes?"),
         (["trian", "--data", "x"], "invalid choice: 'trian'"),
         (["train", "--qqqqqqqq"], "there is no option --qqqqqqqq\n"),
         (["train", "sinusoid", "omniglot"], "unrecognized arguments: omniglot"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from imaml_ext._checks import check_integer
 from imaml_ext.data.cache import decoded_once, pixels
+from imaml_ext.data.missing import MissingDataError
 
 _LISTS = {
     "train": """
@@ -76,10 +77,10 @@ def load_mini_imagenet(root: str | Path, *, images_per_class: int = 600) -> dict
     found = _listed(base) if (base / "images").is_dir() else _in_folders(base)
     missing = [wnid for wnid in _SPLIT if wnid not in found]
     if len(missing) == len(_SPLIT):
-        raise FileNotFoundError(
+        raise MissingDataError(
             f"no Mini-ImageNet: expected {base / 'images'} with train.csv, val.csv and test.csv in "
-            f"{base}, or {base / 'WNID'}/*.JPEG for {len(_SPLIT)} classes such as n01532829; "
-            "give the folder of your ImageNet images with --data"
+            f"{base}, or {base / 'WNID'}/*.JPEG for {len(_SPLIT)} classes such as n01532829",
+            "set root to the folder of your ImageNet images",
         )
     if missing:
         raise ValueError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from imaml_ext._io import locked
 from imaml_ext._random import random_bits
 from imaml_ext.data.cache import decoded_once, pixels
+from imaml_ext.data.missing import MissingDataError
 
 _CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 _DRAWINGS = 20
@@ -131,9 +132,9 @@ def _drawings(folder: Path, part: str) -> Iterator[_Drawing]:
     """Every PNG of the part, sorted by name."""
     container = _find(folder, part)
     if container is None:
-        raise FileNotFoundError(
-            f"no Omniglot: expected {folder / part} or {folder / part}.zip; "
-            "give the folder that contains omniglot-py with --data, or add --download"
+        raise MissingDataError(
+            f"no Omniglot: expected {folder / part} or {folder / part}.zip",
+            "set root to the folder that contains omniglot-py, or download=True",
         )
     if container.is_dir():
         for path in sorted(container.rglob("*.png")):
@@ -155,7 +156,7 @@ def _download(root: str | Path) -> None:
         from torchvision.datasets import Omniglot as Archive
     except (ImportError, RuntimeError) as error:
         raise ValueError(
-            f"--download needs torchvision, which cannot be imported ({error}); "
+            f"the download needs torchvision, which cannot be imported ({error}); "
             "pip install torchvision"
         ) from error
     for background in (True, False):

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from imaml_ext.data.cache import decoded_once, pixels
+from imaml_ext.data.missing import MissingDataError
 
 _FILE = "tiny_imagenet_fewshot.npz"
 _END = b"\xff\xd9"
@@ -38,7 +39,7 @@ def load_tiny_imagenet(root: str | Path) -> dict[str, Tensor]:
     """
     path = Path(root) / _FILE
     if not path.is_file():
-        raise FileNotFoundError(f"no Tiny-ImageNet: expected {path}; give its folder with --data")
+        raise MissingDataError(f"no Tiny-ImageNet: expected {path}", "set root to its folder")
     try:
         with path.open("rb") as file, np.load(file) as arrays:
             split, offset = arrays["split"], arrays["offset"]

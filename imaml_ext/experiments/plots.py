@@ -36,7 +36,8 @@ def label(axis: Any, x: str, y: str = "", title: str = "", **legend: Any) -> Non
 
 def save(figure: Any, path: Path) -> Path:
     """Write the figure as PNG."""
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
     return path
 

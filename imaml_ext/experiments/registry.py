@@ -1,6 +1,7 @@
 """What the names in a `Config` refer to: data sets, methods and solvers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from imaml_ext._checks import check_range
 from imaml_ext.data import load_mini_imagenet, load_omniglot, load_tiny_imagenet
+from imaml_ext.data.missing import MissingDataError
 from imaml_ext.experiments.authors_code import AuthorsCodeCG, DescentThenProximal
 from imaml_ext.experiments.config import Config, Decay, LearnLam, Network
 from imaml_ext.experiments.models import conv4, mlp, wide_conv4
@@ -49,15 +51,31 @@ class Dataset:
     rotate: bool = False
 
 
-def _omniglot(root: str | Path, download: bool) -> Images:
-    return load_omniglot(root, download=download).split()
+@contextmanager
+def _advice(remedy: str) -> Iterator[None]:
+    """Context in which the error for missing data has a remedy for the command line."""
+    try:
+        yield
+    except MissingDataError as error:
+        raise FileNotFoundError(f"{error.expected}; {remedy}") from error
 
 
-def _local(load: Callable[[str | Path], Images]) -> Callable[[str | Path, bool], Images]:
+def omniglot_images(root: str | Path, download: bool = False) -> Images:
+    with _advice(
+        "give the folder that contains omniglot-py with --data, or download it with "
+        "imaml-ext train omniglot --download"
+    ):
+        return load_omniglot(root, download=download).split()
+
+
+def _local(
+    load: Callable[[str | Path], Images], remedy: str
+) -> Callable[[str | Path, bool], Images]:
     def images(root: str | Path, download: bool) -> Images:
         if download:
             raise ValueError("--download is for omniglot: the others have no public archive")
-        return load(root)
+        with _advice(remedy):
+            return load(root)
 
     return images
 
@@ -71,9 +89,15 @@ def _natural(image: int) -> dict[Network, Callable[[int], nn.Module]]:
 
 DATASETS = {
     "sinusoid": Dataset({"paper": lambda way: mlp(1, 40, 40, 1)}),
-    "omniglot": Dataset({"paper": conv4, "wide": wide_conv4}, _omniglot, rotate=True),
-    "mini-imagenet": Dataset(_natural(84), _local(load_mini_imagenet), eval_tasks_at_once=4),
-    "tiny-imagenet": Dataset(_natural(32), _local(load_tiny_imagenet)),
+    "omniglot": Dataset({"paper": conv4, "wide": wide_conv4}, omniglot_images, rotate=True),
+    "mini-imagenet": Dataset(
+        _natural(84),
+        _local(load_mini_imagenet, "give the folder of your ImageNet images with --data"),
+        eval_tasks_at_once=4,
+    ),
+    "tiny-imagenet": Dataset(
+        _natural(32), _local(load_tiny_imagenet, "give its folder with --data")
+    ),
 }
 
 INNER: dict[str, Callable[[Config], InnerSolver]] = {

@@ -141,7 +141,7 @@ def train_to_end(
                     bar.write(text, file=sys.stderr)
                     told = True
                 if time.monotonic() >= shown + _SHOWN_EVERY:
-                    bar.set_postfix(_postfix(trainer), refresh=False)
+                    bar.set_postfix_str(_postfix(trainer), refresh=False)
                     shown = time.monotonic()
                 bar.update()
                 if int(validations * budget.progress) > int(validations * before):
@@ -217,7 +217,7 @@ def _progress_bar(trainer: Trainer, config: Config, name: str) -> Any:
     )
 
 
-def _postfix(trainer: Trainer) -> dict[str, str]:
+def _postfix(trainer: Trainer) -> str:
     recent = trainer.history[-20:]
     record = recent[-1]
     shown = {"loss": f"{fmean(r['loss'] for r in recent):.3f}"}
@@ -227,4 +227,7 @@ def _postfix(trainer: Trainer) -> dict[str, str]:
         shown["negative curvature"] = f"{100 * record['negative_curvature']:.0f}%"
     if trainer.validation and "accuracy" in record:
         shown["val"] = f"{100 * trainer.validation[-1]['accuracy']:.1f}%"
-    return shown
+    texts = [f"{name}={value}" for name, value in shown.items()]
+    if minutes := trainer.budget.minutes:
+        texts.insert(0, f"{trainer.seconds / 60:.1f} of {minutes:g} min")
+    return ", ".join(texts)

@@ -230,7 +230,7 @@ def test_no_more_than_one_class_is_decoded_ahead(in_folders, monkeypatch):
 
 
 def test_the_error_for_an_empty_folder_has_the_layouts(tmp_path):
-    messages = ["WNID/*.JPEG", "train.csv, val.csv and test.csv", "--data"]
+    messages = ["WNID/*.JPEG", "train.csv, val.csv and test.csv", "; set root to "]
     refused(tmp_path, str(tmp_path), *messages, error=FileNotFoundError)
     refused(tmp_path / "nowhere", "no Mini-ImageNet", error=FileNotFoundError)
 

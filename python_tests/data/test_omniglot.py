@@ -87,7 +87,7 @@ def test_ink_has_high_values(root):
 
 def test_a_missing_archive_is_named(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"images_background.zip; give the folder that contains omniglot-py"
+        FileNotFoundError, match=r"images_background.zip; set root .* download=True$"
     ):
         load_omniglot(tmp_path)
 

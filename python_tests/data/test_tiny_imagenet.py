@@ -35,7 +35,9 @@ def test_images_are_decoded_split_and_cached(archive, monkeypatch):
 
 def test_a_missing_or_damaged_file_is_named(archive, tmp_path):
     path, _ = archive
-    with pytest.raises(FileNotFoundError, match=r"tiny_imagenet_fewshot.npz; give its folder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"tiny_imagenet_fewshot.npz; set root to its folder"
+    ):
         load_tiny_imagenet(tmp_path / "elsewhere")
     with np.load(path) as file:
         arrays = dict(file)

@@ -105,6 +105,15 @@ def test_data_sets_without_an_archive_cannot_be_downloaded(dataset):
         build(PRESETS[dataset], download=True)
 
 
+@pytest.mark.parametrize("dataset", ["omniglot", "mini-imagenet", "tiny-imagenet"])
+def test_the_remedy_for_missing_data_is_an_option_of_the_command_line(dataset, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"^no .*: expected .*; give .* with --data"
+    ) as error:
+        build(PRESETS[dataset], data=tmp_path)
+    assert "root" not in str(error.value).replace(str(tmp_path), "")
+
+
 def test_the_learning_rate_is_constant_or_decays():
     rates = {}
     for decay in ("constant", "linear", "cosine"):

@@ -112,6 +112,9 @@ def test_a_study_is_measured_and_drawn_again_without_measuring(tmp_path, capsys,
 
     monkeypatch.setattr(sinusoid, "build", fail)
     assert main([*command, "--draw-only"]) == 0
+    printed = capsys.readouterr().out
+    assert f"drawn     from {lines}, nothing was measured\n" in printed
+    assert "measured  " not in printed
     assert picture.read_bytes() == drawn
     assert lines.read_text() == first
 
@@ -146,11 +149,14 @@ def test_an_incomplete_line_is_reported_before_anything_is_measured(tmp_path, ca
         assert lines.read_text() == content
 
 
-def test_table_flags_are_refused_for_other_studies(tmp_path, capsys):
-    assert main(["reproduce", "fig2a", "--budget", "3", "--out", str(tmp_path)]) == 1
+@pytest.mark.parametrize("budget", ["--budget", "--minutes"])
+def test_table_flags_are_refused_for_other_studies(budget, tmp_path, capsys):
+    assert main(["reproduce", "fig2a", budget, "3", "--out", str(tmp_path)]) == 1
     assert "apply to table2, table3, natural, got fig2a" in capsys.readouterr().err
 
 
 def test_figure_2b_without_data_fails_in_one_line(tmp_path, capsys):
     assert main(["reproduce", "fig2b", "--data", str(tmp_path), "--out", str(tmp_path)]) == 1
-    assert "no Omniglot: expected" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no Omniglot: expected" in error
+    assert "with --data, or download it with imaml-ext train" in error

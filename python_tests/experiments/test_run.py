@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from imaml_ext.experiments import run
 from imaml_ext.experiments.build import build
 from imaml_ext.experiments.presets import PRESETS
 from imaml_ext.experiments.registry import CHOICES
 from imaml_ext.experiments.run import resumed_config, saved_config, train_to_end
 from imaml_ext.training.checkpoint import load_checkpoint
+from imaml_ext.training.evaluation import evaluate
 
 
 class Clock:
@@ -45,6 +47,28 @@ def test_a_run_with_a_time_limit_ends_in_time_and_its_learning_rate_decays(tmp_p
     assert all(a > b for a, b in pairwise(rates[11:]))
     assert rates[-1] < 0.25 * config.meta_lr
     assert [record["step"] for record in trainer.validation] == [5, 10, 15, 20]
+
+
+def test_the_progress_bar_shows_the_minutes_used_without_those_of_validation(
+    tmp_path, monkeypatch, capsys
+):
+    clock = Clock()
+
+    def slow_evaluate(*arguments, **settings):
+        clock.now += 1000
+        return evaluate(*arguments, **settings)
+
+    monkeypatch.setattr("imaml_ext.training.trainer.time.perf_counter", clock)
+    monkeypatch.setattr("imaml_ext.training.trainer.evaluate", slow_evaluate)
+    monkeypatch.setattr(run, "_SHOWN_EVERY", 0.0)
+    config = dataclasses.replace(PRESETS["sinusoid"], tasks=2, inner_steps=1, minutes=0.5)
+    one = build(config)
+    trainer = one.trainer()
+    train_to_end(one, trainer, tmp_path / "c.pt", validations=3)
+    assert trainer.steps == 60  # of 0.5 s each
+    shown = capsys.readouterr().err
+    assert "0.3 of 0.5 min, loss=" in shown
+    assert "0.5 of 0.5 min, loss=" in shown
 
 
 def test_values_that_version_0_1_wrote_are_translated():

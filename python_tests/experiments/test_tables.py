@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from imaml_ext.experiments import cells
 from imaml_ext.experiments.cells import ROWS, TABLES, cell
 from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.registry import DATASETS
-from imaml_ext.experiments.reproduce import STUDIES, tables
+from imaml_ext.experiments.reproduce import STUDIES, table_report, tables
 from imaml_ext.experiments.reproduce.study import read
 from imaml_ext.experiments.reproduce.table_report import (
     extrapolated,
@@ -64,35 +65,53 @@ def lines(folder):
 @pytest.mark.renders
 def test_a_table_grows_cell_by_cell(tmp_path, capsys, few_classes, monkeypatch):
     monkeypatch.setattr(tables, "_TRAINED", 3)
+    monkeypatch.chdir(tmp_path)
+    here = Path()
     quick = ["--meta-steps", "3"]  # enough to be tested
-    assert reproduce(tmp_path, *quick, "--methods", "fomaml") == 0
-    assert "published 98.3" in capsys.readouterr().out
-    (first,) = lines(tmp_path)
+    assert reproduce(here, *quick, "--methods", "fomaml") == 0
+    printed = capsys.readouterr()
+    assert "published 98.3" in printed.out
+    assert "evaluating on 20 unseen tasks" in printed.err
+    (first,) = lines(here)
     assert first["test_tasks"] == 20
     assert first["meta_steps"] == 3
     assert [step for step, _, _ in first["curve"]] == [1, 2, 3]
     assert {"commit", "command", "device", "torch", "date"} <= first["source"].keys()
 
-    assert reproduce(tmp_path, *quick, "--methods", "fomaml", "imaml-gd") == 0
-    assert "already measured" in capsys.readouterr().out
-    fomaml, imaml = lines(tmp_path)
+    assert reproduce(here, *quick, "--methods", "fomaml", "imaml-gd") == 0
+    already = "table2-5w1s-fomaml-ours: already in results/table2.jsonl, not trained again"
+    assert already in capsys.readouterr().out
+    fomaml, imaml = lines(here)
     assert fomaml == first
     assert "no_proximal_accuracy" in imaml
     assert "no_proximal_accuracy" not in fomaml
-    text = (tmp_path / "results" / "README.md").read_text()
+    text = (here / "results" / "README.md").read_text()
     assert f"| **{imaml['accuracy']:.2f} ± {imaml['ci95']:.2f}** | 99.16 ± 0.35 |" in text
     assert "- MAML (published: 98.7 ± 0.4 %)" in text  # not trained
-    assert (tmp_path / "results" / "table2-5w1s.png").stat().st_size > 1000
+    assert (here / "results" / "table2-5w1s.png").stat().st_size > 1000
 
     # The model kept is the better one on validation classes, and reproduces its figure.
     best = max((fomaml, imaml), key=lambda record: record["val_accuracy"])
-    assert f"classes: {ROWS[best['row']].label}: `imaml-ext eval models/table2-5w1s.pt" in text
-    model = tmp_path / "results" / "models" / "table2-5w1s.pt"
-    arguments = ["eval", str(model), "--eval-tasks", "20", "--device", "cpu", "--json"]
+    method = f"classes: {ROWS[best['row']].label}: "
+    command = re.search(f"{method}`imaml-ext (eval .*) --data FOLDER`", text).group(1)
+    arguments = [*command.split(), "--eval-tasks", "20", "--device", "cpu", "--json"]
     assert main(arguments) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["accuracy"] == best["accuracy"]
     assert figures["support_accuracy"] == best["support_accuracy"]
+
+
+def test_an_unknown_commit_is_left_out(tmp_path, capsys, few_classes, monkeypatch):
+    monkeypatch.setattr(tables, "_TRAINED", 1)
+    assert reproduce(tmp_path, "--meta-steps", "1", "--methods", "fomaml", "reptile") == 0
+    capsys.readouterr()
+    records = lines(tmp_path)
+    for commits, clause in ((("", ""), ""), (("", "abc"), "commit abc; ")):
+        for record, commit in zip(records, commits, strict=True):
+            record["source"]["commit"] = commit
+        text = markdown("table2", records, tmp_path)
+        source = records[0]["source"]
+        assert f"; torch {source['torch']}; {clause}{source['date'][:10]}. Commands:" in text
 
 
 def test_only_rows_with_a_published_training_are_extrapolated(
@@ -144,8 +163,8 @@ def test_the_implicit_head_is_kept_apart(tmp_path, capsys, few_classes, monkeypa
     text = (tmp_path / "results" / "README.md").read_text()
     assert "ridge regression, running statistics |" in text
     name = "table2-5w1s-implicit-head.pt"
-    assert f"learned features, implicit head: `imaml-ext eval models/{name}" in text
     model = tmp_path / "results" / "models" / name
+    assert f"learned features, implicit head: `imaml-ext eval {model} --data" in text
     assert main(["eval", str(model), "--eval-tasks", "20", "--device", "cpu", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["accuracy"] == head["accuracy"]
@@ -313,7 +332,7 @@ def test_a_record_of_a_version_without_some_settings_is_not_measured_again(
     (tmp_path / "results" / "table2.jsonl").write_text(json.dumps(record) + "\n")
     capsys.readouterr()
     assert reproduce(tmp_path, *command) == 0
-    assert "already measured" in capsys.readouterr().out
+    assert "not trained again" in capsys.readouterr().out
 
 
 def test_the_authors_variant_is_tested_without_the_proximal_term(
@@ -346,7 +365,7 @@ def test_the_published_section_follows_from_the_published_lines(table):
     if not (results / f"{table}.jsonl").is_file():
         pytest.skip("no published results for this table")
     records = read(STUDIES[table], results / f"{table}.jsonl")
-    for section in (overview(table, records), markdown(table, records)):
+    for section in (overview(table, records), markdown(table, records, Path("results"))):
         assert section in (results / "README.md").read_text()
 
 
@@ -355,11 +374,46 @@ def test_a_timing_is_extrapolated_to_the_whole_training():
         "table": "table2", "column": "20w5s", "row": "maml", "variant": "paper", "seconds": 30.0,
         "meta_steps": 3, "config": {"tasks": 16}, "source": {"device": "a machine", "threads": 2},
     }  # fmt: skip
-    text = markdown("table2", [record])
+    text = markdown("table2", [record], Path("results"))
     assert (
         "10.0 s for a meta-step of 16 tasks on a machine, 2 thread(s), so 60,000 would take "
         "167 hours" in text
     )
+
+
+@pytest.mark.parametrize("start", [{}, {"start": {"seconds": 600.0}}], ids=["", "features"])
+def test_learning_curves_have_the_published_errors_and_name_features_only_if_used(
+    start, tmp_path, monkeypatch
+):
+    figures = []
+    monkeypatch.setattr(table_report, "save", lambda figure, path: figures.append(figure) or path)
+    record = {
+        "row": "maml", "variant": "ours", "seed": 0, "seconds": 120.0, "published": [98.7, 0.4],
+        "config": {"tasks": 8, "minutes": 2.0, "meta_steps": 100},
+        "curve": [[10, 60.0, 80.0], [20, 120.0, 90.0]],
+    }  # fmt: skip
+    other = record | {"row": "implicit-head", "published": None}
+    untrained = record | {"row": "ridge-head", "curve": [], "start": {"seconds": 600.0}}
+    records = [untrained, record | start, record | {"seed": 1}, other]
+    table_report._draw_column(records, tmp_path / "x.png")
+    by_tasks, by_minutes = figures[0].axes
+    assert by_tasks.get_lines()[0].get_xydata().tolist() == [[80, 20], [160, 10]]
+    begin = 10 if start else 0
+    assert by_minutes.get_lines()[0].get_xydata().tolist() == [[begin + 1, 20], [begin + 2, 10]]
+    for axis in (by_tasks, by_minutes):
+        first, *_, published = axis.get_lines()
+        assert published.get_ydata() == pytest.approx([1.3, 1.3])
+        assert published.get_linestyle() == "--"
+        assert tuple(published.get_color()) == tuple(first.get_color())
+        assert len(axis.get_lines()) == 4
+        assert ("features" in axis.get_xlabel()) == bool(start)
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels == [
+        "MAML, seed 0",
+        "MAML, seed 1",
+        "learned features, implicit head",
+        "MAML, published (test classes)",
+    ]
 
 
 def run_of(tasks, error, half_width):

@@ -17,6 +17,7 @@ from torch import nn
 from imaml_ext.data import ImageEpisodes, load_omniglot
 from imaml_ext.experiments.models import conv4
 from imaml_ext.experiments.plots import label, panels, save
+from imaml_ext.experiments.registry import omniglot_images
 from imaml_ext.experiments.reproduce.memory import peak_bytes, release_free_memory, resident_bytes
 from imaml_ext.experiments.reproduce.study import Record, Settings, Study
 from imaml_ext.methods.base import Method
@@ -40,7 +41,7 @@ POINTS = [  # method, inner steps, CG steps; the last two show iMAML against CG 
 
 
 def measure(settings: Settings) -> Iterator[Record]:
-    load_omniglot(settings.data)  # raises in this process if it is missing
+    omniglot_images(settings.data)  # raises in this process if it is missing
     for method, inner_steps, cg_steps in POINTS:
         point = (method, inner_steps, cg_steps, settings)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def draw(table: str, records: list[Record], folder: Path) -> list[Path]:
     readme = folder / "README.md"
     if any("accuracy" in record for record in records):
         write_section(readme, f"{table} overview", overview(table, records))
-    write_section(readme, table, markdown(table, records))
+    write_section(readme, table, markdown(table, records, folder))
     return [*written, readme]
 
 
@@ -33,11 +34,12 @@ def _draw_column(records: list[Record], path: Path) -> Path:
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator
 
-    figure, axes = panels(3, width=4.5, sharey=True)
-    by_tasks, by_minutes, beside = axes
-    for axis in (by_tasks, by_minutes):
+    figure, axes = panels(2, width=6.75, sharey=True)
+    by_tasks, by_minutes = axes
+    for axis in axes:
         axis.set_prop_cycle(color=colormaps["tab20"](range(20)))
         axis.grid(alpha=0.3)
+    published: dict[str, tuple[float, Any]] = {}  # by row: the error, the color of the first curve
     for record in records:
         if record["curve"]:
             steps, seconds, accuracy = zip(*record["curve"], strict=True)
@@ -45,17 +47,27 @@ def _draw_column(records: list[Record], path: Path) -> Path:
             begin = record.get("start", {}).get("seconds", 0.0)  # when its features were ready
             minutes = [(begin + s) / 60 for s in seconds]
             errors = [100 - a for a in accuracy]
-            by_tasks.loglog(tasks, errors, ".-", label=_label(record, records))
+            (curve,) = by_tasks.loglog(tasks, errors, ".-", label=_label(record, records))
             by_minutes.semilogy(minutes, errors, ".-")
-    by_tasks.set(xlabel="tasks seen, after the features if any")
+            if record["published"]:
+                error = 100 - record["published"][0]
+                published.setdefault(record["row"], (error, curve.get_color()))
+    for row, (error, color) in published.items():
+        text = f"{ROWS[row].label}, published (test classes)"
+        for axis in axes:
+            axis.axhline(error, linestyle="--", linewidth=1, color=color, label=text)
+    with_features = any("start" in record for record in records if record["curve"])
+    by_tasks.set(xlabel="tasks seen" + ", without those of the features" * with_features)
     by_tasks.set(ylabel="error on validation classes (%)")
-    by_minutes.set(xlabel="minutes of training, with those of the features")
+    by_minutes.set(xlabel="minutes of training" + ", with those of the features" * with_features)
     for axis, digits in ((by_tasks.xaxis, (1, 3)), (by_tasks.yaxis, (1, 2, 3, 5, 7))):
         axis.set_major_locator(LogLocator(subs=digits))
         axis.set_major_formatter("{x:,g}")
         axis.set_minor_formatter("")
-    beside.axis("off")
-    beside.legend(*by_tasks.get_legend_handles_labels(), loc="center left", fontsize=9)
+    handles, labels = by_tasks.get_legend_handles_labels()
+    figure.set_layout_engine("constrained")
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / 3))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return save(figure, path)
 
 
@@ -108,8 +120,11 @@ def _overview_cell(record: Record) -> str:
     return f"{text}, {tasks:,} tasks" if tasks else text
 
 
-def markdown(table: str, records: list[Record]) -> str:
-    """The table's section: measured and published accuracies, then the cells not trained."""
+def markdown(table: str, records: list[Record], folder: Path) -> str:
+    """The table's section: measured and published accuracies, then the cells not trained.
+
+    Its commands find the models in `folder` from the current folder.
+    """
     parts = [f"## {TABLES[table].title}\n"]
     for column in TABLES[table].columns:
         of_column = [r for r in records if r["column"] == column]
@@ -121,7 +136,7 @@ def markdown(table: str, records: list[Record]) -> str:
             parts.append(_trained(trained))
             parts += _over_seeds(trained)
             parts += _extrapolations(table, column, trained)
-            parts.append(_origin(table, column, trained))
+            parts.append(_origin(table, column, trained, folder))
         rows = TABLES[table].rows(column, "ours")
         missing = [row for row in rows if not any(r["row"] == row for r in trained)]
         if missing:
@@ -233,7 +248,7 @@ def extrapolated(runs: list[Record], at_tasks: int) -> tuple[float, float, float
     return float(low), float(middle), float(high)
 
 
-def _origin(table: str, column: str, records: list[Record]) -> str:
+def _origin(table: str, column: str, records: list[Record], folder: Path) -> str:
     """The provenance of the figures."""
 
     def all_of(values: list[str]) -> str:
@@ -243,18 +258,20 @@ def _origin(table: str, column: str, records: list[Record]) -> str:
     for record in sorted(records, key=lambda record: -record["val_accuracy"]):
         if record["meta_steps"]:
             best.setdefault(kept_as(table, column, record["row"]), record)
-    kept = [
-        f"{_label(record, records)}: `imaml-ext eval models/{name}.pt --data FOLDER`"
-        for name, record in best.items()
-    ]
+    kept = []
+    for name, record in best.items():
+        model = shlex.quote(str(folder / "models" / f"{name}.pt"))
+        kept.append(f"{_label(record, records)}: `imaml-ext eval {model} --data FOLDER`")
     sources = [record["source"] for record in records]
+    commits = all_of([s["commit"] for s in sources if s["commit"]])  # "" outside of git
+    commit = f"commit {commits}; " if commits else ""
     return (
         f"On {all_of([str(r['test_tasks']) for r in records])} test tasks, seed "
         f"{all_of([str(r['seed']) for r in records])}; "
         f"{all_of([s['device'] for s in sources])}, "
         f"{all_of([str(s['threads']) for s in sources])} thread(s); torch "
-        f"{all_of([s['torch'] for s in sources])}; commit "
-        f"{all_of([s['commit'] for s in sources])}; {all_of([s['date'][:10] for s in sources])}. "
+        f"{all_of([s['torch'] for s in sources])}; {commit}"
+        f"{all_of([s['date'][:10] for s in sources])}. "
         "Commands: "
         + all_of([f"`{s['command']}`" for s in sources])
         + ".\n"

@@ -7,6 +7,7 @@ same command. A training of another length is a new one.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,9 @@ def measure(table: str, settings: Settings) -> Iterator[Record]:
             "test": one.changes,
         }
         if any(_repeats(record, old, settings.eval_tasks) for old in read_lines(lines)):
-            tqdm.write(f"{one.name}: already measured; delete its line to measure again")
+            tqdm.write(
+                f"{one.name}: already in {lines}, not trained again; delete its line to repeat it"
+            )
             continue
         try:
             record |= _measure(one, config, settings)
@@ -131,6 +134,7 @@ def _features(config: Config, settings: Settings) -> Record:
 
 
 def _test(experiment: Experiment, tasks: int) -> Record:
+    print(f"evaluating on {tasks} unseen tasks", file=sys.stderr)
     config, few = experiment.config, min(_SIDE_TASKS, tasks)
     figures = {
         "test_tasks": tasks,
