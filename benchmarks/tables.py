@@ -69,7 +69,15 @@ build of each row.
 {rows}
 {notes}
 
-{platforms}, {dates}
+## Release wheels
+
+Built by `nox -k release -- benchmarks/results/installs.jsonl` with CPU and CUDA kernels, checked by
+auditwheel, which sets the platform tag, and by twine, and used for a training in a new environment,
+into which the wheel alone was installed with its dependencies.
+
+{wheels}
+
+All installations: {platforms}, {dates}
 """
 
 TITLES: dict[str, Callable[[Result], str]] = {
@@ -274,7 +282,18 @@ def installs(lines: list[Result]) -> str:
         return ", ".join(sorted(set(values)))
 
     columns = ["Python", "torch", "installer", "kernels", "outcome", "seconds", "commit"]
+    wheels = [
+        [
+            f"`{line['wheel']}`",
+            f"{1e-6 * line['wheel_bytes']:.2f}",
+            f"Python {line['python']}, torch {line['torch']}",
+            line["commit"],
+        ]
+        for line in latest.values()
+        if "wheel" in line
+    ]
     return INSTALLS.format(
+        wheels=table(["wheel", "MB", "installed and used with", "commit"], wheels),
         rows=table(columns, rows),
         notes="\n".join(f"- {'; '.join(names)}: {reason}" for reason, names in notes.items()),
         platforms=distinct(line["platform"] for line in latest.values()),

@@ -167,12 +167,23 @@ def test_the_table_of_installs_has_the_last_outcome_of_each_row(benchmark):
             line("uv", "failed", "no compiler", commit="aaa"),
             line("pip", "failed", "no network", commit="bbb"),
             line("uv", "works", "", commit="ccc", torch="2.15.0", python="3.11.7"),
+            line(
+                "release wheel",
+                "works",
+                "",
+                commit="ddd",
+                torch="2.15.0",
+                python="3.12.1",
+                wheel="name-1.whl",
+                wheel_bytes=1_234_000,
+            ),
         ]
     )
     assert "| 3.11.7 | 2.15.0 | uv | CPU | works |  | ccc |" in page
     assert "| 3.11 | newest | pip | CPU | **failed** |  | bbb |" in page
     assert "- pip: no network" in page
     assert "no compiler" not in page
+    assert "| `name-1.whl` | 1.23 | Python 3.12.1, torch 2.15.0 | ddd |" in page
     assert "Linux, 2026-01-02\n" in page
 
 
