@@ -12,6 +12,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 _PICTURES = ("results/fig2a.png",)
+_NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n"  # the page of examples is
 _GUIDE = re.compile(r"\[[\w/-]+\.md\](\((?:\.\./)*([\w-]+\.md)(?:#[\w-]+)?\))")
 _PICTURE = re.compile(r"!\[([^\]]*)\]\(\.\./([^)]*)\)")
 _EXAMPLE = re.compile(r"\(\.\./(examples/\w+)\.py\)")
@@ -23,7 +24,7 @@ def on_files(files: Files, *, config: Any, **_: Any) -> Files:
     for picture in _PICTURES:
         files.append(File.generated(config, picture, abs_src_path=str(root / picture)))
     for path in sorted((root / "examples").glob("*.py")):
-        page = f"# {path.name}\n\n```python\n{path.read_text(encoding='utf-8')}```\n"
+        page = f"{_NOT_SEARCHED}# {path.name}\n\n```python\n{path.read_text(encoding='utf-8')}```\n"
         name, hidden = f"examples/{path.stem}.md", InclusionLevel.NOT_IN_NAV
         files.append(File.generated(config, name, content=page, inclusion=hidden))
     return files

@@ -327,6 +327,14 @@ class Objective:
         return self._scalar(self._evaluate(self.loss.of_outputs, outputs, y, self.shared))
 
     def _scalar(self, loss: Any) -> Tensor:
+        if isinstance(loss, Tensor) and loss.shape == (self.tasks,):
+            for name, tensor in self.shared.items():
+                if tensor.shape[:1] == loss.shape:
+                    raise ValueError(
+                        f"the loss of one task has the shape {list(loss.shape)} of "
+                        f"shared[{name!r}], which is the same for all tasks: pass what has a value "
+                        "for each task as part of the data"
+                    )
         check_scalar("the loss", loss)
         scalar: Tensor = loss if loss.dtype == self.layout.dtype else loss.to(self.layout.dtype)
         return scalar

@@ -211,6 +211,15 @@ def test_invalid_shared_parameters_are_rejected_in_one_line(shared, error, messa
         assert "\n" not in str(caught.value)
 
 
+def test_a_shared_tensor_with_values_for_each_task_is_referred_to_the_data():
+    def loss(params, data):
+        return (params["w"] - data).square().sum() * params["log_decays"].exp()
+
+    data, shared = torch.ones(3, 2), {"log_decays": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"shape \[3\] of shared\['log_decays'\].* the data"):
+        implicit_meta_grad(loss, {"w": torch.zeros(2)}, data, data, lam=1.0, shared=shared)
+
+
 def test_learned_tensors_must_be_distinct_and_require_grad():
     loss, head, body, _, _ = anil()
     with pytest.raises(ValueError, match=r"shared\['0.weight'\] does not require grad"):
