@@ -183,7 +183,7 @@ def counted(tasks: list[int], total: int) -> str:
 
 
 def checked(solver: object, solution: Solution, rows: Tensor) -> Solution:
-    """What a solver returned, detached and contiguous.
+    """What a solver returned, its value detached and contiguous.
 
     Args:
         solver: named in errors.
@@ -197,26 +197,28 @@ def checked(solver: object, solution: Solution, rows: Tensor) -> Solution:
     name = type(solver).__name__
     remedy = "return Solution(value, status, steps, residual)"
     check_instance(f"the result of {name}", solution, Solution, remedy)
-    value = _checked_field(f"{name}: value", solution.value, rows, rows.dtype)
-    status = _checked_field(f"{name}: status", solution.status, rows[:, 0], torch.int32)
-    steps = _checked_field(f"{name}: steps", solution.steps, rows[:, 0], torch.int32)
-    residual = _checked_field(f"{name}: residual", solution.residual, rows[:, 0], torch.float64)
+    shape, dtype, device = rows.shape, rows.dtype, rows.device
+    for field, wanted, kind in (
+        ("value", shape, dtype),
+        ("status", shape[:1], torch.int32),
+        ("steps", shape[:1], torch.int32),
+        ("residual", shape[:1], torch.float64),
+    ):
+        given = getattr(solution, field)
+        check_instance(f"{name}: {field}", given, Tensor, f"pass one of {kind}")
+        if given.shape != wanted or given.dtype != kind or given.device != device:
+            raise ValueError(
+                f"{name}: {field} must be {list(wanted)} {kind} on {device}, got "
+                f"{list(given.shape)} {given.dtype} on {given.device}"
+            )
+    status, value = solution.status, solution.value
     if may_read_values(status):
-        unknown = set(status.tolist()).difference(Status)
+        unknown = [number for number in status.tolist() if not 0 <= number < len(Status)]
         if unknown:
-            raise ValueError(f"{name}: status must have values of Status, got {min(unknown)}")
-    return replace(solution, value=value, status=status, steps=steps, residual=residual)
-
-
-def _checked_field(name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    check_instance(name, tensor, Tensor, f"pass one, {list(like.shape)} {dtype}")
-    same = tensor.shape == like.shape and tensor.device == like.device
-    if not same or tensor.dtype != dtype:
-        raise ValueError(
-            f"{name} must be {list(like.shape)} {dtype} on {like.device}, got "
-            f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
-        )
-    return tensor.detach().contiguous()
+            raise ValueError(f"{name}: status must have values of Status, got {unknown[0]}")
+    if value.requires_grad or not value.is_contiguous():
+        return replace(solution, value=value.detach().contiguous())
+    return solution
 
 
 pytree.register_dataclass(Lanczos)
