@@ -4,9 +4,16 @@ import re
 from pathlib import Path
 
 CODE = r"(?P<code>```.*?```|`[^`\n]+`|^ {4}.*?$)"
-RELATIVE = r"\((?P<path>(?!https?://|#)[^)\s]+)\)"
+RELATIVE = r"\((?P<path>(?![a-z][a-z0-9+.-]*:|#)[^)\s]+)\)"
 LINK = re.compile(rf"{CODE}|(?P<image>!?)\[(?P<text>[^\]]+)\]{RELATIVE}", re.DOTALL | re.MULTILINE)
-FIGURE = re.compile(rf"!\[[^\]]*\]{RELATIVE}\n\n\*[^*]+\*\n\n")  # and its caption
+# What says nothing without its links: a figure and its caption, a section that is a list of links,
+# a link in parentheses.
+EMPTY = re.compile(
+    r"!\[[^\]]*\]\(\S+\)\n\n\*[^*]+\*\n\n"
+    r"|^##[^\n]*\n\n(?:\[[^\]]+\]\(\S+\)(?: ·)?\s+)+(?=#|\Z)"
+    r"|\s\(\[[^\]]+\]\((?!https?:)\S+\)\)",
+    re.MULTILINE,
+)
 
 
 def for_index(readme: str, repository: str, revision: str) -> str:
@@ -21,7 +28,7 @@ def for_index(readme: str, repository: str, revision: str) -> str:
         address = f"{repository.rstrip('/')}/{kind}/{revision}/{found['path']}"
         return f"{found['image']}[{found['text']}]({address})"
 
-    return LINK.sub(replace, readme if repository else FIGURE.sub("", readme))
+    return LINK.sub(replace, readme if repository else EMPTY.sub("", readme))
 
 
 def description(source: Path) -> str:

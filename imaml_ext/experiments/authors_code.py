@@ -42,6 +42,8 @@ class AuthorsCodeCG(ConjugateGradient):
     """Solve `(2 I + H / (lam + 10)) g = v` in place of the paper's `(I + H / lam) g = v`. Then g is
     nearly `v / 2`, the direction of first-order MAML. Arguments as in `ConjugateGradient`."""
 
+    _completes_status = True
+
     def _solve(self, system: LinearSystem) -> Solution:
         if system.x0 is not None:
             raise ValueError("AuthorsCodeCG starts from 0, got x0: remove x0 or warm_start")

@@ -129,7 +129,7 @@ class _Adapt(torch.autograd.Function):
             objective.losses(solution.value)
         ctx.autocast = _current_autocast(theta.device.type)
         ctx.recording = recording if is_recording() else nullcontext
-        ctx.call, ctx.second_moment = call, solution.second_moment
+        ctx.call, ctx.status, ctx.second_moment = call, solution.status, solution.second_moment
         ctx.save_for_backward(theta, lam, solution.value, *inputs)
         return solution.value
 
@@ -147,7 +147,7 @@ class _Adapt(torch.autograd.Function):
         objective.usage.check_unchanged()
         theta, lam, phi, *_ = ctx.saved_tensors  # the rest: checked for in-place changes by torch
         problem = Proximal(objective, theta, lam)
-        solution = replace(given(phi, problem), second_moment=ctx.second_moment)
+        solution = replace(given(phi, problem), status=ctx.status, second_moment=ctx.second_moment)
         inputs: list[Tensor | None] = [None] * len(ctx.needs_input_grad[3:])
         # Contexts as in the forward pass: on CUDA another thread runs this.
         with ctx.autocast(), ctx.recording():

@@ -119,10 +119,13 @@ class Objective:
         check = check and self._unchecked
         return Objective(self.loss, self.layout, data, self._label, shared, check=check)
 
-    def losses(self, rows: Tensor) -> Tensor:
-        """[B] from [B, D]."""
-        is_differentiated = rows.requires_grad and torch.is_grad_enabled()
-        if self.recorded is not None and not is_differentiated:
+    def losses(self, rows: Tensor, *, recorded: bool = True) -> Tensor:
+        """[B] from [B, D].
+
+        Args:
+            recorded: whether to use programs, by which it can be differentiated only once.
+        """
+        if recorded and self.recorded is not None:
             found = self.recorded.losses(rows)
             if found is not None:
                 return found

@@ -108,8 +108,8 @@ class Proximal:
         return self._with(objective, self.lam.values)
 
     def copy(self) -> "Proximal":
-        """The problem with a copy of theta, for functions that may write to it."""
-        copied = self.with_lam(self.lam.values)
+        """The problem with copies of theta and Λ, for functions that may write to them."""
+        copied = self.with_lam(self.lam.values.clone())
         copied.theta = self.theta.clone()
         return copied
 
@@ -122,10 +122,12 @@ class Proximal:
         phi = phi.contiguous()
         displacement = phi - self.theta
         pull = self.lam.mv(displacement)
-        losses = self.objective.losses(phi)
         if phi.requires_grad and torch.is_grad_enabled():
+            losses = self.objective.losses(
+                phi, recorded=False
+            )  # differentiable any number of times
             return losses + 0.5 * (displacement * pull).sum(1, dtype=torch.float64)
-        return losses + 0.5 * row_dot(displacement, pull)
+        return self.objective.losses(phi) + 0.5 * row_dot(displacement, pull)
 
     def value_and_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """G [B] float64 and ∇G [B, D] at phi [B, D], without a graph."""

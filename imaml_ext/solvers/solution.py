@@ -198,12 +198,17 @@ def checked(solver: object, solution: Solution, rows: Tensor) -> Solution:
     remedy = "return Solution(value, status, steps, residual)"
     check_instance(f"the result of {name}", solution, Solution, remedy)
     shape, dtype, device = rows.shape, rows.dtype, rows.device
-    for field, wanted, kind in (
-        ("value", shape, dtype),
-        ("status", shape[:1], torch.int32),
-        ("steps", shape[:1], torch.int32),
-        ("residual", shape[:1], torch.float64),
-    ):
+    fields = {
+        "value": (shape, dtype),
+        "status": (shape[:1], torch.int32),
+        "steps": (shape[:1], torch.int32),
+        "residual": (shape[:1], torch.float64),
+    }
+    if solution.second_moment is not None:
+        fields["second_moment"] = (shape, dtype)
+    if solution.lanczos is not None:
+        check_instance(f"{name}: lanczos", solution.lanczos, Lanczos, "or return None")
+    for field, (wanted, kind) in fields.items():
         given = getattr(solution, field)
         check_instance(f"{name}: {field}", given, Tensor, f"pass one of {kind}")
         if given.shape != wanted or given.dtype != kind or given.device != device:

@@ -128,7 +128,7 @@ def check_metrics(
         remedy = "pass a loss from module_loss, or accuracy(loss.outputs)"
         check_callable(f"{label}[{name!r}]", metric, parameters)
         check_not_of_torch(f"{label}[{name!r}]", metric, parameters, remedy)
-        if isinstance(getattr(metric, "__self__", None), ModuleLoss):
+        if getattr(metric, "__func__", None) is ModuleLoss.outputs:
             raise TypeError(f"{label}[{name!r}] returns outputs, not a metric: {remedy}")
 
 

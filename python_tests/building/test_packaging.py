@@ -92,7 +92,8 @@ def test_the_sdist_has_the_tracked_files_except_results_and_tools(sources, backe
 README = """# Name
 
 An [older
-paper](https://arxiv.org/abs/1), [a section](#use), `list[0](x)` and [docs/](docs/README.md#top).
+paper](https://arxiv.org/abs/1), [a section](#use), `list[0](x)`, [mail](mailto:a@b.c) and
+[docs/](docs/README.md#top) ([details](docs/more.md)).
 
 ![A figure](results/fig.png)
 
@@ -102,15 +103,25 @@ in two lines.*
     code [0](1)
 
 ## Use
+
+## Documentation
+
+[Guides](docs/README.md) · [API](docs/api.md) ·
+[changes](CHANGELOG.md)
+
+## Citation
 """
 WITHOUT_REPOSITORY = """# Name
 
 An [older
-paper](https://arxiv.org/abs/1), [a section](#use), `list[0](x)` and docs/.
+paper](https://arxiv.org/abs/1), [a section](#use), `list[0](x)`, [mail](mailto:a@b.c) and
+docs/.
 
     code [0](1)
 
 ## Use
+
+## Citation
 """
 
 
@@ -120,12 +131,9 @@ paper](https://arxiv.org/abs/1), [a section](#use), `list[0](x)` and docs/.
         ("", WITHOUT_REPOSITORY),
         (
             "https://example.org/owner/name/",
-            README.replace(
-                "(docs/README.md#top)",
-                "(https://example.org/owner/name/blob/v1.2/docs/README.md#top)",
-            ).replace(
-                "(results/fig.png)", "(https://example.org/owner/name/raw/v1.2/results/fig.png)"
-            ),
+            README.replace("(docs/", "(https://example.org/owner/name/blob/v1.2/docs/")
+            .replace("(CHANGELOG", "(https://example.org/owner/name/blob/v1.2/CHANGELOG")
+            .replace("(results/", "(https://example.org/owner/name/raw/v1.2/results/"),
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """Omniglot from the user's archives: pixels, splits, cache, and bad archives."""
 
 import hashlib
+import pickle
 import zipfile
 
 import numpy as np
@@ -90,6 +91,13 @@ def test_a_missing_archive_is_named(tmp_path):
         FileNotFoundError, match=r"images_background.zip; set root .* download=True$"
     ):
         load_omniglot(tmp_path)
+
+
+def test_the_error_of_a_missing_archive_crosses_processes(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        load_omniglot(tmp_path)
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copied), copied.expected) == (str(caught.value), caught.value.expected)
 
 
 def test_a_truncated_archive_is_named(root):

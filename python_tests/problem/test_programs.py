@@ -31,6 +31,7 @@ from imaml_ext import (
     implicit_meta_grad,
     module_loss,
 )
+from imaml_ext.problem.objective import Objective
 from imaml_ext.problem.programs import Programs
 
 
@@ -203,6 +204,23 @@ def test_methods(method):
     _, programs = compare(lambda: made.meta_gradient(TaskBatch(*data())))
     assert not programs.refusals
     assert pieces(programs)
+
+
+def test_an_unrolled_method_evaluates_no_loss_by_pytorch(monkeypatch):
+    evaluated, losses = [], Objective._losses
+    monkeypatch.setattr(
+        Objective, "_losses", lambda self, rows: evaluated.append(self) or losses(self, rows)
+    )
+    model = mlp()
+    loss, params = module_loss(model, F.mse_loss), dict(model.named_parameters())
+    method, programs = MAML(loss, params, inner=GradientDescent(lr=0.05, steps=4)), Programs()
+    for _ in range(8):
+        evaluated.clear()
+        with programs.use():
+            method.meta_gradient(TaskBatch(*data()))
+        if not evaluated:
+            return
+    raise AssertionError("every meta-gradient evaluated a loss")
 
 
 def test_an_external_solver_and_adapt():

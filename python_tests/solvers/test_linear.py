@@ -4,11 +4,13 @@ Tests of one solver only are in test_cg.py, test_minres.py and test_neumann.py.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from matrices import product, symmetric
+from problems import regression
 
 from imaml_ext import (
     MINRES,
@@ -18,7 +20,9 @@ from imaml_ext import (
     Solution,
     Status,
     conjugate_gradient,
+    implicit_meta_grad,
 )
+from imaml_ext.problem.programs import Programs
 
 SOLVERS = {
     "cg": lambda **s: ConjugateGradient(max_iter=300, **s),
@@ -235,6 +239,41 @@ def test_the_status_of_a_subclass_agrees_with_its_residual(claimed, settings, re
         assert status == (Status.CONVERGED if wanted else Status.MAX_ITER)
 
 
+class Halved(ConjugateGradient):
+    """Changes what the inherited iteration returns."""
+
+    def _solve(self, system):
+        found = super()._solve(system)
+        x = 0.5 * found.value
+        residual = (system.b - system.product(x)).norm(dim=1).double()
+        return replace(found, value=x, residual=residual)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_changed_result_of_a_built_in_solver_is_completed_too(recorded):
+    problem = regression(3)
+    call = (problem.loss, problem.params, problem.support, problem.query)
+    solver = Halved(max_iter=50, rtol=1e-8)
+    with Programs().use() if recorded else nullcontext():
+        for _ in range(3):
+            status = implicit_meta_grad(*call, lam=1.0, linear=solver).linear.status
+            assert (status == Status.MAX_ITER).all()
+
+
+@pytest.mark.parametrize("x0", [None, torch.ones(2, 3)])
+def test_negative_curvature_at_once_gives_the_solution_without_h(x0):
+    class Stopping(LinearSolver):
+        def _solve(self, system):
+            steps = torch.zeros(2, dtype=torch.int32)
+            status = torch.full_like(steps, Status.NEGATIVE_CURVATURE)
+            return Solution(0.1 * system.b, status, steps, torch.zeros(2).double())
+
+    b = torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 5.0]])
+    got = Stopping().solve(lambda p: -p, b, 2.0, x0=x0)
+    torch.testing.assert_close(got.value, b / 2)
+    torch.testing.assert_close(got.residual, b.norm(dim=1).double())
+
+
 @pytest.mark.parametrize(
     ("result", "error", "message"),
     [
@@ -249,6 +288,7 @@ def test_the_status_of_a_subclass_agrees_with_its_residual(claimed, settings, re
         ),
         ({"steps": 7}, TypeError, "Wrong: steps must be an instance of Tensor, got"),
         ({"residual": torch.zeros(2)}, ValueError, r"Wrong: residual must be \[2\] torch.float64"),
+        ({"lanczos": torch.zeros(2)}, TypeError, "Wrong: lanczos must be an instance of Lanczos"),
     ],
 )  # fmt: skip
 def test_an_invalid_result_of_a_subclass_is_refused(result, error, message):

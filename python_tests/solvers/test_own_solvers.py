@@ -82,6 +82,7 @@ WRONG = {
         "Given: status must have values of Status, got 77",
     ),
     "steps": ({"steps": 7}, TypeError, "Given: steps must be an instance of Tensor"),
+    "moment": ({"second_moment": ROWS}, ValueError, r"Given: second_moment must be \[2, 25\]"),
     "residual": ({"residual": ROWS[:, 0]}, ValueError, r"residual must be \[2\] torch.float64"),
 }  # fmt: skip
 
@@ -109,14 +110,48 @@ def test_a_solution_may_have_a_graph_and_other_strides():
         assert torch.equal(got.params[name], want.params[name])
 
 
-def test_theta_cannot_be_modified_by_a_subclass():
+@pytest.mark.parametrize("name", ["theta", "lam.values"])
+def test_constants_of_the_problem_cannot_be_modified(name):
+    def move(problem):
+        tensor = problem.theta if name == "theta" else problem.lam.values
+        tensor.add_(1)
+        return problem.start()
+
     class Moving(InnerSolver):
         def solve(self, problem):
-            problem.theta.add_(1)
-            return Given(problem.start()).solve(problem)
+            return Given(move(problem)).solve(problem)
 
-    with pytest.raises(RuntimeError, match=r"Moving modified problem.theta in place: start from"):
-        meta_gradient(regression(2), inner=Moving())
+    problem, lam = regression(2), torch.tensor(1.5, dtype=torch.float64)
+    call = (problem.loss, problem.params, problem.support, problem.query)
+    with pytest.raises(RuntimeError, match=f"Moving modified problem.{name} in place"):
+        implicit_meta_grad(*call, lam=lam, inner=Moving())
+    lam.fill_(1.5)
+    out = implicit_meta_grad(*call, lam=lam, inner=External(move))  # of copies
+    assert lam == 1.5
+    torch.testing.assert_close(
+        out.inner.residual,
+        meta_gradient(
+            problem, inner=External(lambda problem: problem.start() + (name == "theta"))
+        ).inner.residual,
+    )
+
+
+def test_inference_mode_is_refused_as_before():
+    problem = regression(2)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="cannot differentiate in inference mode"):
+            meta_gradient(problem)
+        method = IMAML(problem.loss, learned(problem), lam=1.5, inner=External(lambda p: p.start()))
+        assert method.adapt(problem.support)["0.weight"].shape == (2, 6, 2)
+
+
+def test_a_task_that_the_solver_reports_as_not_finite_has_no_gradient():
+    problem = regression(2)
+    params = learned(problem)
+    inner = Given(torch.zeros(2, problem.layout.dim).double(), Status.NONFINITE)
+    phi = adapt(problem.loss, params, problem.support, lam=1.5, inner=inner, warn=False)
+    sum(rows.sum() for rows in phi.values()).backward()
+    assert all(tensor.grad.isnan().all() for tensor in params.values())
 
 
 def test_a_function_is_referred_to_external():
@@ -156,6 +191,23 @@ def test_the_direction_of_a_subclass_is_used_by_every_method(half, whole):
             phi = method.adapt(problem.support)
             for name in problem.params:
                 torch.testing.assert_close(phi[name], want.adapted[name])
+
+
+class Lion(Adam):
+    """The sign of a mean; its state is one tensor, not Adam's two."""
+
+    def direction(self, gradient, state, step):
+        mean = 0.9 * state[0] + 0.1 * gradient if state else gradient
+        return mean.sign(), (mean,)
+
+
+def test_a_subclass_of_adam_may_keep_another_state():
+    problem = regression(3)
+    out = meta_gradient(problem, inner=Lion(lr=0.01, steps=4))
+    assert out.inner.second_moment is None
+    largest = 0.04 + 1e-12
+    for name, rows in out.adapted.items():
+        assert 0 < (rows - problem.params[name]).abs().max() <= largest
 
 
 @pytest.mark.parametrize("form", LAMS)

@@ -58,6 +58,12 @@ def test_the_accuracy_of_a_loss_is_refused():
         accuracy(loss)
 
 
+def test_a_method_of_a_loss_may_be_a_metric():
+    method = make_method("cpu")
+    source = Sinusoid(tasks=3, dtype=torch.float64)
+    assert evaluate(method, source, {"a": method.loss.__call__}, tasks=3).mean["a"] > 0
+
+
 def test_a_metric_per_task_has_no_graph(device):
     phi = {"w": torch.tensor([[1.0], [2.0], [3.0]], device=device, requires_grad=True)}
     x = torch.tensor([[1.0], [10.0], [100.0]], device=device)

@@ -76,7 +76,9 @@ class Adam(InnerSolver):
     @torch.no_grad()
     def solve(self, problem: Proximal) -> Solution:
         check_tol(problem, self.tol)
-        if isinstance(self.lr, StepSize) or type(self).direction is not Adam.direction:
+        if type(self).direction is not Adam.direction:
+            return solve_in_torch(self, self.lr, problem)[0]  # with any state
+        if isinstance(self.lr, StepSize):
             solution, state = solve_in_torch(self, self.lr, problem)
             second = state[1] if state else torch.zeros_like(solution.value)
             return self._with_second_moment(solution, second)

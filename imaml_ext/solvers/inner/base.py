@@ -51,7 +51,7 @@ def solve_inner(inner: InnerSolver, problem: Proximal) -> Solution:
     Raises:
         TypeError, ValueError: the solver needs all examples in each step, but there are
             mini-batches; or it does not return a valid solution.
-        RuntimeError: it modified theta.
+        RuntimeError: it modified theta or Λ.
     """
     name = type(inner).__name__
     if problem.batches is not None and not inner.takes_mini_batches:
@@ -59,13 +59,19 @@ def solve_inner(inner: InnerSolver, problem: Proximal) -> Solution:
             f"{name} does not take mini-batches: pass the support set itself, or use "
             "GradientDescent, Adam, or External(fn, takes_mini_batches=True)"
         )
-    version = problem.theta._version
+    constants = {"theta": problem.theta, "lam.values": problem.lam.values}
+    before = [_version(tensor) for tensor in constants.values()]
     solution = inner.solve(problem)
-    if problem.theta._version != version:
-        raise RuntimeError(
-            f"{name} modified problem.theta in place: start from problem.start(), which is a copy"
-        )
+    for (field, tensor), version in zip(constants.items(), before, strict=True):
+        if _version(tensor) != version:
+            raise RuntimeError(
+                f"{name} modified problem.{field} in place: problem.start() is a copy of theta"
+            )
     return checked(inner, solution, problem.theta.expand(problem.tasks, -1))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def update_status(status: Tensor, residual: Tensor, tol: float | None) -> Tensor:

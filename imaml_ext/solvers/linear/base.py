@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,8 +31,7 @@ class LinearSystem:
         x0: where the solve starts, [B, D]; None for 0. Then b is `b - A x0`: a solver computes the
             correction of x0, starting from 0.
         norm: `|b|` of the given b, [B] float64, if there is an x0: tolerances are relative to it.
-        is_verified: set by a solver whose statuses need not be compared with its residuals.
-        is_final: set by a solver of which all rows are finite and have their final statuses.
+        is_final: set by a solver that completes its statuses, if all rows are finite.
 
     Raises:
         TypeError, ValueError: an argument, or a result of matvec, is invalid.
@@ -57,7 +57,6 @@ class LinearSystem:
         self.second_moment = second_moment
         self.x0: Tensor | None = None
         self.norm: Tensor | None = None
-        self.is_verified = False
         self.is_final = False
         self._matvec = matvec
         # Conjugate gradient by one call; None if matvec has no program.
@@ -129,11 +128,18 @@ class LinearSolver(ABC):
         TypeError, ValueError: a setting is not a number or out of range.
     """
 
+    # Whether the statuses that `_solve` of this class returns agree with its residuals.
+    _completes_status: ClassVar[bool] = False
+
     max_iter: int = 5
     rtol: float = 0.0
     atol: float = 0.0
     damping: float = 0.0
     curvature: CurvatureKind = "hessian"
+
+    def __init_subclass__(cls) -> None:
+        if "_solve" in vars(cls):  # which may have changed what the inherited one returned
+            cls._completes_status = vars(cls).get("_completes_status", False)
 
     def __post_init__(self) -> None:
         check_integer("max_iter", self.max_iter, minimum=1)
@@ -178,14 +184,18 @@ class LinearSolver(ABC):
             if x0 is not None:
                 system.start_at(x0, only_if_better=True)
             found = checked(self, self._solve(system), system.b)
-            solution = finished(system, found, self.rtol, self.atol)
-            if system.norm is None:
+            if not self._completes_status:
+                system.is_final = False
+                found = _completed(system, found, self.rtol, self.atol)
+            solution = finished(system, found)
+            if system.norm is None and self._completes_status:
                 return solution
             at_once = (solution.status == Status.NEGATIVE_CURVATURE) & (solution.steps == 0)
+            norm = row_dot(given, given).sqrt() if system.norm is None else system.norm
             return replace(
                 solution,
                 value=torch.where(at_once[:, None], system.lam.solve(given), solution.value),
-                residual=torch.where(at_once, system.norm, solution.residual),
+                residual=torch.where(at_once, norm, solution.residual),
             )
 
     @abstractmethod
@@ -229,7 +239,6 @@ def with_true_residual(
         rtol, atol: those of the solve.
         drift: bound of the difference between `solution.residual` and `|b - A x|`, [B] float64.
     """
-    system.is_verified = True
     measures, tol = rtol > 0 or atol > 0, _tolerance(system, norm, rtol, atol)
     doubtful = drift > torch.maximum(solution.residual, tol)
     if may_read_values(drift) and not bool(doubtful.any()):
@@ -254,7 +263,17 @@ def _tolerance(system: LinearSystem, norm: Tensor, rtol: float, atol: float) -> 
     return (max(rtol, floor) * norm).clamp_min(atol)
 
 
-def finished(system: LinearSystem, solution: Solution, rtol: float, atol: float) -> Solution:
+def _completed(system: LinearSystem, solution: Solution, rtol: float, atol: float) -> Solution:
+    """The solution with statuses that agree with its residuals."""
+    status, residual = solution.status, solution.residual
+    tol = _tolerance(system, row_dot(system.b, system.b).sqrt(), rtol, atol)
+    reached = (status == Status.RUNNING) & (residual <= tol)
+    missed = (status == Status.CONVERGED) & ~(residual <= 2 * tol)
+    status = status.masked_fill(reached, Status.CONVERGED)
+    return replace(solution, status=status.masked_fill(missed, Status.MAX_ITER))
+
+
+def finished(system: LinearSystem, solution: Solution) -> Solution:
     """The solution including x0, with final statuses.
 
     They are MAX_ITER instead of RUNNING, and NONFINITE where the value is not finite.
@@ -262,13 +281,6 @@ def finished(system: LinearSystem, solution: Solution, rtol: float, atol: float)
     if system.is_final:
         return solution
     x, status = solution.value, solution.status
-    if not system.is_verified:
-        norm = row_dot(system.b, system.b).sqrt()
-        tol, residual = _tolerance(system, norm, rtol, atol), solution.residual
-        reached = (status == Status.RUNNING) & (residual <= tol)
-        missed = (status == Status.CONVERGED) & ~(residual <= 2 * tol)
-        status = status.masked_fill(reached, Status.CONVERGED)
-        status = status.masked_fill(missed, Status.MAX_ITER)
     if system.x0 is not None:
         x = system.x0 + x
     failed = status == Status.NONFINITE

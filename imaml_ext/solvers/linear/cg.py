@@ -43,6 +43,8 @@ class ConjugateGradient(LinearSolver):
         TypeError, ValueError: a setting is not a number or out of range.
     """
 
+    _completes_status = True
+
     preconditioner: Literal["jacobi", "adam"] | Tensor | Preconditioner | None = None
     probes: int = 8
 
@@ -120,7 +122,7 @@ def conjugate_gradient(
         if x0 is not None:
             system.start_at(x0)
         inverse = inverse_of(preconditioner, system)
-        return finished(system, _solve(system, max_iter, rtol, atol, inverse), rtol, atol)
+        return finished(system, _solve(system, max_iter, rtol, atol, inverse))
 
 
 def _solve(

@@ -38,6 +38,8 @@ class MINRES(LinearSolver):
     Source: Paige, Saunders 1975, "Solution of sparse indefinite systems of linear equations".
     """
 
+    _completes_status = True
+
     def _solve(self, system: LinearSystem) -> Solution:
         b = system.b
         bb = row_dot(b, b)

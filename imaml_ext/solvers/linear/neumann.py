@@ -40,6 +40,8 @@ class NeumannSeries(LinearSolver):
     differentiation".
     """
 
+    _completes_status = True
+
     lr: float = 0.1
 
     def __post_init__(self) -> None:
