@@ -76,7 +76,6 @@ auditwheel, which sets the platform tag, and by twine, and used for a training i
 into which the wheel alone was installed with its dependencies.
 
 {wheels}
-
 All installations: {platforms}, {dates}
 """
 

@@ -123,9 +123,7 @@ class Proximal:
         displacement = phi - self.theta
         pull = self.lam.mv(displacement)
         if phi.requires_grad and torch.is_grad_enabled():
-            losses = self.objective.losses(
-                phi, recorded=False
-            )  # differentiable any number of times
+            losses = self.objective.losses(phi, recorded=False)
             return losses + 0.5 * (displacement * pull).sum(1, dtype=torch.float64)
         return self.objective.losses(phi) + 0.5 * row_dot(displacement, pull)
 

@@ -1,5 +1,6 @@
 """Inner solvers that users write: subclasses of InnerSolver, and functions in External."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -24,6 +25,7 @@ from imaml_ext import (
     adapt,
     implicit_meta_grad,
 )
+from imaml_ext.problem.programs import Programs
 
 
 @dataclass(frozen=True)
@@ -210,9 +212,11 @@ def test_a_subclass_of_adam_may_keep_another_state():
         assert 0 < (rows - problem.params[name]).abs().max() <= largest
 
 
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("form", LAMS)
-def test_values_are_differentiable_twice(form, device):
-    _, proximal = setting(device, form=form)
+def test_values_are_differentiable_twice(form, recorded, device):
+    with Programs().use() if recorded else nullcontext():
+        _, proximal = setting(device, form=form)
     phi = torch.randn_like(proximal.start()).requires_grad_()
     value, gradient = proximal.value_and_gradient(phi)
     values = proximal.values(phi)
