@@ -62,9 +62,9 @@ def adapt(
         support: a pytree of [B, ...] tensors; they may require grad, such as the features of a
             learned body, learned labels or example weights. Exact only with `curvature="hessian"`.
             It may be `MiniBatches`.
-        start: initial phi of each task, {name: [B, ...]}; default theta. As theta is also the
-            centre of the proximal term, weight decay of a network needs one: theta = 0 is a saddle
-            point.
+        start: initial phi of each task, {name: [B, ...]}; default theta. Needed if lam is the
+            weight decay of a network: theta is then 0, a saddle point. Ignored once `warm_start`
+            has solutions.
         warm_start: keeps the solutions for these tasks from call to call; the inner and the linear
             solve start at the last ones.
         warn: whether `backward` issues a `ConvergenceWarning` if the relative errors of phi and of

@@ -114,8 +114,8 @@ def check_learned(label: str, tensors: Params) -> None:
         if not tensor.requires_grad:
             raise ValueError(
                 f"{label}[{name!r}] does not require grad: leave it out to keep its value, or "
-                "call requires_grad_() to learn it; of a model, pass named_parameters(), not "
-                "state_dict(), which is detached"
+                "call requires_grad_() to learn it; for a model, pass "
+                "dict(model.named_parameters()), not state_dict(), whose tensors are detached"
             )
         if name.split(".")[0] in ("lam", "lr", "log_lr"):
             raise ValueError(f"{label}[{name!r}]: the names lam, lr and log_lr are reserved")

@@ -54,13 +54,13 @@ def warn_if_inaccurate(problem: Proximal, inner: Solution, linear: Solution, v: 
 def _remedy(solution: Solution, if_converged: str, otherwise: str, which: str) -> str:
     converged = bool((solution.status == Status.CONVERGED).all())
     remedy = if_converged if converged else otherwise
-    return f"{remedy} of the {which} solver, or use another {which}="
+    return f"{remedy} of the {which} solver, or pass another solver as {which}="
 
 
 def _linear_error(linear: Solution, v: Tensor) -> float:
     """Estimate of `|x - x*| / |x|`; without Ritz values `|r| / |v|`.
 
-    Infinite with negative curvature, unless Ritz values tell.
+    Infinite with negative curvature if there are no Ritz values.
     """
     if linear.lanczos is None:
         if bool((linear.status == Status.NEGATIVE_CURVATURE).any()):

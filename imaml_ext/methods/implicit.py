@@ -85,10 +85,10 @@ def implicit_meta_grad(
         lam: proximal strength: a positive float, a 0-d tensor, a dict with, for each parameter, a
             0-d tensor or a tensor of its shape, or one symmetric positive definite [D, D] tensor,
             where D counts all parameters in the order of `params`. For one per task, a tensor [B]
-            or [B, D], or a dict that has, for some or all parameters, a tensor [B, *shape], such as
-            [B, 1, 1] for a number per task; a tensor [B, D] with B = D is a dense matrix. 0 for no
-            proximal term: theta is only the initial point, its gradient is 0, and H alone must be
-            positive definite.
+            or [B, D], or a dict that has, for some or all parameters, a tensor [B, *shape], or
+            [B, 1, ..., 1] for one number per task; a tensor [B, D] with B = D is a dense matrix. 0
+            for no proximal term: theta is only the initial point, its gradient is 0, and H alone
+            must be positive definite.
         inner: inner solver; default `GradientDescent(lr=0.1, steps=16)`.
         linear: linear solver; default `ConjugateGradient(max_iter=5)`.
         query_loss: evaluated at phi on the query set, instead of `loss`.

@@ -51,7 +51,7 @@ def flatten_lam(layout: Layout, lam: Any) -> Tensor:
             )
         raise ValueError(
             "lam must be positive and finite in every entry, or a scalar 0: to exempt some "
-            "parameters, pass 0 and add a penalty of the others to the loss"
+            "parameters, pass 0 and add a penalty on the others to the loss"
         )
     return values
 

@@ -335,8 +335,8 @@ class Objective:
                 if tensor.shape[:1] == loss.shape:
                     raise ValueError(
                         f"the loss of one task has the shape {list(loss.shape)} of "
-                        f"shared[{name!r}], which is the same for all tasks: pass what has a value "
-                        "for each task as part of the data"
+                        f"shared[{name!r}], which is the same for all tasks: pass per-task values "
+                        "in the data"
                     )
         check_scalar("the loss", loss)
         scalar: Tensor = loss if loss.dtype == self.layout.dtype else loss.to(self.layout.dtype)

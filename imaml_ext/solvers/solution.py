@@ -151,8 +151,8 @@ class Solution:
         """
         if self.lanczos is None:
             raise ValueError(
-                "no error estimate: the linear solver measured no curvature; one of your own "
-                "returns it as the `lanczos` of its Solution"
+                "no error estimate: the linear solver measured no curvature; your own can "
+                "return it in Solution(..., lanczos=...)"
             )
         mu = self.lanczos.smallest
         rounding = torch.finfo(self.value.dtype).eps * self.lanczos.largest.abs()
@@ -210,7 +210,7 @@ def checked(solver: object, solution: Solution, rows: Tensor) -> Solution:
         check_instance(f"{name}: lanczos", solution.lanczos, Lanczos, "or return None")
     for field, (wanted, kind) in fields.items():
         given = getattr(solution, field)
-        check_instance(f"{name}: {field}", given, Tensor, f"pass one of {kind}")
+        check_instance(f"{name}: {field}", given, Tensor, f"return a {kind} tensor")
         if given.shape != wanted or given.dtype != kind or given.device != device:
             raise ValueError(
                 f"{name}: {field} must be {list(wanted)} {kind} on {device}, got "
@@ -220,7 +220,7 @@ def checked(solver: object, solution: Solution, rows: Tensor) -> Solution:
     if may_read_values(status):
         unknown = [number for number in status.tolist() if not 0 <= number < len(Status)]
         if unknown:
-            raise ValueError(f"{name}: status must have values of Status, got {unknown[0]}")
+            raise ValueError(f"{name}: status must contain values of Status, got {unknown[0]}")
     if value.requires_grad or not value.is_contiguous():
         return replace(solution, value=value.detach().contiguous())
     return solution

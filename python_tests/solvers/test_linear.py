@@ -285,7 +285,7 @@ def test_negative_curvature_at_once_gives_the_solution_without_h(x0):
         ({"status": torch.full((2,), 77)}, ValueError, r"Wrong: status must be \[2\] torch.int32"),
         (
             {"status": torch.full((2,), 77, dtype=torch.int32)}, ValueError,
-            "Wrong: status must have values of Status, got 77",
+            "Wrong: status must contain values of Status, got 77",
         ),
         ({"steps": 7}, TypeError, "Wrong: steps must be an instance of Tensor, got"),
         ({"residual": torch.zeros(2)}, ValueError, r"Wrong: residual must be \[2\] torch.float64"),

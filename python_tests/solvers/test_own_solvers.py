@@ -81,7 +81,7 @@ WRONG = {
     "status dtype": ({"status": ROWS[:, 0]}, ValueError, r"status must be \[2\] torch.int32"),
     "unknown status": (
         {"status": torch.full((2,), 77, dtype=torch.int32)}, ValueError,
-        "Given: status must have values of Status, got 77",
+        "Given: status must contain values of Status, got 77",
     ),
     "steps": ({"steps": 7}, TypeError, "Given: steps must be an instance of Tensor"),
     "moment": ({"second_moment": ROWS}, ValueError, r"Given: second_moment must be \[2, 25\]"),

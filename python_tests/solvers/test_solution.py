@@ -73,7 +73,7 @@ def test_the_error_estimate_is_the_residual_over_the_smallest_ritz_value():
 
 
 def test_without_measured_curvature_there_is_no_error_estimate():
-    with pytest.raises(ValueError, match=r"the linear solver measured no curvature.*`lanczos`"):
+    with pytest.raises(ValueError, match=r"the linear solver measured no curvature.*lanczos="):
         _ = solution().error_estimate
 
 

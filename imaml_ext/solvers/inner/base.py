@@ -65,7 +65,7 @@ def solve_inner(inner: InnerSolver, problem: Proximal) -> Solution:
     for (field, tensor), version in zip(constants.items(), before, strict=True):
         if _version(tensor) != version:
             raise RuntimeError(
-                f"{name} modified problem.{field} in place: problem.start() is a copy of theta"
+                f"{name} modified problem.{field} in place: clone it before modifying it"
             )
     return checked(inner, solution, problem.theta.expand(problem.tasks, -1))
 
