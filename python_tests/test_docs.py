@@ -1,5 +1,6 @@
 """README, docs/ and the API reference: the code runs, links resolve, docstrings are complete."""
 
+import ast
 import dataclasses
 import enum
 import inspect
@@ -210,6 +211,18 @@ def test_the_citation_states_the_package_version():
 
 
 # ---- the API reference and its docstrings ------------------------------------------------------
+
+
+def test_no_returns_section_looks_like_a_type_and_a_description():
+    """One with ": " is rendered as "type: description"."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    for path in (ROOT / "imaml_ext").rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        for node in (node for node in ast.walk(tree) if isinstance(node, kinds)):
+            docstring = ast.get_docstring(node) or ""
+            section = docstring.partition("Returns:\n")[2].partition("\n\n")[0]
+            assert ": " not in section.replace("\n", " "), (path, node.name)
+
 
 NAMES = [
     name

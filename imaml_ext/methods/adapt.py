@@ -68,11 +68,12 @@ def adapt(
         warm_start: keeps the solutions for these tasks from call to call; the inner and the linear
             solve start at the last ones.
         warn: whether `backward` issues a `ConvergenceWarning` if the relative errors of phi and of
-            the linear solve, estimated from residuals and curvature, exceed 10% in sum. None: only
+            the linear solve, estimated from residuals and curvature, exceed 10% in sum. They are
+            those of all tasks together, in which one with a large phi may hide another. None: only
             on the CPU, because it synchronises on CUDA.
 
     Returns:
-        phi, {name: [B, ...]}.
+        phi, a dict of [B, ...] tensors by name.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `implicit_meta_grad`. `backward` raises a

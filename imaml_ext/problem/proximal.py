@@ -119,7 +119,7 @@ class Proximal:
     def values(self, phi: Tensor) -> Tensor:
         """G at phi [B, D]; [B] float64. Differentiable, if phi requires grad, in grad mode."""
         check_no_transform()
-        phi = phi.contiguous()
+        phi = self._checked(phi)
         displacement = phi - self.theta
         pull = self.lam.mv(displacement)
         if phi.requires_grad and torch.is_grad_enabled():
@@ -129,8 +129,14 @@ class Proximal:
 
     def value_and_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """G [B] float64 and ∇G [B, D] at phi [B, D], without a graph."""
-        phi = phi.detach().contiguous()
+        phi = self._checked(phi).detach()
         return self.add_proximal(phi, *self.objective.gradient(phi))
+
+    def _checked(self, phi: Tensor) -> Tensor:
+        shape = (self.tasks, self.layout.dim)
+        if phi.shape != shape:
+            raise ValueError(f"phi must be {list(shape)}, got {list(phi.shape)}")
+        return phi.contiguous()
 
     def add_proximal(self, phi: Tensor, losses: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """G [B] float64 and ∇G [B, D] from the losses [B] and their gradients [B, D] at phi."""

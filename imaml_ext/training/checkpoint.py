@@ -72,8 +72,8 @@ def load_checkpoint(path: str | Path, *, training: bool = False) -> dict[str, An
         training: whether the checkpoint must contain what is needed to resume the training.
 
     Returns:
-        "config" (JSON), "steps" and "learned" ({name: tensor}), and "seconds", which models of
-        version 0.1 lack; unless `save_model` wrote it, also the other entries of
+        A dict with "config" (JSON), "steps", "learned" (tensors by name), and "seconds", which
+        models of version 0.1 lack; unless `save_model` wrote it, also the other entries of
         `Trainer.state_dict()`.
 
     Raises:

@@ -32,7 +32,7 @@ def average_weights(optimizer: Optimizer, decay: float) -> None:
         ValueError: `decay` is out of range, or the optimizer already keeps averages.
 
     Source: Polyak, Juditsky 1992, "Acceleration of stochastic approximation by averaging"; the
-        moving average is that of `torch.optim.swa_utils.get_ema_multi_avg_fn`.
+    moving average is that of `torch.optim.swa_utils.get_ema_multi_avg_fn`.
     """
     check_instance("optimizer", optimizer, Optimizer, "pass one of torch.optim")
     check_range("decay", decay, "[0, 1)")

@@ -156,6 +156,40 @@ def test_a_task_that_the_solver_reports_as_not_finite_has_no_gradient():
     assert all(tensor.grad.isnan().all() for tensor in params.values())
 
 
+class AutogradDescent(InnerSolver):
+    """Takes a step along the gradient of `values`."""
+
+    def solve(self, problem):
+        phi = problem.start().requires_grad_()
+        (gradient,) = torch.autograd.grad(problem.values(phi).sum(), phi)
+        return Given(phi - 0.1 * gradient).solve(problem)
+
+
+def test_a_subclass_may_use_autograd_in_every_method():
+    problem = regression(2)
+    want = meta_gradient(problem, inner=GradientDescent(lr=0.1, steps=1)).adapted
+    settings = {"lam": 1.5, "inner": AutogradDescent()}
+    params = learned(problem)
+    found = [
+        meta_gradient(problem, inner=AutogradDescent()).adapted,
+        adapt(problem.loss, params, problem.support, **settings),
+        IMAML(problem.loss, params, **settings).adapt(problem.support),
+    ]
+    with torch.no_grad():
+        found.append(adapt(problem.loss, params, problem.support, **settings))
+    for phi in found:
+        for name, rows in want.items():
+            torch.testing.assert_close(phi[name].detach(), rows)
+
+
+def test_points_of_another_shape_are_refused():
+    _, proximal = setting("cpu")
+    for evaluate in (proximal.values, proximal.value_and_gradient):
+        for phi in (proximal.theta, proximal.start()[:, 1:], proximal.start()[1:]):
+            with pytest.raises(ValueError, match=r"phi must be \[4, 25\], got"):
+                evaluate(phi)
+
+
 def test_a_function_is_referred_to_external():
     with pytest.raises(TypeError, match=r"inner must be .*InnerSolver.*External\(fn\)"):
         meta_gradient(regression(2), inner=lambda problem: problem.start())

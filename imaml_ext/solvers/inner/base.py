@@ -30,7 +30,7 @@ class InnerSolver(ABC):
 
     @abstractmethod
     def solve(self, problem: Proximal) -> Solution:
-        """Adapt the problem's tasks, starting from `problem.start()`.
+        """Adapt the problem's tasks, starting from `problem.start()`. Called in grad mode.
 
         The built-in solvers of more than 64 steps synchronise every 64 on an accelerator, to stop
         when all tasks are done; never while being recorded.
@@ -40,7 +40,7 @@ class InnerSolver(ABC):
 
         Returns:
             `value` is phi [B, D]. The caller measures `residual` at phi, so NaN may be returned,
-            and completes the status: a RUNNING task becomes CONVERGED if `residual <= tol`,
+            and sets the final status. A RUNNING task becomes CONVERGED if `residual <= tol`,
             otherwise MAX_ITER, and a CONVERGED one MAX_ITER if `residual > 2 tol`.
         """
 
@@ -57,11 +57,13 @@ def solve_inner(inner: InnerSolver, problem: Proximal) -> Solution:
     if problem.batches is not None and not inner.takes_mini_batches:
         raise ValueError(
             f"{name} does not take mini-batches: pass the support set itself, or use "
-            "GradientDescent, Adam, or External(fn, takes_mini_batches=True)"
+            "GradientDescent, Adam, External(fn, takes_mini_batches=True), or a class of your own "
+            "with takes_mini_batches = True"
         )
     constants = {"theta": problem.theta, "lam.values": problem.lam.values}
     before = [_version(tensor) for tensor in constants.values()]
-    solution = inner.solve(problem)
+    with torch.enable_grad():  # it may use autograd itself
+        solution = inner.solve(problem)
     for (field, tensor), version in zip(constants.items(), before, strict=True):
         if _version(tensor) != version:
             raise RuntimeError(

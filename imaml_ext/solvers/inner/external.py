@@ -42,8 +42,7 @@ class External(InnerSolver):
         check_choice("takes_mini_batches", self.takes_mini_batches, (False, True))
 
     def solve(self, problem: Proximal) -> Solution:
-        with torch.enable_grad():  # fn may use autograd itself
-            found = self.fn(problem.copy())
+        found = self.fn(problem.copy())
         if isinstance(found, Mapping):
             phi = problem.layout.flatten(found, "phi")
         elif isinstance(found, Tensor):
