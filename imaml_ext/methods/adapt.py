@@ -95,7 +95,7 @@ def adapt(
     if warm_start is not None:
         warm_start.check(objective)
     first = None if start is None else rows_of("start", start, objective)
-    call = _Call(objective, Solvers(inner, linear), tuple(leaves), warn, first, warm_start, batches)
+    call = _Call(objective, Solvers(inner, linear), tuple(leaves), warn, warm_start, first, batches)
     inputs = (*(shared or {}).values(), *leaves.values())
     theta, flat_lam = layout.flatten(params), flatten_lam(layout, lam)
     return layout.unflatten(_Adapt.apply(theta, flat_lam, call, *inputs))
@@ -108,8 +108,8 @@ class _Call(NamedTuple):
     solvers: Solvers
     leaves: tuple[int, ...]  # of support: those that require grad
     warn: bool | None
-    first: Tensor | None  # initial phi [B, D]
     last: WarmStart | None
+    first: Tensor | None  # initial phi [B, D]
     batches: MiniBatches | None
 
 
@@ -144,7 +144,7 @@ class _Adapt(torch.autograd.Function):
             )
         if is_grads_batched(v):
             return call_for_each(partial(_Adapt.backward, ctx), v)
-        objective, solvers, leaves, warn, _, last, _ = ctx.call
+        objective, solvers, leaves, warn, last, *_ = ctx.call
         objective.usage.check_unchanged()
         theta, lam, phi, *_ = ctx.saved_tensors  # the rest: checked for in-place changes by torch
         problem = Proximal(objective, theta, lam)

@@ -61,5 +61,8 @@ def check_constant(leaves: Sequence[Tensor], label: str) -> None:
 
 
 def versions(leaves: Sequence[Tensor]) -> list[int]:
-    """The version counters of the tensors, which in-place operators increment."""
-    return [leaf._version for leaf in leaves]
+    """The version counters of the tensors, which in-place operators increment.
+
+    Tensors of inference mode have none, and get 0.
+    """
+    return [0 if leaf.is_inference() else leaf._version for leaf in leaves]

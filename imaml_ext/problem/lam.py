@@ -79,11 +79,11 @@ def _flatten_dict(layout: Layout, lam: Mapping[str, Tensor]) -> Tensor:
         if tensor.dim() == len(shape) + 1 and _expands(tensor.shape[1:], shape):
             tasks[name] = len(tensor)
         elif tensor.dim() != 0 and not _expands(tensor.shape, shape):
-            one = ["B", *[1] * len(shape)]
+            one = ", ".join(["B", *["1"] * len(shape)])
             raise ValueError(
                 f"lam[{name!r}] must be 0-d or of shape {list(shape)}, or that with a first "
                 f"dimension of B tasks, got {list(tensor.shape)}: one number per task has the "
-                f"shape [{', '.join(map(str, one))}]"
+                f"shape [{one}]"
             )
     if len(set(tasks.values())) > 1:
         raise ValueError(f"the tensors of lam must have the same number of tasks, got {tasks}")

@@ -182,7 +182,7 @@ def counted(tasks: list[int], total: int) -> str:
     return f"{len(tasks)} of {total} tasks: {shown}"
 
 
-def checked(solver: object, solution: Solution, rows: Tensor) -> Solution:
+def checked_solution(solver: object, solution: Solution, rows: Tensor) -> Solution:
     """What a solver returned, its value detached and contiguous.
 
     Args:

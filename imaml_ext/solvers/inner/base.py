@@ -7,9 +7,10 @@ from torch import Tensor
 
 from imaml_ext._checks import check_integer, check_range
 from imaml_ext.ops.rows import is_not_finite
+from imaml_ext.problem.batch import versions
 from imaml_ext.problem.proximal import Proximal
 from imaml_ext.solvers.inner.step_size import StepSize
-from imaml_ext.solvers.solution import Solution, Status, checked
+from imaml_ext.solvers.solution import Solution, Status, checked_solution
 
 
 class InnerSolver(ABC):
@@ -60,20 +61,16 @@ def solve_inner(inner: InnerSolver, problem: Proximal) -> Solution:
             "GradientDescent, Adam, External(fn, takes_mini_batches=True), or a class of your own "
             "with takes_mini_batches = True"
         )
-    constants = {"theta": problem.theta, "lam.values": problem.lam.values}
-    before = [_version(tensor) for tensor in constants.values()]
+    names, constants = ("theta", "lam.values"), (problem.theta, problem.lam.values)
+    before = versions(constants)
     with torch.enable_grad():  # it may use autograd itself
         solution = inner.solve(problem)
-    for (field, tensor), version in zip(constants.items(), before, strict=True):
-        if _version(tensor) != version:
+    for field, old, new in zip(names, before, versions(constants), strict=True):
+        if old != new:
             raise RuntimeError(
                 f"{name} modified problem.{field} in place: clone it before modifying it"
             )
-    return checked(inner, solution, problem.theta.expand(problem.tasks, -1))
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return checked_solution(inner, solution, problem.theta.expand(problem.tasks, -1))
 
 
 def update_status(status: Tensor, residual: Tensor, tol: float | None) -> Tensor:
@@ -116,4 +113,4 @@ def check_settings(*, lr: float | StepSize = 1.0, steps: int = 0, tol: float | N
 def check_tol(problem: Proximal, tol: float | None) -> None:
     """Raises ValueError if the gradients of mini-batches would have to be compared with a `tol`."""
     if tol is not None and problem.batches is not None:
-        raise ValueError(f"tol={tol} cannot be checked on mini-batches: pass tol=None")
+        raise ValueError(f"tol={tol} cannot be checked_solution on mini-batches: pass tol=None")

@@ -14,7 +14,7 @@ from imaml_ext.ops.rows import is_not_finite, row_dot
 from imaml_ext.problem.lam import lam_of_rows
 from imaml_ext.problem.objective import CurvatureKind, Matvec
 from imaml_ext.programs.task_program import CgResult, Continuation
-from imaml_ext.solvers.solution import Solution, Status, checked
+from imaml_ext.solvers.solution import Solution, Status, checked_solution
 
 
 class LinearSystem:
@@ -107,8 +107,9 @@ class LinearSolver(ABC):
     A subclass implements `_solve(system)`, which receives a checked `LinearSystem` and returns a
     `Solution`, starting from x = 0; it runs under `torch.no_grad`. If `solve` is given an x0, b of
     the system is `b - A x0`, and `solve` adds x0 to the value that `_solve` returns. It also
-    completes the statuses from the residuals: a RUNNING row becomes CONVERGED or MAX_ITER, and a
-    CONVERGED one MAX_ITER where its residual is too large.
+    sets the final statuses: where the residual does not exceed the tolerance described below, a
+    RUNNING row becomes CONVERGED, elsewhere MAX_ITER, and so does a CONVERGED row above twice the
+    tolerance.
 
     Args:
         max_iter: maximum number of products with H, without those for x0 and for the check below.
@@ -183,7 +184,7 @@ class LinearSolver(ABC):
         with torch.no_grad():
             if x0 is not None:
                 system.start_at(x0, only_if_better=True)
-            found = checked(self, self._solve(system), system.b)
+            found = checked_solution(self, self._solve(system), system.b)
             if not self._completes_status:
                 system.is_final = False
                 found = _completed(system, found, self.rtol, self.atol)

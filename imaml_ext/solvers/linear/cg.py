@@ -99,15 +99,15 @@ def conjugate_gradient(
 
     Returns:
         `value` is x, and `residual` is the recurrence's `|r|`, or `|b - A x|` where the two may
-        differ by more than a factor of 2. A row with `b = 0` is CONVERGED in 0 steps. A
-        row whose curvature `p·Ap` is not positive is NEGATIVE_CURVATURE and keeps the previous
-        iterate; in the first iteration, its value is `x0 + Λ^-1 r`, the solution without H, where
-        Λ > 0. A row whose A is singular in this precision gets the same value and status, with
-        0 steps. A counts as singular if the residual plus `10 eps |A| |x|` exceeds `|b|`, and
-        either `p·Ap <= 4 eps |A| |p|²` for some direction, or `20 eps |A| |x| > |b|`; |A| is
-        estimated from the measured curvature. A row with a non-finite entry is NONFINITE and its
-        value is 0. Norms are squared in float64 without scaling, so float64 entries beyond 1e±150
-        overflow or underflow.
+        differ by more than a factor of 2. A row with `b = 0` is CONVERGED in 0 steps. A row whose
+        curvature `p·Ap` is not positive is NEGATIVE_CURVATURE and keeps the previous iterate; in
+        the first iteration, its value is `x0 + Λ^-1 r`, the solution without H, where Λ > 0. A row
+        whose A is singular in this precision gets the same value and status, with 0 steps. A counts
+        as singular if the residual plus `10 eps |A| |x|` exceeds `|b|`, and either
+        `p·Ap <= 4 eps |A| |p|²` for some direction, or `20 eps |A| |x| > |b|`; |A| is estimated
+        from the measured curvature. A row with a non-finite entry is NONFINITE and its value is 0.
+        Norms are squared in float64 without scaling, so float64 entries beyond 1e±150 overflow or
+        underflow.
 
     Raises:
         TypeError, ValueError: `b`, `lam`, `x0`, `preconditioner` or a setting is invalid, or
