@@ -113,4 +113,4 @@ def check_settings(*, lr: float | StepSize = 1.0, steps: int = 0, tol: float | N
 def check_tol(problem: Proximal, tol: float | None) -> None:
     """Raises ValueError if the gradients of mini-batches would have to be compared with a `tol`."""
     if tol is not None and problem.batches is not None:
-        raise ValueError(f"tol={tol} cannot be checked_solution on mini-batches: pass tol=None")
+        raise ValueError(f"tol={tol} cannot be checked on mini-batches: pass tol=None")
